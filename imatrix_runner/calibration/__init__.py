@@ -1,0 +1,1 @@
+"""Calibration: the text whose activations are measured."""

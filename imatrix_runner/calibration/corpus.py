@@ -1,0 +1,65 @@
+"""A calibration text, checked before anything is spent on it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from imatrix_runner.errors import InvalidDataError, from_os_error
+from imatrix_runner.files import atomic_writer
+
+_MAX_BYTES = 1 << 30
+
+FEW_CHUNKS = 100
+"""Below this many chunks a matrix is noisy; published ones use 125 to 300."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One text file: where it lies, its name for the imatrix's ``datasets``, its size and content hash."""
+
+    path: Path
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+def open_corpus(path: Path) -> Corpus:
+    """Check that ``path`` is a text a model can be calibrated with. Raises :class:`InvalidDataError` saying why not."""
+    try:
+        if path.is_dir():
+            raise _bad(path, "it is a folder", "Give a text file with -f.")
+        if path.stat().st_size > _MAX_BYTES:
+            raise _bad(
+                path, f"it is larger than {_MAX_BYTES >> 30} GiB", "A few hundred kilobytes are enough; give a part of it."
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise from_os_error(error, "reading the calibration text", path) from error
+    if not data.strip():
+        raise _bad(path, "it is empty", "Leave -f out to use the text that is shipped with imatrix-runner.")
+    if b"\0" in data:
+        raise _bad(path, "it is a binary file (it holds NUL bytes)", "Give plain UTF-8 text with -f.")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _bad(
+            path,
+            f"byte {error.start} is not valid UTF-8",
+            f"Convert it, for example: iconv -f latin1 -t utf-8 {path.name} > {path.stem}-utf8.txt",
+        ) from error
+    return Corpus(path, path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def stage(corpus: Corpus, target: Path) -> None:
+    """Copy the text where a long job reads it, so that an edit meanwhile cannot mix two texts in one matrix."""
+    data = corpus.path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != corpus.sha256:
+        raise _bad(corpus.path, "it changed while the job was starting", "Run the same command again.")
+    with atomic_writer(target) as handle:
+        handle.write(data)
+
+
+def _bad(path: Path, why: str, todo: str) -> InvalidDataError:
+    return InvalidDataError(f"{path} cannot be used as calibration text", why, todo)

@@ -1,0 +1,130 @@
+"""The documents of ``--json``: one per command, versioned, their shape tested. New keys may come; none changes its meaning."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import msgspec
+
+from imatrix_runner import __version__
+from imatrix_runner.errors import RunnerError
+from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.workflow.levels import LevelResult
+from imatrix_runner.workflow.plan import LevelStep, Plan
+from imatrix_runner.workflow.run import RunResult
+
+VERSION = 1
+
+
+def print_document(document: dict[str, Any]) -> None:
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+
+
+def document(kind: str, **content: Any) -> dict[str, Any]:
+    """The envelope every document shares."""
+    return {"schema": f"imatrix-runner/{kind}", "version": VERSION, "program": __version__, **content}
+
+
+def error_document(error: RunnerError, todo: str) -> dict[str, Any]:
+    told = {"kind": error.kind, "what": error.what, "why": error.why, "do": todo}
+    return document("error", exit_code=error.exit_code, error=told)
+
+
+def run_document(result: RunResult, exit_code: int) -> dict[str, Any]:
+    model = result.model
+    return document(
+        "run",
+        exit_code=exit_code,
+        model={
+            "name": model.name,
+            "architecture": model.architecture,
+            "parameters": model.n_params,
+            "bytes": model.n_bytes,
+            "type": model.main_type,
+            "files": [str(path) for path in model.files],
+            "source": msgspec.to_builtins(model.source),
+        },
+        toolchain=result.toolchain,
+        plan=plan_content(result.plan),
+        imatrix=_imatrix(result),
+        levels=[_level(level) for level in result.levels],
+        seconds=round(result.seconds, 3),
+    )
+
+
+def plan_content(plan: Plan) -> dict[str, Any]:
+    return {
+        "workspace": str(plan.workspace),
+        "imatrix": {
+            "action": plan.imatrix.action,
+            "path": str(plan.imatrix.path) if plan.imatrix.path else None,
+            "reason": plan.imatrix.reason,
+            "chunks": plan.imatrix.n_chunks,
+            "tokens": plan.imatrix.n_tokens,
+        },
+        "levels": [_planned(step) for step in plan.levels],
+        "new_bytes": plan.new_bytes,
+        "free_bytes": plan.free_bytes,
+    }
+
+
+def _planned(step: LevelStep) -> dict[str, Any]:
+    facts = step.facts
+    return {
+        "level": step.level.name,
+        "ftype": step.level.ftype,
+        "state": step.state,
+        "reason": step.reason,
+        "files": [str(path) for path in step.files],
+        "bytes": facts.n_bytes,
+        "bits_per_weight": facts.bits_per_weight,
+        "needs_imatrix": facts.needs_imatrix,
+        "fallbacks": [msgspec.to_builtins(fallback) for fallback in facts.fallbacks],
+        "fallback_share": facts.fallback_share,
+        "without_weights": list(facts.weightless),
+    }
+
+
+def _imatrix(result: RunResult) -> dict[str, Any] | None:
+    if result.imatrix is None:
+        return None
+    matrix = result.imatrix.matrix
+    return {
+        "path": str(result.imatrix.path),
+        "format": result.imatrix.format,
+        "entries": len(matrix.entries),
+        "chunks": matrix.chunk_count,
+        "chunk_size": matrix.chunk_size,
+        "datasets": list(matrix.datasets),
+    }
+
+
+def _level(level: LevelResult) -> dict[str, Any]:
+    error = level.error
+    return {
+        "level": level.step.level.name,
+        "status": level.status,
+        "files": [str(path) for path in level.step.files] if level.status != "failed" else [],
+        "bytes": level.n_bytes,
+        "bits_per_weight": level.step.facts.bits_per_weight,
+        "seconds": round(level.seconds, 3),
+        "without_weights": list(level.without_weights),
+        "error": {"kind": error.kind, "what": error.what, "why": error.why, "do": error.todo} if error else None,
+    }
+
+
+def toolchain_content(toolchain: Toolchain) -> dict[str, Any]:
+    return {
+        "identity": toolchain.identity(),
+        "directory": str(toolchain.directory),
+        "origin": toolchain.origin,
+        "version": toolchain.version,
+        "build": toolchain.build,
+        "commit": toolchain.commit,
+        "backends": list(toolchain.backends),
+        "devices": list(toolchain.devices),
+        "programs": {name: str(path) for name, path in sorted(toolchain.tools.items())},
+        "converter": str(toolchain.converter) if toolchain.converter else None,
+        "types": [kind.name for kind in toolchain.types],
+    }

@@ -1,0 +1,125 @@
+"""The ``imatrix-runner`` command: finds the subcommand, turns every ending into an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from imatrix_runner import __version__
+from imatrix_runner.errors import InterruptedRunError, RunnerError, from_os_error
+
+PROGRAM = "imatrix-runner"
+
+# name -> (module, attribute, one line of help): modules are imported only when their command runs.
+_COMMANDS = {
+    "run": ("run_cmd", "run", "Take a model through imatrix and quantisation to verified files."),
+    "quantize": ("run_cmd", "quantize", "Quantise with the imatrix that is there; never generates one."),
+    "imatrix": ("imatrix_cmd", "imatrix", "Importance matrices: generate."),
+    "tools": ("tools_cmd", "tools", "llama.cpp's programs: locate, build, install."),
+    "doctor": ("doctor_cmd", "doctor", "Check this machine: what is there, what is missing, what to do."),
+    "status": ("status_cmd", "status", "List every workspace: done, running, resumable."),
+    "demo": ("run_cmd", "demo", "Quantise the shipped demo model to 8 levels."),
+    "completion": ("completion_cmd", "completion", "Print the shell's completion script."),
+}
+_ALIASES = {"quantise": "quantize"}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and summaries without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = _COMMANDS.get(_ALIASES.get(cmd_name, cmd_name))
+        if entry is None:
+            return None
+        command = getattr(importlib.import_module(f"imatrix_runner.cli.{entry[0]}"), entry[1])
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry[2]) for name, entry in _COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name=PROGRAM)
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Importance matrices and quantised GGUF files in one command.
+
+    Begin with:  imatrix-runner doctor,  then  imatrix-runner run MODEL
+    where MODEL is a GGUF file, a Hugging Face directory or a hub id (org/name).
+
+    Exit codes: 0 done, 1 bug, 2 usage, 3 toolchain missing, 4 download, 5 engine failed, 6 invalid input or output,
+    7 workspace locked, 8 no space, 100 some levels failed, 130 interrupted (the same command continues).
+    """
+    if not ctx.resilient_parsing:
+        from imatrix_runner.cli.settings import apply_settings
+
+        apply_settings(ctx)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit the process."""
+    raise SystemExit(run_cli(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run_cli(arguments: list[str]) -> int:
+    """Run one command line and return its exit code; errors are told on stderr (with ``--json`` also on stdout)."""
+    # What stands after "--" is for llama.cpp, unread.
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    ours, extra = arguments[:split], tuple(arguments[split + 1 :])
+    as_json = "--json" in ours
+    try:
+        code = cli.main(ours, prog_name=PROGRAM, standalone_mode=False, obj=extra)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "")
+        return 0 if not ours else 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except RunnerError as error:
+        return _tell(error, ours, extra, as_json=as_json)
+    except (KeyboardInterrupt, click.Abort):
+        stopped = InterruptedRunError(
+            "Stopped at once", "asked to by a second Ctrl-C", "Run the same command again: it continues."
+        )
+        return _tell(stopped, ours, extra, as_json=as_json)
+    except BrokenPipeError:
+        # The reader of our output went away (a pager, head): not an error; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _tell(from_os_error(error, "working on a file"), ours, extra, as_json=as_json)
+    except Exception:  # noqa: BLE001 - the last resort: whatever is left is a bug of ours, told as one
+        traceback.print_exc()
+        click.echo(f"This is a bug in {PROGRAM} {__version__}: please report it with the lines above.", err=True)
+        return 1
+
+
+def _tell(error: RunnerError, ours: list[str], extra: tuple[str, ...], *, as_json: bool) -> int:
+    todo = error.todo
+    if isinstance(error, InterruptedRunError):
+        again = shlex.join([PROGRAM, *ours, *(["--", *extra] if extra else [])])
+        todo = f"Continue with: {again}"
+    if as_json:
+        from imatrix_runner.cli.documents import error_document, print_document
+
+        print_document(error_document(error, todo))
+    click.echo(f"{click.style('Error:', fg='red', bold=True)} {error.what}.", err=True)
+    click.echo(f"  Why: {_sentence(error.why)}", err=True)
+    click.echo(f"  Do:  {todo}", err=True)
+    return error.exit_code
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else text + "."

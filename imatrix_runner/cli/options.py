@@ -1,0 +1,261 @@
+"""The options that several commands share, and the frozen requests they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from imatrix_runner.cli.settings import setting
+from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
+from imatrix_runner.errors import UsageError
+from imatrix_runner.workflow.request import EnvironmentRequest, ImatrixRequest, LevelsRequest, SourceRequest
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# For completion in the shell only; what counts is what the located tools offer.
+_USUAL_LEVELS = (
+    *("Q8_0", "Q6_K_L", "Q6_K", "Q5_K_L", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_L", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
+    *("IQ4_NL", "IQ4_XS", "Q3_K_XL", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_L", "Q2_K"),
+    *(
+        "Q2_K_S",
+        "IQ2_M",
+        "IQ2_S",
+        "IQ2_XS",
+        "IQ2_XXS",
+        "IQ1_M",
+        "IQ1_S",
+        "TQ2_0",
+        "TQ1_0",
+        "MXFP4_MOE",
+        "F16",
+        "BF16",
+        "F32",
+        "COPY",
+    ),
+)
+
+
+def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several option decorators as one, in the order in which ``--help`` shall list them."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+class LevelNames(click.ParamType[tuple[str, ...]]):
+    """A comma-separated list of level names."""
+
+    name = "A,B,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(part.strip() for part in str(value).split(",") if part.strip())
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        head, comma, last = incomplete.rpartition(",")
+        return [CompletionItem(head + comma + name) for name in _USUAL_LEVELS if name.startswith(last.upper())]
+
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+
+environment_options = together(
+    setting("--work-dir", type=_DIRECTORY, default=Path("work"), show_default=True, help="Where each model gets a workspace."),
+    setting(
+        "--engine",
+        type=click.Choice(["auto", "embedded", "binaries"]),
+        default="auto",
+        show_default=True,
+        help="What computes: llama.cpp's programs (binaries) or llama-cpp-python (embedded).",
+    ),
+    setting("--llama-cpp", type=_DIRECTORY, metavar="DIR", help="Use the llama.cpp programs in this directory, and no others."),
+    setting(
+        "--timeout",
+        type=click.FloatRange(min=0),
+        default=600.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="End a program that for so long neither writes nor computes (0: never).",
+    ),
+)
+
+output_options = together(
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Also tell every file and figure as it comes."),
+    click.option("--show-config", is_flag=True, help="Print every setting, its value and where it came from; then stop."),
+)
+
+source_options = together(
+    setting(
+        "--outtype",
+        type=click.Choice(["auto", "f16", "bf16", "f32"]),
+        default="auto",
+        show_default=True,
+        help="Type to convert a Hugging Face model to; auto is what it was published in.",
+    ),
+    setting("--mmproj", is_flag=True, help="Also convert the multimodal projector."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Allow the converter to run Python code from the model's directory."
+    ),
+)
+
+collect_options = together(
+    setting("-f", "--file", "text", type=_FILE, metavar="TEXT", help="Calibration text (default: the shipped one)."),
+    setting("-c", "--ctx-size", type=click.IntRange(min=16), default=512, show_default=True, help="Tokens per chunk."),
+    setting("-b", "--batch-size", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens per batch."),
+    setting(
+        "-ub", "--ubatch-size", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens computed at once."
+    ),
+    setting("-ngl", "--n-gpu-layers", default="", metavar="N", help="Layers on the GPU: a number, auto or all."),
+    setting("--chunks", type=click.IntRange(min=1), help="Compute at most so many chunks (default: all)."),
+    setting("--chunk", "--from-chunk", "first_chunk", type=click.IntRange(min=0), default=0, help="Skip so many chunks first."),
+    setting(
+        "--output-frequency",
+        "-ofreq",
+        type=click.IntRange(min=1),
+        help="Save every N chunks: what an interruption can cost (default: so that saving costs about 3 % of the time).",
+    ),
+    setting(
+        "--save-frequency", type=click.IntRange(min=0), default=0, help="Leave a whole imatrix of chunks 0..N every N chunks."
+    ),
+    setting("--parse-special", is_flag=True, help="Parse special tokens in the text, for chat transcripts."),
+    setting("--process-output", is_flag=True, help="Also collect data for output.weight."),
+    setting("--ppl/--no-ppl", default=True, show_default=True, help="Measure the perplexity on the way."),
+)
+
+threads_option = setting("-t", "--threads", type=click.IntRange(min=1), help="CPU threads (default: all).")
+
+level_options = together(
+    setting("--levels", type=LevelNames(), default="", help="Levels to make, for example Q4_K_M,IQ3_XXS."),
+    setting(
+        "--preset", type=click.Choice(["bartowski", "mradermacher-i1", "k-quants", "all"]), help="A publisher's set of levels."
+    ),
+    setting(
+        "--jobs", "-j", default="auto", metavar="N|auto", help="Levels made side by side (auto: as memory and cores allow)."
+    ),
+    click.option("--allow-requantize", is_flag=True, help="Accept a source that is already quantised."),
+    setting("--leave-output-tensor", is_flag=True, help="Keep output.weight as it is."),
+    setting("--pure", is_flag=True, help="One type for all tensors, no mixture."),
+    setting("--include-weights", multiple=True, metavar="NAME", help="Use the imatrix for these tensors only."),
+    setting("--exclude-weights", multiple=True, metavar="NAME", help="Do not use the imatrix for these tensors."),
+    setting("--output-tensor-type", default="", metavar="TYPE", help="Type of output.weight."),
+    setting("--token-embedding-type", default="", metavar="TYPE", help="Type of the token embeddings."),
+    setting("--tensor-type", multiple=True, metavar="REGEX=TYPE", help="Type of the tensors whose name matches."),
+    setting("--tensor-type-file", type=_FILE, metavar="FILE", help="A file of REGEX=TYPE, separated by white space."),
+    setting("--prune-layers", default="", metavar="L0,L1,…", help="Leave these layers out."),
+    setting("--keep-split", is_flag=True, help="Write as many shards as the source has."),
+    setting("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Override metadata in the output."),
+    setting("--max-buffer-size", type=click.IntRange(min=1), metavar="MiB", help="Memory for the rows of one tensor (8192)."),
+)
+
+dry_run_option = click.option("--dry-run", is_flag=True, help="Plan only: sizes, fallbacks, what will fail. Writes nothing.")
+
+
+@dataclass(frozen=True)
+class Talk:
+    """How a command speaks."""
+
+    as_json: bool
+    quiet: bool
+    verbose: bool
+
+
+def environment_request(options: dict[str, Any]) -> EnvironmentRequest:
+    return EnvironmentRequest(options["work_dir"], options["engine"], options["llama_cpp"], options["timeout"])
+
+
+def source_request(model: str, options: dict[str, Any]) -> SourceRequest:
+    return SourceRequest(model, options["outtype"], options["mmproj"], options["trust_remote_code"])
+
+
+def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: Any) -> ImatrixRequest:
+    layers = options["n_gpu_layers"]
+    if layers and layers not in ("auto", "all") and not layers.isdecimal():
+        raise UsageError(
+            f"-ngl {layers} is no number of layers", "llama.cpp takes a number, auto or all", "For example: -ngl 99"
+        )
+    if options["ctx_size"] > options["batch_size"] and options["ctx_size"] % options["batch_size"]:
+        raise UsageError(
+            f"A context of {options['ctx_size']} cannot be cut into batches of {options['batch_size']}",
+            "a chunk is computed in whole batches",
+            "Make -c a multiple of -b, or -b at least -c.",
+        )
+    collect = CollectOptions(
+        n_ctx=options["ctx_size"],
+        n_batch=options["batch_size"],
+        n_ubatch=options["ubatch_size"],
+        threads=options["threads"],
+        n_gpu_layers=layers,
+        parse_special=options["parse_special"],
+        process_output=options["process_output"],
+        ppl=options["ppl"],
+        extra=extra,
+    )
+    values = {
+        "text": options["text"],
+        "options": collect,
+        "chunks": options["chunks"],
+        "first_chunk": options["first_chunk"],
+        "output_frequency": options["output_frequency"],
+        "save_frequency": options["save_frequency"],
+    }
+    return ImatrixRequest(**{**values, **changes})
+
+
+def levels_request(options: dict[str, Any]) -> LevelsRequest:
+    if options["include_weights"] and options["exclude_weights"]:
+        raise UsageError(
+            "--include-weights and --exclude-weights exclude each other",
+            "llama-quantize takes only one of them",
+            "Leave one out.",
+        )
+    for entry in options["tensor_type"]:
+        if "=" not in entry:
+            raise UsageError(
+                f"--tensor-type {entry} has no type", "it is written REGEX=TYPE", "For example: --tensor-type ffn_down=q6_k"
+            )
+    if not all(part.strip().isdecimal() for part in options["prune_layers"].split(",") if part):
+        raise UsageError(
+            f"--prune-layers {options['prune_layers']} is no list of layers",
+            "it takes numbers",
+            "For example: --prune-layers 3,4",
+        )
+    file: Path | None = options["tensor_type_file"]
+    if file is not None and not file.is_file():
+        raise UsageError(f"There is no file {file}", "it was given with --tensor-type-file", "Check the path.")
+    quantize = QuantizeOptions(
+        allow_requantize=options["allow_requantize"],
+        leave_output_tensor=options["leave_output_tensor"],
+        pure=options["pure"],
+        include_weights=options["include_weights"],
+        exclude_weights=options["exclude_weights"],
+        output_tensor_type=options["output_tensor_type"],
+        token_embedding_type=options["token_embedding_type"],
+        tensor_types=options["tensor_type"],
+        tensor_type_file=file.absolute() if file is not None else None,
+        prune_layers=options["prune_layers"],
+        keep_split=options["keep_split"],
+        override_kv=options["override_kv"],
+        max_buffer_size=options["max_buffer_size"],
+    )
+    return LevelsRequest(options["levels"], options["preset"] or "", quantize, _jobs(options["jobs"]), options["threads"])
+
+
+def _jobs(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--jobs {text} is no number of jobs", "it takes a number from 1, or auto", "For example: --jobs 2")
+    return int(text)

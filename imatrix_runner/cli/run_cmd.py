@@ -1,0 +1,154 @@
+"""``run``, ``quantize`` and ``demo``: one model, one imatrix, many levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from imatrix_runner.cli.options import (
+    collect_options,
+    dry_run_option,
+    environment_options,
+    environment_request,
+    imatrix_request,
+    level_options,
+    levels_request,
+    output_options,
+    source_options,
+    source_request,
+    threads_option,
+)
+from imatrix_runner.cli.render import listening
+from imatrix_runner.cli.settings import SettingsCommand, setting
+from imatrix_runner.errors import SomeLevelsFailedError
+from imatrix_runner.workflow.request import RunRequest
+
+
+@click.command(cls=SettingsCommand)
+@click.argument("model")
+@setting(
+    "--imatrix",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|generate|PATH",
+    help="auto: what lies in the workspace, else generate.",
+)
+@level_options
+@collect_options
+@threads_option
+@source_options
+@environment_options
+@dry_run_option
+@output_options
+@click.pass_obj
+def run(extra: tuple[str, ...], /, model: str, imatrix: str, **options: Any) -> int:
+    """Take MODEL through imatrix and quantisation to verified files.
+
+    MODEL is a GGUF file (any shard of a split one), a Hugging Face directory, or a hub id: org/name[@revision][:file.gguf].
+    Options after -- go to llama-imatrix unread. The same command again continues or does nothing.
+
+    \b
+    imatrix-runner run model-BF16.gguf
+    imatrix-runner run org/name --preset bartowski -ngl 99
+    imatrix-runner run model-BF16.gguf --levels Q4_K_M,IQ3_XXS --dry-run
+    """
+    request = RunRequest(
+        source_request(model, options),
+        environment_request(options),
+        imatrix_request(options, extra, mode=imatrix),
+        levels_request(options),
+    )
+    return perform(request, options)
+
+
+@click.command(cls=SettingsCommand)
+@click.argument("model")
+@setting(
+    "--imatrix",
+    default="auto",
+    show_default=True,
+    metavar="auto|none|PATH",
+    help="auto: what lies in the workspace, else none.",
+)
+@level_options
+@threads_option
+@source_options
+@environment_options
+@dry_run_option
+@output_options
+def quantize(model: str, imatrix: str, **options: Any) -> int:
+    """Quantise MODEL with the imatrix that is there; never generates one. Also spelled quantise."""
+    from imatrix_runner.errors import UsageError
+    from imatrix_runner.workflow.request import ImatrixRequest
+
+    if imatrix == "generate":
+        raise UsageError(
+            "quantize does not generate an imatrix",
+            "it only uses what is there",
+            "Use: imatrix-runner run MODEL --imatrix generate",
+        )
+    request = RunRequest(
+        source_request(model, options),
+        environment_request(options),
+        ImatrixRequest(mode="there" if imatrix == "auto" else imatrix),
+        levels_request(options),
+    )
+    return perform(request, options)
+
+
+@click.command(cls=SettingsCommand)
+@level_options
+@collect_options
+@threads_option
+@environment_options
+@dry_run_option
+@output_options
+@click.pass_obj
+def demo(extra: tuple[str, ...], /, **options: Any) -> int:
+    """Quantise the shipped demo model to 8 levels: K, IQ and legacy types. Takes about a minute."""
+    from imatrix_runner.resources import DEMO_MODEL, resource
+
+    if not options["levels"] and not options["preset"]:
+        options["levels"] = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "IQ2_M")
+    source = {"outtype": "auto", "mmproj": False, "trust_remote_code": False}
+    request = RunRequest(
+        source_request(str(resource(DEMO_MODEL)), source),
+        environment_request(options),
+        imatrix_request(options, extra),
+        levels_request(options),
+    )
+    return perform(request, options)
+
+
+def perform(request: RunRequest, options: dict[str, Any]) -> int:
+    """Run a request and show plan and result; the exit code is 0, or 100 when levels failed."""
+    from rich.console import Console
+
+    from imatrix_runner.cli.documents import print_document, run_document
+    from imatrix_runner.cli.tables import print_plan, print_result
+    from imatrix_runner.process import stop_on_signals
+    from imatrix_runner.workflow.context import Context
+    from imatrix_runner.workflow.plan import Plan
+    from imatrix_runner.workflow.run import run as run_workflow
+
+    dry_run, as_json = options["dry_run"], options["as_json"]
+    with listening(quiet=options["quiet"], verbose=options["verbose"]) as listener:
+        context = Context(listener.sink)
+
+        def show(plan: Plan) -> None:
+            if not dry_run:
+                print_plan(plan, listener.console)
+
+        with stop_on_signals(context.stop):
+            result = run_workflow(request, context, dry_run=dry_run, on_plan=show)
+    failed = result.plan.failing if dry_run else result.failed
+    code = SomeLevelsFailedError.exit_code if failed else 0
+    out = Console(highlight=False, soft_wrap=True)
+    if as_json:
+        print_document(run_document(result, code))
+    elif dry_run:
+        print_plan(result.plan, out)
+    elif not options["quiet"]:
+        print_result(result, out)
+    return code

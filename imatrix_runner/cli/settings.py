@@ -1,0 +1,121 @@
+"""Joins the sources of every option's value (default < file < environment < flag) and shows where each came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from imatrix_runner.config import ENV_PREFIX, FileSettings, check_names, find_settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ORIGINS = {
+    ParameterSource.COMMANDLINE: "command line",
+    ParameterSource.DEFAULT: "default",
+    ParameterSource.DEFAULT_MAP: "file",
+    ParameterSource.ENVIRONMENT: "environment",
+    ParameterSource.PROMPT: "prompt",
+}
+
+
+class Setting(click.Option):
+    """An option that can also come from ``IMATRIX_RUNNER_<NAME>`` and from the settings file."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.envvar = ENV_PREFIX + (self.name or "").upper()
+
+
+def setting(*names: str, **kwargs: Any) -> Callable[[F], F]:
+    """``click.option`` whose value may come from any source."""
+    return click.option(*names, cls=Setting, **kwargs)
+
+
+def apply_settings(ctx: click.Context) -> None:
+    """Give the file's values to every subcommand as defaults (``ctx.default_map``)."""
+    settings = find_settings(Path.cwd())
+    ctx.meta["imatrix_runner.settings"] = settings
+    if not settings.values:
+        return
+    assert isinstance(ctx.command, click.Group)
+    check_names(settings, {name for name, _ in _settings_of(ctx.command, ctx)})
+    ctx.default_map = _defaults(ctx.command, ctx, settings)
+
+
+def _settings_of(group: click.Group, ctx: click.Context) -> Iterator[tuple[str, Setting]]:
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        if isinstance(command, click.Group):
+            yield from _settings_of(command, ctx)
+        elif command is not None:
+            yield from ((option.name or "", option) for option in command.params if isinstance(option, Setting))
+
+
+def _defaults(group: click.Group, ctx: click.Context, settings: FileSettings) -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        if isinstance(command, click.Group):
+            defaults[name] = _defaults(command, ctx, settings)
+        elif command is not None:
+            defaults[name] = {option.name: _value(option, settings) for option in command.params if _has(option, settings)}
+    return defaults
+
+
+def _has(option: click.Parameter, settings: FileSettings) -> bool:
+    return isinstance(option, Setting) and option.name in settings.values
+
+
+def _value(option: click.Parameter, settings: FileSettings) -> Any:
+    value = settings.values[option.name or ""]
+    if isinstance(value, list) and not option.multiple:
+        return ",".join(value)
+    return [value] if option.multiple and not isinstance(value, list) else value
+
+
+class SettingsCommand(click.Command):
+    """A command with ``--show-config``: print every setting, its value and origin, instead of running."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--show-config" in args:
+            for parameter in self.params:
+                if isinstance(parameter, click.Argument):
+                    parameter.required = False
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.params.pop("show_config", False):
+            return print_settings(ctx)
+        return super().invoke(ctx)
+
+
+def print_settings(ctx: click.Context) -> None:
+    """One line per setting of the command at hand."""
+    from rich.console import Console
+    from rich.table import Table
+
+    settings: FileSettings = ctx.find_root().meta["imatrix_runner.settings"]
+    table = Table("Setting", "Value", "From", box=None, pad_edge=False, header_style="bold")
+    for option in ctx.command.params:
+        if not isinstance(option, Setting) or option.name is None:
+            continue
+        source = ctx.get_parameter_source(option.name) or ParameterSource.DEFAULT
+        origin = _ORIGINS.get(source, "default")
+        if source is ParameterSource.DEFAULT_MAP:
+            origin = str(settings.path)
+        elif source is ParameterSource.ENVIRONMENT:
+            origin = f"environment {option.envvar}"
+        table.add_row(option.name.replace("_", "-"), _shown(ctx.params.get(option.name)), origin)
+    Console(soft_wrap=True).print(table)
+
+
+def _shown(value: Any) -> str:
+    if value is None or value in ("", ()):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,60 @@
+"""``status``: every workspace at a glance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imatrix_runner.cli.options import output_options
+from imatrix_runner.cli.settings import SettingsCommand, setting
+
+_STYLES = {"running": "cyan", "resumable": "yellow", "done": "green", "unreadable": "red"}
+
+
+@click.command(cls=SettingsCommand)
+@setting(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("work"),
+    show_default=True,
+    help="Where the workspaces are.",
+)
+@output_options
+def status(work_dir: Path, as_json: bool, **_options: Any) -> int:
+    """List every workspace: what is done, running, resumable, and the command that continues it."""
+    import msgspec
+
+    from imatrix_runner.cli.documents import document, print_document
+    from imatrix_runner.workflow.status import list_workspaces
+
+    found = list_workspaces(work_dir)
+    if as_json:
+        print_document(
+            document("status", exit_code=0, work_dir=str(work_dir), workspaces=msgspec.to_builtins(found, enc_hook=str))
+        )
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from imatrix_runner.files import human_bytes
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not found:
+        console.print(Text(f"No workspace in {work_dir}. Begin with: imatrix-runner run MODEL"))
+        return 0
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("Model", "State", "Imatrix", "Levels", "Size"):
+        table.add_column(heading, justify="right" if heading in ("Levels", "Size") else "left", no_wrap=True)
+    for entry in found:
+        levels = f"{entry.levels_done}/{entry.levels_wanted}" if entry.levels_wanted else str(entry.levels_done)
+        state = Text(entry.state, style=_STYLES[entry.state])
+        table.add_row(entry.model, state, entry.imatrix, levels, human_bytes(entry.n_bytes))
+    console.print(table)
+    for entry in found:
+        for line in (entry.owner, entry.detail, f"continue with: {entry.command}" if entry.command else ""):
+            if line:
+                console.print(Text(f"{entry.model}: {line}"))
+    return 0

@@ -1,0 +1,1 @@
+"""The engine that drives llama.cpp's own programs: argument lists down, parsed lines up."""

@@ -1,0 +1,108 @@
+"""Argument lists for llama.cpp's programs. Pure; what each option does is in llama.cpp's ``common/arg.cpp`` and
+``tools/quantize/quantize.cpp``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from imatrix_runner.engines.base import CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
+from imatrix_runner.process import Command
+from imatrix_runner.toolchain.probe import Toolchain
+
+# llama-imatrix's periodic saves are torn (they happen inside the callback, between two tensors of a chunk), and
+# ``-ofreq 0`` divides by zero: a number no run reaches switches them off.
+NEVER = "1000000000"
+
+# With --no-ppl there is no line per chunk; at this verbosity the collector names the chunk it is in.
+_VERBOSE = "5"
+
+
+def imatrix_command(job: CollectJob, tools: Toolchain) -> Command:
+    """llama-imatrix over one range of chunks."""
+    options = job.options
+    argv = [
+        str(tools.tool("llama-imatrix")),
+        *("-m", str(job.model), "-f", str(job.text), "-o", str(job.out)),
+        *("--output-frequency", NEVER, "--chunk", str(job.chunks.first), "--chunks", str(job.chunks.count)),
+        *_compute(options, tools),
+    ]
+    if options.parse_special:
+        argv.append("--parse-special")
+    if options.process_output:
+        argv.append("--process-output")
+    if not options.ppl:
+        argv += ["--no-ppl", "-lv", _VERBOSE]
+    argv += options.extra
+    return Command(tuple(argv))
+
+
+def _compute(options: CollectOptions, tools: Toolchain) -> list[str]:
+    argv = ["-c", str(options.n_ctx), "-b", str(options.n_batch), "-ub", str(options.n_ubatch)]
+    if options.threads:
+        argv += ["-t", str(options.threads)]
+    if options.n_gpu_layers:
+        argv += ["-ngl", options.n_gpu_layers]
+    explicit = options.n_gpu_layers not in ("", "auto") or not tools.devices
+    if explicit and tools.knows("llama-imatrix", "-fit") and "-fit" not in options.extra:
+        # Fitting to free memory may place layers differently from one segment to the next; it also loads twice.
+        argv += ["-fit", "off"]
+    return argv
+
+
+def tokenize_command(model: Path, text: Path, tools: Toolchain, *, parse_special: bool) -> Command:
+    """llama-tokenize, ids only: it reads the vocabulary, not the weights."""
+    argv = [str(tools.tool("llama-tokenize")), "-m", str(model), "-f", str(text), "--ids"]
+    if not parse_special:
+        argv.append("--no-parse-special")
+    return Command(tuple(argv))
+
+
+def quantize_command(job: QuantizeJob, tools: Toolchain, *, dry_run: bool = False) -> Command:
+    """llama-quantize for one level.
+
+    It runs in the imatrix's directory and is given its bare name: the path goes into the output's metadata
+    (``quantize.imatrix.file``), where a user's folders have no business and would make equal jobs differ.
+    """
+    argv = [str(tools.tool("llama-quantize")), *quantize_options(job.options)]
+    if job.imatrix is not None:
+        argv += ["--imatrix", job.imatrix.name]
+    if dry_run:
+        argv.append("--dry-run")
+    argv.append(str(job.source))
+    if not dry_run:
+        argv.append(str(job.out))
+    argv.append(job.ftype)
+    if job.threads:
+        argv.append(str(job.threads))
+    return Command(tuple(argv), cwd=job.imatrix.parent if job.imatrix is not None else None)
+
+
+def quantize_options(options: QuantizeOptions) -> list[str]:
+    """The options of :class:`QuantizeOptions` as llama-quantize spells them, in a fixed order."""
+    argv: list[str] = []
+    for name, on in (
+        ("--allow-requantize", options.allow_requantize),
+        ("--leave-output-tensor", options.leave_output_tensor),
+        ("--pure", options.pure),
+        ("--keep-split", options.keep_split),
+    ):
+        if on:
+            argv.append(name)
+    for name, values in (
+        ("--include-weights", options.include_weights),
+        ("--exclude-weights", options.exclude_weights),
+        ("--tensor-type", options.tensor_types),
+        ("--override-kv", options.override_kv),
+    ):
+        for value in values:
+            argv += [name, value]
+    for name, single in (
+        ("--output-tensor-type", options.output_tensor_type),
+        ("--token-embedding-type", options.token_embedding_type),
+        ("--tensor-type-file", str(options.tensor_type_file) if options.tensor_type_file else ""),
+        ("--prune-layers", options.prune_layers),
+        ("--max-buffer-size", str(options.max_buffer_size) if options.max_buffer_size else ""),
+    ):
+        if single:
+            argv += [name, single]
+    return argv

@@ -1,0 +1,111 @@
+"""llama-imatrix, llama-quantize and llama-tokenize behind the :class:`~imatrix_runner.engines.base.Engine` contract."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from imatrix_runner.engines.base import Collected, CollectJob, DryRun, Quantized, QuantizeJob
+from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, tokenize_command
+from imatrix_runner.engines.binaries.lines import ImatrixOutput, QuantizeOutput, parse_token_ids
+from imatrix_runner.engines.binaries.messages import explain
+from imatrix_runner.errors import EngineError, InvalidDataError
+from imatrix_runner.events import Metric, Progress, Sink
+from imatrix_runner.process import Runner
+from imatrix_runner.toolchain.probe import Toolchain
+
+
+class BinariesEngine:
+    """Drives the programs of one located toolchain through one :class:`~imatrix_runner.process.Runner`."""
+
+    name = "binaries"
+
+    def __init__(self, toolchain: Toolchain, runner: Runner) -> None:
+        self.toolchain = toolchain
+        self._runner = runner
+
+    def identity(self) -> str:
+        return self.toolchain.identity()
+
+    def count_tokens(self, model: Path, text: Path, *, parse_special: bool, log: Path | None) -> int:
+        """Count with llama-tokenize, which reads the vocabulary only."""
+        pieces: list[str] = []
+
+        def keep(stream: str, piece: str) -> None:
+            if stream == "stdout":
+                pieces.append(piece)
+
+        with _as_imatrix_reads(text) as prompt:
+            command = tokenize_command(model, prompt, self.toolchain, parse_special=parse_special)
+            outcome = self._runner.run(command, log=log, on_text=keep)
+        if not outcome.ok:
+            raise explain(outcome, f"The calibration text {text.name} could not be tokenised")
+        try:
+            return parse_token_ids("".join(pieces))
+        except ValueError as error:
+            raise EngineError(
+                "llama-tokenize gave no tokens", str(error), "Check the toolchain: imatrix-runner doctor"
+            ) from error
+
+    def collect(self, job: CollectJob, sink: Sink) -> Collected:
+        output = ImatrixOutput()
+        began = time.monotonic()
+        loaded_at = began
+
+        def follow(stream: str, piece: str) -> None:
+            nonlocal loaded_at
+            was_loaded = output.loaded
+            if not output.feed(stream, piece):
+                return
+            if output.loaded and not was_loaded:
+                loaded_at = time.monotonic()
+            if output.ppl is not None:
+                sink(Metric(job.step, "ppl", output.ppl))
+            sink(Progress(job.step, min(output.done, job.chunks.count), job.chunks.count))
+
+        outcome = self._runner.run(imatrix_command(job, self.toolchain), log=job.log, on_text=follow)
+        if not outcome.ok:
+            raise explain(outcome, "llama-imatrix failed", writes=job.out)
+        if output.n_chunks is not None and output.n_chunks != job.chunks.count:
+            raise InvalidDataError(
+                f"llama-imatrix computed {output.n_chunks} chunks instead of {job.chunks.count}",
+                "the calibration text is shorter than it was when it was counted",
+                "Run the same command again.",
+            )
+        return Collected(outcome.seconds, loaded_at - began, output.ppl)
+
+    def dry_run(self, job: QuantizeJob) -> DryRun:
+        output = QuantizeOutput()
+        outcome = self._runner.run(quantize_command(job, self.toolchain, dry_run=True), log=job.log, on_text=output.feed)
+        if not outcome.ok:
+            raise explain(outcome, f"llama-quantize cannot plan {job.ftype}")
+        return output.as_dry_run()
+
+    def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized:
+        output = QuantizeOutput()
+
+        def follow(stream: str, piece: str) -> None:
+            if output.feed(stream, piece):
+                sink(Progress(job.step, output.elements, note=f"{output.index}/{output.total} {output.tensor}"))
+
+        outcome = self._runner.run(quantize_command(job, self.toolchain), log=job.log, on_text=follow)
+        if not outcome.ok:
+            raise explain(outcome, f"llama-quantize failed on {job.ftype}", writes=job.out)
+        return Quantized(outcome.seconds, tuple(output.fallbacks), tuple(output.without_weights))
+
+
+@contextmanager
+def _as_imatrix_reads(text: Path) -> Iterator[Path]:
+    """llama-imatrix drops one trailing newline of its ``-f`` file, llama-tokenize reads every byte; one token can decide
+    whether the last chunk is whole."""
+    data = text.read_bytes()
+    if not data.endswith(b"\n"):
+        yield text
+        return
+    with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as folder:
+        copy = Path(folder) / "text"
+        copy.write_bytes(data[:-1])
+        yield copy

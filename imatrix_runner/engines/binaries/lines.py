@@ -1,0 +1,149 @@
+"""Parsers for what llama.cpp's programs print. They take text in pieces, as it comes through a pipe."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from imatrix_runner.engines.base import DryRun, Fallback
+
+# tools/imatrix/imatrix.cpp: LOG("[%d]%.4lf,", chunk, ppl) on stdout, without line ends.
+_CHUNK = re.compile(r"\[(\d+)\]([-+\w.]+),")
+_LOADED = "compute_imatrix: tokenizing the input"
+_COMPUTING = re.compile(r"computing over (\d+) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)")
+# LOG_DBGV(2, "%s[%d]: %32s, ..."), "collect_imatrix", last_chunk: the chunk being collected, at high verbosity.
+_COLLECTING = re.compile(r"collect_imatrix\[(\d+)\]:")
+
+# src/llama-quant.cpp, one line a tensor, printed in pieces.
+_TENSOR = re.compile(
+    r"^\[\s*(?P<index>\d+)/\s*(?P<total>\d+)\]\s+(?P<name>\S+)\s+- \[(?P<shape>[\s\d,]+)\], type =\s*(?P<type>\S+),"
+)
+_CONVERTING = re.compile(r"converting to (\S+) \.\.")
+_DRY_TYPE = re.compile(r"size =\s*[\d.]+ MiB ->\s*[\d.]+ MiB \((\S+)\)")
+_SIZE = re.compile(r"size =\s*[\d.]+ MiB")
+_FALLBACK = re.compile(
+    r"warning: (\S+)\s+- ncols\s+\d+ not divisible by\s+\d+ \(required for type\s+(\S+)\).*-> falling back to\s+(\S+)"
+)
+_NO_WEIGHTS = re.compile(r"did not find weights for (\S+)")
+_NEEDS_IMATRIX = "will require an imatrix!"
+
+
+class Lines:
+    """Cuts pieces into complete lines; ``partial`` is what has come of the next one."""
+
+    def __init__(self) -> None:
+        self.partial = ""
+
+    def feed(self, text: str) -> Iterator[str]:
+        *whole, self.partial = (self.partial + text).split("\n")
+        yield from (line.rstrip("\r") for line in whole)
+
+
+@dataclass
+class ImatrixOutput:
+    """Follows one llama-imatrix run. ``done`` counts finished chunks; ``ppl`` is the running perplexity of this run."""
+
+    done: int = 0
+    ppl: float | None = None
+    loaded: bool = False
+    n_chunks: int | None = None
+    _stdout: str = ""
+    _stderr: Lines = field(default_factory=Lines)
+
+    def feed(self, stream: str, text: str) -> bool:
+        """Take a piece; true if something changed that is worth telling."""
+        before = (self.done, self.ppl, self.loaded)
+        if stream == "stdout":
+            self._stdout += text
+            for match in _CHUNK.finditer(self._stdout):
+                self.done, self.ppl = int(match[1]), _number(match[2])
+            # Keep what may be the beginning of the next "[n]ppl,".
+            self._stdout = self._stdout[self._stdout.rfind("[") :] if "[" in self._stdout else ""
+            if len(self._stdout) > 256 or _CHUNK.match(self._stdout):
+                self._stdout = ""
+        else:
+            for line in self._stderr.feed(text):
+                self._line(line)
+        return (self.done, self.ppl, self.loaded) != before
+
+    def _line(self, line: str) -> None:
+        if _LOADED in line:
+            self.loaded = True
+        elif match := _COMPUTING.search(line):
+            self.n_chunks = int(match[1])
+        elif match := _COLLECTING.search(line):
+            self.done = max(self.done, int(match[1]))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+@dataclass
+class QuantizeOutput:
+    """Follows one llama-quantize run, real or dry.
+
+    ``elements`` counts the weights of finished tensors; ``tensor`` is the one being worked on.
+    """
+
+    elements: int = 0
+    index: int = 0
+    total: int = 0
+    tensor: str = ""
+    types: dict[str, str] = field(default_factory=dict)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    without_weights: list[str] = field(default_factory=list)
+    needs_imatrix: bool = False
+    _lines: Lines = field(default_factory=Lines)
+    _current: int = 0
+
+    def feed(self, stream: str, text: str) -> bool:
+        """Take a piece of stderr (stdout carries nothing of interest); true if a tensor began or ended."""
+        if stream != "stderr":
+            return False
+        before = (self.index, self.elements)
+        for line in self._lines.feed(text):
+            self._line(line)
+        if (match := _TENSOR.match(self._lines.partial)) and int(match["index"]) != self.index:
+            self._begin(match)
+        return (self.index, self.elements) != before
+
+    def _line(self, line: str) -> None:
+        if match := _TENSOR.match(line):
+            if int(match["index"]) != self.index:
+                self._begin(match)
+            line = line[match.end() :]
+        elif match := _FALLBACK.search(line):
+            self.fallbacks.append(Fallback(match[1], match[2], match[3]))
+        elif match := _NO_WEIGHTS.search(line):
+            self.without_weights.append(match[1])
+        elif _NEEDS_IMATRIX in line:
+            self.needs_imatrix = True
+        if self._current:
+            if match := _CONVERTING.search(line) or _DRY_TYPE.search(line):
+                self.types[self.tensor] = match[1]
+            if _SIZE.search(line):
+                self.elements += self._current
+                self._current = 0
+
+    def _begin(self, match: re.Match[str]) -> None:
+        self.index, self.total, self.tensor = int(match["index"]), int(match["total"]), match["name"]
+        self._current = math.prod(int(extent) for extent in match["shape"].split(","))
+        self.types[self.tensor] = match["type"]
+
+    def as_dry_run(self) -> DryRun:
+        return DryRun(dict(self.types), tuple(self.fallbacks), self.needs_imatrix)
+
+
+def parse_token_ids(stdout: str) -> int:
+    """How many ids are in llama-tokenize's ``--ids`` list, e.g. ``[1, 15043]``. Raises ``ValueError`` if there is none."""
+    begin, end = stdout.find("["), stdout.rfind("]")
+    if begin < 0 or end < begin:
+        raise ValueError("no list of token ids in the output")
+    inside = stdout[begin + 1 : end].strip()
+    return inside.count(",") + 1 if inside else 0

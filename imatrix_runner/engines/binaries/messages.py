@@ -1,0 +1,178 @@
+"""What llama.cpp's messages mean and what to do about them: the one table.
+
+Each row was read in llama.cpp's sources; ``{1}`` and so on are the groups of its pattern. The first row that matches
+any line of a failed child's output wins, so the specific stand before the general.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, UsageError
+from imatrix_runner.files import existing_parent, free_bytes, human_bytes
+from imatrix_runner.process import Outcome, relevant_lines
+
+
+@dataclass(frozen=True)
+class Known:
+    pattern: re.Pattern[str]
+    error: type[RunnerError]
+    why: str
+    todo: str
+
+
+def _known(pattern: str, error: type[RunnerError], why: str, todo: str) -> Known:
+    return Known(re.compile(pattern), error, why, todo)
+
+
+_ANOTHER_MATRIX = "Use an imatrix made from this very model: imatrix-runner run MODEL --imatrix generate"
+_TOOLS_BUILD = "Build the current tools with: imatrix-runner tools build"
+
+KNOWN: tuple[Known, ...] = (
+    _known(
+        r"- offending tensor: (\S+)",
+        InvalidDataError,
+        "tensor {1} would get a type that cannot do without an importance matrix",
+        "Give one with --imatrix FILE, or let one be made with --imatrix generate.",
+    ),
+    _known(
+        r"Missing importance matrix for tensor (\S+) in a very low-bit",
+        InvalidDataError,
+        "the imatrix has no data for tensor {1}, and its type cannot do without",
+        "Choose a level of 3 bits or more, or pin it: --tensor-type {1}=q4_k",
+    ),
+    _known(
+        r"imatrix size (\d+) is different from tensor size (\d+) for (\S+)",
+        InvalidDataError,
+        "the imatrix holds {1} values for {3}, the model needs {2}: it was made from another model",
+        _ANOTHER_MATRIX,
+    ),
+    _known(
+        r"imatrix contains non-finite value",
+        InvalidDataError,
+        "the imatrix holds NaN or infinite values",
+        _ANOTHER_MATRIX,
+    ),
+    _known(
+        r"load_imatrix: failed to load imatrix from|missing imatrix metadata in file",
+        InvalidDataError,
+        "llama-quantize cannot read the imatrix",
+        _ANOTHER_MATRIX,
+    ),
+    _known(
+        r"requantizing from type (\S+) is disabled",
+        InvalidDataError,
+        "the source is already quantised ({1})",
+        "Start from the BF16 or F16 model, or accept the loss with --allow-requantize.",
+    ),
+    _known(
+        r"unknown model architecture: '([^']*)'",
+        ToolchainError,
+        "these llama.cpp tools do not know the architecture {1}",
+        _TOOLS_BUILD,
+    ),
+    _known(
+        r"unknown pre-tokenizer type: '([^']*)'",
+        ToolchainError,
+        "these llama.cpp tools do not know the tokenizer {1}",
+        _TOOLS_BUILD,
+    ),
+    _known(
+        r"invalid (?:output file type|ftype) '?([^'\s]*)",
+        ToolchainError,
+        "these llama.cpp tools do not offer that type ({1})",
+        "See what they offer with: imatrix-runner tools locate",
+    ),
+    _known(
+        r"non-finite values detected in (\S+)",
+        InvalidDataError,
+        "the activations that reach {1} are NaN or infinite: the model's weights are damaged or overflow in this type",
+        "Try the model's BF16 file; if that fails too, download it again.",
+    ),
+    _known(
+        r"tensor '([^']*)' has invalid data|(?:quantized data validation failed)",
+        InvalidDataError,
+        "the weights (or what they became) hold NaN or infinite values, or a type does not fit the shape {1}",
+        "Check the source file; with --output-tensor-type or --token-embedding-type choose q8_0 or f16.",
+    ),
+    _known(
+        r"you need at least (\d+) tokens for a context of (\d+)",
+        InvalidDataError,
+        "the calibration text is too short: at least {1} tokens are needed",
+        "Give a longer text with -f, or a smaller context with -c.",
+    ),
+    _known(
+        r"error: invalid argument: (\S+)",
+        UsageError,
+        "these llama.cpp tools do not know the option {1}",
+        "See their options with: llama-imatrix --help",
+    ),
+    _known(
+        r"error while handling argument \"([^\"]*)\": (.*)",
+        UsageError,
+        "llama.cpp does not accept {1}: {2}",
+        "Correct the option and run the command again.",
+    ),
+    _known(
+        r"(?:cudaMalloc failed|ErrorOutOfDeviceMemory|failed to allocate (\S+) buffer|unable to allocate .* buffer)",
+        EngineError,
+        "the GPU (or the machine) has not enough memory for the model",
+        "Offload fewer layers, for example -ngl 20 (or -ngl 0), or take smaller batches with -b 512.",
+    ),
+    _known(
+        r"(?:std::bad_alloc|cannot allocate memory|failed to allocate)",
+        EngineError,
+        "the machine has not enough memory",
+        "Close other programs; for quantising use --jobs 1 and --max-buffer-size 512, for an imatrix -b 512.",
+    ),
+    _known(
+        r"error while loading shared libraries: ([^:]+)",
+        ToolchainError,
+        "the library {1} is missing on this machine",
+        _TOOLS_BUILD,
+    ),
+    _known(
+        r"(?:tensor '[^']*' data is not within the file bounds|invalid magic|failed to load model|failed to init)",
+        InvalidDataError,
+        "llama.cpp cannot load the model",
+        "The log tells more; check that the file is complete, or update the tools: imatrix-runner tools build",
+    ),
+)
+
+
+def explain(outcome: Outcome, what: str, *, writes: Path | None = None, needs: int = 0) -> RunnerError:
+    """The error for a failed child. ``writes`` is where it was writing and ``needs`` the bytes still wanted there:
+    llama.cpp says a full disk as "iostream error"."""
+    text = "\n".join(outcome.tail)
+    if writes is not None and (full := _disk_full(text, what, writes, needs)):
+        return full
+    if outcome.returncode >= 0 and not outcome.hung:
+        for known in KNOWN:
+            if match := known.pattern.search(text):
+                groups = [group or "" for group in (match[0], *match.groups())]
+                return known.error(what, known.why.format(*groups), known.todo.format(*groups) + _log_hint(outcome))
+    last = " / ".join(relevant_lines(outcome.tail, 3)) or "it said nothing"
+    todo = "Offload less to the GPU or close other programs, then run the same command again: it continues."
+    if outcome.hung:
+        todo = "Run the same command again: it continues. A slow machine may need a longer --timeout."
+    elif outcome.returncode >= 0:
+        todo = "Read the log."
+    return EngineError(what, f"{outcome.ending()}; {last}", todo + _log_hint(outcome))
+
+
+def _log_hint(outcome: Outcome) -> str:
+    return f" Full log: {outcome.log}" if outcome.log else ""
+
+
+def _disk_full(text: str, what: str, writes: Path, needs: int) -> NoSpaceError | None:
+    said = "iostream error" in text or "No space left on device" in text or "Disk quota exceeded" in text
+    free = free_bytes(writes)
+    if not said or free > max(needs, 1 << 20):
+        return None
+    return NoSpaceError(
+        what,
+        f"the disk became full: {human_bytes(needs)} needed, {human_bytes(free)} free at {existing_parent(writes)}",
+        "Free some space, or choose another disk with --work-dir, then run the same command again: it continues.",
+    )

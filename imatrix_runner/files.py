@@ -1,0 +1,165 @@
+"""Files: written whole or not at all, recognised by content, and never more than the disk holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import msgspec
+
+from imatrix_runner.errors import InvalidDataError, NoSpaceError, from_os_error
+
+T = TypeVar("T")
+
+PART = ".part"
+_BLOCK = 8 << 20
+
+
+def part_path(final: Path) -> Path:
+    """Where a file that will be named ``final`` grows: beside it, so that the rename is atomic."""
+    return final.with_name(f".{final.name}{PART}")
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the disk, whoever wrote them."""
+    # Windows flushes only through a handle that may write.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside ``path`` durable; a no-op where directories cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(part: Path, final: Path) -> None:
+    """Give the complete and verified ``part`` its final name, durably."""
+    try:
+        sync_file(part)
+        part.replace(final)
+        sync_directory(final.parent)
+    except OSError as error:
+        raise from_os_error(error, f"giving {final.name} its name", final) from error
+
+
+@contextmanager
+def atomic_writer(final: Path) -> Iterator[IO[bytes]]:
+    """Write ``final`` through a temporary sibling: on any error nothing appears and nothing stays behind."""
+    part = part_path(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(final)
+        sync_directory(final.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise from_os_error(error, f"writing {final.name}", final) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a dataclass, struct or plain value as indented JSON, atomically."""
+    with atomic_writer(path) as handle:
+        handle.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def read_json(path: Path, kind: type[T], *, limit: int = 64 << 20) -> T:
+    """Read JSON of a known shape; anything else is an :class:`InvalidDataError` that names the file."""
+    try:
+        if path.stat().st_size > limit:
+            raise InvalidDataError(f"{path} is too large", f"more than {limit} bytes of JSON", "Move it away and try again.")
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise from_os_error(error, f"reading {path.name}", path) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidDataError(f"{path} cannot be read", str(error), "Move it away: it will be made again.") from error
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What the file system says about a file: a change of content without a change here is deliberate deceit."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+def stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The hex SHA-256 of a file's content; ``on_bytes`` hears of every block (and may raise to stop)."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as handle:
+            while block := handle.read(_BLOCK):
+                digest.update(block)
+                if on_bytes is not None:
+                    on_bytes(len(block))
+    except OSError as error:
+        raise from_os_error(error, f"reading {path.name}", path) from error
+    return digest.hexdigest()
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest directory at or above ``path`` that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes an ordinary user may still write on the file system that holds, or will hold, ``path``."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def require_space(path: Path, need: int, what: str) -> None:
+    """Raise :class:`NoSpaceError` unless ``need`` bytes fit where ``path`` is or will be."""
+    free = free_bytes(path)
+    if need > free:
+        raise NoSpaceError(
+            f"Not enough disk space for {what}",
+            f"{human_bytes(need)} needed, {human_bytes(free)} free at {existing_parent(path)}",
+            "Free some space, ask for fewer levels, or choose another disk with --work-dir.",
+        )
+
+
+def human_bytes(count: float) -> str:
+    """``1536`` -> ``1.50 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """``3725`` -> ``1:02:05``; under a minute ``4.2 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

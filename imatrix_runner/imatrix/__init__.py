@@ -1,0 +1,1 @@
+"""Importance matrices: the value, its file formats, and how one is collected."""

@@ -1,0 +1,262 @@
+"""Collecting an imatrix in chunk ranges that add up exactly, whichever engine computes them.
+
+llama-imatrix's own mid-run saves are torn, so a range is only ever taken from a run that ended well; each is a complete
+file of its own. The final matrix is their sum in float64, in order: an interrupted collection and an undisturbed one go
+through the same ranges and therefore end with the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from imatrix_runner.calibration.corpus import Corpus, stage
+from imatrix_runner.engines.base import ChunkRange, Collected, CollectJob, CollectOptions, Engine
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.events import Event, Finished, Metric, Notice, Progress, Saved, Sink, Started, warning
+from imatrix_runner.files import human_seconds, sha256, stamp
+from imatrix_runner.imatrix.formats import read, write_gguf
+from imatrix_runner.imatrix.matrix import Matrix, add, problems
+from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
+from imatrix_runner.workspace import Workspace
+
+STEP = "imatrix"
+
+# For the size of ranges only, where it must be the same in every run and so may not be measured: what starting and reading
+# cost, and what machines compute, in orders of magnitude.
+_START_SECONDS = 0.3
+_LOAD_BYTES_PER_SECOND = 1.5e9
+_CPU_FLOPS = 2e11
+_GPU_FLOPS = 2e13
+_RELOAD_SHARE = 0.03
+_LEAST_RANGE = 10
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The ranges to compute, in order; ``snapshots``: after how many chunks a whole intermediate file is left."""
+
+    ranges: tuple[ChunkRange, ...]
+    snapshots: tuple[int, ...]
+    n_tokens: int
+
+    @property
+    def n_chunks(self) -> int:
+        return sum(piece.count for piece in self.ranges)
+
+    def describe(self) -> str:
+        return ",".join(f"{piece.first}-{piece.end}" for piece in self.ranges)
+
+
+def range_chunks(n_params: int, n_bytes: int, options: CollectOptions, *, gpu: bool) -> int:
+    """How many chunks a range should have so that loading the model costs about 3 % of computing it.
+
+    Depends only on the model and the options, never on a clock. ``n_params`` are those active per token.
+    """
+    load = _START_SECONDS + n_bytes / _LOAD_BYTES_PER_SECOND
+    chunk = 2 * n_params * options.n_ctx / (_GPU_FLOPS if gpu else _CPU_FLOPS)
+    at_once = max(1, options.n_batch // options.n_ctx)
+    return math.ceil(max(_LEAST_RANGE, load / _RELOAD_SHARE / chunk) / at_once) * at_once
+
+
+def plan_chunks(
+    n_tokens: int, n_ctx: int, *, first: int = 0, limit: int | None = None, range_size: int, save_frequency: int = 0
+) -> ChunkPlan:
+    """Cut the text into ranges.
+
+    ``first`` chunks are skipped, at most ``limit`` computed. llama-imatrix starts at chunk K > 0 only if
+    ``(K + 2) * n_ctx < n_tokens``, so the tail joins the range before it. Raises :class:`InvalidDataError` if the text is
+    too short.
+    """
+    in_text = n_tokens // n_ctx
+
+    def can_start(chunk: int) -> bool:
+        return chunk == 0 or (chunk + 2) * n_ctx < n_tokens
+
+    if in_text < 2 or not can_start(first):
+        skipped = f", of which {first} are to be skipped" if first else ""
+        raise InvalidDataError(
+            "The calibration text is too short",
+            f"it has {n_tokens} tokens, {in_text} chunks of {n_ctx}{skipped}; at least 2 must remain",
+            "Give a longer text with -f, a smaller context with -c, or a smaller --chunk.",
+        )
+    count = in_text - first if limit is None else min(limit, in_text - first)
+    marks = set(range(range_size, count, range_size))
+    snapshots = (
+        [done for done in range(save_frequency, count, save_frequency) if can_start(first + done)] if save_frequency else []
+    )
+    starts = sorted({0, *(mark for mark in marks if can_start(first + mark)), *snapshots})
+    ends = [*starts[1:], count]
+    ranges = tuple(ChunkRange(first + begin, end - begin) for begin, end in zip(starts, ends, strict=True))
+    return ChunkPlan(ranges, tuple(snapshots), n_tokens)
+
+
+@dataclass(frozen=True)
+class CollectRequest:
+    """A matrix to make: of which model and text, how, cut how, and where it goes."""
+
+    model: Path
+    corpus: Corpus
+    options: CollectOptions
+    plan: ChunkPlan
+    out: Path
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CollectResult:
+    """The finished matrix, and what making it measured in this run."""
+
+    matrix: Matrix
+    seconds: float
+    load_seconds: float
+    reused_chunks: int
+    ppl: float | None
+
+
+class _RunningPerplexity:
+    """Joins the perplexities of ranges: each chunk counts equally many tokens, so their logarithms average."""
+
+    def __init__(self) -> None:
+        self._chunks, self._nll = 0, 0.0
+
+    def with_range(self, chunks: int, ppl: float | None) -> float | None:
+        if ppl is None or not chunks or not ppl > 0:
+            return None
+        return math.exp((self._nll + chunks * math.log(ppl)) / (self._chunks + chunks))
+
+    def close_range(self, chunks: int, ppl: float | None) -> None:
+        if ppl is not None and ppl > 0:
+            self._chunks += chunks
+            self._nll += chunks * math.log(ppl)
+
+    @property
+    def value(self) -> float | None:
+        return math.exp(self._nll / self._chunks) if self._chunks else None
+
+
+def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journal: Journal, sink: Sink) -> CollectResult:
+    """Compute every range not yet there, verify each, sum them and write ``request.out`` atomically."""
+    plan = request.plan
+    text = workspace.parts / "calibration.txt"
+    sink(Started(STEP, f"imatrix, {plan.n_chunks} chunks", plan.n_chunks, "chunks"))
+    perplexity = _RunningPerplexity()
+    seconds = load_seconds = 0.0
+    done = reused = 0
+    so_far: list[Matrix] = []
+    for piece in plan.ranges:
+        step = f"{STEP}-{piece.first:06d}-{piece.end:06d}"
+        part = workspace.parts / f"{step}.gguf"
+        matrix, ppl = _kept(step, part, request, workspace, journal, piece)
+        if matrix is None:
+            if not text.exists() or sha256(text) != request.corpus.sha256:
+                stage(request.corpus, text)
+            job = CollectJob(step, request.model, text, part, piece, request.options, workspace.log(STEP))
+            collected = engine.collect(job, _relay(sink, done, plan.n_chunks, perplexity))
+            matrix, ppl = _check(part, piece, request.options.n_ctx), collected.ppl
+            _record(step, part, request, workspace, journal, collected)
+            seconds += collected.seconds
+            load_seconds += collected.load_seconds
+        else:
+            reused += piece.count
+        perplexity.close_range(piece.count, ppl)
+        done += piece.count
+        so_far = [add([*so_far, matrix])]
+        sink(Progress(STEP, done, plan.n_chunks, _note(perplexity.value)))
+        if done in plan.snapshots:
+            snapshot = request.out.with_name(f"{request.out.name}.at_{done}")
+            write_gguf(_named(so_far[0], request), snapshot)
+            sink(Saved(str(snapshot), f"imatrix of the first {done} chunks", snapshot.stat().st_size))
+    result = _named(so_far[0], request)
+    write_gguf(result, request.out)
+    _advise(plan, seconds, load_seconds, sink)
+    detail = f"{plan.n_chunks} chunks, {len(result.entries)} entries" + (f", {reused} chunks kept" if reused else "")
+    sink(Finished(STEP, "done", detail, seconds))
+    return CollectResult(result, seconds, load_seconds, reused, perplexity.value)
+
+
+def clean_parts(workspace: Workspace, journal: Journal) -> None:
+    """Forget the ranges once the final file is recorded: they have served."""
+    for step in [name for name in journal.steps() if name.startswith(f"{STEP}-")]:
+        journal.forget(step)
+    if workspace.parts.is_dir():
+        for path in workspace.parts.iterdir():
+            path.unlink()
+        workspace.parts.rmdir()
+
+
+def _kept(
+    step: str, part: Path, request: CollectRequest, workspace: Workspace, journal: Journal, piece: ChunkRange
+) -> tuple[Matrix | None, float | None]:
+    record = journal.get(step)
+    if record is None or differences(record, request.inputs) or not outputs_intact(record, workspace.root):
+        return None, None
+    ppl = record.facts.get("ppl")
+    return _check(part, piece, request.options.n_ctx), ppl if isinstance(ppl, float) else None
+
+
+def _record(
+    step: str, part: Path, request: CollectRequest, workspace: Workspace, journal: Journal, collected: Collected
+) -> None:
+    name = str(part.relative_to(workspace.root))
+    facts: dict[str, object] = {"ppl": collected.ppl}
+    journal.record(
+        step, Record.now(request.inputs, [Output(name, stamp(part))], "part of the imatrix", collected.seconds, facts=facts)
+    )
+
+
+def _check(part: Path, piece: ChunkRange, n_ctx: int) -> Matrix:
+    """A range counts only if its file is whole: the tool ignores write errors and still exits with 0."""
+    matrix = read(part).matrix
+    bad = problems(matrix)
+    # A weight used twice in one graph counts twice, so whole multiples are right too.
+    if not bad and (matrix.chunk_count < piece.count or matrix.chunk_count % piece.count):
+        bad = [f"it holds {matrix.chunk_count} chunks instead of {piece.count}"]
+    if not bad and matrix.chunk_size != n_ctx:
+        bad = [f"its chunks have {matrix.chunk_size} tokens instead of {n_ctx}"]
+    if bad:
+        part.unlink(missing_ok=True)
+        raise InvalidDataError(
+            f"The imatrix of chunks {piece.first} to {piece.end - 1} is not usable",
+            "; ".join(bad[:3]),
+            "If it holds NaN, the model overflows: try its BF16 file. Otherwise check the disk and run the same command again.",
+        )
+    return matrix
+
+
+def _named(matrix: Matrix, request: CollectRequest) -> Matrix:
+    """With the text's own name: ranges were read from a staged copy, and a user's folders are nobody's business."""
+    return Matrix(matrix.entries, matrix.chunk_size, matrix.chunk_count, (request.corpus.name,))
+
+
+def _relay(sink: Sink, base: int, total: int, perplexity: _RunningPerplexity) -> Sink:
+    """Turns the events of one range into those of the whole collection."""
+    last: float | None = None
+
+    def relay(event: Event) -> None:
+        nonlocal last
+        if isinstance(event, Metric) and event.name == "ppl":
+            last = event.value
+        elif isinstance(event, Progress):
+            sink(Progress(STEP, base + event.done, total, _note(perplexity.with_range(int(event.done), last))))
+        elif isinstance(event, (Notice, Saved)):
+            sink(event)
+
+    return relay
+
+
+def _note(ppl: float | None) -> str:
+    return f"PPL {ppl:.4f}" if ppl is not None else ""
+
+
+def _advise(plan: ChunkPlan, seconds: float, load_seconds: float, sink: Sink) -> None:
+    if len(plan.ranges) > 1 and seconds > 60 and load_seconds > _RELOAD_SHARE * seconds:
+        share = 100 * load_seconds / seconds
+        sink(
+            warning(
+                f"Loading the model for each of {len(plan.ranges)} ranges took {human_seconds(load_seconds)}, {share:.0f} % of "
+                "the time; a larger --output-frequency saves most of it, at the price of losing more when interrupted."
+            )
+        )

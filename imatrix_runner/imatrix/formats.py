@@ -1,0 +1,193 @@
+"""Imatrix files: GGUF (current llama-imatrix) and the legacy ``.dat``, told apart by content, never by name.
+
+Both are untrusted input: every length is checked against the file's size before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.files import part_path, publish
+from imatrix_runner.imatrix.matrix import Entry, Matrix
+from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, read_header
+
+Format = Literal["gguf", "dat"]
+
+SUMS = ".in_sum2"
+COUNTS = ".counts"
+DATASETS = "imatrix.datasets"
+CHUNK_COUNT = "imatrix.chunk_count"
+CHUNK_SIZE = "imatrix.chunk_size"
+
+_MAX_ENTRIES = 1 << 20
+_MAX_NAME = 1 << 10
+
+
+@dataclass(frozen=True)
+class MatrixFile:
+    """An imatrix and what kind of file it was read from."""
+
+    path: Path
+    format: Format
+    matrix: Matrix
+
+    def describe(self) -> str:
+        """``GGUF, 36 entries, 125 chunks of 512 tokens, dataset code.txt``."""
+        matrix = self.matrix
+        size = f" of {matrix.chunk_size} tokens" if matrix.chunk_size else ""
+        names = ", ".join(Path(name).name for name in matrix.datasets) or "dataset unknown"
+        kind = "GGUF" if self.format == "gguf" else "legacy .dat"
+        return f"{kind}, {len(matrix.entries)} entries, {matrix.chunk_count} chunks{size}, {names}"
+
+
+def read(path: Path) -> MatrixFile:
+    """Read an imatrix of either format. Raises :class:`InvalidDataError`, which says what the file is instead."""
+    try:
+        with path.open("rb") as handle:
+            magic = handle.read(4)
+    except OSError as error:
+        raise _bad(path, error.strerror or str(error), "Give the path of an imatrix file.") from error
+    if magic == b"GGUF":
+        return MatrixFile(path, "gguf", _read_gguf(path))
+    if not magic.strip(b"\0"):
+        raise _bad(path, "the file is empty or filled with zeros: an interrupted download or save left it")
+    return MatrixFile(path, "dat", _read_dat(path))
+
+
+def _bad(
+    path: Path, why: str, todo: str = "Give another file, or let one be made with --imatrix generate."
+) -> InvalidDataError:
+    return InvalidDataError(f"{path} is not a usable imatrix", why, todo)
+
+
+def _read_gguf(path: Path) -> Matrix:
+    header = read_header(path)
+    sums = {tensor.name[: -len(SUMS)]: tensor for tensor in header.tensors if tensor.name.endswith(SUMS)}
+    counts = {tensor.name[: -len(COUNTS)]: tensor for tensor in header.tensors if tensor.name.endswith(COUNTS)}
+    if not sums:
+        kind = header.metadata.get("general.architecture")
+        raise _bad(path, f"it is a GGUF of model weights ({kind})" if kind else "it is a GGUF without imatrix data")
+    if sums.keys() != counts.keys():
+        odd = sorted(sums.keys() ^ counts.keys())[0]
+        raise _bad(path, f"{odd} has sums without counts, or counts without sums")
+    missing = [key for key in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if key not in header.metadata]
+    if missing:
+        raise _bad(path, f"the metadata key {missing[0]} is missing, and llama-quantize would refuse it")
+    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        entries = {name: _gguf_entry(path, header, view, name, sums[name], counts[name]) for name in sorted(sums)}
+    datasets = header.metadata[DATASETS]
+    if not isinstance(datasets, (list, tuple)):
+        raise _bad(path, f"{DATASETS} is not a list of names")
+    return Matrix(
+        entries, _whole(path, header, CHUNK_SIZE), _whole(path, header, CHUNK_COUNT), tuple(str(name) for name in datasets)
+    )
+
+
+def _whole(path: Path, header: GgufHeader, key: str) -> int:
+    value = header.metadata[key]
+    if not isinstance(value, int) or value < 0:
+        raise _bad(path, f"{key} is {value!r}, not a number of chunks or tokens")
+    return value
+
+
+def _gguf_entry(path: Path, header: GgufHeader, view: mmap.mmap, name: str, sums: TensorInfo, counts: TensorInfo) -> Entry:
+    if sums.type_name != "F32" or counts.type_name != "F32":
+        raise _bad(path, f"{name} is stored as {sums.type_name}, not F32")
+    n_mat = counts.n_elements
+    if n_mat == 0 or sums.n_elements % n_mat:
+        raise _bad(path, f"{name} has {sums.n_elements} sums for {n_mat} counts")
+
+    def floats(tensor: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        return np.frombuffer(view, "<f4", tensor.n_elements, header.data_offset + tensor.offset)
+
+    tokens = floats(counts)
+    if not np.isfinite(tokens).all():
+        raise _bad(path, f"{name} has a count that is NaN or infinite")
+    # Copies: the view goes away with the map.
+    return Entry(floats(sums).astype(np.float64).reshape(n_mat, -1), np.rint(tokens).astype(np.int64))
+
+
+class _Cursor:
+    """Reads little-endian values from a map, refusing every length that the file cannot hold."""
+
+    def __init__(self, path: Path, view: mmap.mmap) -> None:
+        self._path, self._view, self.at = path, view, 0
+
+    def take(self, size: int, what: str) -> bytes:
+        if size < 0 or size > len(self._view) - self.at:
+            raise _bad(self._path, f"neither a GGUF nor a whole legacy imatrix: {what} does not fit the file's size")
+        self.at += size
+        return self._view[self.at - size : self.at]
+
+    def integer(self, what: str) -> int:
+        return int(struct.unpack("<i", self.take(4, what))[0])
+
+    @property
+    def left(self) -> int:
+        return len(self._view) - self.at
+
+
+def _read_dat(path: Path) -> Matrix:
+    """The legacy layout, little endian: i32 n; n times (i32 len, name, i32 ncall, i32 nval, f32[nval]); optionally
+    i32 last_chunk, i32 len, dataset (llama.cpp ``common/imatrix-loader.cpp``). A value is (Σx²/count)*ncall, so the mean
+    square is value/ncall: it is kept as sums with a count of ncall."""
+    entries: dict[str, Entry] = {}
+    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        cursor = _Cursor(path, view)
+        n_entries = cursor.integer("the number of entries")
+        if not 0 < n_entries <= min(_MAX_ENTRIES, len(view) // 16):
+            raise _bad(path, f"neither a GGUF nor a legacy imatrix: it would have {n_entries} entries")
+        for index in range(n_entries):
+            length = cursor.integer(f"the name of entry {index}")
+            if not 0 < length <= _MAX_NAME:
+                raise _bad(path, f"neither a GGUF nor a legacy imatrix: a name of {length} bytes")
+            try:
+                name = cursor.take(length, f"the name of entry {index}").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _bad(path, "neither a GGUF nor a legacy imatrix: a tensor's name is not text") from error
+            calls, n_values = cursor.integer(f"{name}'s calls"), cursor.integer(f"{name}'s size")
+            if calls < 0 or n_values <= 0:
+                raise _bad(path, f"{name} has {n_values} values from {calls} calls")
+            values = np.frombuffer(cursor.take(4 * n_values, f"{name}'s data"), "<f4").astype(np.float64)
+            entries[name] = Entry(values.reshape(1, -1), np.array([max(calls, 1)], np.int64))
+        chunks, datasets = 0, tuple[str, ...]()
+        if cursor.left >= 4:
+            chunks = cursor.integer("the chunk count")
+            if cursor.left >= 4:
+                length = cursor.integer("the dataset's name")
+                datasets = (cursor.take(length, "the dataset's name").decode("utf-8", "replace"),)
+    return Matrix({name: entries[name] for name in sorted(entries)}, 0, chunks, datasets)
+
+
+def write_gguf(matrix: Matrix, path: Path) -> None:
+    """Write ``matrix`` as llama-imatrix does: keys ``imatrix.*``, per weight F32 ``.in_sum2`` and ``.counts``, names sorted."""
+    from gguf import GGUFWriter
+
+    class Writer(GGUFWriter):
+        def add_architecture(self) -> None:
+            """An imatrix has none."""
+
+    part = part_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = Writer(part, "")
+    writer.add_type("imatrix")
+    writer.add_array(DATASETS, list(matrix.datasets))
+    writer.add_uint32(CHUNK_COUNT, matrix.chunk_count)
+    writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
+    for name, entry in matrix.entries.items():
+        writer.add_tensor(name + SUMS, entry.sums.astype(np.float32))
+        writer.add_tensor(name + COUNTS, entry.counts.astype(np.float32).reshape(-1, 1))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+    publish(part, path)

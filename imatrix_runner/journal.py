@@ -1,0 +1,146 @@
+"""The workspace's memory: which step made which file from what.
+
+``journal.json`` holds one record per step. A record's ``inputs`` are named fingerprints (``{"source": "sha256:…",
+"levels flags": "…"}``): when the same names carry the same values and the outputs still carry their stamps, the step need
+not run again; when one differs, its *name* is what the user is told. The file is replaced atomically after every step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.files import Stamp, read_json, stamp, write_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file a step made, by name inside the workspace."""
+
+    name: str
+    stamp: Stamp
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished step. ``facts`` is what later steps and reports want to know about it, JSON values only."""
+
+    inputs: dict[str, str]
+    outputs: list[Output]
+    reason: str
+    seconds: float
+    finished: str
+    command: str = ""
+    facts: dict[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def now(
+        cls,
+        inputs: Mapping[str, str],
+        outputs: list[Output],
+        reason: str,
+        seconds: float,
+        *,
+        command: str = "",
+        facts: dict[str, object] | None = None,
+    ) -> Record:
+        """A record of a step that ended this moment."""
+        finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return cls(dict(inputs), outputs, reason, seconds, finished, command, facts or {})
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A content hash and the stamp under which it was computed."""
+
+    stamp: Stamp
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Document:
+    version: int
+    steps: dict[str, Record] = field(default_factory=dict)
+    hashes: dict[str, Hashed] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+class Journal:
+    """Reads and appends records; safe to use from several threads of one process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        document = read_json(path, _Document) if path.exists() else _Document(VERSION)
+        if document.version != VERSION:
+            raise InvalidDataError(
+                f"{path} was written by another version of imatrix-runner",
+                f"journal version {document.version}, this program knows {VERSION}",
+                "Use the program that wrote it, or move the journal away: finished files will be made again.",
+            )
+        self._steps = dict(document.steps)
+        self._hashes = dict(document.hashes)
+        self._facts = dict(document.facts)
+
+    def __getitem__(self, step: str) -> Record:
+        return self._steps[step]
+
+    def get(self, step: str) -> Record | None:
+        return self._steps.get(step)
+
+    def steps(self) -> Mapping[str, Record]:
+        return dict(self._steps)
+
+    def record(self, step: str, record: Record) -> None:
+        with self._lock:
+            self._steps[step] = record
+            self._save()
+
+    def forget(self, step: str) -> None:
+        with self._lock:
+            if self._steps.pop(step, None) is not None:
+                self._save()
+
+    def known_hash(self, path: Path) -> str | None:
+        """The hash recorded for ``path``, if the file still carries the stamp it had then."""
+        entry = self._hashes.get(str(path.absolute()))
+        return entry.sha256 if entry is not None and entry.stamp == stamp(path) else None
+
+    def remember_hash(self, path: Path, at: Stamp, sha256: str) -> None:
+        with self._lock:
+            self._hashes[str(path.absolute())] = Hashed(at, sha256)
+            self._save()
+
+    def fact(self, name: str) -> str | None:
+        return self._facts.get(name)
+
+    def remember(self, name: str, value: str) -> None:
+        with self._lock:
+            if self._facts.get(name) != value:
+                self._facts[name] = value
+                self._save()
+
+    def _save(self) -> None:
+        write_json(self.path, _Document(VERSION, self._steps, self._hashes, self._facts))
+
+
+def differences(record: Record, inputs: Mapping[str, str]) -> list[str]:
+    """The names of the inputs that are no longer what they were, in the order of ``inputs``."""
+    names = [*inputs, *(name for name in record.inputs if name not in inputs)]
+    return [name for name in names if record.inputs.get(name) != inputs.get(name)]
+
+
+def outputs_intact(record: Record, directory: Path) -> bool:
+    """Whether every output of a step is still the file it was."""
+    for output in record.outputs:
+        path = directory / output.name
+        if not path.is_file() or stamp(path) != output.stamp:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Models: GGUF files, Hugging Face directories and hub repositories, and how one becomes the other."""

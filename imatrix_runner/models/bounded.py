@@ -1,0 +1,125 @@
+"""Reading a binary file that may lie about its lengths."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from imatrix_runner.errors import InvalidDataError, from_os_error
+
+_MAX_STRING = 16 << 20  # the longest real value, a chat template, is far below 1 MiB
+_WINDOW = 1 << 20
+
+
+class BoundedReader:
+    """Little-endian reading through a sliding window; nothing is taken that the file does not hold."""
+
+    def __init__(self, handle: IO[bytes], path: Path, size: int) -> None:
+        self._handle = handle
+        self.path = path
+        self.size = size
+        self._window = b""
+        self._base = 0
+        self._at = 0
+
+    @property
+    def position(self) -> int:
+        """Bytes from the start of the file."""
+        return self._base + self._at
+
+    def need(self, count: int) -> None:
+        """Raise unless ``count`` more bytes follow."""
+        if count > self.size - self.position:
+            raise damaged(
+                self.path,
+                "is truncated in its header",
+                f"{count} bytes are announced at byte {self.position}, but the file ends at byte {self.size}",
+            )
+
+    def _fill(self, count: int) -> None:
+        """Have at least ``count`` bytes from the position on in the window."""
+        self.need(count)
+        if self._at + count <= len(self._window):
+            return
+        self._base, self._at = self.position, 0
+        self._handle.seek(self._base)
+        self._window = self._handle.read(max(count, _WINDOW))
+        if len(self._window) < count:
+            raise damaged(self.path, "changed while it was read", f"it was {self.size} bytes long and now ends earlier")
+
+    def head(self, count: int) -> bytes:
+        """Up to ``count`` bytes from the position on, without moving."""
+        count = min(count, self.size - self.position)
+        self._fill(count)
+        return self._window[self._at : self._at + count]
+
+    def take(self, count: int) -> bytes:
+        """The next ``count`` bytes."""
+        self._fill(count)
+        piece = self._window[self._at : self._at + count]
+        self._at += count
+        return piece
+
+    def skip(self, count: int) -> None:
+        """Step over ``count`` bytes that must be there."""
+        self.need(count)
+        self._at += count  # perhaps past the window: the next fill moves it there
+
+    def skip_strings(self, count: int) -> None:
+        """Step over strings; one tight loop per window, for vocabularies have hundreds of thousands."""
+        unpack = struct.Struct("<Q").unpack_from
+        while count:
+            self._fill(8)
+            window, at, last = self._window, self._at, len(self._window) - 8
+            while count and at <= last:
+                at += 8 + unpack(window, at)[0]
+                count -= 1
+            self.skip(at - self._at)
+
+    def number(self, code: str) -> Any:
+        """One little-endian number, by its ``struct`` code."""
+        shape = "<" + code
+        return struct.unpack(shape, self.take(struct.calcsize(shape)))[0]
+
+    def count(self, limit: int, each: int, what: str) -> int:
+        """A u64 that says how many entries of at least ``each`` bytes follow."""
+        count = int(self.number("Q"))
+        if count > limit or count * each > self.size - self.position:
+            why = f"a file of {self.size} bytes cannot hold them, or no model has so many"
+            raise damaged(self.path, f"announces {count} {what} at byte {self.position - 8}", why)
+        return count
+
+    def string(self) -> str:
+        """A key or a name; these must be UTF-8."""
+        try:
+            return self.raw_string().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise damaged(self.path, "holds a name that is not UTF-8", f"it ends at byte {self.position}") from error
+
+    def raw_string(self) -> bytes:
+        """A text behind its u64 length, in bytes as they are."""
+        length = int(self.number("Q"))
+        if length > _MAX_STRING:
+            why = f"at byte {self.position - 8}; no model has so long a text"
+            raise damaged(self.path, f"announces a text of {length} bytes", why)
+        return self.take(length)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BoundedReader]:
+    """A reader at the start of an ordinary file; trouble with the file system becomes an error of ours."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InvalidDataError(f"{path} is not a file", "a GGUF model is an ordinary file", "Name the .gguf file itself.")
+        with path.open("rb", buffering=0) as handle:
+            yield BoundedReader(handle, path, path.stat().st_size)
+    except OSError as error:
+        raise from_os_error(error, f"reading {path.name}", path) from error
+
+
+def damaged(path: Path, what: str, why: str) -> InvalidDataError:
+    """The error for a file that is of the right kind but broken; ``what`` continues the file's name."""
+    return InvalidDataError(f"{path} {what}", why, "Delete it and download or make it again.")

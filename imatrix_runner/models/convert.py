@@ -1,0 +1,237 @@
+"""A Hugging Face directory becomes one GGUF: llama.cpp's own converter in a child process, checked before and after."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, from_os_error
+from imatrix_runner.events import Finished, Progress, Saved, Sink, Started
+from imatrix_runner.files import human_bytes, part_path, publish, read_json, require_space
+from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.models.safetensors_file import Weights, check_safetensors
+from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.process import Command, Outcome, Runner, Stream
+
+__all__ = ["STEP", "check_safetensors", "convert", "refuse_code", "resolve_outtype"]
+
+OutType = Literal["auto", "f16", "bf16", "f32"]
+Concrete = Literal["f16", "bf16", "f32"]
+
+STEP = "convert"
+"""The step that conversion events carry."""
+
+_PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece", "numpy", "yaml", "requests")
+_BY_DTYPE: dict[str, Concrete] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_BY_CONFIG: dict[str, Concrete] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_WIDTH = {"f32": 4, "f16": 2, "bf16": 2}
+_PERCENT = re.compile(r"Writing:\s+(\d+)%")
+_PROJECTOR_PART = re.compile(r"vision|visual|audio|mm_|multi_modal|projector|merger", re.IGNORECASE)
+_VOCABULARY_BYTES = 64 << 20  # header and vocabulary: 10 to 20 MB for the largest known
+
+
+def resolve_outtype(directory: Path) -> Concrete:
+    """The type that keeps a checkpoint exactly as published: what most of its weights are stored in.
+
+    The headers of the safetensors decide, for some configurations lie. Weights in 8 bits or packed formats are unpacked by
+    the converter: then ``torch_dtype`` (or ``dtype``) of config.json counts, and without it BF16.
+    """
+    return _stored_type(directory, check_safetensors(directory))
+
+
+def refuse_code(directory: Path) -> None:
+    """Raise :class:`InvalidDataError` if converting the directory could execute Python code that came with the model."""
+    carried = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.py"))
+    mapped = [name for name in ("config.json", "tokenizer_config.json") if "auto_map" in _json(directory / name)]
+    if carried or mapped:
+        found = f"it carries {carried[0]}" if carried else f"{mapped[0]} has an auto_map"
+        raise InvalidDataError(
+            f"{directory} brings its own code",
+            f"{found}, and the converter would execute that code with your rights",
+            "Read the code; if you trust it, run the same command with --trust-remote-code.",
+        )
+
+
+def convert(
+    directory: Path,
+    out: Path,
+    *,
+    converter: Path,
+    outtype: OutType,
+    mmproj: bool,
+    trust_remote_code: bool,
+    runner: Runner,
+    sink: Sink,
+    log: Path,
+    name: str | None = None,
+) -> Path:
+    """Convert a checkpoint to the GGUF ``out`` (the projector alone with ``mmproj``) and return ``out``.
+
+    ``name`` becomes ``general.name``; without it the converter takes the directory's, which in a hub cache is a commit. The
+    file grows under a temporary name, is verified, then renamed. Raises :class:`InvalidDataError` for what cannot be
+    converted, :class:`ToolchainError` for missing packages, :class:`NoSpaceError`, and :class:`EngineError` for a failure.
+    """
+    _require_tools(converter)
+    if not trust_remote_code:
+        refuse_code(directory)
+    weights = check_safetensors(directory)
+    kind = _stored_type(directory, weights) if outtype == "auto" else outtype
+    require_space(out, _estimate(weights, kind, mmproj), f"the conversion of {directory.name}")
+    part = part_path(out).with_name(
+        part_path(out).name.replace("{", "_").replace("}", "_")
+    )  # braces: the converter's templates
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)
+    except OSError as error:
+        raise from_os_error(error, "preparing the conversion", out.parent) from error
+    sink(Started(STEP, f"Converting {name or directory.name} to {kind.upper()}", 100.0, "%"))
+    try:
+        seconds = _run(_command(directory, part, converter, kind, mmproj, trust_remote_code, name), runner, sink, log)
+        _verify(part, mmproj)
+        publish(part, out)
+    except RunnerError as error:
+        sink(Finished(STEP, "failed", str(error)))
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+    size = out.stat().st_size
+    sink(Finished(STEP, "done", f"{human_bytes(size)} in {kind.upper()}", seconds))
+    sink(Saved(str(out), "projector" if mmproj else "model", size))
+    return out
+
+
+def _require_tools(converter: Path) -> None:
+    if not converter.is_file():
+        raise ToolchainError(
+            "The converter is missing",
+            f"there is no {converter}",
+            "Build a toolchain that has it with: imatrix-runner tools build",
+        )
+    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ToolchainError(
+            "Packages for converting models are missing",
+            f"the converter imports {', '.join(missing)}, not installed for {sys.executable}",
+            "Install them with: pip install 'imatrix-runner[convert]'",
+        )
+
+
+def _command(
+    directory: Path, part: Path, converter: Path, kind: Concrete, mmproj: bool, trust_remote_code: bool, name: str | None
+) -> Command:
+    argv = [sys.executable, str(converter), str(directory.absolute()), "--outfile", str(part.absolute()), "--outtype", kind]
+    argv += ["--model-name", name] if name else []
+    argv += ["--mmproj"] if mmproj else []
+    env = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    if not trust_remote_code:
+        env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # nothing, code least of all, comes from elsewhere
+    return Command(tuple(argv), env=env)
+
+
+def _run(command: Command, runner: Runner, sink: Sink, log: Path) -> float:
+    outcome = runner.run(command, log=log, on_text=_progress(sink))
+    if not outcome.ok:
+        raise _failure(outcome, log)
+    return outcome.seconds
+
+
+def _progress(sink: Sink) -> Callable[[Stream, str], None]:
+    last = -1
+
+    def hear(_stream: Stream, text: str) -> None:
+        nonlocal last
+        for match in _PERCENT.finditer(text):
+            if int(match[1]) > last:
+                last = int(match[1])
+                sink(Progress(STEP, float(last), 100.0))
+
+    return hear
+
+
+def _verify(part: Path, mmproj: bool) -> None:
+    if not mmproj:
+        open_gguf(part, allow_requantize=True)
+    elif read_header(part).text("general.architecture") != "clip":
+        raise InvalidDataError(
+            "The converted projector is none", "its architecture is not 'clip'", "Convert the model without --mmproj."
+        )
+
+
+def _stored_type(directory: Path, weights: Weights) -> Concrete:
+    stored = _BY_DTYPE.get(weights.main_dtype)
+    if stored is not None:
+        return stored
+    config = _json(directory / "config.json")
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if (kind := _BY_CONFIG.get(str(place.get(key)))) is not None:
+                return kind
+    return "bf16"
+
+
+def _estimate(weights: Weights, kind: Concrete, mmproj: bool) -> int:
+    """Bytes the GGUF will have, rounded up."""
+    parts = [tensor for tensor in weights.tensors if not mmproj or _PROJECTOR_PART.search(tensor.name)]
+    width = {True: _WIDTH[kind], False: _WIDTH["f32"]}
+    return _VOCABULARY_BYTES + sum(tensor.n_elements * width[len(tensor.shape) > 1] for tensor in parts)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, dict[str, Any]) if path.is_file() else {}
+
+
+_Advice = Callable[[str, str], RunnerError]
+
+
+def _failure(outcome: Outcome, log: Path) -> RunnerError:
+    """The converter's last words, translated; its whole output is in ``log``."""
+    if outcome.out_of_memory or outcome.hung:
+        todo = f"Close other programs or use a machine with more memory, then run the same command again; log: {log}"
+        return EngineError("The conversion did not finish", outcome.ending(), todo)
+    for line in reversed(outcome.tail):
+        for pattern, advice in _TELLING:
+            if pattern.search(line):
+                return advice(line.strip(), str(log))
+    last = outcome.tail[-1].strip() if outcome.tail else outcome.ending()
+    return EngineError("The converter failed", last[:300], f"Read its whole output: {log}")
+
+
+def _unsupported(line: str, log: str) -> RunnerError:
+    todo = f"Build a newer llama.cpp with: imatrix-runner tools build --ref TAG; log: {log}"
+    return EngineError("This llama.cpp cannot convert that architecture", line[:300], todo)
+
+
+def _tokenizer(line: str, log: str) -> RunnerError:
+    todo = f"Check that tokenizer.json or tokenizer.model is complete, or build a newer llama.cpp; log: {log}"
+    return EngineError("The converter does not know the model's tokenizer", line[:300], todo)
+
+
+def _missing_file(line: str, log: str) -> RunnerError:
+    return EngineError("A file of the model is missing", line[:300], f"Download the whole repository again; log: {log}")
+
+
+def _missing_package(line: str, _log: str) -> RunnerError:
+    return ToolchainError(
+        "A package for converting models is missing", line[:300], "Run: pip install 'imatrix-runner[convert]'"
+    )
+
+
+def _full(line: str, _log: str) -> RunnerError:
+    todo = "Free some space, or choose another disk with --work-dir, then run the same command again."
+    return NoSpaceError("The disk is full while converting", line[:300], todo)
+
+
+# The converter's messages (convert_hf_to_gguf.py, conversion/base.py), the most telling first.
+_TELLING: tuple[tuple[re.Pattern[str], _Advice], ...] = (
+    (re.compile(r"No space left on device|Disk quota exceeded"), _full),
+    (re.compile(r"ModuleNotFoundError|ImportError"), _missing_package),
+    (re.compile(r"Model \S+ is not supported|Architecture .* not supported"), _unsupported),
+    (re.compile(r"pre-tokenizer was not recognized|Cannot find .*[Tt]okenizer|tokenizer\.(?:model|json)"), _tokenizer),
+    (re.compile(r"FileNotFoundError|No such file or directory"), _missing_file),
+)

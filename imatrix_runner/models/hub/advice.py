@@ -1,0 +1,195 @@
+"""One table from what goes wrong between us and a hub to what the user is told. No token ever enters a message."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from imatrix_runner.errors import DownloadError, RunnerError, from_os_error
+from imatrix_runner.models.sources import HubId
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of whom: for the words of a message."""
+
+    hub_id: HubId
+    endpoint: str
+    has_token: bool
+
+    @property
+    def host(self) -> str:
+        """The hub's address without credentials that a proxy URL may carry."""
+        parts = urlsplit(self.endpoint)
+        port = f":{parts.port}" if parts.port else ""
+        return f"{parts.hostname}{port}" if parts.hostname else "the hub"
+
+    @property
+    def page(self) -> str:
+        return f"{urlsplit(self.endpoint).scheme}://{self.host}/{self.hub_id.repo}"
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same request may well succeed in a moment: a broken connection, a server's bad minute."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429, 500, 502, 503, 504)
+    if isinstance(error, OSError) and "Consistency check failed" in str(error):
+        return True
+    return isinstance(error, httpx2.TransportError) and not isinstance(error, (httpx2.ProxyError, httpx2.UnsupportedProtocol))
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds the server wants us to wait, from its ``Retry-After`` header (in seconds)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    text = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return float(text) if text.isascii() and text.isdigit() else None
+
+
+def explain(error: BaseException, asked: Asked) -> RunnerError:
+    """Translate whatever huggingface_hub or its transport raised."""
+    import httpx2
+    from huggingface_hub import errors
+
+    if isinstance(error, RunnerError):
+        return error
+    # Order matters: GatedRepoError is a RepositoryNotFoundError, all of them are HfHubHTTPError, and that is an OSError.
+    if isinstance(error, errors.GatedRepoError):
+        return DownloadError(
+            f"{asked.hub_id.repo} is gated",
+            "its owner lets only those download it who accepted the licence"
+            + (", and your account has not" if asked.has_token else ""),
+            f"Accept the licence at {asked.page}, then set HF_TOKEN to a token of that account and run the same command again.",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DownloadError(
+            f"{asked.hub_id.repo} has no revision {asked.hub_id.revision or 'main'}",
+            f"{asked.host} knows the repository, but no branch, tag or commit of that name",
+            f"Leave the revision out: imatrix-runner run {HubId(asked.hub_id.repo, None, asked.hub_id.file)}",
+        )
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return DownloadError(
+            f"A file of {asked.hub_id.repo} is gone",
+            f"{asked.host} listed it but answers that it does not exist",
+            "Run the same command again; if it stays so, choose another revision with org/name@revision.",
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        return _explain_status(error.response.status_code, asked)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return offline_without(asked)
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return explain(error.__cause__, asked)  # the library's name for any trouble while asking about a file
+    if isinstance(error, httpx2.HTTPError):
+        return _explain_transport(error, asked)
+    if isinstance(error, (errors.FileMetadataError, ValueError)):
+        return no_hub(asked)
+    if isinstance(error, OSError) and error.errno is None:
+        return DownloadError(
+            f"A file of {asked.hub_id.repo} arrived with the wrong length",
+            f"{asked.host} sent less or more than it announced, most often a proxy's error page or a cut connection",
+            "Run the same command again; if it stays so, look at your proxy and at HF_ENDPOINT.",
+        )
+    if isinstance(error, OSError):
+        return from_os_error(error, f"downloading {asked.hub_id.repo}")
+    return DownloadError(
+        f"The download of {asked.hub_id.repo} failed",
+        f"{type(error).__name__} in the transfer from {asked.host}",
+        "Run the same command again; if it stays so, try HF_HUB_DISABLE_XET=1, which uses plain HTTP.",
+    )
+
+
+def no_hub(asked: Asked) -> DownloadError:
+    """For an answer that no hub gives."""
+    return DownloadError(
+        f"{asked.host} does not answer as a hub does",
+        "its answer lacks what a hub sends; a proxy, a login page or a wrong HF_ENDPOINT gives web pages instead",
+        "Check HF_ENDPOINT and your proxy with: imatrix-runner doctor",
+    )
+
+
+def offline_without(asked: Asked) -> DownloadError:
+    """For offline mode without a (whole) copy in the cache."""
+    return DownloadError(
+        f"{asked.hub_id} is not in the cache",
+        "offline mode is on (HF_HUB_OFFLINE), and the cache holds no complete copy of that revision",
+        "Run the same command once without HF_HUB_OFFLINE, or give a local path.",
+    )
+
+
+def _explain_status(status: int, asked: Asked) -> DownloadError:
+    repo = asked.hub_id.repo
+    if status == 401 and asked.has_token:
+        return DownloadError(
+            f"{asked.host} did not accept your token for {repo}",
+            "it is expired or mistyped, or it may not read that repository",
+            "Make a new token in your account's settings and set HF_TOKEN, or unset it if the repository is public.",
+        )
+    if status == 401:
+        return DownloadError(
+            f"{repo} does not exist or is private",
+            f"{asked.host} tells visitors without a token no more than that; there is no such local path either",
+            "Check the spelling; for a private repository set HF_TOKEN to a token that may read it.",
+        )
+    if status == 403:
+        return DownloadError(
+            f"{asked.host} forbids access to {repo}",
+            "your token lacks the permission, or the repository was disabled",
+            f"Look at {asked.page} in a browser, then set HF_TOKEN to a token with read permission.",
+        )
+    if status == 404:
+        return DownloadError(
+            f"There is no repository {repo}",
+            f"{asked.host} does not know it; there is no such local path either",
+            "Check the spelling of org/name; a private repository needs HF_TOKEN.",
+        )
+    if status == 429:
+        return DownloadError(
+            f"{asked.host} asks us to slow down",
+            "too many requests came from your address or account (HTTP 429)",
+            "Wait some minutes and run the same command again; with HF_TOKEN set the limit is higher.",
+        )
+    return DownloadError(
+        f"{asked.host} failed to answer",
+        f"it sent HTTP status {status} for {repo}",
+        "Try again later, or point HF_ENDPOINT at a mirror.",
+    )
+
+
+def _explain_transport(error: BaseException, asked: Asked) -> DownloadError:
+    import httpx2
+
+    again = "Check the network and run the same command again; a cached copy is used with HF_HUB_OFFLINE=1."
+    if isinstance(error, httpx2.ProxyError):
+        todo = "Check HTTPS_PROXY and HTTP_PROXY, then run the same command again."
+        return DownloadError("The proxy refused the download", f"no way through it to {asked.host}", todo)
+    if isinstance(error, httpx2.UnsupportedProtocol):
+        todo = "Set HF_ENDPOINT to an http:// or https:// address, or unset it."
+        return DownloadError("HF_ENDPOINT is not a web address", f"it is {asked.endpoint.split('://')[0][:60]!r}", todo)
+    if isinstance(error, httpx2.TimeoutException):
+        return DownloadError(f"{asked.host} does not answer", "the time limit passed without a byte from it", again)
+    if isinstance(error, httpx2.ConnectError):
+        causes = _chain(error)
+        if any(isinstance(cause, socket.gaierror) for cause in causes):
+            why = "its name cannot be resolved: there is no network, no DNS, or HF_ENDPOINT is mistyped"
+        elif any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+            why = "the connection was refused"
+        else:
+            why = "no connection could be made (network down, firewall or TLS)"
+        return DownloadError(f"{asked.host} cannot be reached", why, again)
+    return DownloadError(
+        f"The connection to {asked.host} was cut",
+        f"before all of {asked.hub_id.repo} had arrived, and again on each retry",
+        again,
+    )
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

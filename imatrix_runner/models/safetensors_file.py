@@ -1,0 +1,179 @@
+"""The weights of a Hugging Face checkpoint, checked before an hour of conversion depends on them.
+
+Format: a u64 length, that many bytes of JSON (name -> dtype, shape, byte range), then the data, without gaps
+(https://huggingface.co/docs/safetensors, section "Format").
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from imatrix_runner.errors import InvalidDataError, from_os_error
+from imatrix_runner.files import read_json
+from imatrix_runner.models.bounded import damaged, opened
+from imatrix_runner.models.sniff import HEAD_BYTES, foreign_format
+
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100 << 20  # the library's own limit
+_MAX_INDEX = 256 << 20
+_PART = re.compile(r"model[^/]*\.safetensors")
+_AGAIN = "Download the missing or damaged file again."
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint; ``shape`` as PyTorch has it, rows first."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a checkpoint and the files that hold them."""
+
+    files: tuple[Path, ...]
+    tensors: tuple[Weight, ...]
+
+    @property
+    def main_dtype(self) -> str:
+        """The dtype that most elements of matrices have, as safetensors spells it (``BF16``); empty without any."""
+        share: Counter[str] = Counter()
+        for tensor in self.tensors:
+            if len(tensor.shape) > 1:
+                share[tensor.dtype] += tensor.n_elements
+        return share.most_common(1)[0][0] if share else ""
+
+
+def check_safetensors(directory: Path) -> Weights:
+    """Read the headers of all ``model*.safetensors`` of a checkpoint; nothing else of them is read.
+
+    Raises :class:`InvalidDataError` when there are none, when the index names a file or tensor that is not there, and for a
+    file that is truncated, longer than it says, or no safetensors at all.
+    """
+    index = directory / INDEX
+    expected: dict[str, str] = {}
+    if index.is_file():
+        expected = _weight_map(index)
+        names = sorted(set(expected.values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise InvalidDataError(
+                f"{len(missing)} of the {len(names)} weight files of {directory} are missing",
+                f"{INDEX} names {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}",
+                _AGAIN,
+            )
+    else:
+        names = sorted(path.name for path in directory.iterdir() if _PART.fullmatch(path.name))
+    if not names:
+        raise _no_weights(directory)
+    found: dict[str, tuple[str, Weight]] = {}
+    for name in names:
+        for weight in read_directory(directory / name):
+            if weight.name in found:
+                why = f"it is in {found[weight.name][0]} and in {name}"
+                raise damaged(directory, f"holds the tensor {weight.name} twice", why)
+            found[weight.name] = (name, weight)
+    absent = [name for name in expected if name not in found]
+    if absent:
+        raise InvalidDataError(
+            f"{len(absent)} tensors of {directory} are missing",
+            f"{INDEX} promises {absent[0]} in {expected[absent[0]]}",
+            _AGAIN,
+        )
+    return Weights(tuple(directory / name for name in names), tuple(weight for _, weight in found.values()))
+
+
+def read_directory(path: Path) -> tuple[Weight, ...]:
+    """The tensors of one safetensors file, checked against its size. Raises :class:`InvalidDataError`."""
+    with opened(path) as reader:
+        head = reader.head(HEAD_BYTES)
+        if len(head) < 9 or head[8:9] != b"{":
+            foreign = foreign_format(head, reader.size)
+            raise InvalidDataError(f"{path} is not a safetensors file", f"it is {foreign.seems}", _AGAIN)
+        length = int(reader.number("Q"))
+        if length > _MAX_HEADER:
+            raise damaged(path, f"announces a header of {length} bytes", f"at most {_MAX_HEADER} are allowed")
+        try:
+            entries = msgspec.json.decode(reader.take(length), type=dict[str, msgspec.Raw])
+            entries.pop("__metadata__", None)
+            weights = tuple(_weights(path, {name: msgspec.json.decode(raw, type=_Entry) for name, raw in entries.items()}))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise damaged(path, "has a header that cannot be read", str(error)) from error
+        expected = reader.position + sum(weight.n_bytes for weight in weights)
+        if expected != reader.size:
+            what = "is truncated" if expected > reader.size else "is longer than it says"
+            raise InvalidDataError(f"{path} {what}", f"it has {reader.size} bytes and should have {expected}", _AGAIN)
+    return weights
+
+
+def _weights(path: Path, entries: dict[str, _Entry]) -> Iterator[Weight]:
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, end = entry.data_offsets
+        if start != position or end < start or any(size < 0 for size in entry.shape):
+            raise damaged(
+                path, f"has an impossible tensor {name[:80]!r}", f"bytes {start} to {end}, expected to start at {position}"
+            )
+        bits = _bits(entry.dtype)
+        if bits is not None and prod(entry.shape) * bits != (end - start) * 8:
+            why = f"{end - start} bytes do not hold shape {entry.shape} of {entry.dtype}"
+            raise damaged(path, f"has an impossible tensor {name[:80]!r}", why)
+        position = end
+        yield Weight(name, entry.dtype, tuple(entry.shape), end - start)
+
+
+def _bits(dtype: str) -> int | None:
+    """Bits per element, from the name's first number (``BF16``, ``F8_E4M3``, ``I64``); None if we cannot tell."""
+    match = re.fullmatch(r"(?:BF|F|I|U|C)(\d+)(?:_\w+)?", dtype)
+    return 8 if dtype == "BOOL" else int(match[1]) if match else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    document = read_json(index, dict[str, Any], limit=_MAX_INDEX)
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) and _PART.fullmatch(name) for name in weight_map.values()
+    ):
+        raise damaged(
+            index, "is no index of weight files", "weight_map must lead from tensors to model*.safetensors in this directory"
+        )
+    return weight_map
+
+
+def _no_weights(directory: Path) -> InvalidDataError:
+    try:
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    except OSError as error:
+        raise from_os_error(error, "looking for weights", directory) from error
+    if pickles:
+        return InvalidDataError(
+            f"{directory} holds PyTorch pickles only",
+            f"reading a pickle such as {pickles[0]} can execute code hidden in it",
+            "Get the model's safetensors, or convert the pickles yourself if you trust them.",
+        )
+    return InvalidDataError(
+        f"{directory} holds no weights",
+        "there is no model*.safetensors beside its config.json",
+        "Download the weight files too.",
+    )

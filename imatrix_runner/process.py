@@ -1,0 +1,372 @@
+"""Child processes and signals: the only room that starts, watches and ends other programs."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Literal
+
+import psutil
+
+from imatrix_runner.errors import EngineError, InterruptedRunError, from_os_error
+
+Stream = Literal["stdout", "stderr"]
+OnText = Callable[[Stream, str], object]
+
+GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.2
+_TAIL_LINES = 200
+_SCRUBBED = ("LLAMA_ARG_", "LLAMA_LOG_", "GGML_SCHED_DEBUG")
+
+
+class Stop:
+    """A request to end soon. Long work asks :meth:`check` between pieces; children are ended by the :class:`Runner`."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._signal = 0
+
+    def request(self, signum: int = 0) -> None:
+        self._signal = self._signal or signum
+        self._event.set()
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise :class:`InterruptedRunError` once a stop was requested."""
+        if self._event.is_set():
+            name = signal.Signals(self._signal).name if self._signal else "a request to stop"
+            raise InterruptedRunError(
+                f"Stopped by {name}", "what was finished is kept", "Run the same command again: it continues."
+            )
+
+
+@contextmanager
+def stop_on_signals(stop: Stop) -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into ``stop``; a second SIGINT raises ``KeyboardInterrupt`` at once.
+
+    Only the main thread can install handlers; elsewhere this does nothing.
+    """
+
+    def handler(signum: int, _frame: FrameType | None) -> None:
+        if stop.requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.request(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Our environment without the variables that silently change what llama.cpp's tools do, plus ``extra``."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(_SCRUBBED)}
+    clean.update(extra or {})
+    return clean
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program to run: ``argv`` as a list (never a shell string), where, and what to add to its environment."""
+
+    argv: tuple[str, ...]
+    cwd: Path | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = shlex.join(self.argv)
+        return f"cd {shlex.quote(str(self.cwd))} && {text}" if self.cwd else text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child ended. ``tail``: its last lines, both streams as they came; ``hung``: ended by us after silence."""
+
+    command: Command
+    returncode: int
+    seconds: float
+    tail: tuple[str, ...]
+    log: Path | None
+    hung: bool = False
+    out_of_memory: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.returncode == 0 and not self.hung
+
+    def ending(self) -> str:
+        """One phrase for people: ``exit code 1``, ``killed by SIGKILL (out of memory)``."""
+        if self.hung:
+            return "it neither wrote nor computed anything and was ended"
+        if self.returncode >= 0:
+            return f"exit code {self.returncode}"
+        try:
+            name = signal.Signals(-self.returncode).name
+        except ValueError:
+            name = f"signal {-self.returncode}"
+        if self.out_of_memory:
+            return f"killed by {name}: the machine ran out of memory"
+        if name == "SIGKILL":
+            return "killed by SIGKILL, by someone or by the kernel when memory ran out"
+        return f"killed by {name}"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """All a short-lived child said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def capture(command: Command, *, seconds: float) -> Captured:
+    """Run something short and keep what it says. Raises ``OSError`` if it cannot start, ``TimeoutError`` if it takes longer."""
+    try:
+        done = subprocess.run(
+            command.argv,
+            cwd=command.cwd,
+            env=child_environment(command.env),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"no answer within {seconds:g} s") from error
+    return Captured(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+
+
+class Runner:
+    """Runs long children: streams their output, logs it, ends them when told to stop or when they hang.
+
+    ``hang_seconds``: a child that for so long neither writes a byte nor uses a second of CPU counts as hung (0: never).
+    ``on_child`` hears ``(pid, alive)`` so that a later run can find orphans of a killed one.
+    """
+
+    def __init__(
+        self,
+        stop: Stop | None = None,
+        *,
+        hang_seconds: float = 0.0,
+        on_child: Callable[[int, bool], None] | None = None,
+    ) -> None:
+        self.stop = stop if stop is not None else Stop()
+        self._hang_seconds = hang_seconds
+        self._on_child = on_child
+
+    def run(self, command: Command, *, log: Path | None = None, on_text: OnText | None = None) -> Outcome:
+        """Run to the end. A non-zero exit is an :class:`Outcome`, not an exception; a requested stop raises."""
+        self.stop.check()
+        began = time.monotonic()
+        ooms = _oom_kills()
+        with _open_log(log, command) as sink:
+            child = _start(command)
+            try:
+                if self._on_child:
+                    self._on_child(child.pid, True)
+                tail, hung = self._watch(child, sink, on_text)
+            finally:
+                _end(child)
+                if self._on_child:
+                    self._on_child(child.pid, False)
+        self.stop.check()
+        killed = child.returncode == -getattr(signal, "SIGKILL", 9) and not hung
+        return Outcome(
+            command, child.returncode, time.monotonic() - began, tail, log, hung, out_of_memory=killed and _oom_kills() > ooms
+        )
+
+    def _watch(self, child: subprocess.Popen[bytes], log: IO[bytes], on_text: OnText | None) -> tuple[tuple[str, ...], bool]:
+        pieces: queue.SimpleQueue[tuple[Stream, bytes]] = queue.SimpleQueue()
+        assert child.stdout is not None
+        assert child.stderr is not None
+        streams: list[tuple[Stream, IO[bytes]]] = [("stdout", child.stdout), ("stderr", child.stderr)]
+        for name, pipe in streams:
+            threading.Thread(target=_pump, args=(name, pipe, pieces), daemon=True).start()
+        decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name, _ in streams}
+        tails = {name: _Tail() for name, _ in streams}
+        lines: deque[str] = deque(maxlen=_TAIL_LINES)
+        watch = _HangWatch(child.pid, self._hang_seconds)
+        still_open = len(streams)
+        while still_open and not self.stop.requested:
+            try:
+                name, data = pieces.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                if child.poll() is not None and pieces.empty():
+                    break  # a grandchild may hold the pipes open; the child itself is gone
+                if watch.hung():
+                    return tuple(lines), True
+                continue
+            if not data:
+                still_open -= 1
+                continue
+            watch.heard()
+            log.write(data)
+            log.flush()
+            text = decoders[name].decode(data)
+            lines.extend(tails[name].feed(text))
+            if on_text and text:
+                on_text(name, text)
+        for tail in tails.values():
+            lines.extend(tail.rest())
+        if not self.stop.requested:
+            while child.poll() is None and not self.stop.requested:
+                if watch.hung():
+                    return tuple(lines), True
+                time.sleep(0.01)
+        return tuple(lines), False
+
+
+class _Tail:
+    """Splits a stream of pieces into lines; ``\\r`` ends a line too, so progress bars do not grow without bound."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def feed(self, text: str) -> list[str]:
+        *whole, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
+        self._rest = self._rest[-4096:]
+        return [line.rstrip() for line in whole if line.strip()]
+
+    def rest(self) -> list[str]:
+        rest, self._rest = self._rest.rstrip(), ""
+        return [rest] if rest else []
+
+
+class _HangWatch:
+    def __init__(self, pid: int, limit: float) -> None:
+        self._pid, self._limit = pid, limit
+        self._cpu = 0.0
+        self.heard()
+
+    def heard(self) -> None:
+        self._since = time.monotonic()
+
+    def hung(self) -> bool:
+        if not self._limit or time.monotonic() - self._since < self._limit:
+            return False
+        cpu = self._cpu_seconds()
+        busy = cpu - self._cpu >= min(1.0, self._limit / 2)
+        self._cpu = cpu
+        self.heard()
+        return not busy
+
+    def _cpu_seconds(self) -> float:
+        try:
+            root = psutil.Process(self._pid)
+            times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+        except psutil.Error:
+            return 0.0
+        return float(sum(entry.user + entry.system for entry in times))
+
+
+def _pump(name: Stream, pipe: IO[bytes], pieces: queue.SimpleQueue[tuple[Stream, bytes]]) -> None:
+    with pipe:
+        while data := os.read(pipe.fileno(), 65536):
+            pieces.put((name, data))
+    pieces.put((name, b""))
+
+
+def _start(command: Command) -> subprocess.Popen[bytes]:
+    # A session of its own: the terminal's Ctrl-C reaches us alone, and we can end the child with all it started.
+    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    try:
+        return subprocess.Popen(
+            command.argv,
+            cwd=command.cwd,
+            env=child_environment(command.env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=os.name == "posix",
+            creationflags=flags,
+        )
+    except OSError as error:
+        raise EngineError(
+            f"{Path(command.argv[0]).name} could not be started",
+            f"{command.argv[0]}: {error.strerror or error}",
+            "Check the toolchain with: imatrix-runner doctor",
+        ) from error
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Make sure the child and everything it started are gone."""
+    if child.poll() is None:
+        end_tree(child.pid)
+    child.wait()
+
+
+def end_tree(pid: int) -> None:
+    """Ask a process and its descendants to end, then insist after :data:`GRACE_SECONDS`."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return
+    for act in ("terminate", "kill"):
+        for process in family:
+            try:
+                getattr(process, act)()
+            except psutil.Error:
+                continue  # it ended meanwhile: what we want
+        _, family = psutil.wait_procs(family, timeout=GRACE_SECONDS)
+        if not family:
+            return
+
+
+@contextmanager
+def _open_log(log: Path | None, command: Command) -> Iterator[IO[bytes]]:
+    path = log if log is not None else Path(os.devnull)
+    try:
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("ab")
+    except OSError as error:
+        raise from_os_error(error, f"opening the log {path.name}", path) from error
+    with handle:
+        handle.write(f"$ {command}\n".encode())
+        handle.flush()
+        yield handle
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since boot (Linux; elsewhere always 0)."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        counters = Path("/proc/vmstat").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    for line in counters.splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0
+
+
+def relevant_lines(lines: Sequence[str], count: int = 10) -> tuple[str, ...]:
+    """The ``count`` lines most worth showing: those that speak of errors, else the last."""
+    words = ("error", "failed", "fatal", "not found", "cannot", "abort", "assert", "undefined", "no such")
+    telling = [line for line in lines if any(word in line.lower() for word in words)]
+    return tuple((telling or list(lines))[-count:])

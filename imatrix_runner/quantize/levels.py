@@ -1,0 +1,90 @@
+"""Levels and presets: the names users know, resolved against what the located tools offer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from imatrix_runner.engines.base import QuantizeOptions
+from imatrix_runner.errors import UsageError
+from imatrix_runner.toolchain.probe import QuantType
+
+DEFAULT_LEVELS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_XXS", "IQ2_M")
+
+# Publishers' variants: a base type with embeddings and output kept at 8 bits (bartowski's model cards).
+_VARIANTS = {"Q6_K_L": "Q6_K", "Q5_K_L": "Q5_K_M", "Q4_K_L": "Q4_K_M", "Q3_K_XL": "Q3_K_L", "Q2_K_L": "Q2_K"}
+_VARIANT_TYPE = "q8_0"
+
+PLAIN_FTYPES = frozenset(("F32", "F16", "BF16", "COPY"))
+"""Ftypes that are not quantisations; llama-quantize ignores ``--tensor-type`` for them."""
+
+_PRESETS = {
+    "bartowski": (
+        *("Q8_0", "Q6_K_L", "Q6_K", "Q5_K_L", "Q5_K_M", "Q5_K_S", "Q4_1", "Q4_K_L", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_NL"),
+        *("IQ4_XS", "Q3_K_XL", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S", "IQ3_XS", "IQ3_XXS", "Q2_K_L", "Q2_K", "IQ2_M"),
+        *("IQ2_S", "IQ2_XS", "IQ2_XXS"),
+    ),
+    "mradermacher-i1": (
+        *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "IQ3_XS", "Q3_K_S", "IQ3_S"),
+        *("IQ3_M", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K_S", "Q4_K_M", "Q4_1", "Q5_K_S", "Q5_K_M", "Q6_K"),
+    ),
+    "k-quants": ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+}
+PRESETS = (*_PRESETS, "all")
+
+
+@dataclass(frozen=True)
+class Level:
+    """``name`` is the file's suffix, ``ftype`` what llama-quantize is told; the types override two tensors."""
+
+    name: str
+    ftype: str
+    token_embedding_type: str = ""
+    output_tensor_type: str = ""
+
+    def apply(self, options: QuantizeOptions) -> QuantizeOptions:
+        """The run's options with this level's overrides; what the user asked for explicitly wins."""
+        return replace(
+            options,
+            token_embedding_type=options.token_embedding_type or self.token_embedding_type,
+            output_tensor_type=options.output_tensor_type or self.output_tensor_type,
+        )
+
+
+def offered(types: Sequence[QuantType]) -> dict[str, Level]:
+    """Every level these tools can make, by upper-case name: their types, aliases, and the publishers' variants."""
+    levels = {kind.name.upper(): Level((kind.alias_of or kind.name).upper(), kind.alias_of or kind.name) for kind in types}
+    for name, base in _VARIANTS.items():
+        if base in levels and name not in levels:
+            levels[name] = Level(name, levels[base].ftype, _VARIANT_TYPE, _VARIANT_TYPE)
+    return levels
+
+
+def resolve_levels(names: Sequence[str], types: Sequence[QuantType]) -> tuple[Level, ...]:
+    """The levels of these names, in order, each once. Raises :class:`UsageError` with near names for an unknown one."""
+    known = offered(types)
+    chosen: dict[str, Level] = {}
+    for name in names:
+        level = known.get(name.strip().upper())
+        if level is None:
+            near = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.5)
+            raise UsageError(
+                f"Unknown level {name!r}",
+                "the llama.cpp tools in use do not offer it" + (f"; near names are {', '.join(near)}" if near else ""),
+                f"Choose among: {', '.join(sorted(known))}.",
+            )
+        chosen[level.name] = level
+    if not chosen:
+        raise UsageError("No level to make", "the list of levels is empty", "Name some, for example --levels Q4_K_M,IQ3_XXS")
+    return tuple(chosen.values())
+
+
+def preset_levels(preset: str, types: Sequence[QuantType]) -> tuple[tuple[Level, ...], tuple[str, ...]]:
+    """The levels of a preset that these tools offer, and the names of those they do not."""
+    known = offered(types)
+    names = _PRESETS.get(preset) or tuple(
+        kind.name.upper() for kind in types if not kind.alias_of and kind.name.upper() not in PLAIN_FTYPES
+    )
+    there = [name for name in names if name in known]
+    return resolve_levels(there, types), tuple(name for name in names if name not in known)

@@ -1,0 +1,234 @@
+"""Recipes: what one level becomes on one model, told by llama.cpp's own dry run, priced and judged before any work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from imatrix_runner.engines.base import DryRun, Fallback, QuantizeOptions
+from imatrix_runner.imatrix.matrix import Matrix
+from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, padded, tensor_bytes, type_id, type_size
+from imatrix_runner.quantize.levels import PLAIN_FTYPES, Level
+
+ALIGNMENT = 32  # llama-quantize aligns to GGUF_DEFAULT_ALIGNMENT whatever the source did
+MAX_TEXT = 127  # llama_model_kv_override.val_str
+
+# src/llama-quant.cpp, tensor_requires_imatrix(): these types are garbage without one ...
+_REQUIRE_IMATRIX = frozenset(("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"))
+# ... except for these tensors, which never have activations to weigh.
+NEVER_WEIGHED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+
+_BLOCK = re.compile(r"^blk\.(\d+)\.")
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+
+
+@dataclass(frozen=True)
+class RecipeTensor:
+    """One tensor of the output. ``shape`` in ggml order; ``n_bytes`` is None for a type only the tools know."""
+
+    name: str
+    shape: tuple[int, ...]
+    source_type: str
+    type: str
+    n_bytes: int | None
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def changes(self) -> bool:
+        return self.type != self.source_type
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A level on a model, resolved.
+
+    ``file_bytes``: size of the output, None when a type's size is unknown (a fork's). ``failures``: why llama-quantize would
+    refuse, in plain phrases. ``weightless``: tensors that will be quantised without weights although there is an imatrix.
+    """
+
+    level: Level
+    tensors: tuple[RecipeTensor, ...]
+    fallbacks: tuple[Fallback, ...]
+    weightless: tuple[str, ...]
+    failures: tuple[str, ...]
+    needs_imatrix: bool
+    file_bytes: int | None
+
+    @property
+    def n_elements(self) -> int:
+        return sum(tensor.n_elements for tensor in self.tensors)
+
+    @property
+    def data_bytes(self) -> int | None:
+        sizes = [tensor.n_bytes for tensor in self.tensors]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of tensor data per weight of the model, llama-quantize's BPW."""
+        return None if self.data_bytes is None else 8 * self.data_bytes / self.n_elements
+
+    @property
+    def fallback_share(self) -> float:
+        """The part of the model's weights that lies in tensors with a fallback type."""
+        fallen = {fallback.tensor for fallback in self.fallbacks}
+        return sum(tensor.n_elements for tensor in self.tensors if tensor.name in fallen) / max(1, self.n_elements)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What llama-quantize will find in the imatrix: entry name -> number of values, after include/exclude, and what it will
+    write into the metadata."""
+
+    file_name: str
+    sizes: Mapping[str, int]
+    dataset: str | None
+    chunks: int
+
+
+def usable_weights(matrix: Matrix, path: Path, options: QuantizeOptions) -> Weights:
+    """Apply ``--include-weights`` / ``--exclude-weights`` (substrings of entry names) as llama-quantize does."""
+    sizes = {name: matrix.values_per_entry(name) for name in matrix.entries}
+    if options.include_weights:
+        sizes = {name: size for name, size in sizes.items() if any(part in name for part in options.include_weights)}
+    for part in options.exclude_weights:
+        sizes = {name: size for name, size in sizes.items() if part not in name}
+    return Weights(path.name, sizes, matrix.datasets[0] if matrix.datasets else None, matrix.chunk_count)
+
+
+def make_recipe(
+    level: Level,
+    header: GgufHeader,
+    tensors: Sequence[TensorInfo],
+    dry_run: DryRun,
+    weights: Weights | None,
+    options: QuantizeOptions,
+    *,
+    pending: bool = False,
+) -> Recipe:
+    """Combine llama.cpp's dry run with the model's shapes and the imatrix's entries.
+
+    ``header`` is that of the first shard (its metadata is copied), ``tensors`` those of all shards. ``pending``: the imatrix
+    is still to be made, so its entries cannot be judged yet (and the predicted size lacks its few bytes of metadata).
+    """
+    sources = {tensor.name: tensor for tensor in tensors}
+    kept = _kept_layers(header, options)
+    rows: list[RecipeTensor] = []
+    failures: list[str] = []
+    weightless: list[str] = []
+    needs = dry_run.needs_imatrix
+    for name, type_name in dry_run.types.items():
+        original = _original_name(name, kept)
+        source = sources[original]
+        kind = type_name.upper()
+        number = type_id(kind)
+        rows.append(
+            RecipeTensor(
+                name, source.shape, source.type_name, kind, tensor_bytes(source.shape, number) if number is not None else None
+            )
+        )
+        if kind == source.type_name.upper():
+            continue
+        required = _requires_imatrix(name, kind, level.ftype)
+        needs = needs or required
+        if bad := _shape_problem(name, source.shape, kind, number):
+            failures.append(bad)
+        if weights is not None:
+            _weigh(original, source.shape, kind, required, weights, failures, weightless)
+    if weights is None and needs and not pending:
+        failures.append("it needs an importance matrix and there is none")
+    return Recipe(
+        level,
+        tuple(rows),
+        dry_run.fallbacks,
+        tuple(weightless),
+        tuple(failures),
+        needs,
+        _file_bytes(rows, header, weights),
+    )
+
+
+def _weigh(
+    name: str, shape: tuple[int, ...], kind: str, required: bool, weights: Weights, failures: list[str], weightless: list[str]
+) -> None:
+    shape = (*shape, 1, 1)
+    have, want = weights.sizes.get(name), shape[0] * shape[2]
+    if have is not None and have != want and name != "token_embd.weight":
+        failures.append(f"the imatrix has {have} values for {name}, the model needs {want}")
+    elif have != want and required:
+        failures.append(f"{name} becomes {kind}, which cannot do without the weights that the imatrix lacks")
+    elif have != want and name not in NEVER_WEIGHED:
+        weightless.append(name)
+
+
+def _requires_imatrix(name: str, kind: str, ftype: str) -> bool:
+    if name in NEVER_WEIGHED:
+        return False
+    return kind in _REQUIRE_IMATRIX or (kind == "Q2_K" and ftype.upper() == "Q2_K_S")
+
+
+def _shape_problem(name: str, shape: tuple[int, ...], kind: str, number: int | None) -> str:
+    """--output-tensor-type and --token-embedding-type skip llama.cpp's shape fallback, and its dry run does not notice."""
+    block = type_size(number) if number is not None else None
+    if block is None or shape[0] % block[0] == 0:
+        return ""
+    return f"{name} has rows of {shape[0]}, which {kind} (blocks of {block[0]}) cannot hold"
+
+
+def _kept_layers(header: GgufHeader, options: QuantizeOptions) -> list[int]:
+    """With --prune-layers the layers that stay, by their old numbers; they are renumbered from 0."""
+    if not options.prune_layers:
+        return []
+    gone = {int(part) for part in options.prune_layers.split(",") if part.strip()}
+    count = header.integer(f"{header.text('general.architecture')}.block_count") or 0
+    return [layer for layer in range(count) if layer not in gone]
+
+
+def _original_name(name: str, kept: Sequence[int]) -> str:
+    match = _BLOCK.match(name)
+    if not kept or match is None:
+        return name
+    return f"blk.{kept[int(match[1])]}.{name[match.end() :]}"
+
+
+def _file_bytes(tensors: Sequence[RecipeTensor], header: GgufHeader, weights: Weights | None) -> int | None:
+    """The exact size of a single-file output: header as llama-quantize writes it, then every tensor padded."""
+    kv = {key: size for key, size in header.kv_sizes.items() if key not in _SPLIT_KEYS}
+    for key in ("general.quantization_version", "general.file_type"):
+        kv[key] = _kv_bytes(key, 4)
+    if weights is not None:
+        texts = {"quantize.imatrix.file": weights.file_name, "quantize.imatrix.dataset": weights.dataset}
+        kv.update({key: _kv_bytes(key, 8 + min(MAX_TEXT, len(text.encode()))) for key, text in texts.items() if text})
+        kv["quantize.imatrix.entries_count"] = _kv_bytes("quantize.imatrix.entries_count", 4)
+        if weights.chunks > 0:
+            kv["quantize.imatrix.chunks_count"] = _kv_bytes("quantize.imatrix.chunks_count", 4)
+    infos = sum(24 + len(tensor.name.encode()) + 8 * len(tensor.shape) for tensor in tensors)
+    total = padded(24 + sum(kv.values()) + infos, ALIGNMENT)
+    for tensor in tensors:
+        if tensor.n_bytes is None:
+            return None
+        total += padded(tensor.n_bytes, ALIGNMENT)
+    return total
+
+
+def _kv_bytes(key: str, value: int) -> int:
+    return 8 + len(key.encode()) + 4 + value
+
+
+def ignored_tensor_types(level: Level, options: QuantizeOptions) -> bool:
+    """Whether the user's ``--tensor-type`` has no effect at this level (llama-quantize drops it silently)."""
+    return level.ftype.upper() in PLAIN_FTYPES and bool(options.tensor_types or options.tensor_type_file)
+
+
+def buffer_bytes(tensors: Sequence[TensorInfo], max_buffer_size: int | None) -> int:
+    """Memory one llama-quantize needs beside the mapped source: the widened rows and the result of the largest tensor, at
+    most ``max_buffer_size`` MiB (its default is 8192), plus 256 MiB for the program and the tables of the IQ types."""
+    largest = max((tensor.n_elements for tensor in tensors), default=0)
+    bound = (max_buffer_size or 8192) << 20
+    return min(8 * largest, bound) + (256 << 20)

@@ -1,0 +1,54 @@
+"""Is a written file what was planned? Checked before it gets its name, because llama-quantize can fail in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.models.gguf_file import GgufHeader, expected_file_size, read_header
+from imatrix_runner.quantize.recipe import Recipe, Weights
+
+
+def verify_output(files: Sequence[Path], recipe: Recipe, weights: Weights | None) -> int:
+    """Check magic, tensor names, types and exact byte sizes, and the metadata llama-quantize adds.
+
+    ``files`` are one output, its shards in order. Returns their total size. Raises :class:`InvalidDataError`.
+    """
+    headers = [read_header(path) for path in files]
+    written = {tensor.name: tensor for header in headers for tensor in header.tensors}
+    planned = {tensor.name: tensor for tensor in recipe.tensors}
+    if written.keys() != planned.keys():
+        odd = sorted(written.keys() ^ planned.keys())
+        raise _bad(recipe, f"it has {len(written)} tensors instead of {len(planned)}; the first that differs is {odd[0]}")
+    for name, plan in planned.items():
+        tensor = written[name]
+        if tensor.shape != plan.shape:
+            raise _bad(recipe, f"{name} has the shape {tensor.shape} instead of {plan.shape}")
+        if plan.n_bytes is not None and (tensor.type_name.upper() != plan.type or tensor.n_bytes != plan.n_bytes):
+            raise _bad(
+                recipe, f"{name} is {tensor.type_name} of {tensor.n_bytes} bytes, planned was {plan.type} of {plan.n_bytes}"
+            )
+    for header in headers:
+        expected = expected_file_size(header)
+        if expected is not None and header.file_size != expected:
+            raise _bad(recipe, f"the file has {header.file_size} bytes instead of {expected}")
+    _check_metadata(headers[0], recipe, weights)
+    return sum(header.file_size for header in headers)
+
+
+def _check_metadata(header: GgufHeader, recipe: Recipe, weights: Weights | None) -> None:
+    if header.integer("general.quantization_version") is None or header.integer("general.file_type") is None:
+        raise _bad(recipe, "its metadata does not say how it was quantised")
+    entries = header.integer("quantize.imatrix.entries_count")
+    wanted = len(weights.sizes) if weights is not None and weights.sizes else None
+    if entries != wanted:
+        raise _bad(recipe, f"it was made with {entries or 'no'} imatrix entries instead of {wanted or 'none'}")
+
+
+def _bad(recipe: Recipe, why: str) -> InvalidDataError:
+    return InvalidDataError(
+        f"The {recipe.level.name} file is not what was planned",
+        why,
+        "Run the same command again; if it happens again, check the disk and the log of this level.",
+    )

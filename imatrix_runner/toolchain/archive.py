@@ -1,0 +1,127 @@
+"""Unpack tar and zip archives from outside without ever leaving the destination or filling the disk."""
+
+from __future__ import annotations
+
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from imatrix_runner.errors import from_os_error
+
+MAX_BYTES = 12 << 30
+MAX_MEMBERS = 100_000
+_BLOCK = 1 << 20
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+
+
+class ArchiveError(Exception):
+    """An archive is damaged or wants to do what it must not; the text is one plain phrase."""
+
+
+def unpack(
+    archive: Path,
+    into: Path,
+    *,
+    check: Callable[[], None] = lambda: None,
+    max_bytes: int = MAX_BYTES,
+    max_members: int = MAX_MEMBERS,
+) -> None:
+    """Unpack ``archive`` (tar with any compression, or zip) into the existing directory ``into``.
+
+    ``check`` is called between members and may raise to stop. Raises :class:`ArchiveError`; what was unpacked before stays
+    in ``into``, for the caller to remove.
+    """
+    try:
+        if zipfile.is_zipfile(archive):
+            _unpack_zip(archive, into, _Budget(max_bytes, max_members), check)
+        else:
+            _unpack_tar(archive, into, _Budget(max_bytes, max_members), check)
+    except _DAMAGED as error:
+        raise ArchiveError(f"it is damaged or cut short ({error})") from error
+    except OSError as error:
+        if error.errno is None:  # gzip tells of bad data with a bare OSError
+            raise ArchiveError(f"it is damaged or cut short ({error})") from error
+        raise from_os_error(error, f"unpacking {archive.name}", into) from error
+
+
+class _Budget:
+    def __init__(self, max_bytes: int, max_members: int) -> None:
+        self._bytes, self._members = max_bytes, max_members
+
+    def spend(self, size: int) -> None:
+        self._bytes -= size
+        self._members -= 1
+        if self._bytes < 0 or self._members < 0:
+            raise ArchiveError("it unpacks to more than any llama.cpp archive holds")
+
+
+def safe_path(name: str) -> PurePosixPath:
+    """A member's name as a path below the destination, or :class:`ArchiveError`."""
+    path = PurePosixPath(name)
+    if not name or "\0" in name or "\\" in name or ":" in name or path.is_absolute() or ".." in path.parts:
+        raise ArchiveError(f"its member {name!r} would be written outside the destination")
+    return path
+
+
+def _safe_link(path: PurePosixPath, target: str) -> None:
+    """Refuse a symbolic link that could lead out: ``..`` may only come first, and never climb above the destination."""
+    parts = PurePosixPath(target).parts
+    ups = len([part for part in parts if part == ".."])
+    climbs_later = ".." in parts[ups:]
+    if not target or "\\" in target or target.startswith("/") or climbs_later or ups > len(path.parts) - 1:
+        raise ArchiveError(f"its link {str(path)!r} leads outside the destination, to {target!r}")
+
+
+def _unpack_tar(archive: Path, into: Path, budget: _Budget, check: Callable[[], None]) -> None:
+    links: set[PurePosixPath] = set()
+    with tarfile.open(archive, "r:*") as tar:
+        if hasattr(tarfile, "data_filter"):
+            tar.extraction_filter = tarfile.data_filter
+        for member in tar:
+            check()
+            path = safe_path(member.name)
+            budget.spend(member.size if member.isreg() else 0)
+            if links.intersection(path.parents):
+                raise ArchiveError(f"its member {member.name!r} would be written through a link")
+            if member.issym():
+                _safe_link(path, member.linkname)
+                links.add(path)
+            elif member.islnk():
+                linked = safe_path(member.linkname)
+                if links.intersection((linked, *linked.parents)):
+                    raise ArchiveError(f"its member {member.name!r} would be written through a link")
+            elif not (member.isreg() or member.isdir()):
+                raise ArchiveError(f"its member {member.name!r} is neither a file, a directory nor a link")
+            tar.extract(member, into)
+
+
+def _unpack_zip(archive: Path, into: Path, budget: _Budget, check: Callable[[], None]) -> None:
+    with zipfile.ZipFile(archive) as packed:
+        for member in packed.infolist():
+            check()
+            path = into / safe_path(member.filename)
+            if (member.external_attr >> 16) & 0o170000 == 0o120000:
+                raise ArchiveError(f"its member {member.filename!r} is a link")
+            if member.is_dir():
+                budget.spend(0)
+                path.mkdir(parents=True, exist_ok=True)
+                continue
+            budget.spend(member.file_size)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with packed.open(member) as source, path.open("wb") as target:
+                _copy_exactly(source, target, member.file_size)
+            if (member.external_attr >> 16) & 0o111:
+                path.chmod(0o755)
+
+
+def _copy_exactly(source: IO[bytes], target: IO[bytes], size: int) -> None:
+    # The size is the archive's own claim: believe it only as far as it keeps it.
+    while block := source.read(_BLOCK):
+        size -= len(block)
+        if size < 0:
+            raise ArchiveError("a member is larger than the archive says")
+        target.write(block)

@@ -1,0 +1,62 @@
+"""What accelerators this machine has, as far as its own tools tell; only for advice, never for decisions."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Sequence
+
+from imatrix_runner.process import Command, capture
+
+_SECONDS = 10.0
+_MAX_GPUS = 64
+
+
+def gpus() -> tuple[str, ...]:
+    """One line per GPU: ``NVIDIA H200 (143771 MiB)``, ``AMD Instinct MI300X``, ``Apple M3 Max (Metal)``; empty without one."""
+    found = [*parse_nvidia(_say("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"))]
+    found += parse_rocm(_say("rocminfo"))
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        found.append(f"{_say('sysctl', '-n', 'machdep.cpu.brand_string').strip() or 'Apple GPU'} (Metal)")
+    return tuple(found[:_MAX_GPUS])
+
+
+def backend_for(gpu: str) -> str:
+    """The backend to build for a GPU as :func:`gpus` names it."""
+    if gpu.endswith("(Metal)"):
+        return "metal"
+    return "hip" if gpu.startswith("AMD") else "cuda"
+
+
+def advice(found: Sequence[str], backends: Sequence[str]) -> str | None:
+    """A sentence for machines whose GPU lies idle because the toolchain cannot use it, else None."""
+    if not found or any(backend != "cpu" for backend in backends):
+        return None
+    return f"{found[0]} is there, but this toolchain is CPU-only: imatrix-runner tools build --backend {backend_for(found[0])}"
+
+
+def parse_nvidia(text: str) -> list[str]:
+    """Lines of ``nvidia-smi --query-gpu=name,memory.total --format=csv,noheader,nounits``."""
+    rows = re.findall(r"^(.{1,80}), (\d+)\s*$", text, re.MULTILINE)
+    return [f"{name if name.startswith('NVIDIA') else f'NVIDIA {name}'} ({memory} MiB)" for name, memory in rows]
+
+
+def parse_rocm(text: str) -> list[str]:
+    """The GPU agents of ``rocminfo``: those whose device type is GPU, by their marketing name."""
+    agents = re.split(r"^Agent \d+", text, flags=re.MULTILINE)[1:]
+    found = []
+    for agent in agents:
+        name = re.search(r"Marketing Name:[ \t]*(\S.{0,78}\S)", agent)
+        if re.search(r"Device Type:\s*GPU", agent):
+            label = name.group(1).strip() if name else "GPU"
+            found.append(label if label.startswith("AMD") else f"AMD {label}")
+    return found
+
+
+def _say(*argv: str) -> str:
+    """What a tool says; nothing when it is not installed, fails, or does not answer in time."""
+    try:
+        told = capture(Command(argv), seconds=_SECONDS)
+    except (OSError, TimeoutError):
+        return ""
+    return told.stdout if told.returncode == 0 else ""

@@ -1,0 +1,301 @@
+"""Install an official release archive of llama.cpp into the managed cache."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from imatrix_runner.errors import DownloadError, from_os_error
+from imatrix_runner.events import Finished, Progress, Saved, Sink, Started, info
+from imatrix_runner.files import part_path, publish, require_space, sha256
+from imatrix_runner.process import Runner, Stop
+from imatrix_runner.toolchain.archive import ArchiveError, unpack
+from imatrix_runner.toolchain.download import Fetcher
+from imatrix_runner.toolchain.probe import NEEDED, Toolchain, executable
+from imatrix_runner.toolchain.source import check_ref
+from imatrix_runner.toolchain.store import Record, Store, cache_dir, safe_name
+
+RELEASES = "https://api.github.com/repos/ggml-org/llama.cpp/releases"
+ENV_RELEASES = "IMATRIX_RUNNER_RELEASES_URL"
+MAX_ARCHIVE = 6 << 30
+
+_STEP = "install"
+_BUILD = "Build from source: imatrix-runner tools build"
+_NIGHTLY_FILE = "nightly-tag.txt"
+_MACHINES = {"x86_64": "x64", "amd64": "x64", "aarch64": "arm64", "arm64": "arm64", "s390x": "s390x"}
+_LINUX = {"cpu": "", "cuda": "cuda-*-", "vulkan": "vulkan-", "hip": "rocm-*-", "sycl": "sycl-fp32-"}
+_WINDOWS = {"cpu": "cpu-", "cuda": "cuda-*-", "vulkan": "vulkan-", "hip": "rocm-*-", "sycl": "sycl-"}
+
+
+@dataclass(frozen=True)
+class InstallRequest:
+    """What to install. ``tag`` None: the latest release. ``releases_url``: the API's address, for mirrors and tests."""
+
+    tag: str | None = None
+    backend: str = "cpu"
+    force: bool = False
+    cache: Path = field(default_factory=cache_dir)
+    releases_url: str = field(default_factory=lambda: os.environ.get(ENV_RELEASES) or RELEASES)
+    system: str = field(default_factory=platform.system)
+    machine: str = field(default_factory=platform.machine)
+    wait_seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file of a release; ``sha256`` in hex, empty when the release announces none."""
+
+    name: str
+    size: int
+    url: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release as its own data describes it."""
+
+    tag: str
+    assets: tuple[Asset, ...]
+
+
+def asset_name(tag: str, system: str, machine: str, backend: str) -> str:
+    """The archive for a platform, as a pattern: ``llama-b9976-bin-ubuntu-cuda-*-x64.tar.gz`` (``*``: a toolkit version).
+
+    ``system`` and ``machine`` as :mod:`platform` gives them.
+    """
+    cpu = _MACHINES.get(machine.lower())
+    kinds = {"Linux": _LINUX, "Windows": _WINDOWS}.get(system)
+    if cpu and kinds and backend in kinds:
+        place, ending = ("ubuntu", "tar.gz") if system == "Linux" else ("win", "zip")
+        return f"llama-{tag}-bin-{place}-{kinds[backend]}{cpu}.{ending}"
+    # Apple's archives hold both: Metal on Apple silicon, the processor everywhere.
+    if cpu and system == "Darwin" and (backend == "cpu" or (backend == "metal" and cpu == "arm64")):
+        return f"llama-{tag}-bin-macos-{cpu}.tar.gz"
+    raise DownloadError(
+        "llama.cpp releases hold nothing for this machine",
+        f"no {backend} archive is made for {system} on {machine}",
+        f"Build it from source: imatrix-runner tools build --backend {backend}",
+    )
+
+
+def choose(release: Release, pattern: str) -> tuple[Asset, ...]:
+    """The archive that fits ``pattern`` and, when it has one, the archive of the runtime libraries it needs.
+
+    Of several toolkit versions the oldest is taken: it runs with the most drivers.
+    """
+    fitting = sorted((asset for asset in release.assets if fnmatch.fnmatchcase(asset.name, pattern)), key=_versions)
+    if not fitting:
+        there = ", ".join(sorted(asset.name for asset in release.assets if "-bin-" in asset.name)) or "no archives at all"
+        raise DownloadError(
+            f"Release {release.tag} has no archive for this machine",
+            f"{pattern} is not among its files: {there}",
+            f"Choose another --backend or --tag. {_BUILD}",
+        )
+    main = fitting[0]
+    tail = main.name[main.name.index("-bin-") :]
+    runtime = [asset for asset in release.assets if asset.name.startswith("cudart-") and asset.name.endswith(tail)]
+    chosen = (main, *runtime[:1])
+    for asset in chosen:
+        if not asset.sha256:
+            raise DownloadError(
+                f"{asset.name} cannot be verified",
+                "the release announces no SHA-256 digest for it",
+                f"Choose a newer release with --tag. {_BUILD}",
+            )
+    return chosen
+
+
+def _versions(asset: Asset) -> tuple[tuple[int, ...], str]:
+    return tuple(int(number) for number in re.findall(r"\d+", asset.name.partition("-bin-")[2])), asset.name
+
+
+def parse_release(data: Any, url: str) -> Release:
+    """A release out of GitHub's JSON; :class:`DownloadError` when it is something else."""
+    try:
+        wire = msgspec.convert(data, _WireRelease)
+    except msgspec.ValidationError as error:
+        raise DownloadError("The list of releases could not be understood", f"{url}: {error}", _BUILD) from error
+    return Release(wire.tag_name, tuple(Asset(a.name, a.size, a.browser_download_url, _sha256(a.digest)) for a in wire.assets))
+
+
+def _sha256(digest: str | None) -> str:
+    match = re.fullmatch(r"sha256:([0-9a-f]{64})", (digest or "").lower())
+    return match.group(1) if match else ""
+
+
+class _WireAsset(msgspec.Struct):
+    name: str
+    size: int
+    browser_download_url: str
+    digest: str | None = None
+
+
+class _WireRelease(msgspec.Struct):
+    tag_name: str
+    assets: list[_WireAsset]
+
+
+def install(request: InstallRequest, runner: Runner, sink: Sink, env: Mapping[str, str] = os.environ) -> Toolchain:
+    """Download, verify, unpack, prove and store a release; nothing is left of one that fails on the way.
+
+    Raises :class:`DownloadError`, ``NoSpaceError``, or ``ToolchainError`` when the binaries do not run here.
+    """
+    if request.tag is not None:
+        check_ref(request.tag)
+    fetcher = Fetcher(runner.stop, env, wait_seconds=request.wait_seconds)
+    release = find_release(request, fetcher)
+    assets = choose(release, asset_name(release.tag, request.system, request.machine, request.backend))
+    store = Store(request.cache)
+    key = safe_name(f"release-{release.tag}-{request.backend}")
+    with store.locked(_STEP, runner.stop, sink):
+        if not request.force and (ready := store.ready(key)):
+            sink(info(f"Already installed: {ready.identity()} in {ready.directory}"))
+            return ready
+        began = time.monotonic()
+        total = sum(asset.size for asset in assets)
+        if total > MAX_ARCHIVE:
+            raise DownloadError(
+                f"{assets[0].name} is too large", f"{total} bytes are announced, no archive has more than {MAX_ARCHIVE}", _BUILD
+            )
+        require_space(store.root, 4 * total, f"installing llama.cpp {release.tag}")
+        sink(Started(_STEP, f"Installing llama.cpp {release.tag} ({assets[0].name})", total=total, unit="B"))
+        archives = [store.downloads / safe_name(asset.name) for asset in assets]
+        try:
+            _download(assets, archives, total, fetcher, sink)
+            toolchain = _store(archives, assets, release, request, key, store, runner.stop)
+        except BaseException:
+            sink(Finished(_STEP, "failed", release.tag, time.monotonic() - began))
+            raise
+        finally:
+            for archive in archives:
+                archive.unlink(missing_ok=True)
+        sink(Saved(str(toolchain.directory), toolchain.identity()))
+        if toolchain.converter is None:
+            sink(info("Releases carry no converter for Hugging Face models; imatrix-runner tools build makes one."))
+        sink(Finished(_STEP, "done", toolchain.identity(), time.monotonic() - began))
+        return toolchain
+
+
+def find_release(request: InstallRequest, fetcher: Fetcher) -> Release:
+    """The release asked for. A version tag (v0.5.0) holds only the name of the build (b9976) whose release has the files."""
+    release = _release(request, request.tag, fetcher)
+    pointer = next((asset for asset in release.assets if asset.name == _NIGHTLY_FILE), None)
+    if pointer is None:
+        return release
+    tag = fetcher.read(pointer.url, f"{release.tag}'s {_NIGHTLY_FILE}", limit=1024).decode("ascii", "replace").strip()
+    if not re.fullmatch(r"b\d{1,9}", tag):
+        raise DownloadError(f"Release {release.tag} points nowhere", f"its {_NIGHTLY_FILE} says {tag[:40]!r}", _BUILD)
+    return _release(request, tag, fetcher)
+
+
+def _release(request: InstallRequest, tag: str | None, fetcher: Fetcher) -> Release:
+    url = f"{request.releases_url.rstrip('/')}/{f'tags/{tag}' if tag else 'latest'}"
+    return parse_release(fetcher.json(url, f"llama.cpp's release {tag or '(latest)'}"), url)
+
+
+def _download(assets: Sequence[Asset], archives: Sequence[Path], total: int, fetcher: Fetcher, sink: Sink) -> None:
+    """Fetch each asset to its archive's name; one that a killed run left there is kept if it is what was announced."""
+    before = 0
+    for asset, final in zip(assets, archives, strict=True):
+        if not (final.is_file() and sha256(final) == asset.sha256):
+            _download_one(asset, final, fetcher, _teller(sink, before, total))
+        before += asset.size
+
+
+def _download_one(asset: Asset, final: Path, fetcher: Fetcher, on_bytes: Callable[[int], None]) -> None:
+    part = part_path(final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise from_os_error(error, "preparing the download", final) from error
+    told = fetcher.file(asset.url, asset.name, part, size=asset.size, on_bytes=on_bytes)
+    if told != asset.sha256:
+        part.unlink(missing_ok=True)
+        raise DownloadError(
+            f"{asset.name} is not what was published",
+            f"its SHA-256 is {told}, the release announces {asset.sha256}",
+            "Nothing was kept; try again, and mistrust the network or mirror if it happens twice.",
+        )
+    publish(part, final)
+
+
+def _teller(sink: Sink, before: int, total: int) -> Callable[[int], None]:
+    return lambda done: sink(Progress(_STEP, before + done, total))
+
+
+def _store(
+    archives: Sequence[Path],
+    assets: Sequence[Asset],
+    release: Release,
+    request: InstallRequest,
+    key: str,
+    store: Store,
+    stop: Stop,
+) -> Toolchain:
+    scratch = store.scratch(store.toolchains, key)
+    try:
+        home: Path | None = None
+        for number, archive in enumerate(archives):
+            into = scratch / f"unpacked-{number}"
+            into.mkdir()
+            unpack(archive, into, check=stop.check)
+            home = _take_over(into, scratch / "bin") if home is None else _merge(into, home)
+            shutil.rmtree(into)
+        _require_links_inside(scratch / "bin")
+    except ArchiveError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise DownloadError(f"{assets[0].name} cannot be used", str(error), _BUILD) from error
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise from_os_error(error, "unpacking the release", scratch) from error
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    record = Record(
+        key=key,
+        kind="release",
+        source=assets[0].url,
+        version=release.tag,
+        commit="",
+        backend=request.backend,
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        sha256=assets[0].sha256,
+    )
+    return store.adopt(scratch, record, request.backend)
+
+
+def _take_over(unpacked: Path, final: Path) -> Path:
+    """Find the folder with the programs, wherever the archive keeps it, and make it ``final``."""
+    wanted = executable(Path(), NEEDED[0]).name
+    found = sorted(unpacked.rglob(wanted), key=lambda path: len(path.parts))
+    if not found:
+        raise ArchiveError(f"it holds no {wanted}")
+    found[0].parent.replace(final)
+    return final
+
+
+def _merge(unpacked: Path, home: Path) -> Path:
+    """Put runtime libraries beside the programs."""
+    for path in sorted(unpacked.rglob("*")):
+        if path.is_symlink() or path.is_file():
+            path.replace(home / path.name)
+    return home
+
+
+def _require_links_inside(home: Path) -> None:
+    """The programs' folder was moved: its links must lead to files in it now."""
+    root = home.resolve()
+    for path in home.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise ArchiveError(f"its link {path.name!r} leads outside the programs' folder")

@@ -1,0 +1,262 @@
+"""Get llama.cpp's source: from llama-cpp-python's source distribution, from a directory, or by git."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from imatrix_runner.errors import DownloadError, RunnerError, ToolchainError, UsageError, from_os_error
+from imatrix_runner.events import Finished, Saved, Sink, Started
+from imatrix_runner.files import publish, sha256
+from imatrix_runner.process import Command, Outcome, Runner, capture, relevant_lines
+from imatrix_runner.toolchain.archive import ArchiveError, unpack
+from imatrix_runner.toolchain.store import Store, safe_name
+
+PACKAGE = "llama-cpp-python"
+TESTED_VERSION = "0.3.36"
+UPSTREAM = "https://github.com/ggml-org/llama.cpp"
+_STEP = "source"
+_REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]{0,99}")
+_PIP_VERSION = re.compile(r"[0-9][0-9A-Za-z.!+]{0,30}")
+_UPSTREAM_COMMIT = re.compile(r"ggml-org/llama\.cpp@([0-9a-f]{7,40})")
+_NETWORK = re.compile(
+    r"name resolution|Connection (?:refused|reset|aborted)|timed out|Max retries|NewConnectionError|unable to access|"
+    r"Could not resolve host|Network is unreachable|ProxyError|SSLError",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A llama.cpp tree to build, or the archive it is in.
+
+    ``kind``: ``sdist``, ``directory`` or ``git``. ``tree`` is where the tree is, or will be after :func:`unpack_source`.
+    ``version`` names it in the cache's key: llama-cpp-python's version, the tag, or llama.cpp's own.
+    """
+
+    kind: str
+    version: str
+    commit: str
+    origin: str
+    tree: Path
+    sha256: str = ""
+    archive: Path | None = None
+
+
+def default_version() -> str:
+    """The installed llama-cpp-python's version, so that bindings and binaries match; else the one tested."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return TESTED_VERSION
+
+
+def fetch_sdist(version: str, store: Store, runner: Runner, sink: Sink) -> Source:
+    """llama-cpp-python's source distribution, through pip from its configured index, or as downloaded before."""
+    if not _PIP_VERSION.fullmatch(version):
+        raise UsageError(
+            f"{version!r} is not a version", f"{PACKAGE} versions look like {TESTED_VERSION}", "Give such a version."
+        )
+    archive = store.downloads / f"llama_cpp_python-{version}.tar.gz"
+    if not archive.is_file():
+        _pip_download(version, archive, store, runner, sink)
+    digest = sha256(archive)
+    commit = _sdist_commit(archive)
+    tree = store.sources / f"sdist-{safe_name(version)}-{digest[:12]}"
+    return Source("sdist", version, commit, f"{PACKAGE} {version}", tree / "vendor" / "llama.cpp", digest, archive)
+
+
+def _pip_download(version: str, archive: Path, store: Store, runner: Runner, sink: Sink) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise ToolchainError(
+            "The source cannot be fetched",
+            f"this Python environment ({sys.prefix}) has no pip",
+            f"Install it with: {sys.executable} -m ensurepip (or: uv pip install pip); or give a checkout with --source DIR.",
+        )
+    scratch = store.scratch(store.downloads, f"sdist-{safe_name(version)}")
+    log = store.logs / f"download-{safe_name(version)}.log"
+    sink(Started(_STEP, f"Fetching {PACKAGE} {version}'s source"))
+    try:
+        outcome = runner.run(
+            Command(
+                (
+                    *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"),
+                    *("--no-binary", PACKAGE, "--dest", str(scratch), f"{PACKAGE}=={version}"),
+                )
+            ),
+            log=log,
+        )
+        found = sorted(scratch.glob("llama_cpp_python-*.tar.gz"))
+        if not outcome.ok or not found:
+            sink(Finished(_STEP, "failed", outcome.ending(), outcome.seconds))
+            raise _pip_error(version, outcome, log)
+        publish(found[0], archive)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    sink(Saved(str(archive), f"source of {PACKAGE} {version}", archive.stat().st_size))
+    sink(Finished(_STEP, "done", archive.name, outcome.seconds))
+
+
+def _pip_error(version: str, outcome: Outcome, log: Path) -> RunnerError:
+    text = "\n".join(outcome.tail)
+    what = f"{PACKAGE} {version}'s source could not be downloaded"
+    if _NETWORK.search(text):
+        return DownloadError(
+            what, "pip could not reach its index", f"Check the network, or give a checkout with --source DIR. Log: {log}"
+        )
+    if "No matching distribution" in text or "Could not find a version" in text:
+        return DownloadError(
+            what,
+            "pip's index offers no source of that version",
+            f"Try the tested one with: --version {TESTED_VERSION}. Log: {log}",
+        )
+    lines = "\n".join(relevant_lines(outcome.tail))
+    return DownloadError(what, f"pip ended with {outcome.ending()}:\n{lines}", f"Read the full log: {log}")
+
+
+def _sdist_commit(archive: Path) -> str:
+    """The upstream commit the distribution's change log names first; empty when it names none."""
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            for member in tar:
+                if member.name.count("/") == 1 and member.name.endswith("/CHANGELOG.md") and member.isreg():
+                    handle = tar.extractfile(member)
+                    text = handle.read(1 << 20).decode("utf-8", "replace") if handle else ""
+                    match = _UPSTREAM_COMMIT.search(text)
+                    return match.group(1) if match else ""
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise _bad_archive(archive, str(error)) from error
+    return ""
+
+
+def unpack_source(source: Source, store: Store, runner: Runner) -> None:
+    """Make sure ``source.tree`` exists; an archive is unpacked whole or not at all."""
+    if source.archive is None or source.tree.is_dir():
+        return
+    root = source.tree.parent.parent
+    scratch = store.scratch(store.sources, root.name)
+    try:
+        unpack(source.archive, scratch, check=runner.stop.check)
+        tops = [path for path in scratch.iterdir() if (path / "vendor" / "llama.cpp" / "CMakeLists.txt").is_file()]
+        if not tops:
+            raise _bad_archive(source.archive, "it holds no vendor/llama.cpp")
+        tops[0].replace(root)
+    except ArchiveError as error:
+        raise _bad_archive(source.archive, str(error)) from error
+    except OSError as error:
+        raise from_os_error(error, "unpacking the source", root) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _bad_archive(archive: Path, why: str) -> ToolchainError:
+    return ToolchainError(f"{archive.name} cannot be used", why, f"Remove it, then run the same command again: rm {archive}")
+
+
+def directory_source(directory: Path) -> Source:
+    """An existing checkout. It is only read; edits made there since the last build lead to a new build."""
+    tree = directory.absolute()
+    if not (tree / "CMakeLists.txt").is_file() or not any(
+        (tree / place / "imatrix").is_dir() for place in ("tools", "examples")
+    ):
+        raise UsageError(
+            f"{directory} is not a llama.cpp checkout",
+            "a CMakeLists.txt and tools/imatrix should be there",
+            "Give the top directory of llama.cpp's source with --source DIR.",
+        )
+    commit = _git_line(tree, "rev-parse", "--short=9", "HEAD") if (tree / ".git").exists() else None
+    # Untouched files of a commit are known by it; anything else by what the tree looks like now.
+    clean = _git_line(tree, "status", "--porcelain", "--untracked-files=normal") == ""
+    label = commit if commit and clean else f"{commit or 'tree'}-{_tree_digest(tree)}"
+    return Source("directory", own_version(tree), label, str(tree), tree)
+
+
+def own_version(tree: Path) -> str:
+    """llama.cpp's own version from its CMakeLists.txt, or ``source`` for trees older than their versioning."""
+    text = (tree / "CMakeLists.txt").read_text("utf-8", "replace")
+    parts = [re.search(rf"set\(LLAMA_VERSION_{part}\s+(\d+)\)", text) for part in ("MAJOR", "MINOR", "PATCH")]
+    return ".".join(part.group(1) for part in parts if part) or "source"
+
+
+def _tree_digest(tree: Path) -> str:
+    """Eight digits that change when a file of the tree does (by path, size and time, not by content)."""
+    digest = hashlib.sha256()
+    for folder, names, files in os.walk(tree):
+        names[:] = sorted(name for name in names if name not in (".git", "__pycache__") and not name.startswith("build"))
+        for name in sorted(files):
+            path = Path(folder, name)
+            at = path.lstat()
+            digest.update(f"{path.relative_to(tree)}\0{at.st_size}\0{at.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:8]
+
+
+def check_ref(ref: str) -> str:
+    """``ref`` itself when it can only be a tag or branch name, never an option or a path trick."""
+    if not _REF.fullmatch(ref) or ".." in ref or ref.endswith(("/", ".lock")):
+        raise UsageError(f"{ref!r} is not a tag", "a tag looks like b9976 or v0.5.0", "Give a tag of llama.cpp with --ref TAG.")
+    return ref
+
+
+def git_source(ref: str, url: str, store: Store, runner: Runner, sink: Sink) -> Source:
+    """A tag or branch of llama.cpp by ``git clone --depth 1``; a commit fetched before is not fetched again."""
+    check_ref(ref)
+    log = store.logs / f"clone-{safe_name(ref)}.log"
+    names = (f"refs/tags/{ref}", f"refs/tags/{ref}^{{}}", f"refs/heads/{ref}")
+    listed = _git(("ls-remote", "--", url, *names), runner, log, ref, url)
+    by_name = {line.split()[1]: line.split()[0] for line in listed.tail if len(line.split()) == 2 and line.split()[1] in names}
+    # An annotated tag is an object of its own; its peeled name (^{}) is the commit.
+    commit = by_name.get(names[1]) or by_name.get(names[0]) or by_name.get(names[2])
+    if commit is None:
+        raise DownloadError(
+            f"llama.cpp has no tag {ref}",
+            f"{url} knows no tag or branch of that name",
+            "Look for the tag on its releases page.",
+        )
+    tree = store.sources / f"git-{safe_name(ref)}-{commit[:9]}"
+    if not tree.is_dir():
+        sink(Started(_STEP, f"Cloning llama.cpp {ref}"))
+        scratch = store.scratch(store.sources, tree.name)
+        try:
+            clone = ("clone", "--quiet", "--depth", "1", "--branch", ref, "--", url, str(scratch / "tree"))
+            outcome = _git(clone, runner, log, ref, url)
+            (scratch / "tree").replace(tree)
+        except OSError as error:
+            raise from_os_error(error, "storing the clone", tree) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        sink(Finished(_STEP, "done", f"{ref} {commit[:9]}", outcome.seconds))
+    return Source("git", ref, commit[:9], f"{url} {ref}", tree)
+
+
+_GIT_ENV: Mapping[str, str] = {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+
+
+def _git(arguments: tuple[str, ...], runner: Runner, log: Path, ref: str, url: str) -> Outcome:
+    outcome = runner.run(Command(("git", *arguments), env=_GIT_ENV), log=log)
+    if outcome.ok:
+        return outcome
+    lines = "\n".join(relevant_lines(outcome.tail))
+    network = _NETWORK.search(lines)
+    raise DownloadError(
+        f"llama.cpp {ref} could not be fetched from {url}",
+        "the network did not answer" if network else f"git ended with {outcome.ending()}:\n{lines}",
+        f"Check the network and the tag, or give a checkout with --source DIR. Log: {log}",
+    )
+
+
+def _git_line(tree: Path, *arguments: str) -> str | None:
+    """What git says about a checkout, without writing to it; None when it is missing, slow or distrusts the directory."""
+    try:
+        told = capture(Command(("git", "--no-optional-locks", "-C", str(tree), *arguments), env=_GIT_ENV), seconds=30)
+    except (OSError, TimeoutError):
+        return None
+    return told.stdout.strip() if told.returncode == 0 else None

@@ -1,0 +1,202 @@
+"""The imatrix of a run: which one, and making it if need be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from imatrix_runner.calibration.corpus import FEW_CHUNKS, Corpus, open_corpus
+from imatrix_runner.engines.base import Engine
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.events import Saved, Sink, info, warning
+from imatrix_runner.files import stamp
+from imatrix_runner.imatrix.collect import CollectRequest, clean_parts, collect, plan_chunks, range_chunks
+from imatrix_runner.imatrix.formats import MatrixFile, read
+from imatrix_runner.imatrix.matrix import misfits, problems
+from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
+from imatrix_runner.models.sources import Model
+from imatrix_runner.process import Stop
+from imatrix_runner.resources import CALIBRATION_TEXT, resource
+from imatrix_runner.workflow.plan import ImatrixStep, describe_change
+from imatrix_runner.workflow.request import ImatrixRequest
+from imatrix_runner.workflow.source import Frozen, hash_files
+from imatrix_runner.workspace import Workspace
+
+STEP = "imatrix"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The decision: the step for the plan; the request to compute if it is to be generated; the file if it is there."""
+
+    step: ImatrixStep
+    request: CollectRequest | None = None
+    file: MatrixFile | None = None
+
+
+def choose(
+    request: ImatrixRequest,
+    frozen: Frozen,
+    workspace: Workspace,
+    journal: Journal,
+    engine: Engine,
+    sink: Sink,
+    *,
+    gpu: bool,
+    log: Path | None,
+) -> Chosen:
+    """Decide where the imatrix comes from. Raises :class:`InvalidDataError` for one that cannot be used with the model."""
+    if request.mode == "none":
+        return Chosen(ImatrixStep("none", None, "not wanted (--imatrix none)"))
+    if request.mode not in ("auto", "generate", "there"):
+        return _use(Path(request.mode), frozen.model, sink, "given with --imatrix")
+    if request.mode == "there":
+        here = workspace.find_imatrix()
+        if here is not None:
+            return _use(here, frozen.model, sink, "found in the workspace")
+        return Chosen(ImatrixStep("none", None, "there is none in the workspace"))
+    out = request.out or workspace.imatrix
+    record = journal.get(STEP)
+    ours = record is not None and record.outputs[0].name == _name(out, workspace) and outputs_intact(record, workspace.root)
+    found = workspace.find_imatrix() if request.mode == "auto" else None
+    if found is not None and not (ours and found == out):
+        if request.text is not None:
+            sink(
+                warning(f"{found.name} lies in the workspace and is used; -f is ignored. To make a new one: --imatrix generate")
+            )
+        return _use(found, frozen.model, sink, "found in the workspace")
+    corpus = open_corpus(request.text or resource(CALIBRATION_TEXT))
+    inputs = imatrix_inputs(request, corpus, frozen, engine)
+    if record is not None and ours and not differences(record, inputs):
+        if workspace.parts.is_dir():
+            clean_parts(workspace, journal)
+        return _use(out, frozen.model, sink, "made before from the same inputs", action="up-to-date")
+    if out.exists() and not ours:
+        raise InvalidDataError(
+            f"{out} is in the way",
+            "it was not made here (or was changed since), and files of yours are never overwritten",
+            f"Use it with --imatrix {out}, or move it away.",
+        )
+    reason = "there is none yet"
+    if record is not None and ours:
+        changed = "; ".join(
+            describe_change(name, record.inputs.get(name), inputs.get(name)) for name in differences(record, inputs)
+        )
+        reason = f"changed: {changed} (to keep the old one: --imatrix {out})"
+    return _plan_generation(request, corpus, inputs, frozen.model, engine, out, reason, sink, gpu=gpu, log=log)
+
+
+def imatrix_inputs(request: ImatrixRequest, corpus: Corpus, frozen: Frozen, engine: Engine) -> dict[str, str]:
+    """What a generated matrix depends on. Perplexity is measured on the way and changes nothing; neither do threads."""
+    options = request.options
+    limit = request.chunks if request.chunks is not None else "all"
+    how = [f"-b {options.n_batch} -ub {options.n_ubatch}", f"-ngl {options.n_gpu_layers}" if options.n_gpu_layers else ""]
+    how += ["--parse-special" if options.parse_special else "", "--process-output" if options.process_output else ""]
+    how += [" ".join(options.extra), f"name {corpus.name}"]
+    ranges = [f"--output-frequency {request.output_frequency}" if request.output_frequency else ""]
+    ranges += [f"--save-frequency {request.save_frequency}" if request.save_frequency else ""]
+    return {
+        "model file": frozen.fingerprint,
+        "calibration text": f"sha256:{corpus.sha256}",
+        "context": str(options.n_ctx),
+        "chunks": " ".join(filter(None, [f"{limit} from {request.first_chunk}", *ranges])),
+        "options": " ".join(filter(None, how)),
+        "engine": engine.identity(),
+    }
+
+
+def _plan_generation(
+    request: ImatrixRequest,
+    corpus: Corpus,
+    inputs: dict[str, str],
+    model: Model,
+    engine: Engine,
+    out: Path,
+    reason: str,
+    sink: Sink,
+    *,
+    gpu: bool,
+    log: Path | None,
+) -> Chosen:
+    options = request.options
+    n_tokens = engine.count_tokens(model.path, corpus.path, parse_special=options.parse_special, log=log)
+    size = request.output_frequency or range_chunks(active_params(model), model.n_bytes, options, gpu=gpu)
+    plan = plan_chunks(
+        n_tokens,
+        options.n_ctx,
+        first=request.first_chunk,
+        limit=request.chunks,
+        range_size=size,
+        save_frequency=request.save_frequency,
+    )
+    if plan.n_chunks < FEW_CHUNKS:
+        sink(
+            warning(
+                f"The imatrix will see {plan.n_chunks} chunks ({plan.n_chunks * options.n_ctx} tokens of {corpus.name}); "
+                f"fewer than {FEW_CHUNKS} give a noisy matrix. A longer text helps."
+            )
+        )
+    step = ImatrixStep("generate", out, reason, plan.n_chunks, n_tokens)
+    return Chosen(step, CollectRequest(model.path, corpus, options, plan, out, inputs))
+
+
+def active_params(model: Model) -> int:
+    """Weights that one token meets: of a mixture's expert tensors only the experts in use."""
+    used = model.header.integer(f"{model.architecture}.expert_used_count") or 0
+    if not model.n_experts or not 0 < used <= model.n_experts:
+        return model.n_params
+    experts = sum(tensor.n_elements for tensor in model.tensors if "_exps" in tensor.name)
+    return model.n_params - experts + experts * used // model.n_experts
+
+
+def generate(chosen: Chosen, engine: Engine, workspace: Workspace, journal: Journal, sink: Sink) -> MatrixFile:
+    """Compute the chosen matrix, record it, tidy up."""
+    assert chosen.request is not None
+    request = chosen.request
+    result = collect(request, engine, workspace, journal, sink)
+    output = Output(_name(request.out, workspace), stamp(request.out))
+    facts: dict[str, object] = {
+        "chunks": request.plan.n_chunks,
+        "ranges": request.plan.describe(),
+        "tokens": request.plan.n_tokens,
+        "dataset": request.corpus.name,
+        "ppl": result.ppl,
+        "load_seconds": result.load_seconds,
+    }
+    journal.record(STEP, Record.now(request.inputs, [output], chosen.step.reason, result.seconds, facts=facts))
+    clean_parts(workspace, journal)
+    sink(Saved(str(request.out), "imatrix", output.stamp.size))
+    return MatrixFile(request.out, "gguf", result.matrix)
+
+
+def _use(path: Path, model: Model, sink: Sink, how: str, *, action: str = "use") -> Chosen:
+    file = read(path.expanduser().absolute())
+    bad = problems(file.matrix)
+    if bad:
+        raise InvalidDataError(
+            f"The imatrix {path} cannot be used",
+            "; ".join(bad[:3]),
+            "Give another one, or have one made with --imatrix generate.",
+        )
+    bad = misfits(file.matrix, {tensor.name: tensor.shape for tensor in model.tensors})
+    if bad:
+        raise InvalidDataError(
+            f"The imatrix {path} does not belong to {model.name}",
+            "; ".join(bad[:3]),
+            "Give the one made from this model, or have one made with --imatrix generate.",
+        )
+    sink(info(f"Imatrix {path} ({how}): {file.describe()}"))
+    step = ImatrixStep("up-to-date" if action == "up-to-date" else "use", file.path, how, file.matrix.chunk_count)
+    return Chosen(step, file=file)
+
+
+def fingerprint(file: MatrixFile | None, journal: Journal, sink: Sink, stop: Stop, *, save: bool) -> str:
+    """The imatrix as an input of levels: its name (which goes into their metadata) and content."""
+    if file is None:
+        return "none"
+    return f"{file.path.name} sha256:{hash_files([file.path], journal, sink, stop, save=save)[0]}"
+
+
+def _name(path: Path, workspace: Workspace) -> str:
+    """Outputs are recorded relative to the workspace where they lie in it, so that it can be moved."""
+    return str(path.relative_to(workspace.root)) if path.is_relative_to(workspace.root) else str(path)

@@ -1,0 +1,290 @@
+"""Levels: plan them all from llama.cpp's dry runs, then write, verify and name each."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import psutil
+
+from imatrix_runner.engines.base import Engine, Quantized, QuantizeJob
+from imatrix_runner.engines.binaries.argv import quantize_command
+from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
+from imatrix_runner.events import Finished, Saved, Sink, Started
+from imatrix_runner.files import human_bytes, publish, sha256, stamp
+from imatrix_runner.imatrix.formats import MatrixFile, write_gguf
+from imatrix_runner.imatrix.matrix import Entry, Matrix
+from imatrix_runner.journal import Journal, Output, Record, differences
+from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.process import Stop
+from imatrix_runner.quantize.levels import Level
+from imatrix_runner.quantize.recipe import NEVER_WEIGHED, Recipe, Weights, buffer_bytes, make_recipe, usable_weights
+from imatrix_runner.quantize.verify import verify_output
+from imatrix_runner.workflow.plan import (
+    LevelStep,
+    facts_of_recipe,
+    level_inputs,
+    needs_dry_run,
+    order_levels,
+    plan_jobs,
+    plan_level,
+    step_name,
+)
+from imatrix_runner.workflow.request import LevelsRequest
+from imatrix_runner.workflow.source import Frozen
+from imatrix_runner.workspace import Workspace
+
+Status = Literal["done", "skipped", "failed"]
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """What became of one level. ``error`` is set when it failed."""
+
+    step: LevelStep
+    status: Status
+    n_bytes: int | None
+    seconds: float
+    error: RunnerError | None = None
+    without_weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LevelPlanner:
+    """Everything the plan of the levels depends on; ``imatrix_fingerprint`` is ``pending`` while it is still to be made."""
+
+    request: LevelsRequest
+    frozen: Frozen
+    workspace: Workspace
+    journal: Journal
+    engine: Engine
+    stop: Stop
+    write_logs: bool
+
+    def plan(self, levels: Sequence[Level], matrix: MatrixFile | None, fingerprint: str) -> tuple[LevelStep, ...]:
+        """Plan every level. Without ``matrix`` but with a fingerprint other than ``none`` a stand-in takes the imatrix's
+        place: only its presence changes llama.cpp's choice of types."""
+        with _real_or_stand_in(matrix, fingerprint) as used:
+            weights = self.weights(matrix)
+            with ThreadPoolExecutor(max_workers=max(1, psutil.cpu_count() or 1)) as pool:
+                return tuple(pool.map(lambda level: self._plan(level, used, weights, matrix, fingerprint), levels))
+
+    def weights(self, matrix: MatrixFile | None) -> Weights | None:
+        """The entries llama-quantize will use; None where there are none."""
+        if matrix is None:
+            return None
+        weights = usable_weights(matrix.matrix, matrix.path, self.request.options)
+        return weights if weights.sizes else None
+
+    def _plan(
+        self, level: Level, imatrix: Path | None, weights: Weights | None, matrix: MatrixFile | None, fingerprint: str
+    ) -> LevelStep:
+        inputs = level_inputs(
+            level,
+            self.request.options,
+            source=self.frozen.fingerprint,
+            imatrix=fingerprint,
+            engine=self.engine.identity(),
+            tensor_type_file=_file_option(self.request),
+        )
+        files = final_files(self.workspace, level, self.frozen, keep_split=self.request.options.keep_split)
+        name = step_name(level)
+        record = self.journal.get(name)
+        intact = record is not None and _still_there(record, self.workspace, self.journal, name, save=self.write_logs)
+        recipe = None
+        if needs_dry_run(record, inputs, intact=intact):
+            self.stop.check()
+            job = self._job(level, self.workspace.partial / "unused.gguf", imatrix, None)
+            try:
+                dry = self.engine.dry_run(job)
+            except InterruptedRunError:
+                raise
+            except RunnerError as error:
+                recipe = _impossible(level, error)
+            else:
+                model = self.frozen.model
+                options = level.apply(self.request.options)
+                pending = matrix is None and imatrix is not None
+                recipe = make_recipe(level, model.header, model.tensors, dry, weights, options, pending=pending)
+        foreign = _foreign(files, record, intact=intact)
+        step = plan_level(level, files, inputs, record, intact=intact, recipe=recipe, foreign=bool(foreign))
+        return replace(step, reason=foreign) if foreign and step.state == "fails" and not (recipe and recipe.failures) else step
+
+    def _job(self, level: Level, out: Path, imatrix: Path | None, threads: int | None) -> QuantizeJob:
+        log = self.workspace.log(step_name(level)) if self.write_logs else None
+        options = level.apply(self.request.options)
+        return QuantizeJob(
+            step_name(level), self.frozen.model.path, out, level.ftype, options, imatrix, threads or self.request.threads, log
+        )
+
+    def run(self, steps: Sequence[LevelStep], matrix: MatrixFile | None, sink: Sink) -> list[LevelResult]:
+        """Make the levels, several at once where memory allows. A failed level does not stop the others; a full disk, a
+        changed model or a stop ends them all."""
+        todo = order_levels(steps)
+        memory = buffer_bytes(self.frozen.model.tensors, self.request.options.max_buffer_size)
+        cores = psutil.cpu_count() or 1
+        jobs = plan_jobs(self.request.jobs, len(todo), memory, psutil.virtual_memory().available, cores)
+        threads = self.request.threads or max(1, cores // jobs)
+        results: list[LevelResult] = []
+        with ThreadPoolExecutor(max_workers=jobs) as pool:
+            waiting: list[Future[LevelResult]] = [pool.submit(self._make, step, matrix, threads, sink) for step in todo]
+            try:
+                results = [future.result() for future in as_completed(waiting)]
+            except BaseException:
+                self.stop.request()
+                for future in waiting:
+                    future.cancel()
+                raise
+            finally:
+                shutil.rmtree(self.workspace.partial, ignore_errors=True)
+        return results
+
+    def _make(self, step: LevelStep, matrix: MatrixFile | None, threads: int, sink: Sink) -> LevelResult:
+        self.stop.check()
+        assert step.recipe is not None
+        began = time.monotonic()
+        sink(Started(step.step, step.level.name, step.recipe.n_elements, "weights"))
+        try:
+            quantized, n_bytes = self._write(step, step.recipe, matrix, threads, sink)
+        except (NoSpaceError, InterruptedRunError):
+            raise
+        except RunnerError as error:
+            seconds = time.monotonic() - began
+            sink(Finished(step.step, "failed", error.why, seconds))
+            self.frozen.check_unchanged()  # then every other level would fail too, and for this reason
+            return LevelResult(step, "failed", None, seconds, error)
+        seconds = time.monotonic() - began
+        sink(Finished(step.step, "done", human_bytes(n_bytes), seconds))
+        expected = tuple(name for name in quantized.without_weights if name not in NEVER_WEIGHED)
+        return LevelResult(step, "done", n_bytes, seconds, without_weights=expected)
+
+    def _write(
+        self, step: LevelStep, recipe: Recipe, matrix: MatrixFile | None, threads: int, sink: Sink
+    ) -> tuple[Quantized, int]:
+        folder = self.workspace.partial / step.level.name
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise from_os_error(error, f"preparing {step.level.name}", folder) from error
+        name = f"{self.workspace.model}-{step.level.name}.gguf"
+        job = self._job(step.level, folder / name, matrix.path if matrix else None, threads)
+        quantized = self.engine.quantize(job, sink)
+        self.frozen.check_unchanged()
+        parts = sorted(folder.glob("*.gguf"))
+        if [part.name for part in parts] != [file.name for file in step.files]:
+            raise InvalidDataError(
+                f"llama-quantize did not write {step.files[0].name}",
+                f"it left {', '.join(part.name for part in parts) or 'nothing'}",
+                f"Read the log: {job.log}",
+            )
+        n_bytes = verify_output(parts, recipe, self.weights(matrix))
+        hashes = [sha256(part, lambda _bytes: self.stop.check()) for part in parts]
+        for part, file in zip(parts, step.files, strict=True):
+            publish(part, file)
+        facts = replace(facts_of_recipe(recipe), n_bytes=n_bytes)
+        self._record(step, job, hashes, quantized, msgspec.to_builtins(facts))
+        for file in step.files:
+            sink(Saved(str(file), step.level.name, file.stat().st_size))
+        return quantized, n_bytes
+
+    def _record(self, step: LevelStep, job: QuantizeJob, hashes: Sequence[str], quantized: Quantized, facts: object) -> None:
+        outputs = [Output(file.name, stamp(file), digest) for file, digest in zip(step.files, hashes, strict=True)]
+        command = ""
+        if isinstance(self.engine, BinariesEngine):
+            command = str(quantize_command(replace(job, out=step.files[0]), self.engine.toolchain))
+        record = Record.now(step.inputs, outputs, step.reason, quantized.seconds, command=command, facts={"level": facts})
+        self.journal.record(step.step, record)
+
+
+def final_files(workspace: Workspace, level: Level, frozen: Frozen, *, keep_split: bool) -> tuple[Path, ...]:
+    """The files a level gives: one, or with ``--keep-split`` as many shards as the source has."""
+    single = workspace.level_file(level.name)
+    count = len(frozen.model.files)
+    if not keep_split:
+        return (single,)
+    return tuple(single.with_name(f"{single.stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1))
+
+
+def skipped(step: LevelStep) -> LevelResult:
+    return LevelResult(step, "skipped", step.facts.n_bytes, 0.0)
+
+
+def refused(step: LevelStep) -> LevelResult:
+    """The result of a level that the plan already knew would fail."""
+    error = InvalidDataError(
+        f"{step.level.name} was not made",
+        step.reason,
+        "See the plan with --dry-run; leave the level out or give what it needs.",
+    )
+    return LevelResult(step, "failed", None, 0.0, error)
+
+
+def _still_there(record: Record, workspace: Workspace, journal: Journal, step: str, *, save: bool) -> bool:
+    """Whether the recorded files are what they were: by stamp, or (a copied or restored workspace) by content."""
+    fresh: list[Output] = []
+    for output in record.outputs:
+        path = workspace.root / output.name
+        if not path.is_file():
+            return False
+        now = stamp(path)
+        if now != output.stamp and (now.size != output.stamp.size or sha256(path) != output.sha256):
+            return False
+        fresh.append(replace(output, stamp=now))
+    if fresh != record.outputs and save:
+        journal.record(step, replace(record, outputs=fresh))
+    return True
+
+
+def _foreign(files: Sequence[Path], record: Record | None, *, intact: bool) -> str:
+    """Why a final name is taken by a file that is not ours to replace; empty if none is."""
+    ours = {output.name for output in record.outputs} if record is not None and intact else set()
+    taken = next((file for file in files if file.exists() and file.name not in ours), None)
+    if taken is None:
+        return ""
+    known = record is not None and any(output.name == taken.name for output in record.outputs)
+    try:
+        read_header(taken)
+        how = "was changed since it was made" if known else "is there and was not made by this workspace"
+    except InvalidDataError as error:
+        how = f"is there but damaged ({error.why})"
+    return f"{taken.name} {how}; move it away or delete it to have it made"
+
+
+@contextmanager
+def _real_or_stand_in(matrix: MatrixFile | None, fingerprint: str) -> Iterator[Path | None]:
+    if matrix is not None:
+        yield matrix.path
+    elif fingerprint == "none":
+        yield None
+    else:
+        with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as folder:
+            path = Path(folder) / "imatrix.gguf"
+            entry = Entry(np.ones((1, 1)), np.ones(1, np.int64))
+            write_gguf(Matrix({"blk.0.stand_in.weight": entry}, 512, 1, ("stand-in",)), path)
+            yield path
+
+
+def _impossible(level: Level, error: RunnerError) -> Recipe:
+    return Recipe(level, (), (), (), (error.why,), False, None)
+
+
+def _file_option(request: LevelsRequest) -> str:
+    path = request.options.tensor_type_file
+    return f"--tensor-type-file sha256:{sha256(path)}" if path is not None else ""
+
+
+def plan_changed(records: Journal, step: LevelStep) -> list[str]:
+    """The names of a level's inputs that differ from its record."""
+    record = records.get(step.step)
+    return differences(record, step.inputs) if record is not None else []

@@ -1,0 +1,192 @@
+"""The plan: what a request leads to, decided from facts alone. Nothing here touches a file or a process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from imatrix_runner.engines.base import Fallback, QuantizeOptions
+from imatrix_runner.engines.binaries.argv import quantize_options
+from imatrix_runner.journal import Record, differences
+from imatrix_runner.quantize.levels import Level
+from imatrix_runner.quantize.recipe import Recipe
+
+State = Literal["todo", "up-to-date", "fails"]
+ImatrixAction = Literal["none", "use", "generate", "up-to-date"]
+
+MOST_JOBS = 4
+
+
+@dataclass(frozen=True)
+class ImatrixStep:
+    """``generate`` makes ``path``; ``use`` and ``up-to-date`` read it; ``none`` quantises without. ``reason`` is for people."""
+
+    action: ImatrixAction
+    path: Path | None
+    reason: str
+    n_chunks: int | None = None
+    n_tokens: int | None = None
+
+    @property
+    def present(self) -> bool:
+        """Whether levels are made with an imatrix."""
+        return self.action != "none"
+
+
+@dataclass(frozen=True)
+class LevelFacts:
+    """The figures of a level, from its recipe or from the journal."""
+
+    n_bytes: int | None
+    bits_per_weight: float | None
+    needs_imatrix: bool
+    fallbacks: tuple[Fallback, ...]
+    fallback_share: float
+    weightless: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LevelStep:
+    """One level: its state and why, the files it gives, and the fingerprints of what goes in."""
+
+    level: Level
+    state: State
+    reason: str
+    files: tuple[Path, ...]
+    inputs: Mapping[str, str]
+    facts: LevelFacts
+    recipe: Recipe | None = None
+
+    @property
+    def step(self) -> str:
+        return step_name(self.level)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will happen, before it happens. ``free_bytes``: on the work directory's disk."""
+
+    workspace: Path
+    model: str
+    imatrix: ImatrixStep
+    levels: tuple[LevelStep, ...]
+    free_bytes: int
+    notices: tuple[str, ...] = ()
+
+    @property
+    def todo(self) -> tuple[LevelStep, ...]:
+        return tuple(step for step in self.levels if step.state == "todo")
+
+    @property
+    def failing(self) -> tuple[LevelStep, ...]:
+        return tuple(step for step in self.levels if step.state == "fails")
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes the levels to do will write (levels whose size only a fork knows count as nothing)."""
+        return sum(step.facts.n_bytes or 0 for step in self.todo)
+
+
+def step_name(level: Level) -> str:
+    return f"level-{level.name}"
+
+
+def level_inputs(
+    level: Level, options: QuantizeOptions, *, source: str, imatrix: str, engine: str, tensor_type_file: str
+) -> dict[str, str]:
+    """The named fingerprints of one level. Threads and the buffer's size are left out: they do not change a byte."""
+    flags = quantize_options(
+        QuantizeOptions(**{**vars(level.apply(options)), "max_buffer_size": None, "tensor_type_file": None})
+    )
+    return {
+        "model file": source,
+        "imatrix": imatrix,
+        "options": " ".join((level.ftype, *flags, tensor_type_file)).strip(),
+        "engine": engine,
+    }
+
+
+def plan_level(
+    level: Level,
+    files: tuple[Path, ...],
+    inputs: Mapping[str, str],
+    record: Record | None,
+    *,
+    intact: bool,
+    recipe: Recipe | None,
+    foreign: bool,
+) -> LevelStep:
+    """Decide one level. ``intact``: its recorded outputs are unchanged; ``foreign``: a file of that name is there which
+    no record of ours explains. ``recipe`` may be missing only for a level that is up to date."""
+    if record is not None and intact and not differences(record, inputs):
+        return LevelStep(level, "up-to-date", "made before from the same inputs", files, inputs, facts_of_record(record))
+    assert recipe is not None
+    facts = facts_of_recipe(recipe)
+    if recipe.failures:
+        return LevelStep(level, "fails", recipe.failures[0], files, inputs, facts, recipe)
+    if foreign:
+        why = f"{files[0].name} is there and was not made here; move it away to have it made"
+        return LevelStep(level, "fails", why, files, inputs, facts, recipe)
+    return LevelStep(level, "todo", _why_todo(record, inputs, intact), files, inputs, facts, recipe)
+
+
+def _why_todo(record: Record | None, inputs: Mapping[str, str], intact: bool) -> str:
+    if record is None:
+        return "not made yet"
+    changed = differences(record, inputs)
+    if not changed:
+        assert not intact
+        return "the file is gone or was changed"
+    return "changed: " + "; ".join(describe_change(name, record.inputs.get(name), inputs.get(name)) for name in changed)
+
+
+def describe_change(name: str, before: str | None, now: str | None) -> str:
+    """``options: Q4_K_M -> Q4_K_M --pure``, with hashes shortened."""
+    return f"{name}: {_short(before)} -> {_short(now)}"
+
+
+def _short(value: str | None) -> str:
+    if not value:
+        return "none"
+    return value[:19] if value.startswith("sha256:") else value
+
+
+def facts_of_recipe(recipe: Recipe) -> LevelFacts:
+    return LevelFacts(
+        recipe.file_bytes,
+        recipe.bits_per_weight,
+        recipe.needs_imatrix,
+        recipe.fallbacks,
+        recipe.fallback_share,
+        recipe.weightless,
+    )
+
+
+def facts_of_record(record: Record) -> LevelFacts:
+    import msgspec
+
+    return msgspec.convert(record.facts["level"], LevelFacts)
+
+
+def needs_dry_run(record: Record | None, inputs: Mapping[str, str], *, intact: bool) -> bool:
+    """Whether a level's recipe must be asked for: not if it will be skipped anyway."""
+    return record is None or not intact or bool(differences(record, inputs))
+
+
+def plan_jobs(wanted: int | None, levels: int, memory_each: int, available: int, cores: int | None = None) -> int:
+    """How many llama-quantize run side by side: as asked for, else bounded by levels, cores, memory and :data:`MOST_JOBS`.
+
+    Several with fewer threads beat one with all: each has long single-threaded stretches (reading, checking, writing).
+    """
+    if wanted is not None:
+        return max(1, min(wanted, levels))
+    fit = max(1, int(0.8 * available) // max(1, memory_each))
+    return max(1, min(levels, cores or os.cpu_count() or 1, fit, MOST_JOBS))
+
+
+def order_levels(steps: Sequence[LevelStep]) -> list[LevelStep]:
+    """Largest first, so that parallel jobs end together; unknown sizes first of all."""
+    return sorted(steps, key=lambda step: -(step.facts.n_bytes or 1 << 62))

@@ -1,0 +1,69 @@
+"""What a user asked for, as frozen values; made by the command line (or by any other caller) and never changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
+
+
+@dataclass(frozen=True)
+class ImatrixRequest:
+    """``mode``: ``auto`` (what lies in the workspace, else generate), ``there`` (what lies there, else none), ``none``,
+    ``generate``, or a file's path.
+
+    ``text`` None means the shipped calibration text. ``chunks`` limits, ``first_chunk`` skips;
+    ``output_frequency`` None lets the size of ranges follow from the model; ``save_frequency`` 0 leaves no snapshots.
+    """
+
+    mode: str = "auto"
+    text: Path | None = None
+    options: CollectOptions = field(default_factory=CollectOptions)
+    chunks: int | None = None
+    first_chunk: int = 0
+    output_frequency: int | None = None
+    save_frequency: int = 0
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class LevelsRequest:
+    """Which levels (by name, or a preset; both empty: the default set) and how."""
+
+    names: tuple[str, ...] = ()
+    preset: str = ""
+    options: QuantizeOptions = field(default_factory=QuantizeOptions)
+    jobs: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """The model as named by the user and how to turn it into a GGUF if it is none."""
+
+    model: str
+    outtype: Literal["auto", "f16", "bf16", "f32"] = "auto"
+    mmproj: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class EnvironmentRequest:
+    """Where to work and with what. ``hang_seconds`` 0 never gives up on a silent child."""
+
+    work_dir: Path = Path("work")
+    engine: str = "auto"
+    llama_cpp: Path | None = None
+    hang_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without)."""
+
+    source: SourceRequest
+    environment: EnvironmentRequest
+    imatrix: ImatrixRequest
+    levels: LevelsRequest | None

@@ -1,0 +1,236 @@
+"""The main job: resolve the model, obtain the imatrix, plan every level, make them, say what became of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from imatrix_runner.engines.base import Engine
+from imatrix_runner.errors import InvalidDataError, NoSpaceError
+from imatrix_runner.events import Sink, info, warning
+from imatrix_runner.files import existing_parent, free_bytes, human_bytes
+from imatrix_runner.imatrix.formats import MatrixFile
+from imatrix_runner.journal import Journal
+from imatrix_runner.models.sources import Model, parse_source
+from imatrix_runner.process import Runner
+from imatrix_runner.quantize.levels import DEFAULT_LEVELS, Level, offered, preset_levels, resolve_levels
+from imatrix_runner.quantize.recipe import ignored_tensor_types
+from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.workflow import imatrix as imatrix_flow
+from imatrix_runner.workflow.context import Context, find_toolchain, make_engine
+from imatrix_runner.workflow.levels import LevelPlanner, LevelResult, refused, skipped
+from imatrix_runner.workflow.plan import ImatrixStep, LevelStep, Plan
+from imatrix_runner.workflow.request import LevelsRequest, RunRequest
+from imatrix_runner.workflow.source import announce, freeze, name_of, open_source
+from imatrix_runner.workspace import Workspace, hold
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run planned and what became of it; ``levels`` is empty for a dry run and for ``imatrix generate``."""
+
+    plan: Plan
+    model: Model
+    toolchain: str
+    imatrix: MatrixFile | None
+    levels: tuple[LevelResult, ...]
+    seconds: float
+
+    @property
+    def failed(self) -> tuple[LevelResult, ...]:
+        return tuple(level for level in self.levels if level.status == "failed")
+
+
+def run(
+    request: RunRequest, context: Context, *, dry_run: bool = False, on_plan: Callable[[Plan], None] | None = None
+) -> RunResult:
+    """Do what was asked for. ``on_plan`` sees the plan before anything is computed; a dry run ends there.
+
+    Raises errors of ours for what stops the whole run; a level that fails alone is in the result.
+    """
+    began = time.monotonic()
+    toolchain = find_toolchain(request.environment)
+    source = parse_source(request.source.model)
+    name = name_of(source, request.source.model)
+    workspace = Workspace(request.environment.work_dir.expanduser().absolute() / name, name)
+    with _held(workspace, request, context, dry_run=dry_run) as runner:
+        engine = make_engine(request.environment, toolchain, runner)
+        job = _Job(request, context, workspace, Journal(workspace.journal), toolchain, engine, runner, dry_run)
+        model = job.open_model()
+        plan, chosen, planner, levels = job.plan(model)
+        if on_plan is not None:
+            on_plan(plan)
+        matrix = chosen.file
+        results: tuple[LevelResult, ...] = ()
+        if not dry_run:
+            job.check_space(plan)
+            if chosen.request is not None:
+                matrix = imatrix_flow.generate(chosen, engine, workspace, job.journal, context.sink)
+                if planner is not None:
+                    plan = job.with_levels(plan, planner, levels, matrix)
+            if planner is not None:
+                results = job.make_levels(plan, planner, matrix)
+        return RunResult(plan, model, toolchain.identity(), matrix, results, time.monotonic() - began)
+
+
+@contextmanager
+def _held(workspace: Workspace, request: RunRequest, context: Context, *, dry_run: bool) -> Iterator[Runner]:
+    """A dry run writes nothing, so it needs no lock."""
+    if dry_run:
+        yield context.runner(request.environment)
+        return
+    with hold(workspace) as held:
+        if held.orphans:
+            context.sink(warning(f"An earlier run was killed; {held.orphans} of its programs still ran and were ended."))
+        yield Runner(context.stop, hang_seconds=request.environment.hang_seconds, on_child=held.on_child)
+
+
+@dataclass(frozen=True)
+class _Job:
+    request: RunRequest
+    context: Context
+    workspace: Workspace
+    journal: Journal
+    toolchain: Toolchain
+    engine: Engine
+    runner: Runner
+    dry_run: bool
+
+    @property
+    def sink(self) -> Sink:
+        return self.context.sink
+
+    def open_model(self) -> Model:
+        levels = self.request.levels
+        model = open_source(
+            parse_source(self.request.source.model),
+            self.request.source,
+            self.workspace,
+            self.journal,
+            self.toolchain,
+            self.runner,
+            self.sink,
+            allow_requantize=levels is None or levels.options.allow_requantize,
+            dry_run=self.dry_run,
+        )
+        announce(model, self.sink)
+        if not self.dry_run:
+            self.journal.remember("model", model.name)
+            self.journal.remember("source", model.source.location)
+        return model
+
+    def plan(self, model: Model) -> tuple[Plan, imatrix_flow.Chosen, LevelPlanner | None, tuple[Level, ...]]:
+        """Everything that will happen. Problems that stop the run are raised here, before anything is computed."""
+        levels = self._levels()
+        frozen = freeze(model, self.journal, self.sink, self.context.stop, save=not self.dry_run)
+        self._warn_about_gpu()
+        log = None if self.dry_run else self.workspace.log("tokenize")
+        chosen = imatrix_flow.choose(
+            self.request.imatrix, frozen, self.workspace, self.journal, self.engine, self.sink, gpu=self._uses_gpu(), log=log
+        )
+        planner = None
+        if self.request.levels is not None:
+            planner = LevelPlanner(
+                self.request.levels,
+                frozen,
+                self.workspace,
+                self.journal,
+                self.engine,
+                self.context.stop,
+                write_logs=not self.dry_run,
+            )
+        plan = Plan(self.workspace.root, model.name, chosen.step, (), free_bytes(self.workspace.root))
+        return self.with_levels(plan, planner, levels, chosen.file), chosen, planner, levels
+
+    def with_levels(
+        self, plan: Plan, planner: LevelPlanner | None, levels: tuple[Level, ...], matrix: MatrixFile | None
+    ) -> Plan:
+        """The plan with its levels, again once the imatrix is there."""
+        if planner is None:
+            return plan
+        fingerprint = self._imatrix_fingerprint(plan.imatrix, matrix)
+        steps = planner.plan(levels, matrix, fingerprint)
+        return Plan(plan.workspace, plan.model, plan.imatrix, steps, free_bytes(plan.workspace))
+
+    def _imatrix_fingerprint(self, step: ImatrixStep, matrix: MatrixFile | None) -> str:
+        if matrix is None and step.present:
+            return "still to be made"
+        return imatrix_flow.fingerprint(matrix, self.journal, self.sink, self.context.stop, save=not self.dry_run)
+
+    def _levels(self) -> tuple[Level, ...]:
+        request = self.request.levels
+        if request is None:
+            return ()
+        levels = choose_levels(request, self.toolchain, self.sink)
+        for level in levels:
+            if ignored_tensor_types(level, request.options):
+                self.sink(warning(f"{level.name}: llama-quantize ignores --tensor-type for this type."))
+        return levels
+
+    def _uses_gpu(self) -> bool:
+        return bool(self.toolchain.devices) and self.request.imatrix.options.n_gpu_layers != "0"
+
+    def _warn_about_gpu(self) -> None:
+        layers = self.request.imatrix.options.n_gpu_layers
+        if layers not in ("", "0", "auto") and not self.toolchain.devices:
+            self.sink(
+                warning(
+                    f"-ngl {layers} has no effect: these llama.cpp tools see no GPU "
+                    f"({', '.join(self.toolchain.backends)} build). Build for one with: imatrix-runner tools build --backend cuda"
+                )
+            )
+
+    def check_space(self, plan: Plan) -> None:
+        """Refuse to start what the disk cannot hold."""
+        if plan.new_bytes > plan.free_bytes:
+            raise NoSpaceError(
+                f"The {len(plan.todo)} levels do not fit on the disk",
+                f"{human_bytes(plan.new_bytes)} needed, {human_bytes(plan.free_bytes)} free "
+                f"at {existing_parent(plan.workspace)}",
+                "Free some space, ask for fewer levels with --levels, or choose another disk with --work-dir.",
+            )
+        if plan.levels and len(plan.failing) == len(plan.levels):
+            first = plan.failing[0]
+            raise InvalidDataError(
+                f"None of the {len(plan.levels)} levels can be made"
+                if len(plan.levels) > 1
+                else f"{first.level.name} cannot be made",
+                f"{first.level.name}: {first.reason}",
+                "See every reason with --dry-run; give an imatrix with --imatrix, or choose other levels.",
+            )
+
+    def make_levels(self, plan: Plan, planner: LevelPlanner, matrix: MatrixFile | None) -> tuple[LevelResult, ...]:
+        """Make what is to do; results come in the order of the request."""
+        results = {step.level.name: skipped(step) for step in plan.levels if step.state == "up-to-date"}
+        results.update({step.level.name: refused(step) for step in plan.failing})
+        _tell_changes(plan.todo, self.sink)
+        if plan.todo:
+            results.update({result.step.level.name: result for result in planner.run(plan.todo, matrix, self.sink)})
+        return tuple(results[step.level.name] for step in plan.levels)
+
+
+def _tell_changes(steps: tuple[LevelStep, ...], sink: Sink) -> None:
+    """Name what changed since levels were made, once per reason."""
+    for reason in dict.fromkeys(step.reason for step in steps if step.reason.startswith("changed: ")):
+        names = [step.level.name for step in steps if step.reason == reason]
+        sink(info(f"{', '.join(names)} made again, {reason}"))
+
+
+def choose_levels(request: LevelsRequest, toolchain: Toolchain, sink: Sink) -> tuple[Level, ...]:
+    """The levels of a request. A preset's levels that these tools do not offer are left out, and said."""
+    if request.preset:
+        levels, missing = preset_levels(request.preset, toolchain.types)
+        if missing:
+            sink(warning(f"These llama.cpp tools do not offer {', '.join(missing)}; the preset goes on without."))
+        return (*levels, *(resolve_levels(request.names, toolchain.types) if request.names else ()))
+    names = request.names or tuple(name for name in DEFAULT_LEVELS if name in offered(toolchain.types))
+    return resolve_levels(names, toolchain.types)
+
+
+def workspace_of(work_dir: Path, model: str) -> Workspace:
+    """The workspace a model would have."""
+    name = name_of(parse_source(model), model)
+    return Workspace(work_dir.expanduser().absolute() / name, name)

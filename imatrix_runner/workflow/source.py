@@ -1,0 +1,235 @@
+"""The model of a run: found, fetched or converted, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
+from imatrix_runner.events import Finished, Progress, Sink, Started, info
+from imatrix_runner.files import Stamp, human_bytes, sha256, stamp
+from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
+from imatrix_runner.models.sources import (
+    HubId,
+    LocalDirectory,
+    LocalFile,
+    Model,
+    Provenance,
+    Source,
+    model_name,
+    open_gguf,
+)
+from imatrix_runner.process import Runner, Stop
+from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.workflow.request import SourceRequest
+from imatrix_runner.workspace import Workspace
+
+_QUICK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A model whose content is known: ``fingerprint`` for the journal, ``stamps`` to notice a change while running."""
+
+    model: Model
+    fingerprint: str
+    stamps: tuple[Stamp, ...]
+
+    def check_unchanged(self) -> None:
+        """Raise :class:`InvalidDataError` if a file of the model is no longer the one that was fingerprinted."""
+        for path, before in zip(self.model.files, self.stamps, strict=True):
+            try:
+                same = stamp(path) == before
+            except OSError as error:
+                raise from_os_error(error, "looking at the model", path) from error
+            if not same:
+                raise InvalidDataError(
+                    f"The model file {path.name} changed while it was being quantised",
+                    "something else wrote to it, so the levels would not belong together",
+                    "Let the download or copy finish, then run the same command again.",
+                )
+
+
+def open_source(
+    source: Source,
+    request: SourceRequest,
+    workspace: Workspace,
+    journal: Journal,
+    toolchain: Toolchain,
+    runner: Runner,
+    sink: Sink,
+    *,
+    allow_requantize: bool,
+    dry_run: bool,
+) -> Model:
+    """Turn what the user named into a checked GGUF: as it is, downloaded, or converted into the workspace."""
+    if isinstance(source, LocalFile):
+        return open_gguf(source.path.absolute(), allow_requantize=allow_requantize, name=workspace.model)
+    if isinstance(source, HubId):
+        return _from_hub(
+            source, request, workspace, journal, toolchain, runner, sink, allow_requantize=allow_requantize, dry_run=dry_run
+        )
+    provenance = Provenance("directory", str(source.path))
+    return _converted(source, provenance, request, workspace, journal, toolchain, runner, sink, dry_run=dry_run)
+
+
+def _from_hub(
+    source: HubId,
+    request: SourceRequest,
+    workspace: Workspace,
+    journal: Journal,
+    toolchain: Toolchain,
+    runner: Runner,
+    sink: Sink,
+    *,
+    allow_requantize: bool,
+    dry_run: bool,
+) -> Model:
+    from imatrix_runner.models.hub import fetch_model
+
+    if dry_run:
+        raise UsageError(
+            f"{source} cannot be planned before it is downloaded",
+            "the plan is made from the model's own tensors",
+            f"Run without --dry-run, or download it and name the file: hf download {source.repo}",
+        )
+    fetched = fetch_model(source, trust_remote_code=request.trust_remote_code, stop=runner.stop, sink=sink)
+    provenance = Provenance("hub", str(source), repo=fetched.repo, revision=source.revision, commit=fetched.commit)
+    journal.remember("hub commit", f"{fetched.repo}@{fetched.commit}")
+    if fetched.path.is_dir():
+        directory = LocalDirectory(fetched.path)
+        return _converted(directory, provenance, request, workspace, journal, toolchain, runner, sink, dry_run=False)
+    return open_gguf(fetched.path, allow_requantize=allow_requantize, name=workspace.model, source=provenance)
+
+
+def _converted(
+    source: LocalDirectory,
+    provenance: Provenance,
+    request: SourceRequest,
+    workspace: Workspace,
+    journal: Journal,
+    toolchain: Toolchain,
+    runner: Runner,
+    sink: Sink,
+    *,
+    dry_run: bool,
+) -> Model:
+    """The GGUF of a Hugging Face directory, converted once into the workspace."""
+    from imatrix_runner.models.convert import convert, resolve_outtype
+
+    outtype = request.outtype if request.outtype != "auto" else resolve_outtype(source.path)
+    out = workspace.root / f"{workspace.model}-{outtype.upper()}.gguf"
+    inputs = {"model directory": directory_fingerprint(source.path), "outtype": outtype, "engine": toolchain.identity()}
+    record = journal.get("convert")
+    if record is not None and not differences(record, inputs) and outputs_intact(record, workspace.root):
+        return replace(open_gguf(out, allow_requantize=False, name=workspace.model), source=provenance)
+    if dry_run:
+        raise UsageError(
+            f"{source.path} cannot be planned before it is converted",
+            "the plan is made from the tensors of its GGUF",
+            "Run without --dry-run, or convert it first and name the GGUF.",
+        )
+    if toolchain.converter is None:
+        raise ToolchainError(
+            "The converter convert_hf_to_gguf.py is missing",
+            f"{toolchain.directory} ({toolchain.origin}) has only programs",
+            "Build a complete toolchain with: imatrix-runner tools build",
+        )
+    if out.exists() and (record is None or not any(output.name == out.name for output in record.outputs)):
+        raise InvalidDataError(
+            f"{out} is in the way",
+            "it was not converted by this workspace, and files of yours are never overwritten",
+            f"Use it as the model (imatrix-runner run {out}), or move it away.",
+        )
+    convert(
+        source.path,
+        out,
+        converter=toolchain.converter,
+        outtype=outtype,
+        trust_remote_code=request.trust_remote_code,
+        mmproj=False,
+        runner=runner,
+        sink=sink,
+        log=workspace.log("convert"),
+    )
+    journal.record("convert", Record.now(inputs, [Output(out.name, stamp(out))], "the model was a Hugging Face directory", 0.0))
+    if request.mmproj:
+        projector = workspace.root / f"mmproj-{workspace.model}-{outtype.upper()}.gguf"
+        if not projector.exists():
+            convert(
+                source.path,
+                projector,
+                converter=toolchain.converter,
+                outtype=outtype,
+                trust_remote_code=request.trust_remote_code,
+                mmproj=True,
+                runner=runner,
+                sink=sink,
+                log=workspace.log("convert-mmproj"),
+            )
+    return replace(open_gguf(out, allow_requantize=False, name=workspace.model), source=provenance)
+
+
+def directory_fingerprint(directory: Path) -> str:
+    """Small files by content, large ones (weights) by name, size and time: cheap, and enough to notice a new revision."""
+    digest = hashlib.sha256()
+    for path in sorted(entry for entry in directory.iterdir() if entry.is_file()):
+        at = stamp(path)
+        digest.update(f"{path.name}\0{at.size}\0".encode())
+        digest.update(
+            path.read_bytes() if at.size < _QUICK_BYTES and path.suffix != ".safetensors" else str(at.mtime_ns).encode()
+        )
+    return f"sha256:{digest.hexdigest()}"
+
+
+def freeze(model: Model, journal: Journal, sink: Sink, stop: Stop, *, save: bool) -> Frozen:
+    """Fingerprint the model's content. Hashes are remembered with the file's stamp, so a second run reads nothing."""
+    stamps = tuple(stamp(path) for path in model.files)
+    hashes = hash_files(model.files, journal, sink, stop, save=save)
+    whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    frozen = Frozen(model, f"sha256:{whole}", stamps)
+    frozen.check_unchanged()
+    return frozen
+
+
+def hash_files(files: Sequence[Path], journal: Journal, sink: Sink, stop: Stop, *, save: bool) -> list[str]:
+    """SHA-256 of each file, from the journal where its stamp is unchanged, with progress where it takes a while."""
+    known = {path: journal.known_hash(path) for path in files}
+    todo = sum(path.stat().st_size for path, value in known.items() if value is None)
+    tell = sink if todo > _QUICK_BYTES else None
+    if tell:
+        tell(Started("fingerprint", f"fingerprint of {human_bytes(todo)}", todo, "B"))
+    done = 0
+
+    def count(n_bytes: int) -> None:
+        nonlocal done
+        stop.check()
+        done += n_bytes
+        if tell:
+            tell(Progress("fingerprint", done, todo))
+
+    for path in [path for path, value in known.items() if value is None]:
+        at = stamp(path)
+        known[path] = sha256(path, count)
+        if save:
+            journal.remember_hash(path, at, known[path] or "")
+    if tell:
+        tell(Finished("fingerprint", "done"))
+    return [known[path] or "" for path in files]
+
+
+def name_of(source: Source, text: str) -> str:
+    """The workspace's name for a source."""
+    return model_name(text if isinstance(source, HubId) else source.path)
+
+
+def announce(model: Model, sink: Sink) -> None:
+    shards = f" in {len(model.files)} shards" if model.is_split else ""
+    sink(
+        info(
+            f"Model {model.name}: {model.architecture}, {model.n_params / 1e6:,.1f} M weights, "
+            f"{model.main_type}, {human_bytes(model.n_bytes)}{shards}"
+        )
+    )

@@ -1,0 +1,69 @@
+"""What lies in a work directory: every workspace, told by its journal and its lock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from imatrix_runner.errors import RunnerError
+from imatrix_runner.journal import Journal, outputs_intact
+from imatrix_runner.workspace import Workspace, read_owner
+
+State = Literal["running", "resumable", "done", "unreadable"]
+
+
+@dataclass(frozen=True)
+class WorkspaceStatus:
+    """One workspace. ``command`` continues it if it is resumable; ``owner`` is who is running it."""
+
+    path: Path
+    model: str
+    state: State
+    detail: str
+    imatrix: str
+    levels_done: int
+    levels_wanted: int
+    n_bytes: int
+    command: str = ""
+    owner: str = ""
+
+
+def list_workspaces(work_dir: Path) -> list[WorkspaceStatus]:
+    """The status of every folder with a journal, by name."""
+    if not work_dir.is_dir():
+        return []
+    folders = sorted(entry for entry in work_dir.iterdir() if (entry / "journal.json").is_file())
+    return [_status(Workspace(folder, folder.name)) for folder in folders]
+
+
+def _status(workspace: Workspace) -> WorkspaceStatus:
+    try:
+        journal = Journal(workspace.journal)
+    except RunnerError as error:
+        return WorkspaceStatus(workspace.root, workspace.model, "unreadable", error.why, "-", 0, 0, 0)
+    records = {step: record for step, record in journal.steps().items() if step.startswith("level-")}
+    done = {step for step, record in records.items() if outputs_intact(record, workspace.root)}
+    wanted = set(filter(None, (journal.fact("levels") or "").split(",")))
+    owner = read_owner(workspace)
+    running = owner is not None and owner.alive
+    imatrix = workspace.find_imatrix()
+    ranges = [step for step in journal.steps() if step.startswith("imatrix-")]
+    missing = sorted(wanted - {step.removeprefix("level-") for step in done})
+    unfinished = bool(missing) or bool(ranges) or journal.fact("finished") == "no"
+    state: State = "running" if running else "resumable" if unfinished else "done"
+    detail = (
+        f"{len(ranges)} ranges of the imatrix are done" if ranges else (f"missing: {', '.join(missing)}" if missing else "")
+    )
+    return WorkspaceStatus(
+        path=workspace.root,
+        model=journal.fact("model") or workspace.model,
+        state=state,
+        detail=detail,
+        imatrix=imatrix.name if imatrix else "-",
+        levels_done=len(done),
+        levels_wanted=len(wanted),
+        n_bytes=sum(output.stamp.size for step in done for output in records[step].outputs),
+        command=(journal.fact("command") or "") if state == "resumable" else "",
+        owner=f"process {owner.pid} since {owner.started}" if running and owner else "",
+    )

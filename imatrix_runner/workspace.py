@@ -1,0 +1,169 @@
+"""``work/<model>/``: where everything about one model lies, and who may write there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from imatrix_runner.errors import RunnerError, WorkspaceLockedError, from_os_error
+from imatrix_runner.files import read_json, write_json
+from imatrix_runner.process import end_tree
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The paths of one model's folder. Nothing is created by naming them."""
+
+    root: Path
+    model: str
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def parts(self) -> Path:
+        """Where segments of an unfinished imatrix wait to be summed."""
+        return self.root / ".imatrix-parts"
+
+    @property
+    def partial(self) -> Path:
+        """Where levels grow until they are verified, a folder each."""
+        return self.root / ".partial"
+
+    @property
+    def imatrix(self) -> Path:
+        """Where a generated imatrix goes."""
+        return self.root / "imatrix.gguf"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def owner(self) -> Path:
+        return self.root / ".owner.json"
+
+    def log(self, step: str) -> Path:
+        return self.logs / f"{step}.log"
+
+    def level_file(self, level: str) -> Path:
+        return self.root / f"{self.model}-{level}.gguf"
+
+    def find_imatrix(self) -> Path | None:
+        """The imatrix that lies here, by the documented order of names; its format is told by content, not by name."""
+        names = ("imatrix.dat", "imatrix.gguf", f"{self.model}.imatrix", f"{self.model}-imatrix.gguf")
+        return next((self.root / name for name in names if (self.root / name).is_file()), None)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a workspace. A process is the same only if its start time is: pids are reused."""
+
+    pid: int
+    created: float
+    host: str
+    command: str
+    started: str
+    children: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> bool:
+        return self.host == socket.gethostname() and _created(self.pid) == self.created
+
+
+def _created(pid: int) -> float | None:
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def read_owner(workspace: Workspace) -> Owner | None:
+    """Who wrote last that they hold the workspace (they may be dead); None if nobody or if it cannot be read."""
+    try:
+        return read_json(workspace.owner, Owner) if workspace.owner.exists() else None
+    except RunnerError:
+        return None  # torn by a dying machine; it only serves to name the holder
+
+
+class Hold:
+    """A held workspace; tells the owner file which children live, so that a successor can end orphans."""
+
+    def __init__(self, workspace: Workspace, owner: Owner, orphans: int) -> None:
+        self._workspace, self._owner = workspace, owner
+        self._lock = threading.Lock()
+        self.orphans = orphans
+
+    def on_child(self, pid: int, alive: bool) -> None:
+        with self._lock:
+            children = {key: value for key, value in self._owner.children.items() if key != str(pid)}
+            if alive and (created := _created(pid)) is not None:
+                children[str(pid)] = created
+            self._owner = replace(self._owner, children=children)
+            write_json(self._workspace.owner, self._owner)
+
+
+@contextmanager
+def hold(workspace: Workspace) -> Iterator[Hold]:
+    """Be the one writer of a workspace. The kernel releases the lock of a dead owner; what it left running is ended.
+
+    Raises :class:`WorkspaceLockedError` if a live process holds it.
+    """
+    try:
+        workspace.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(workspace.lock)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise _locked(workspace) from error
+    except OSError as error:
+        raise from_os_error(error, "opening the workspace", workspace.root) from error
+    try:
+        before = read_owner(workspace)
+        orphans = _end_orphans(before) if before is not None else 0
+        owner = Owner(
+            os.getpid(),
+            _created(os.getpid()) or 0.0,
+            socket.gethostname(),
+            shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        )
+        write_json(workspace.owner, owner)
+        yield Hold(workspace, owner, orphans)
+    finally:
+        workspace.owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _end_orphans(owner: Owner) -> int:
+    if owner.host != socket.gethostname():
+        return 0
+    orphans = [int(pid) for pid, created in owner.children.items() if _created(int(pid)) == created]
+    for pid in orphans:
+        end_tree(pid)
+    return len(orphans)
+
+
+def _locked(workspace: Workspace) -> WorkspaceLockedError:
+    owner = read_owner(workspace)
+    who = f"process {owner.pid} on {owner.host} since {owner.started}: {owner.command}" if owner else "another process"
+    return WorkspaceLockedError(
+        f"The workspace {workspace.root} is in use",
+        f"{who} is writing to it",
+        "Wait until it ends (imatrix-runner status shows it), or use another --work-dir.",
+    )

@@ -1,0 +1,271 @@
+"""A hub on the loopback interface: the part of the Hugging Face protocol that a download needs, with switches for trouble.
+
+``with HubServer() as hub: hub.add("org/name", {"config.json": b"{}"})`` serves that repository at ``hub.endpoint``. It
+answers the model listing (``/api/models/...``), the tree, and ``HEAD`` / ``GET`` on ``/{repo}/resolve/{revision}/{file}`` with
+the headers huggingface_hub wants: commit, etag, length, ranges. Every request is kept in ``hub.requests``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
+_RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
+
+
+@dataclass
+class Repository:
+    """Files by name (bytes, or a path to serve from); ``revisions`` are further names of its one commit."""
+
+    files: dict[str, bytes | Path]
+    commit: str
+    revisions: set[str] = field(default_factory=lambda: {"main"})
+    gated: bool = False
+    """Whoever comes without a token may list the files but not fetch them; with one only if ``accepted``."""
+    accepted: bool = True
+    private: bool = False
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def content(self, name: str) -> bytes:
+        held = self.files[name]
+        return held if isinstance(held, bytes) else held.read_bytes()
+
+
+@dataclass
+class Trouble:
+    """What goes wrong. Counters say for how many requests; -1 means always."""
+
+    status: int = 0
+    """Answer with this status instead (for instance 429 or 500) ``status_times`` times."""
+    status_times: int = -1
+    retry_after: int | None = None
+    cut_after: int | None = None
+    """Close the connection after so many bytes of a body, ``cut_times`` times."""
+    cut_times: int = -1
+    ranges: bool = True
+    """Honour Range; a server that does not makes every broken download start over."""
+    bytes_per_second: float = 0.0
+    silence: float = 0.0
+    """Seconds to wait before each answer."""
+    html: bool = False
+    """Send a web page for everything, as a captive portal does."""
+    html_files: bool = False
+    """Send a web page for files only, with the headers of the true file on HEAD."""
+    gone: set[str] = field(default_factory=set)
+    """Files that are listed but answer 404."""
+    bare_404: bool = False
+    """404 without the header that says what is missing."""
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    headers: Mapping[str, str]
+
+
+class HubServer:
+    """A context manager; the server lives in threads of this process and dies with the ``with`` block."""
+
+    def __init__(self, token: str | None = None) -> None:
+        self.token = token
+        self.trouble = Trouble()
+        self.requests: list[Request] = []
+        self._repositories: dict[str, Repository] = {}
+        self._lock = threading.Lock()
+        hub = self
+
+        class Handler(_Handler):
+            server_hub = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def add(self, repo: str, files: Mapping[str, bytes | Path], **details: Any) -> Repository:
+        """Publish a repository; its commit follows from its content. ``details``: fields of :class:`Repository`."""
+        names = {name: held if isinstance(held, bytes) else str(held).encode() for name, held in sorted(files.items())}
+        digest = hashlib.sha1(repr((repo, names)).encode(), usedforsecurity=False).hexdigest()
+        repository = Repository(dict(files), **{"commit": digest, **details})
+        self._repositories[repo] = repository
+        return repository
+
+    def add_directory(self, repo: str, directory: Path, **details: Any) -> Repository:
+        """Publish all files below a directory."""
+        found = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+        return self.add(repo, found, **details)
+
+    def find(self, repo: str) -> Repository | None:
+        return self._repositories.get(repo)
+
+    def record(self, request: Request) -> None:
+        with self._lock:
+            self.requests.append(request)
+
+    def spend(self, counter: str) -> bool:
+        """Use up one of a counter of :class:`Trouble`; False when none is left."""
+        with self._lock:
+            left = getattr(self.trouble, counter)
+            if left > 0:
+                setattr(self.trouble, counter, left - 1)
+            return bool(left)
+
+    def downloads(self) -> list[str]:
+        """The names of the files that were fetched with GET, in order."""
+        return [
+            match["file"]
+            for request in self.requests
+            if request.method == "GET" and (match := _RESOLVE.fullmatch(request.path))
+        ]
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """Tests read ``hub.requests`` instead."""
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        hub, trouble = self.server_hub, self.server_hub.trouble
+        path = unquote(urlsplit(self.path).path)
+        hub.record(Request(self.command, path, {name.lower(): value for name, value in self.headers.items()}))
+        time.sleep(trouble.silence)
+        if trouble.status and hub.spend("status_times"):
+            extra = {"Retry-After": str(trouble.retry_after)} if trouble.retry_after is not None else {}
+            self._send(trouble.status, b"trouble", extra)
+        elif trouble.html:
+            self._send(200, _PAGE, {"Content-Type": "text/html"})
+        elif match := _RESOLVE.fullmatch(path):
+            self._resolve(match["repo"], match["revision"], match["file"])
+        elif match := _API.fullmatch(unquote(path)):
+            self._api(match["repo"], match["what"], match["revision"])
+        elif path == "/api/models":
+            self._send_json([])
+        else:
+            self._refuse(404, "")
+
+    def _allowed(self, repo: str, revision: str | None) -> Repository | None:
+        """The repository, unless an error was sent instead."""
+        hub = self.server_hub
+        repository = hub.find(repo)
+        sent = self.headers.get("Authorization")
+        valid = hub.token is not None and sent == f"Bearer {hub.token}"
+        if sent is not None and hub.token is not None and not valid:
+            self._refuse(401, "", "Invalid credentials in Authorization header")
+        elif repository is None or (repository.private and not valid):
+            # Like the real hub: visitors cannot tell a private repository from a missing one.
+            self._refuse(404 if valid else 401, "RepoNotFound")
+        elif repository.gated and "/resolve/" in self.path and not (valid and repository.accepted):
+            self._refuse(401 if sent is None else 403, "GatedRepo")
+        elif revision is not None and revision not in repository.revisions | {repository.commit}:
+            self._refuse(404, "RevisionNotFound")
+        else:
+            return repository
+        return None
+
+    def _api(self, repo: str, what: str | None, revision: str | None) -> None:
+        repository = self._allowed(repo, revision)
+        if repository is None:
+            return
+        entries = [(name, repository.content(name)) for name in sorted(repository.files)]
+        if what == "tree":
+            self._send_json([{"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in entries])
+            return
+        siblings = [{"rfilename": name, "size": len(data), "blobId": _etag(data)} for name, data in entries]
+        self._send_json(
+            {"id": repo, "modelId": repo, "sha": repository.commit, "private": repository.private, "siblings": siblings}
+            | {"tags": [], "downloads": 0, "likes": 0, "cardData": repository.card}
+        )
+
+    def _resolve(self, repo: str, revision: str, name: str) -> None:
+        trouble = self.server_hub.trouble
+        repository = self._allowed(repo, revision)
+        if repository is None:
+            return
+        if name not in repository.files or name in trouble.gone:
+            self._refuse(404, "EntryNotFound")
+            return
+        data = repository.content(name)
+        headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{_etag(data)}"', "Accept-Ranges": "bytes"}
+        if trouble.html_files and self.command == "GET":
+            self._send(200, _PAGE, headers | {"Content-Type": "text/html"})
+            return
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if match and trouble.ranges:
+            start = int(match[1])
+            self._send(206, data[start:], headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"})
+        else:
+            self._send(200, data, headers)
+
+    def _refuse(self, status: int, code: str, message: str = "") -> None:
+        headers = {"X-Error-Code": code} if code and not self.server_hub.trouble.bare_404 else {}
+        self._send(status, b"{}", headers | ({"X-Error-Message": message} if message else {}))
+
+    def _send_json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        trouble = self.server_hub.trouble
+        is_file = "X-Repo-Commit" in headers
+        cut = trouble.cut_after if is_file and trouble.cut_after is not None and self.server_hub.spend("cut_times") else None
+        try:
+            self._write(body if cut is None else body[:cut], trouble.bytes_per_second if is_file else 0.0)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True  # the client went away: some tests want just that
+        if cut is not None:
+            self.close_connection = True
+
+    def _write(self, body: bytes, rate: float) -> None:
+        if not rate:
+            self.wfile.write(body)
+            return
+        step = max(1, int(rate / 50))
+        for start in range(0, len(body), step):
+            self.wfile.write(body[start : start + step])
+            time.sleep(1 / 50)
+
+
+def _etag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
