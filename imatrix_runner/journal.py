@@ -121,10 +121,10 @@ class Journal:
     def fact(self, name: str) -> str | None:
         return self._facts.get(name)
 
-    def remember(self, name: str, value: str) -> None:
+    def remember(self, **facts: str) -> None:
         with self._lock:
-            if self._facts.get(name) != value:
-                self._facts[name] = value
+            if any(self._facts.get(name) != value for name, value in facts.items()):
+                self._facts.update(facts)
                 self._save()
 
     def _save(self) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -120,7 +118,7 @@ class Hold:
 
 
 @contextmanager
-def hold(workspace: Workspace) -> Iterator[Hold]:
+def hold(workspace: Workspace, command: str) -> Iterator[Hold]:
     """Be the one writer of a workspace. The kernel releases the lock of a dead owner; what it left running is ended.
 
     Raises :class:`WorkspaceLockedError` if a live process holds it.
@@ -140,7 +138,7 @@ def hold(workspace: Workspace) -> Iterator[Hold]:
             os.getpid(),
             _created(os.getpid()) or 0.0,
             socket.gethostname(),
-            shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command,
             time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         )
         write_json(workspace.owner, owner)

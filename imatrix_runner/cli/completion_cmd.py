@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
-from imatrix_runner.cli.main import PROGRAM, cli
+from imatrix_runner.cli.invocation import PROGRAM
+from imatrix_runner.cli.main import cli
 
 
 @click.command()

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.options import (
     collect_options,
     dry_run_option,
@@ -45,7 +46,7 @@ def imatrix() -> None:
 @dry_run_option
 @output_options
 @click.pass_obj
-def generate(extra: tuple[str, ...], /, model: str, out: Path | None, **options: Any) -> int:
+def generate(invocation: Invocation, /, model: str, out: Path | None, **options: Any) -> int:
     """Compute the imatrix of MODEL over a calibration text, resumable; no quantisation.
 
     Options after -- go to llama-imatrix unread.
@@ -55,8 +56,8 @@ def generate(extra: tuple[str, ...], /, model: str, out: Path | None, **options:
     """
     request = RunRequest(
         source_request(model, options),
-        environment_request(options),
-        imatrix_request(options, extra, mode="generate", out=out.absolute() if out is not None else None),
+        environment_request(options, invocation),
+        imatrix_request(options, invocation.extra, mode="generate", out=out.absolute() if out is not None else None),
         None,
     )
     return perform(request, options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,9 +11,8 @@ from collections.abc import Sequence
 import click
 
 from imatrix_runner import __version__
+from imatrix_runner.cli.invocation import PROGRAM, Invocation
 from imatrix_runner.errors import InterruptedRunError, RunnerError, from_os_error
-
-PROGRAM = "imatrix-runner"
 
 # name -> (module, attribute, one line of help): modules are imported only when their command runs.
 _COMMANDS = {
@@ -76,10 +74,10 @@ def run_cli(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors are told on stderr (with ``--json`` also on stdout)."""
     # What stands after "--" is for llama.cpp, unread.
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    ours, extra = arguments[:split], tuple(arguments[split + 1 :])
+    ours, invocation = arguments[:split], Invocation(tuple(arguments), tuple(arguments[split + 1 :]))
     as_json = "--json" in ours
     try:
-        code = cli.main(ours, prog_name=PROGRAM, standalone_mode=False, obj=extra)
+        code = cli.main(ours, prog_name=PROGRAM, standalone_mode=False, obj=invocation)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "")
@@ -88,29 +86,28 @@ def run_cli(arguments: list[str]) -> int:
         error.show()
         return error.exit_code
     except RunnerError as error:
-        return _tell(error, ours, extra, as_json=as_json)
+        return _tell(error, invocation, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
         stopped = InterruptedRunError(
             "Stopped at once", "asked to by a second Ctrl-C", "Run the same command again: it continues."
         )
-        return _tell(stopped, ours, extra, as_json=as_json)
+        return _tell(stopped, invocation, as_json=as_json)
     except BrokenPipeError:
         # The reader of our output went away (a pager, head): not an error; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _tell(from_os_error(error, "working on a file"), ours, extra, as_json=as_json)
+        return _tell(from_os_error(error, "working on a file"), invocation, as_json=as_json)
     except Exception:  # noqa: BLE001 - the last resort: whatever is left is a bug of ours, told as one
         traceback.print_exc()
         click.echo(f"This is a bug in {PROGRAM} {__version__}: please report it with the lines above.", err=True)
         return 1
 
 
-def _tell(error: RunnerError, ours: list[str], extra: tuple[str, ...], *, as_json: bool) -> int:
+def _tell(error: RunnerError, invocation: Invocation, *, as_json: bool) -> int:
     todo = error.todo
     if isinstance(error, InterruptedRunError):
-        again = shlex.join([PROGRAM, *ours, *(["--", *extra] if extra else [])])
-        todo = f"Continue with: {again}"
+        todo = f"Continue with: {invocation.command}"
     if as_json:
         from imatrix_runner.cli.documents import error_document, print_document
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.settings import setting
 from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 from imatrix_runner.errors import UsageError
@@ -172,8 +173,10 @@ class Talk:
     verbose: bool
 
 
-def environment_request(options: dict[str, Any]) -> EnvironmentRequest:
-    return EnvironmentRequest(options["work_dir"], options["engine"], options["llama_cpp"], options["timeout"])
+def environment_request(options: dict[str, Any], invocation: Invocation) -> EnvironmentRequest:
+    return EnvironmentRequest(
+        options["work_dir"], options["engine"], options["llama_cpp"], options["timeout"], invocation.command
+    )
 
 
 def source_request(model: str, options: dict[str, Any]) -> SourceRequest:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.options import (
     collect_options,
     dry_run_option,
@@ -21,8 +22,8 @@ from imatrix_runner.cli.options import (
 )
 from imatrix_runner.cli.render import listening
 from imatrix_runner.cli.settings import SettingsCommand, setting
-from imatrix_runner.errors import SomeLevelsFailedError
-from imatrix_runner.workflow.request import RunRequest
+from imatrix_runner.errors import SomeLevelsFailedError, UsageError
+from imatrix_runner.workflow.request import ImatrixRequest, RunRequest
 
 
 @click.command(cls=SettingsCommand)
@@ -42,7 +43,7 @@ from imatrix_runner.workflow.request import RunRequest
 @dry_run_option
 @output_options
 @click.pass_obj
-def run(extra: tuple[str, ...], /, model: str, imatrix: str, **options: Any) -> int:
+def run(invocation: Invocation, /, model: str, imatrix: str, **options: Any) -> int:
     """Take MODEL through imatrix and quantisation to verified files.
 
     MODEL is a GGUF file (any shard of a split one), a Hugging Face directory, or a hub id: org/name[@revision][:file.gguf].
@@ -55,8 +56,8 @@ def run(extra: tuple[str, ...], /, model: str, imatrix: str, **options: Any) -> 
     """
     request = RunRequest(
         source_request(model, options),
-        environment_request(options),
-        imatrix_request(options, extra, mode=imatrix),
+        environment_request(options, invocation),
+        imatrix_request(options, invocation.extra, mode=imatrix),
         levels_request(options),
     )
     return perform(request, options)
@@ -77,11 +78,9 @@ def run(extra: tuple[str, ...], /, model: str, imatrix: str, **options: Any) -> 
 @environment_options
 @dry_run_option
 @output_options
-def quantize(model: str, imatrix: str, **options: Any) -> int:
+@click.pass_obj
+def quantize(invocation: Invocation, /, model: str, imatrix: str, **options: Any) -> int:
     """Quantise MODEL with the imatrix that is there; never generates one. Also spelled quantise."""
-    from imatrix_runner.errors import UsageError
-    from imatrix_runner.workflow.request import ImatrixRequest
-
     if imatrix == "generate":
         raise UsageError(
             "quantize does not generate an imatrix",
@@ -90,7 +89,7 @@ def quantize(model: str, imatrix: str, **options: Any) -> int:
         )
     request = RunRequest(
         source_request(model, options),
-        environment_request(options),
+        environment_request(options, invocation),
         ImatrixRequest(mode="there" if imatrix == "auto" else imatrix),
         levels_request(options),
     )
@@ -105,7 +104,7 @@ def quantize(model: str, imatrix: str, **options: Any) -> int:
 @dry_run_option
 @output_options
 @click.pass_obj
-def demo(extra: tuple[str, ...], /, **options: Any) -> int:
+def demo(invocation: Invocation, /, **options: Any) -> int:
     """Quantise the shipped demo model to 8 levels: K, IQ and legacy types. Takes about a minute."""
     from imatrix_runner.resources import DEMO_MODEL, resource
 
@@ -114,8 +113,8 @@ def demo(extra: tuple[str, ...], /, **options: Any) -> int:
     source = {"outtype": "auto", "mmproj": False, "trust_remote_code": False}
     request = RunRequest(
         source_request(str(resource(DEMO_MODEL)), source),
-        environment_request(options),
-        imatrix_request(options, extra),
+        environment_request(options, invocation),
+        imatrix_request(options, invocation.extra),
         levels_request(options),
     )
     return perform(request, options)

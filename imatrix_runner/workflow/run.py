@@ -67,12 +67,14 @@ def run(
         results: tuple[LevelResult, ...] = ()
         if not dry_run:
             job.check_space(plan)
+            job.begin(model, levels)
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, engine, workspace, job.journal, context.sink)
                 if planner is not None:
                     plan = job.with_levels(plan, planner, levels, matrix)
             if planner is not None:
                 results = job.make_levels(plan, planner, matrix)
+            job.journal.remember(finished="yes")
         return RunResult(plan, model, toolchain.identity(), matrix, results, time.monotonic() - began)
 
 
@@ -82,7 +84,7 @@ def _held(workspace: Workspace, request: RunRequest, context: Context, *, dry_ru
     if dry_run:
         yield context.runner(request.environment)
         return
-    with hold(workspace) as held:
+    with hold(workspace, request.environment.command) as held:
         if held.orphans:
             context.sink(warning(f"An earlier run was killed; {held.orphans} of its programs still ran and were ended."))
         yield Runner(context.stop, hang_seconds=request.environment.hang_seconds, on_child=held.on_child)
@@ -117,10 +119,13 @@ class _Job:
             dry_run=self.dry_run,
         )
         announce(model, self.sink)
-        if not self.dry_run:
-            self.journal.remember("model", model.name)
-            self.journal.remember("source", model.source.location)
         return model
+
+    def begin(self, model: Model, levels: tuple[Level, ...]) -> None:
+        """Write down what was asked for, so that ``status`` can tell what is missing and how to go on."""
+        names = ",".join(level.name for level in levels)
+        command = self.request.environment.command
+        self.journal.remember(model=model.name, source=model.source.location, levels=names, command=command, finished="no")
 
     def plan(self, model: Model) -> tuple[Plan, imatrix_flow.Chosen, LevelPlanner | None, tuple[Level, ...]]:
         """Everything that will happen. Problems that stop the run are raised here, before anything is computed."""

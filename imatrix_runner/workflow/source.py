@@ -97,7 +97,7 @@ def _from_hub(
         )
     fetched = fetch_model(source, trust_remote_code=request.trust_remote_code, stop=runner.stop, sink=sink)
     provenance = Provenance("hub", str(source), repo=fetched.repo, revision=source.revision, commit=fetched.commit)
-    journal.remember("hub commit", f"{fetched.repo}@{fetched.commit}")
+    journal.remember(hub=f"{fetched.repo}@{fetched.commit}")
     if fetched.path.is_dir():
         directory = LocalDirectory(fetched.path)
         return _converted(directory, provenance, request, workspace, journal, toolchain, runner, sink, dry_run=False)

@@ -45,6 +45,8 @@ def quick_and_anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    # The library keeps of a broken transfer only whole pieces of this size, by default 10 MB.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
     impatient = SimpleNamespace(
         **{name: getattr(time, name) for name in dir(time) if name != "sleep"}, sleep=lambda _seconds: None
     )
