@@ -96,9 +96,7 @@ def read_corpus() -> tuple[list[str], str]:
         if name == "pydoc_data/topics.py":
             # The language reference, as one dictionary: take its values (real
             # English) rather than their quoted and escaped source form.
-            prose += [
-                str(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant)
-            ]
+            prose += [str(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant)]
             continue
         text = text[:MAX_FILE_CHARS].strip() + "\n"
         if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 50 == 0:

@@ -37,9 +37,10 @@ def doctor(work_dir: Path, llama_cpp: Path | None, offline: bool, as_json: bool,
         ]
         print_document(document("doctor", exit_code=code, checks=content, variables=variables))
         return code
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from imatrix_runner.cli.console import stdout_console
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
@@ -52,7 +53,7 @@ def doctor(work_dir: Path, llama_cpp: Path | None, offline: bool, as_json: bool,
             table.add_row("", "", Text(f"→ {check.todo}", style=style))
     if variables:
         table.add_row(Text("✓", style="green"), "Variables", Text(", ".join(variables)))
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(table)
     console.print(Text("The main job can run." if code == 0 else "The main job cannot run yet.", style="bold"))
     return code

@@ -32,9 +32,9 @@ class Listener:
 @contextmanager
 def listening(*, quiet: bool, verbose: bool) -> Iterator[Listener]:
     """The listener that fits where stderr goes."""
-    from rich.console import Console
+    from imatrix_runner.cli.console import stderr_console
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+    console = stderr_console(quiet=quiet)
     if quiet:
         yield Listener(ignore, console)
     elif console.is_terminal:

@@ -122,8 +122,7 @@ def demo(invocation: Invocation, /, **options: Any) -> int:
 
 def perform(request: RunRequest, options: dict[str, Any]) -> int:
     """Run a request and show plan and result; the exit code is 0, or 100 when levels failed."""
-    from rich.console import Console
-
+    from imatrix_runner.cli.console import stdout_console
     from imatrix_runner.cli.documents import print_document, run_document
     from imatrix_runner.cli.tables import print_plan, print_result
     from imatrix_runner.process import stop_on_signals
@@ -143,7 +142,7 @@ def perform(request: RunRequest, options: dict[str, Any]) -> int:
             result = run_workflow(request, context, dry_run=dry_run, on_plan=show)
     failed = result.plan.failing if dry_run else result.failed
     code = SomeLevelsFailedError.exit_code if failed else 0
-    out = Console(highlight=False, soft_wrap=True)
+    out = stdout_console()
     if as_json:
         print_document(run_document(result, code))
     elif dry_run:

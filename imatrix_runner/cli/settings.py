@@ -95,8 +95,9 @@ class SettingsCommand(click.Command):
 
 def print_settings(ctx: click.Context) -> None:
     """One line per setting of the command at hand."""
-    from rich.console import Console
     from rich.table import Table
+
+    from imatrix_runner.cli.console import stdout_console
 
     settings: FileSettings = ctx.find_root().meta["imatrix_runner.settings"]
     table = Table("Setting", "Value", "From", box=None, pad_edge=False, header_style="bold")
@@ -110,7 +111,7 @@ def print_settings(ctx: click.Context) -> None:
         elif source is ParameterSource.ENVIRONMENT:
             origin = f"environment {option.envvar}"
         table.add_row(option.name.replace("_", "-"), _shown(ctx.params.get(option.name)), origin)
-    Console(soft_wrap=True).print(table)
+    stdout_console().print(table)
 
 
 def _shown(value: Any) -> str:

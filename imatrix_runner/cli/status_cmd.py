@@ -35,13 +35,13 @@ def status(work_dir: Path, as_json: bool, **_options: Any) -> int:
             document("status", exit_code=0, work_dir=str(work_dir), workspaces=msgspec.to_builtins(found, enc_hook=str))
         )
         return 0
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from imatrix_runner.cli.console import stdout_console
     from imatrix_runner.files import human_bytes
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = stdout_console()
     if not found:
         console.print(Text(f"No workspace in {work_dir}. Begin with: imatrix-runner run MODEL"))
         return 0

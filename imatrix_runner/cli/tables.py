@@ -53,14 +53,16 @@ def _remarks(plan: Plan) -> list[Text]:
             lines.append(
                 Text(
                     f"{step.level.name}: {len(step.facts.fallbacks)} tensors ({step.facts.fallback_share:.1%} of the weights) "
-                    f"get another type, because their rows do not divide into blocks; {first.tensor}: {first.wanted} -> {first.got}",
+                    "get another type, because their rows do not divide into blocks; "
+                    f"{first.tensor}: {first.wanted} -> {first.got}",
                     style="yellow",
                 )
             )
         if step.facts.weightless:
             lines.append(
                 Text(
-                    f"{step.level.name}: {len(step.facts.weightless)} tensors without weights, first {step.facts.weightless[0]}",
+                    f"{step.level.name}: {len(step.facts.weightless)} tensors are quantised without weights, "
+                    f"the first is {step.facts.weightless[0]}",
                     style="yellow",
                 )
             )

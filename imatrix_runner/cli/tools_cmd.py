@@ -105,8 +105,9 @@ def _show(toolchain: Toolchain, rejected: tuple[Rejection, ...], *, as_json: boo
         turned_down = [{"directory": str(entry.directory), "origin": entry.origin, "why": entry.why} for entry in rejected]
         print_document(document("tools", exit_code=0, toolchain=toolchain_content(toolchain), rejected=turned_down))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from imatrix_runner.cli.console import stdout_console
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -121,4 +122,4 @@ def _show(toolchain: Toolchain, rejected: tuple[Rejection, ...], *, as_json: boo
     table.add_row("Types", ", ".join(kind.name for kind in toolchain.types if not kind.alias_of))
     for entry in rejected:
         table.add_row("Turned down", f"{entry.directory} ({entry.origin}): {entry.why}")
-    Console(highlight=False).print(table)
+    stdout_console().print(table)

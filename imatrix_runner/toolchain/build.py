@@ -29,7 +29,7 @@ from imatrix_runner.toolchain.source import (
     git_source,
     unpack_source,
 )
-from imatrix_runner.toolchain.store import Record, Store, cache_dir, safe_name
+from imatrix_runner.toolchain.store import Record, Store, cache_dir, now, safe_name
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {
     "cpu": (),
@@ -281,27 +281,27 @@ def _failure(outcome: Outcome, log: Path, plan: BuildPlan, store: Store) -> Runn
 
 
 def _publish(plan: BuildPlan, source: Source, store: Store) -> Toolchain:
-    scratch = store.scratch(store.toolchains, plan.key)
-    try:
-        _copy_binaries(plan.build_dir, scratch / "bin")
-        _copy_converter(source.tree, scratch / "converter")
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise from_os_error(error, "assembling the toolchain", scratch) from error
-    record = Record(
-        key=plan.key,
-        kind=source.kind,
-        source=source.origin,
-        version=source.version,
-        commit=source.commit,
-        backend=plan.backend,
-        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        sha256=source.sha256,
-        flags=list(plan.flags),
-        cmake=_cmake_version(plan.build_dir),
-        compiler=_compiler(plan.build_dir),
-    )
-    return store.adopt(scratch, record, plan.backend)
+    with store.scratch(store.toolchains, plan.key) as scratch:
+        try:
+            _copy_binaries(plan.build_dir, scratch / "bin")
+            _copy_converter(source.tree, scratch / "converter")
+            cmake, compiler = _cmake_version(plan.build_dir), _compiler(plan.build_dir)
+        except OSError as error:
+            raise from_os_error(error, "assembling the toolchain", scratch) from error
+        record = Record(
+            key=plan.key,
+            kind=source.kind,
+            source=source.origin,
+            version=source.version,
+            commit=source.commit,
+            backend=plan.backend,
+            date=now(),
+            sha256=source.sha256,
+            flags=list(plan.flags),
+            cmake=cmake,
+            compiler=compiler,
+        )
+        return store.adopt(scratch, record, plan.backend)
 
 
 def _copy_binaries(build_dir: Path, into: Path) -> None:

@@ -23,7 +23,7 @@ from imatrix_runner.toolchain.archive import ArchiveError, unpack
 from imatrix_runner.toolchain.download import Fetcher
 from imatrix_runner.toolchain.probe import NEEDED, Toolchain, executable
 from imatrix_runner.toolchain.source import check_ref
-from imatrix_runner.toolchain.store import Record, Store, cache_dir, safe_name
+from imatrix_runner.toolchain.store import Record, Store, cache_dir, now, safe_name
 
 RELEASES = "https://api.github.com/repos/ggml-org/llama.cpp/releases"
 ENV_RELEASES = "IMATRIX_RUNNER_RELEASES_URL"
@@ -243,54 +243,55 @@ def _store(
     store: Store,
     stop: Stop,
 ) -> Toolchain:
-    scratch = store.scratch(store.toolchains, key)
-    try:
-        home: Path | None = None
-        for number, archive in enumerate(archives):
-            into = scratch / f"unpacked-{number}"
-            into.mkdir()
-            unpack(archive, into, check=stop.check)
-            home = _take_over(into, scratch / "bin") if home is None else _merge(into, home)
-            shutil.rmtree(into)
-        _require_links_inside(scratch / "bin")
-    except ArchiveError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise DownloadError(f"{assets[0].name} cannot be used", str(error), _BUILD) from error
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise from_os_error(error, "unpacking the release", scratch) from error
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    record = Record(
-        key=key,
-        kind="release",
-        source=assets[0].url,
-        version=release.tag,
-        commit="",
-        backend=request.backend,
-        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        sha256=assets[0].sha256,
-    )
-    return store.adopt(scratch, record, request.backend)
+    with store.scratch(store.toolchains, key) as scratch:
+        try:
+            _assemble(archives, scratch, stop)
+        except ArchiveError as error:
+            raise DownloadError(f"{assets[0].name} cannot be used", str(error), _BUILD) from error
+        except OSError as error:
+            raise from_os_error(error, "unpacking the release", scratch) from error
+        record = Record(
+            key=key,
+            kind="release",
+            source=assets[0].url,
+            version=release.tag,
+            commit="",
+            backend=request.backend,
+            date=now(),
+            sha256=assets[0].sha256,
+        )
+        return store.adopt(scratch, record, request.backend)
 
 
-def _take_over(unpacked: Path, final: Path) -> Path:
+def _assemble(archives: Sequence[Path], scratch: Path, stop: Stop) -> None:
+    """Unpack the programs' archive, then lay the runtime libraries' beside them, in ``scratch/bin``."""
+    home = scratch / "bin"
+    for number, archive in enumerate(archives):
+        into = scratch / f"unpacked-{number}"
+        into.mkdir()
+        unpack(archive, into, check=stop.check)
+        if number == 0:
+            _take_over(into, home)
+        else:
+            _merge(into, home)
+        shutil.rmtree(into, ignore_errors=True)  # gone already where the archive had no folder of its own
+    _require_links_inside(home)
+
+
+def _take_over(unpacked: Path, final: Path) -> None:
     """Find the folder with the programs, wherever the archive keeps it, and make it ``final``."""
     wanted = executable(Path(), NEEDED[0]).name
     found = sorted(unpacked.rglob(wanted), key=lambda path: len(path.parts))
     if not found:
         raise ArchiveError(f"it holds no {wanted}")
     found[0].parent.replace(final)
-    return final
 
 
-def _merge(unpacked: Path, home: Path) -> Path:
+def _merge(unpacked: Path, home: Path) -> None:
     """Put runtime libraries beside the programs."""
     for path in sorted(unpacked.rglob("*")):
         if path.is_symlink() or path.is_file():
             path.replace(home / path.name)
-    return home
 
 
 def _require_links_inside(home: Path) -> None:

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import shutil
 import sys
 import tarfile
 from collections.abc import Mapping
@@ -82,26 +81,17 @@ def _pip_download(version: str, archive: Path, store: Store, runner: Runner, sin
             f"this Python environment ({sys.prefix}) has no pip",
             f"Install it with: {sys.executable} -m ensurepip (or: uv pip install pip); or give a checkout with --source DIR.",
         )
-    scratch = store.scratch(store.downloads, f"sdist-{safe_name(version)}")
     log = store.logs / f"download-{safe_name(version)}.log"
     sink(Started(_STEP, f"Fetching {PACKAGE} {version}'s source"))
-    try:
-        outcome = runner.run(
-            Command(
-                (
-                    *(sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"),
-                    *("--no-binary", PACKAGE, "--dest", str(scratch), f"{PACKAGE}=={version}"),
-                )
-            ),
-            log=log,
-        )
+    with store.scratch(store.downloads, f"sdist-{safe_name(version)}") as scratch:
+        pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check")
+        command = Command((*pip, "--no-binary", PACKAGE, "--dest", str(scratch), f"{PACKAGE}=={version}"))
+        outcome = runner.run(command, log=log)
         found = sorted(scratch.glob("llama_cpp_python-*.tar.gz"))
         if not outcome.ok or not found:
             sink(Finished(_STEP, "failed", outcome.ending(), outcome.seconds))
             raise _pip_error(version, outcome, log)
         publish(found[0], archive)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     sink(Saved(str(archive), f"source of {PACKAGE} {version}", archive.stat().st_size))
     sink(Finished(_STEP, "done", archive.name, outcome.seconds))
 
@@ -143,19 +133,17 @@ def unpack_source(source: Source, store: Store, runner: Runner) -> None:
     if source.archive is None or source.tree.is_dir():
         return
     root = source.tree.parent.parent
-    scratch = store.scratch(store.sources, root.name)
-    try:
-        unpack(source.archive, scratch, check=runner.stop.check)
-        tops = [path for path in scratch.iterdir() if (path / "vendor" / "llama.cpp" / "CMakeLists.txt").is_file()]
-        if not tops:
-            raise _bad_archive(source.archive, "it holds no vendor/llama.cpp")
-        tops[0].replace(root)
-    except ArchiveError as error:
-        raise _bad_archive(source.archive, str(error)) from error
-    except OSError as error:
-        raise from_os_error(error, "unpacking the source", root) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with store.scratch(store.sources, root.name) as scratch:
+        try:
+            unpack(source.archive, scratch, check=runner.stop.check)
+            tops = [path for path in scratch.iterdir() if (path / "vendor" / "llama.cpp" / "CMakeLists.txt").is_file()]
+            if not tops:
+                raise _bad_archive(source.archive, "it holds no vendor/llama.cpp")
+            tops[0].replace(root)
+        except ArchiveError as error:
+            raise _bad_archive(source.archive, str(error)) from error
+        except OSError as error:
+            raise from_os_error(error, "unpacking the source", root) from error
 
 
 def _bad_archive(archive: Path, why: str) -> ToolchainError:
@@ -224,15 +212,13 @@ def git_source(ref: str, url: str, store: Store, runner: Runner, sink: Sink) -> 
     tree = store.sources / f"git-{safe_name(ref)}-{commit[:9]}"
     if not tree.is_dir():
         sink(Started(_STEP, f"Cloning llama.cpp {ref}"))
-        scratch = store.scratch(store.sources, tree.name)
-        try:
+        with store.scratch(store.sources, tree.name) as scratch:
             clone = ("clone", "--quiet", "--depth", "1", "--branch", ref, "--", url, str(scratch / "tree"))
             outcome = _git(clone, runner, log, ref, url)
-            (scratch / "tree").replace(tree)
-        except OSError as error:
-            raise from_os_error(error, "storing the clone", tree) from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            try:
+                (scratch / "tree").replace(tree)
+            except OSError as error:
+                raise from_os_error(error, "storing the clone", tree) from error
         sink(Finished(_STEP, "done", f"{ref} {commit[:9]}", outcome.seconds))
     return Source("git", ref, commit[:9], f"{url} {ref}", tree)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -96,8 +97,12 @@ class Store:
                 continue  # not ours, or damaged: it cannot be vouched for
         return sorted(found, key=lambda entry: (entry[1].date, entry[1].key), reverse=True)
 
-    def scratch(self, folder: Path, name: str) -> Path:
-        """An empty hidden directory in ``folder`` for work that is renamed when done; only under the lock."""
+    @contextmanager
+    def scratch(self, folder: Path, name: str) -> Iterator[Path]:
+        """An empty hidden directory in ``folder``, gone at the end unless it was renamed; only under the lock.
+
+        What a killed run left under that name is removed first.
+        """
         path = folder / f".{name}.part"
         try:
             if path.exists():
@@ -105,7 +110,10 @@ class Store:
             path.mkdir(parents=True)
         except OSError as error:
             raise from_os_error(error, "preparing the tool cache", path) from error
-        return path
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def locked(self, name: str, stop: Stop, sink: Sink) -> Iterator[None]:
@@ -139,7 +147,7 @@ class Store:
             return None
 
     def adopt(self, assembled: Path, record: Record, backend: str) -> Toolchain:
-        """Prove the ``assembled`` directory, then give it its name; nothing remains of one that does not run."""
+        """Prove the ``assembled`` directory, then give it its name. Raises :class:`ToolchainError` when it does not run."""
         final = self.toolchains / record.key
         try:
             proved = _prove(assembled / "bin")
@@ -156,8 +164,6 @@ class Store:
             _rename_over(assembled, final)
         except OSError as error:
             raise from_os_error(error, "storing the toolchain", final) from error
-        finally:
-            shutil.rmtree(assembled, ignore_errors=True)
         return _prove(final / "bin")
 
 
@@ -179,6 +185,11 @@ def _rename_over(new: Path, final: Path) -> None:
     new.replace(final)
     sync_directory(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def now() -> str:
+    """The time for a record, in a form that sorts."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def safe_name(text: str) -> str:

@@ -183,8 +183,8 @@ class _Job:
         if layers not in ("", "0", "auto") and not self.toolchain.devices:
             self.sink(
                 warning(
-                    f"-ngl {layers} has no effect: these llama.cpp tools see no GPU "
-                    f"({', '.join(self.toolchain.backends)} build). Build for one with: imatrix-runner tools build --backend cuda"
+                    f"-ngl {layers} has no effect: these llama.cpp tools see no GPU ({', '.join(self.toolchain.backends)} "
+                    "build). Build for one with: imatrix-runner tools build --backend cuda"
                 )
             )
 
