@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rich.console import Console
 
-
 _PIPE_WIDTH = 400
 
 

@@ -30,6 +30,8 @@ _DEVICE_NAMES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", re.IGNORE
 
 @dataclass(frozen=True)
 class LocalFile:
+    """A file, hopefully a GGUF; :func:`open_gguf` looks inside."""
+
     path: Path
 
 
@@ -89,6 +91,7 @@ class Model:
 
     @property
     def is_split(self) -> bool:
+        """Whether the model lies in several files."""
         return len(self.files) > 1
 
     @property

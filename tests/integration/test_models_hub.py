@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from hub_server import HubServer, Trouble
 from tiny_models import write_hf_directory, write_llama_gguf
 
-from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, NoSpaceError
+from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, NoSpaceError, UsageError
 from imatrix_runner.events import Event, Finished, Progress, Started, ignore
 from imatrix_runner.models.hub import Downloaded, fetch_model, reachability, token_source
 from imatrix_runner.models.sources import HubId, open_gguf
@@ -260,13 +261,24 @@ def test_a_web_page_instead(hub: HubServer, cache: Path, gguf: bytes, trouble: T
     assert "HF_ENDPOINT" in error.todo
 
 
+def no_name(*_arguments: object, **_more: object) -> None:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_ids_that_no_hub_has(cache: Path) -> None:
+    with pytest.raises(UsageError, match="not a hub id"):
+        fetch_model(HubId("org/" + "x" * 96), stop=Stop(), sink=ignore, endpoint="http://127.0.0.1:9", cache=cache)
+
+
 def test_no_network(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/tiny", {"m-BF16.gguf": b"x"})
     stop, hub_id = Stop(), HubId("org/tiny")
     with pytest.raises(DownloadError, match="refused"):
         fetch_model(hub_id, stop=stop, sink=ignore, endpoint="http://127.0.0.1:9", cache=cache)
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
     with pytest.raises(DownloadError, match="resolved"):
         fetch_model(hub_id, stop=stop, sink=ignore, endpoint="http://absent.invalid", cache=cache)
+    monkeypatch.undo()
     with pytest.raises(DownloadError, match="not a web address"):
         fetch_model(hub_id, stop=stop, sink=ignore, endpoint="nonsense", cache=cache)
     monkeypatch.setattr("imatrix_runner.models.hub.fetch._LISTING_SECONDS", 0.1)

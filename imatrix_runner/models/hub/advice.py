@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from imatrix_runner.errors import DownloadError, RunnerError, from_os_error
+from imatrix_runner.errors import DownloadError, RunnerError, UsageError, from_os_error
 from imatrix_runner.models.sources import HubId
 
 
@@ -85,8 +85,20 @@ def explain(error: BaseException, asked: Asked) -> RunnerError:
         return explain(error.__cause__, asked)  # the library's name for any trouble while asking about a file
     if isinstance(error, httpx2.HTTPError):
         return _explain_transport(error, asked)
-    if isinstance(error, (errors.FileMetadataError, ValueError)):
+    if isinstance(error, errors.FileMetadataError):
         return no_hub(asked)
+    if isinstance(error, errors.HFValidationError):
+        return UsageError(
+            f"{asked.hub_id.repo!r} is not a hub id",
+            "no repository can have that name: 96 characters at most, no '-' or '.' at an end",
+            "Check the spelling of org/name; there is no such local path either.",
+        )
+    if isinstance(error, ValueError) and "too large" in str(error):
+        return DownloadError(
+            f"A file of {asked.hub_id.repo} is too large for plain HTTP",
+            "hubs serve files of more than 50 GB through Xet only, and the package for it is not installed or is disabled",
+            "Install it with: pip install hf_xet; and unset HF_HUB_DISABLE_XET.",
+        )
     if isinstance(error, OSError) and error.errno is None:
         return DownloadError(
             f"A file of {asked.hub_id.repo} arrived with the wrong length",

@@ -140,12 +140,15 @@ class _Listing:
 
 def _list(asked: Asked) -> _Listing:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
 
     api = HfApi(endpoint=asked.endpoint, library_name="imatrix-runner")
     try:
         info = api.model_info(asked.hub_id.repo, revision=asked.hub_id.revision, files_metadata=True, timeout=_LISTING_SECONDS)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise no_hub(asked) from error  # JSON, but not a hub's
+    except HFValidationError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise no_hub(asked) from error  # no JSON, or not a hub's
     if not _COMMIT.fullmatch(info.sha or ""):
         raise no_hub(asked)
     files = tuple(RepoFile(entry.rfilename, entry.size) for entry in info.siblings or () if _is_plain_name(entry.rfilename))
