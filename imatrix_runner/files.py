@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -57,6 +57,12 @@ def publish(part: Path, final: Path) -> None:
         raise from_os_error(error, f"giving {final.name} its name", final) from error
 
 
+def discard(part: Path) -> None:
+    """Remove an unfinished file, if it can be; why it was given up matters more than what becomes of it."""
+    with suppress(OSError):
+        part.unlink()
+
+
 @contextmanager
 def atomic_writer(final: Path) -> Iterator[IO[bytes]]:
     """Write ``final`` through a temporary sibling: on any error nothing appears and nothing stays behind."""
@@ -70,10 +76,10 @@ def atomic_writer(final: Path) -> Iterator[IO[bytes]]:
         part.replace(final)
         sync_directory(final.parent)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        discard(part)
         raise from_os_error(error, f"writing {final.name}", final) from error
     except BaseException:
-        part.unlink(missing_ok=True)
+        discard(part)
         raise
 
 
@@ -158,7 +164,7 @@ def human_bytes(count: float) -> str:
 
 def human_seconds(seconds: float) -> str:
     """``3725`` -> ``1:02:05``; under a minute ``4.2 s``."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

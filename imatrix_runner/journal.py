@@ -8,13 +8,13 @@ not run again; when one differs, its *name* is what the user is told. The file i
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.files import Stamp, read_json, stamp, write_json
+from imatrix_runner.files import Stamp, publish, read_json, stamp, write_json
 
 VERSION = 1
 
@@ -103,6 +103,26 @@ class Journal:
             self._steps[step] = record
             self._save()
 
+    def conclude(self, step: str, record: Record, files: Sequence[tuple[Path, Path]]) -> None:
+        """Record a step and give its files, ``(part, final)`` each, their names.
+
+        In this order: a rename keeps the stamp, so a kill in between leaves a step to be made again, never a file that no
+        record explains. What the step made before goes; a final name taken by anything else is refused.
+        """
+        before = self.get(step)
+        for output in before.outputs if before is not None else ():
+            if is_intact(output, self.path.parent):
+                (self.path.parent / output.name).unlink()
+        if taken := next((final for _, final in files if final.exists()), None):
+            raise InvalidDataError(
+                f"{taken} is in the way",
+                "it appeared meanwhile, and files of yours are never overwritten",
+                "Move it away, then run the same command again.",
+            )
+        self.record(step, record)
+        for part, final in files:
+            publish(part, final)
+
     def forget(self, step: str) -> None:
         with self._lock:
             if self._steps.pop(step, None) is not None:
@@ -139,8 +159,10 @@ def differences(record: Record, inputs: Mapping[str, str]) -> list[str]:
 
 def outputs_intact(record: Record, directory: Path) -> bool:
     """Whether every output of a step is still the file it was."""
-    for output in record.outputs:
-        path = directory / output.name
-        if not path.is_file() or stamp(path) != output.stamp:
-            return False
-    return True
+    return all(is_intact(output, directory) for output in record.outputs)
+
+
+def is_intact(output: Output, directory: Path) -> bool:
+    """Whether an output is still the file it was."""
+    path = directory / output.name
+    return path.is_file() and stamp(path) == output.stamp

@@ -60,7 +60,8 @@ class Stop:
 def stop_on_signals(stop: Stop) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into ``stop``; a second SIGINT raises ``KeyboardInterrupt`` at once.
 
-    Only the main thread can install handlers; elsewhere this does nothing.
+    Only the main thread can install handlers; elsewhere this does nothing. A signal that is ignored stays so: ``nohup`` and
+    a shell's background jobs mean it.
     """
 
     def handler(signum: int, _frame: FrameType | None) -> None:
@@ -72,7 +73,8 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
         yield
         return
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, handler) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
@@ -209,34 +211,30 @@ class Runner:
         tails = {name: _Tail() for name, _ in streams}
         lines: deque[str] = deque(maxlen=_TAIL_LINES)
         watch = _HangWatch(child.pid, self._hang_seconds)
-        still_open = len(streams)
-        while still_open and not self.stop.requested:
+        still_open, hung = len(streams), False
+        while still_open and not hung and not self.stop.requested:
             try:
                 name, data = pieces.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 if child.poll() is not None and pieces.empty():
                     break  # a grandchild may hold the pipes open; the child itself is gone
-                if watch.hung():
-                    return tuple(lines), True
+                hung = watch.hung()
                 continue
             if not data:
                 still_open -= 1
                 continue
             watch.heard()
-            log.write(data)
-            log.flush()
+            _write_log(log, data)
             text = decoders[name].decode(data)
             lines.extend(tails[name].feed(text))
             if on_text and text:
                 on_text(name, text)
         for tail in tails.values():
             lines.extend(tail.rest())
-        if not self.stop.requested:
-            while child.poll() is None and not self.stop.requested:
-                if watch.hung():
-                    return tuple(lines), True
-                time.sleep(0.01)
-        return tuple(lines), False
+        while not hung and not self.stop.requested and child.poll() is None:
+            hung = watch.hung()
+            time.sleep(0.01)
+        return tuple(lines), hung
 
 
 class _Tail:
@@ -279,7 +277,8 @@ class _HangWatch:
             times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
         except psutil.Error:
             return 0.0
-        return float(sum(entry.user + entry.system for entry in times))
+        # With what ended children used: a build is a row of short-lived compilers.
+        return float(sum(entry.user + entry.system + entry.children_user + entry.children_system for entry in times))
 
 
 def _pump(name: Stream, pipe: IO[bytes], pieces: queue.SimpleQueue[tuple[Stream, bytes]]) -> None:
@@ -342,13 +341,19 @@ def _open_log(log: Path | None, command: Command) -> Iterator[IO[bytes]]:
     try:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("ab")
+        handle = path.open("ab", buffering=0)
     except OSError as error:
         raise from_os_error(error, f"opening the log {path.name}", path) from error
     with handle:
-        handle.write(f"$ {command}\n".encode())
-        handle.flush()
+        _write_log(handle, f"$ {command}\n".encode())
         yield handle
+
+
+def _write_log(log: IO[bytes], data: bytes) -> None:
+    try:
+        log.write(data)
+    except OSError as error:
+        raise from_os_error(error, "writing a log", log.name) from error
 
 
 def _oom_kills() -> int:

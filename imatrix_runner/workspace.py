@@ -86,8 +86,10 @@ class Owner:
 
 
 def _created(pid: int) -> float | None:
+    """When a process was started; None if it is over (also while its parent has not taken notice)."""
     try:
-        return float(psutil.Process(pid).create_time())
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
     except psutil.Error:
         return None
 

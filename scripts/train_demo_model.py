@@ -24,11 +24,10 @@ Verify a finished model (the file read back, its held-out text evaluated)::
 The held-out text is left in the work directory as ``heldout.txt``; the last
 figure that ``--check`` prints is what llama.cpp should find for it::
 
-    llama-perplexity -m resources/demo-model.gguf -c 512 --no-escape \\
-        -f build/demo-model/heldout.txt
+    llama-perplexity -m resources/demo-model.gguf -c 512 -f build/demo-model/heldout.txt
 
-Without ``--no-escape`` the llama.cpp tools turn every backslash-n of the
-sources into a line break before they tokenise.
+(llama-tokenize needs ``--no-escape`` on such a text: it alone would turn every
+backslash-n of the sources into a line break first.)
 """
 
 from __future__ import annotations
@@ -260,8 +259,7 @@ def train(stream: Tokens, args: argparse.Namespace) -> tuple[Llama, int, float]:
             speed = (step - first) * BATCH * CONTEXT / (spent - first_spent)
             done = step / args.steps if args.steps else spent / (60 * args.minutes)
             mean, left = sum(recent) / len(recent), max(0.0, spent / done - spent)
-            print(f"step {step}  loss {mean:.4f}  lr {rate:.2e}  "
-                  f"{speed:.0f} tokens/s  ETA {left:.0f} s", flush=True)  # fmt: skip
+            print(f"step {step}  loss {mean:.4f}  lr {rate:.2e}  {speed:.0f} tokens/s  ETA {left:.0f} s", flush=True)
             recent.clear()
         if step % 250 == 0:
             state = {"plan": plan, "step": step, "spent": spent}
@@ -352,10 +350,8 @@ def read_gguf(path: Path) -> tuple[Llama, Tokenizer, str]:
         return reader.fields[key].contents()
 
     model = Llama()
-    state = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type))
-             for t in reader.tensors}  # fmt: skip
-    model.load_state_dict({k: state[k.removesuffix(".weight") + ".weight"]
-                           for k in model.state_dict()})  # fmt: skip
+    state = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    model.load_state_dict({k: state[k.removesuffix(".weight") + ".weight"] for k in model.state_dict()})
     vocabulary = {p: i for i, p in enumerate(value("tokenizer.ggml.tokens"))}
     merges = [tuple(m.split(" ")) for m in value("tokenizer.ggml.merges")]
     tokenizer = byte_level(models.BPE(vocab=vocabulary, merges=merges))
@@ -370,8 +366,10 @@ def check(args: argparse.Namespace, held_out: str) -> int:
     loss, mine = evaluate(model, tokens)
     bits = loss * len(tokens) / math.log(2) / len(held_out.encode())
     print(f"{args.out}: {args.out.stat().st_size} bytes")
-    print(f"held out: {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}, "
-          f"{bits:.3f} bits/byte; second halves only: {mine:.4f}")  # fmt: skip
+    print(
+        f"held out: {loss:.4f} nats/token, perplexity {math.exp(loss):.3f}, "
+        f"{bits:.3f} bits/byte; second halves only: {mine:.4f}"
+    )
     if tokenizer.decode(tokens.tolist()) != held_out:
         print("FAILED: the tokeniser does not round-trip the held-out text")
         return 1
@@ -382,8 +380,7 @@ def main() -> int:
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description="train resources/demo-model.gguf")
     parser.add_argument("--out", type=Path, default=root / "resources/demo-model.gguf")
-    parser.add_argument("--work", type=Path, default=root / "build/demo-model",
-                        help="checkpoint and held-out text")  # fmt: skip
+    parser.add_argument("--work", type=Path, default=root / "build/demo-model", help="checkpoint and held-out text")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=28.0)
     length.add_argument("--steps", type=int, default=0)
@@ -402,8 +399,9 @@ def main() -> int:
     pieces = [[0, *e.ids] for e in tokenizer.encode_batch(documents)]
     stream: Tokens = np.concatenate([np.array(p, dtype=np.int64) for p in pieces])
     size = sum(len(d.encode()) for d in documents)
-    print(f"{len(documents)} documents, {size} bytes, {len(stream)} tokens; "
-          f"held out: {len(held_out.encode())} bytes", flush=True)  # fmt: skip
+    print(
+        f"{len(documents)} documents, {size} bytes, {len(stream)} tokens; held out: {len(held_out.encode())} bytes", flush=True
+    )
 
     model, steps, seconds = train(stream, args)
     for weight in model.parameters():  # what the file will hold

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import Ran, run_command
+from llama_tools import BareTools
+from tiny_models import sample_text, write_llama_gguf
 
 from imatrix_runner.resources import DEMO_MODEL, resource
 from imatrix_runner.toolchain.locate import locate, require
@@ -41,20 +39,6 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-@dataclass(frozen=True)
-class Ran:
-    """How a command line ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(self.out)
-        return document
-
-
 RunCommand = Callable[..., Ran]
 
 
@@ -63,14 +47,34 @@ def runner(tmp_path: Path) -> RunCommand:
     """Run ``imatrix-runner ARGUMENTS`` in a process of its own, in ``tmp_path``."""
 
     def run(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, seconds: float = 300) -> Ran:
-        done = subprocess.run(
-            [sys.executable, "-m", "imatrix_runner", *map(str, arguments)],
-            cwd=cwd or tmp_path,
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            timeout=seconds,
-            check=False,
-        )
-        return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+        return run_command(*arguments, cwd=cwd or tmp_path, env=env, seconds=seconds)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tools(toolchain: Toolchain) -> BareTools:
+    """llama.cpp's programs without us, to compare with."""
+    return BareTools(toolchain)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense llama of two layers with random weights: a level of it takes a tenth of a second."""
+    return write_llama_gguf(tmp_path_factory.mktemp("tiny") / "tiny-BF16.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration text of about 50 chunks of 128 tokens."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(sample_text(21000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_imatrix(tools: BareTools, tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama-imatrix's own file of the tiny model over 20 chunks of 128 tokens."""
+    out = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
+    tools.imatrix(tiny_model, tiny_text, out, "-c", "128", "--chunks", "20")
+    return out

@@ -12,7 +12,7 @@ import click
 
 from imatrix_runner import __version__
 from imatrix_runner.cli.invocation import PROGRAM, Invocation
-from imatrix_runner.errors import InterruptedRunError, RunnerError, from_os_error
+from imatrix_runner.errors import InterruptedRunError, RunnerError, UsageError, from_os_error
 
 # name -> (module, attribute, one line of help): modules are imported only when their command runs.
 _COMMANDS = {
@@ -83,8 +83,7 @@ def run_cli(arguments: list[str]) -> int:
         click.echo(error.ctx.get_help() if error.ctx else "")
         return 0 if not ours else 2
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return _tell(_misused(error), invocation, as_json=as_json)
     except RunnerError as error:
         return _tell(error, invocation, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
@@ -102,6 +101,14 @@ def run_cli(arguments: list[str]) -> int:
         traceback.print_exc()
         click.echo(f"This is a bug in {PROGRAM} {__version__}: please report it with the lines above.", err=True)
         return 1
+
+
+def _misused(error: click.ClickException) -> UsageError:
+    """What Click finds wrong with a command line, told as errors of ours are."""
+    ctx = getattr(error, "ctx", None)
+    command = ctx.command_path if ctx is not None else PROGRAM
+    usage = " ".join((command, *(ctx.command.collect_usage_pieces(ctx) if ctx is not None else ())))
+    return UsageError(error.format_message().rstrip("."), f"it is used so: {usage}", f"See its options with: {command} --help")
 
 
 def _tell(error: RunnerError, invocation: Invocation, *, as_json: bool) -> int:

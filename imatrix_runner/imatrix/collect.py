@@ -8,7 +8,7 @@ through the same ranges and therefore end with the same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from imatrix_runner.calibration.corpus import Corpus, stage
 from imatrix_runner.engines.base import ChunkRange, Collected, CollectJob, CollectOptions, Engine
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Event, Finished, Metric, Notice, Progress, Saved, Sink, Started, warning
-from imatrix_runner.files import human_seconds, sha256, stamp
+from imatrix_runner.files import human_seconds, require_space, sha256, stamp, sync_file
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.imatrix.matrix import Matrix, add, problems
 from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
@@ -95,7 +95,8 @@ def plan_chunks(
 
 @dataclass(frozen=True)
 class CollectRequest:
-    """A matrix to make: of which model and text, how, cut how, and where it goes."""
+    """A matrix to make: of which model and text, how, cut how, and where it goes. ``n_bytes``: about the size of its file;
+    ``check_unchanged`` raises when the model is no longer the one of ``inputs``."""
 
     model: Path
     corpus: Corpus
@@ -103,6 +104,8 @@ class CollectRequest:
     plan: ChunkPlan
     out: Path
     inputs: Mapping[str, str]
+    n_bytes: int
+    check_unchanged: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class _RunningPerplexity:
 
 
 def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journal: Journal, sink: Sink) -> CollectResult:
-    """Compute every range not yet there, verify each, sum them and write ``request.out`` atomically."""
+    """Compute every range not yet there, verify each and sum them; writing ``request.out`` is the caller's."""
     plan = request.plan
     text = workspace.parts / "calibration.txt"
     sink(Started(STEP, f"imatrix, {plan.n_chunks} chunks", plan.n_chunks, "chunks"))
@@ -155,7 +158,8 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
                 stage(request.corpus, text)
             job = CollectJob(step, request.model, text, part, piece, request.options, workspace.log(STEP))
             collected = engine.collect(job, _relay(sink, done, plan.n_chunks, perplexity))
-            matrix, ppl = _check(part, piece, request.options.n_ctx), collected.ppl
+            request.check_unchanged()
+            matrix, ppl = _check(part, piece, request), collected.ppl
             _record(step, part, request, workspace, journal, collected)
             seconds += collected.seconds
             load_seconds += collected.load_seconds
@@ -170,10 +174,11 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
             write_gguf(_named(so_far[0], request), snapshot)
             sink(Saved(str(snapshot), f"imatrix of the first {done} chunks", snapshot.stat().st_size))
     result = _named(so_far[0], request)
-    write_gguf(result, request.out)
     _advise(plan, seconds, load_seconds, sink)
-    detail = f"{plan.n_chunks} chunks, {len(result.entries)} entries" + (f", {reused} chunks kept" if reused else "")
-    sink(Finished(STEP, "done", detail, seconds))
+    told = [f"{plan.n_chunks} chunks", f"{len(result.entries)} entries"]
+    told += [f"{reused} chunks kept"] if reused else []
+    told += [_note(perplexity.value)] if perplexity.value is not None else []
+    sink(Finished(STEP, "done", ", ".join(told), seconds))
     return CollectResult(result, seconds, load_seconds, reused, perplexity.value)
 
 
@@ -194,12 +199,13 @@ def _kept(
     if record is None or differences(record, request.inputs) or not outputs_intact(record, workspace.root):
         return None, None
     ppl = record.facts.get("ppl")
-    return _check(part, piece, request.options.n_ctx), ppl if isinstance(ppl, float) else None
+    return _check(part, piece, request), ppl if isinstance(ppl, float) else None
 
 
 def _record(
     step: str, part: Path, request: CollectRequest, workspace: Workspace, journal: Journal, collected: Collected
 ) -> None:
+    sync_file(part)
     name = str(part.relative_to(workspace.root))
     facts: dict[str, object] = {"ppl": collected.ppl}
     journal.record(
@@ -207,16 +213,20 @@ def _record(
     )
 
 
-def _check(part: Path, piece: ChunkRange, n_ctx: int) -> Matrix:
+def _check(part: Path, piece: ChunkRange, request: CollectRequest) -> Matrix:
     """A range counts only if its file is whole: the tool ignores write errors and still exits with 0."""
-    matrix = read(part).matrix
-    bad = problems(matrix)
+    try:
+        matrix = read(part).matrix
+        bad = problems(matrix)
+    except InvalidDataError as error:
+        bad = [error.why]
     # A weight used twice in one graph counts twice, so whole multiples are right too.
     if not bad and (matrix.chunk_count < piece.count or matrix.chunk_count % piece.count):
         bad = [f"it holds {matrix.chunk_count} chunks instead of {piece.count}"]
-    if not bad and matrix.chunk_size != n_ctx:
-        bad = [f"its chunks have {matrix.chunk_size} tokens instead of {n_ctx}"]
+    if not bad and matrix.chunk_size != request.options.n_ctx:
+        bad = [f"its chunks have {matrix.chunk_size} tokens instead of {request.options.n_ctx}"]
     if bad:
+        require_space(part, request.n_bytes, "the imatrix")
         part.unlink(missing_ok=True)
         raise InvalidDataError(
             f"The imatrix of chunks {piece.first} to {piece.end - 1} is not usable",

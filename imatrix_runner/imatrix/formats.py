@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.files import part_path, publish
-from imatrix_runner.imatrix.matrix import Entry, Matrix
+from imatrix_runner.errors import InvalidDataError, from_os_error
+from imatrix_runner.files import discard, part_path, publish
+from imatrix_runner.imatrix.matrix import Entry, Matrix, Sums
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, read_header
 
 Format = Literal["gguf", "dat"]
@@ -28,6 +28,7 @@ CHUNK_SIZE = "imatrix.chunk_size"
 
 _MAX_ENTRIES = 1 << 20
 _MAX_NAME = 1 << 10
+_MAX_COUNT = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,14 @@ def _gguf_entry(path: Path, header: GgufHeader, view: mmap.mmap, name: str, sums
     if n_mat == 0 or sums.n_elements % n_mat:
         raise _bad(path, f"{name} has {sums.n_elements} sums for {n_mat} counts")
 
-    def floats(tensor: TensorInfo) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-        return np.frombuffer(view, "<f4", tensor.n_elements, header.data_offset + tensor.offset)
+    def floats(tensor: TensorInfo) -> Sums:
+        # A copy: an array that still looked into the map would keep it from closing, above all while an error is raised.
+        return np.frombuffer(view, "<f4", tensor.n_elements, header.data_offset + tensor.offset).astype(np.float64)
 
     tokens = floats(counts)
-    if not np.isfinite(tokens).all():
-        raise _bad(path, f"{name} has a count that is NaN or infinite")
-    # Copies: the view goes away with the map.
-    return Entry(floats(sums).astype(np.float64).reshape(n_mat, -1), np.rint(tokens).astype(np.int64))
+    if not (np.abs(tokens) <= _MAX_COUNT).all():
+        raise _bad(path, f"{name} has a count that is NaN, infinite or absurd")
+    return Entry(floats(sums).reshape(n_mat, -1), np.rint(tokens).astype(np.int64))
 
 
 class _Cursor:
@@ -160,6 +161,8 @@ def _read_dat(path: Path) -> Matrix:
         chunks, datasets = 0, tuple[str, ...]()
         if cursor.left >= 4:
             chunks = cursor.integer("the chunk count")
+            if chunks < 0:
+                raise _bad(path, f"it would have seen {chunks} chunks")
             if cursor.left >= 4:
                 length = cursor.integer("the dataset's name")
                 datasets = (cursor.take(length, "the dataset's name").decode("utf-8", "replace"),)
@@ -168,6 +171,11 @@ def _read_dat(path: Path) -> Matrix:
 
 def write_gguf(matrix: Matrix, path: Path) -> None:
     """Write ``matrix`` as llama-imatrix does: keys ``imatrix.*``, per weight F32 ``.in_sum2`` and ``.counts``, names sorted."""
+    publish(prepare_gguf(matrix, path), path)
+
+
+def prepare_gguf(matrix: Matrix, path: Path) -> Path:
+    """Write what shall become ``path`` beside it, and say where; :func:`publish` gives it its name."""
     from gguf import GGUFWriter
 
     class Writer(GGUFWriter):
@@ -175,19 +183,23 @@ def write_gguf(matrix: Matrix, path: Path) -> None:
             """An imatrix has none."""
 
     part = part_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = Writer(part, "")
-    writer.add_type("imatrix")
-    writer.add_array(DATASETS, list(matrix.datasets))
-    writer.add_uint32(CHUNK_COUNT, matrix.chunk_count)
-    writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
-    for name, entry in matrix.entries.items():
-        writer.add_tensor(name + SUMS, entry.sums.astype(np.float32))
-        writer.add_tensor(name + COUNTS, entry.counts.astype(np.float32).reshape(-1, 1))
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-    publish(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = Writer(part, "")
+        writer.add_type("imatrix")
+        writer.add_array(DATASETS, list(matrix.datasets) or [""])  # llama-quantize wants the key, no list may be empty
+        writer.add_uint32(CHUNK_COUNT, matrix.chunk_count)
+        writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
+        for name, entry in matrix.entries.items():
+            writer.add_tensor(name + SUMS, entry.sums.astype(np.float32))
+            writer.add_tensor(name + COUNTS, entry.counts.astype(np.float32).reshape(-1, 1))
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+    except OSError as error:
+        discard(part)
+        raise from_os_error(error, f"writing {path.name}", path) from error
+    return part

@@ -17,6 +17,9 @@ from imatrix_runner.errors import InvalidDataError
 Sums = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
+TOKEN_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+"""The tensors whose misfitting data llama-quantize ignores instead of stopping (src/llama-quant.cpp)."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -99,6 +102,6 @@ def misfits(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     for name in common:
         shape = (*shapes[name], 1, 1, 1)
         want, have = shape[0] * shape[2], matrix.values_per_entry(name)
-        if want != have and name != "token_embd.weight":
+        if want != have and name not in TOKEN_EMBEDDINGS:
             found.append(f"{name} has {have} values where the model needs {want}")
     return found

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, from_os_error
 from imatrix_runner.events import Finished, Progress, Saved, Sink, Started
-from imatrix_runner.files import human_bytes, part_path, publish, read_json, require_space
+from imatrix_runner.files import human_bytes, part_path, publish, require_space
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.models.safetensors_file import Weights, check_safetensors
+from imatrix_runner.models.safetensors_file import Weights, check_safetensors, read_model_json
 from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.process import Command, Outcome, Runner, Stream
 
-__all__ = ["STEP", "check_safetensors", "convert", "refuse_code", "resolve_outtype"]
+__all__ = ["STEP", "check_safetensors", "convert", "missing_packages", "refuse_code", "resolve_outtype"]
 
 OutType = Literal["auto", "f16", "bf16", "f32"]
 Concrete = Literal["f16", "bf16", "f32"]
@@ -32,6 +32,11 @@ _WIDTH = {"f32": 4, "f16": 2, "bf16": 2}
 _PERCENT = re.compile(r"Writing:\s+(\d+)%")
 _PROJECTOR_PART = re.compile(r"vision|visual|audio|mm_|multi_modal|projector|merger", re.IGNORECASE)
 _VOCABULARY_BYTES = 64 << 20  # header and vocabulary: 10 to 20 MB for the largest known
+
+
+def missing_packages() -> list[str]:
+    """What the converter imports and this interpreter does not have."""
+    return [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
 
 
 def resolve_outtype(directory: Path) -> Concrete:
@@ -112,7 +117,7 @@ def _require_tools(converter: Path) -> None:
             f"there is no {converter}",
             "Build a toolchain that has it with: imatrix-runner tools build",
         )
-    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    missing = missing_packages()
     if missing:
         raise ToolchainError(
             "Packages for converting models are missing",
@@ -183,7 +188,7 @@ def _estimate(weights: Weights, kind: Concrete, mmproj: bool) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return read_json(path, dict[str, Any]) if path.is_file() else {}
+    return read_model_json(path) if path.is_file() else {}
 
 
 _Advice = Callable[[str, str], RunnerError]

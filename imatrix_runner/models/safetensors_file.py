@@ -6,6 +6,7 @@ Format: a u64 length, that many bytes of JSON (name -> dtype, shape, byte range)
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,13 +18,12 @@ from typing import Any
 import msgspec
 
 from imatrix_runner.errors import InvalidDataError, from_os_error
-from imatrix_runner.files import read_json
 from imatrix_runner.models.bounded import damaged, opened
 from imatrix_runner.models.sniff import HEAD_BYTES, foreign_format
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the library's own limit
-_MAX_INDEX = 256 << 20
+_MAX_JSON = 256 << 20
 _PART = re.compile(r"model[^/]*\.safetensors")
 _AGAIN = "Download the missing or damaged file again."
 
@@ -127,6 +127,24 @@ def read_directory(path: Path) -> tuple[Weight, ...]:
     return weights
 
 
+def read_model_json(path: Path) -> dict[str, Any]:
+    """A JSON object that came with a model, such as config.json. Raises :class:`InvalidDataError`.
+
+    Lenient where Python's writers are: configurations of state-space models hold a bare ``Infinity``, which is no JSON.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise damaged(path, "is too large", f"more than {_MAX_JSON} bytes of JSON")
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise from_os_error(error, f"reading {path.name}", path) from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, "cannot be read", str(error)) from error
+    if not isinstance(document, dict):
+        raise damaged(path, "cannot be read", "it holds no JSON object")
+    return document
+
+
 def _weights(path: Path, entries: dict[str, _Entry]) -> Iterator[Weight]:
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
@@ -150,7 +168,7 @@ def _bits(dtype: str) -> int | None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    document = read_json(index, dict[str, Any], limit=_MAX_INDEX)
+    document = read_model_json(index)
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and _PART.fullmatch(name) for name in weight_map.values()

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 
 from imatrix_runner.engines.base import DryRun, Fallback, QuantizeOptions
-from imatrix_runner.imatrix.matrix import Matrix
+from imatrix_runner.imatrix.matrix import TOKEN_EMBEDDINGS, Matrix
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, padded, tensor_bytes, type_id, type_size
 from imatrix_runner.quantize.levels import PLAIN_FTYPES, Level
 
@@ -19,7 +19,7 @@ MAX_TEXT = 127  # llama_model_kv_override.val_str
 # src/llama-quant.cpp, tensor_requires_imatrix(): these types are garbage without one ...
 _REQUIRE_IMATRIX = frozenset(("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"))
 # ... except for these tensors, which never have activations to weigh.
-NEVER_WEIGHED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+NEVER_WEIGHED = (*TOKEN_EMBEDDINGS, "output.weight")
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -137,6 +137,10 @@ def make_recipe(
             continue
         required = _requires_imatrix(name, kind, level.ftype)
         needs = needs or required
+        if source.is_quantised and not options.allow_requantize:
+            failures.append(
+                f"{name} is {source.type_name} already and would become {kind}; --allow-requantize accepts the loss"
+            )
         if bad := _shape_problem(name, source.shape, kind, number):
             failures.append(bad)
         if weights is not None:
@@ -150,7 +154,7 @@ def make_recipe(
         tuple(weightless),
         tuple(failures),
         needs,
-        _file_bytes(rows, header, weights),
+        _file_bytes(rows, header, weights, options),
     )
 
 
@@ -159,7 +163,7 @@ def _weigh(
 ) -> None:
     shape = (*shape, 1, 1)
     have, want = weights.sizes.get(name), shape[0] * shape[2]
-    if have is not None and have != want and name != "token_embd.weight":
+    if have is not None and have != want and name not in TOKEN_EMBEDDINGS:
         failures.append(f"the imatrix has {have} values for {name}, the model needs {want}")
     elif have != want and required:
         failures.append(f"{name} becomes {kind}, which cannot do without the weights that the imatrix lacks")
@@ -197,14 +201,19 @@ def _original_name(name: str, kept: Sequence[int]) -> str:
     return f"blk.{kept[int(match[1])]}.{name[match.end() :]}"
 
 
-def _file_bytes(tensors: Sequence[RecipeTensor], header: GgufHeader, weights: Weights | None) -> int | None:
+def _file_bytes(
+    tensors: Sequence[RecipeTensor], header: GgufHeader, weights: Weights | None, options: QuantizeOptions
+) -> int | None:
     """The exact size of a single-file output: header as llama-quantize writes it, then every tensor padded."""
     kv = {key: size for key, size in header.kv_sizes.items() if key not in _SPLIT_KEYS}
     for key in ("general.quantization_version", "general.file_type"):
         kv[key] = _kv_bytes(key, 4)
+    kv.update(_override_bytes(override) for override in options.override_kv)
     if weights is not None:
         texts = {"quantize.imatrix.file": weights.file_name, "quantize.imatrix.dataset": weights.dataset}
-        kv.update({key: _kv_bytes(key, 8 + min(MAX_TEXT, len(text.encode()))) for key, text in texts.items() if text})
+        kv.update(
+            {key: _kv_bytes(key, 8 + min(MAX_TEXT, len(text.encode()))) for key, text in texts.items() if text is not None}
+        )
         kv["quantize.imatrix.entries_count"] = _kv_bytes("quantize.imatrix.entries_count", 4)
         if weights.chunks > 0:
             kv["quantize.imatrix.chunks_count"] = _kv_bytes("quantize.imatrix.chunks_count", 4)
@@ -215,6 +224,14 @@ def _file_bytes(tensors: Sequence[RecipeTensor], header: GgufHeader, weights: We
             return None
         total += padded(tensor.n_bytes, ALIGNMENT)
     return total
+
+
+def _override_bytes(override: str) -> tuple[str, int]:
+    """The key of a ``KEY=TYPE:VALUE`` and the size of its entry; numbers take 4 bytes whatever the source has there."""
+    key, _, typed = override.partition("=")
+    kind, _, value = typed.partition(":")
+    size = {"str": 8 + min(MAX_TEXT, len(value.encode())), "bool": 1}.get(kind, 4)
+    return key, _kv_bytes(key, size)
 
 
 def _kv_bytes(key: str, value: int) -> int:

@@ -39,10 +39,12 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
     "hip": ("-DGGML_HIP=ON",),
 }
 SPACE_NEEDED = 1_200 << 20
+SPACE_NEEDED_GPU = 4 << 30
 BYTES_PER_JOB = 1_536 << 20
 
 _STEP = "build"
 _PLAN_FILE = "imatrix-runner.plan"
+_FAILED_FILE = "imatrix-runner.failed"
 _LIBRARIES = re.compile(r"\.(?:so(?:\.[\d.]+)?|dylib|dll|metallib|metal)$")
 _CONVERTER_PARTS = ("conversion", "gguf-py", "models/templates", "LICENSE", "licenses")
 _BUILDERS = frozenset({"cmake", "ninja", "make", "gmake"})
@@ -151,10 +153,11 @@ def build(request: BuildRequest, runner: Runner, sink: Sink) -> Toolchain:
         if not request.force and (ready := store.ready(plan.key)):
             sink(info(f"Already built: {ready.identity()} in {ready.directory}"))
             return ready
-        require_space(store.root, SPACE_NEEDED, "building llama.cpp")
+        space = SPACE_NEEDED if request.backend in ("cpu", "metal") else SPACE_NEEDED_GPU
+        require_space(store.root, space, "building llama.cpp")
         began = time.monotonic()
         unpack_source(source, store, runner)
-        _compile(plan, store, runner, sink)
+        _compile(plan, store, runner, sink, afresh=request.force)
         toolchain = _publish(plan, source, store)
         sink(Saved(str(toolchain.directory), toolchain.identity()))
         sink(Finished(_STEP, "done", toolchain.identity(), time.monotonic() - began))
@@ -203,10 +206,10 @@ def _source(request: BuildRequest, store: Store, runner: Runner, sink: Sink) -> 
     return fetch_sdist(request.version or default_version(), store, runner, sink)
 
 
-def _compile(plan: BuildPlan, store: Store, runner: Runner, sink: Sink) -> None:
+def _compile(plan: BuildPlan, store: Store, runner: Runner, sink: Sink, *, afresh: bool) -> None:
     log = store.logs / f"build-{plan.key}.log"
     sink(Started(_STEP, f"Building llama.cpp ({plan.key}) with {plan.jobs} jobs", unit="steps"))
-    _prepare(plan)
+    _prepare(plan, afresh)
     env = {"PATH": tool_path(os.environ), "CLICOLOR": "0", "LC_ALL": "C", "CMAKE_COLOR_DIAGNOSTICS": "OFF"}
     lines = _Lines(sink)
     for argv in (plan.configure, plan.compile):
@@ -215,6 +218,7 @@ def _compile(plan: BuildPlan, store: Store, runner: Runner, sink: Sink) -> None:
             Command(argv, cwd=plan.build_dir, env=env), log=log, on_text=lambda _stream, text: lines.feed(text)
         )
         if not outcome.ok:
+            (plan.build_dir / _FAILED_FILE).touch()
             sink(Finished(_STEP, "failed", outcome.ending(), outcome.seconds))
             raise _failure(outcome, log, plan, store)
 
@@ -234,14 +238,19 @@ class _Lines:
                 self._sink(Progress(_STEP, *counted, note=line.partition("]")[2].strip()[:120]))
 
 
-def _prepare(plan: BuildPlan) -> None:
-    """Make the build folder ready: empty for a new plan, trustworthy for one that was interrupted."""
-    marker = plan.build_dir / _PLAN_FILE
+def _prepare(plan: BuildPlan, afresh: bool) -> None:
+    """Make the build folder ready: empty for a new plan, trustworthy for one that was interrupted.
+
+    ``afresh`` also empties one whose last build failed; a build that was only interrupted goes on either way.
+    """
+    marker, failed = plan.build_dir / _PLAN_FILE, plan.build_dir / _FAILED_FILE
     wanted = "\n".join(plan.configure)
     try:
         _end_orphans(plan.build_dir)
-        if plan.build_dir.exists() and (not marker.is_file() or marker.read_text("utf-8") != wanted):
+        other = not marker.is_file() or marker.read_text("utf-8") != wanted
+        if plan.build_dir.exists() and (other or (afresh and failed.exists())):
             shutil.rmtree(plan.build_dir)
+        failed.unlink(missing_ok=True)
         if plan.build_dir.exists() and "Ninja" not in plan.configure:
             _drop_unsure(plan.build_dir, plan.jobs)
         plan.build_dir.mkdir(parents=True, exist_ok=True)

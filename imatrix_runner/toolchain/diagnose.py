@@ -151,7 +151,7 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
     (
         (
             r"Killed signal terminated program|fatal error: Killed|compiler error: Killed|execute command: Killed|"
-            r"virtual memory exhausted|out of memory|annot allocate memory"
+            r"virtual memory exhausted|: out of memory|annot allocate memory"
         ),
         "the compiler ran out of memory",
         "Give it fewer jobs (-j 1) or close other programs, then run the same command again: it continues.",
@@ -163,12 +163,16 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
         "Set CUDAHOSTCXX to a supported compiler, or install a matching CUDA toolkit.",
     ),
     (
-        r"Could(?: not|n't) find (?:nvcc|CUDAToolkit)|No CMAKE_CUDA_COMPILER|CUDA Toolkit not found",
-        "no CUDA toolkit was found",
+        r"Could(?: not|n't) find (?:nvcc|CUDAToolkit)|No CMAKE_CUDA_COMPILER|CUDA Toolkit not found|CUDA::\w+",
+        "no complete CUDA toolkit was found",
         "cuda",
     ),
     (r"Could NOT find Vulkan|SPIRV-Headers|glslc.*not found|vulkan/vulkan\.h", "no complete Vulkan SDK was found", "vulkan"),
-    (r"hip-config\.cmake|hipConfig\.cmake|Could not find.*hip|HIP_PLATFORM", "no complete ROCm HIP SDK was found", "hip"),
+    (
+        r"hip-config\.cmake|hipConfig\.cmake|Could not find.*hip|HIP_PLATFORM|find ROCm",
+        "no complete ROCm HIP SDK was found",
+        "hip",
+    ),
     (
         r"No CMAKE_(?:C|CXX)_COMPILER could be found|is not able to compile a simple test program",
         "no working compiler was found",
@@ -177,11 +181,11 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
     (r"unable to find a build program|CMAKE_MAKE_PROGRAM is not set", "neither Ninja nor Make was found", "ninja"),
     (r"Metal framework not found|METAL_LIBRARY|xcrun: error", "Apple's developer tools are missing", "metal"),
     (
-        r"unrecognized (?:command[- ]line )?option|C\+\+17|filesystem.*No such file",
+        r"unrecognized (?:command[- ]line )?option|cxx_std_17|filesystem: No such file",
         "this compiler is too old for llama.cpp",
         "compiler",
     ),
-    (r"ld: (?:file truncated|.*file not recognized)|file format not recognized", "an object file is damaged", "fresh"),
+    (r"file (?:truncated|too short|not recognized|format not recognized)", "an object file is damaged", "fresh"),
 )
 
 

@@ -283,7 +283,7 @@ def parse_version(text: str) -> tuple[str, str, str]:
         return "unknown", "", ""
     version, inside = match.group(1)[:64], match.group(2) or ""
     build = re.search(r"build (\w{1,32})", inside)
-    commit = re.search(r"commit (\w{1,64})", inside) or re.fullmatch(r"([0-9a-f]{6,40})", inside.strip())
+    commit = re.search(r"commit ([\w.+-]{1,64})", inside) or re.fullmatch(r"([0-9a-f]{6,40})", inside.strip())
     number = build.group(1) if build else version if version.isdigit() else ""
     # A source tree without its history counts 0 commits: that is no build number.
     return version, "" if number == "0" else number, commit.group(1) if commit else ""

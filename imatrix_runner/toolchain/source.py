@@ -54,7 +54,7 @@ class Source:
 def default_version() -> str:
     """The installed llama-cpp-python's version, so that bindings and binaries match; else the one tested."""
     try:
-        return importlib.metadata.version(PACKAGE)
+        return importlib.metadata.version(PACKAGE).partition("+")[0]  # an index's own build (+cu124) has the same source
     except importlib.metadata.PackageNotFoundError:
         return TESTED_VERSION
 

@@ -10,11 +10,13 @@ from imatrix_runner.engines.base import Engine
 from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.errors import ToolchainError
 from imatrix_runner.events import Sink
+from imatrix_runner.journal import Journal
 from imatrix_runner.process import Runner, Stop
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
 from imatrix_runner.workflow.request import EnvironmentRequest
+from imatrix_runner.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,26 @@ class Context:
 
     def runner(self, request: EnvironmentRequest) -> Runner:
         return Runner(self.stop, hang_seconds=request.hang_seconds)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One open workspace and everything that works in it. A dry run writes nothing: no journal, no logs, no lock."""
+
+    workspace: Workspace
+    journal: Journal
+    toolchain: Toolchain
+    engine: Engine
+    runner: Runner
+    sink: Sink
+    dry_run: bool
+
+    @property
+    def stop(self) -> Stop:
+        return self.runner.stop
+
+    def log(self, step: str) -> Path | None:
+        return None if self.dry_run else self.workspace.log(step)
 
 
 def find_toolchain(request: EnvironmentRequest) -> Toolchain:
@@ -48,8 +70,3 @@ def _version() -> str:
     from imatrix_runner import __version__
 
     return __version__
-
-
-def absolute(path: Path | None) -> Path | None:
-    """Children may run in another directory: what they are told must not depend on ours."""
-    return path.expanduser().absolute() if path is not None else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
@@ -16,6 +15,7 @@ import psutil
 
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
+from imatrix_runner.models.convert import missing_packages
 from imatrix_runner.resources import CALIBRATION_TEXT, DEMO_MODEL, resource
 from imatrix_runner.toolchain.hardware import advice, gpus
 from imatrix_runner.toolchain.locate import Found, locate
@@ -24,7 +24,6 @@ from imatrix_runner.toolchain.store import cache_dir
 Verdict = Literal["ok", "warn", "fail"]
 
 _PACKAGES = ("click", "rich", "gguf", "numpy", "huggingface_hub", "msgspec", "psutil")
-_CONVERT = ("torch", "transformers", "safetensors", "sentencepiece", "google.protobuf")
 _LOW_DISK = 20 << 30
 _LOW_MEMORY = 4 << 30
 
@@ -105,7 +104,7 @@ def _resources() -> Iterator[Check]:
 
 
 def _converter(found: Found) -> Iterator[Check]:
-    missing = [name for name in _CONVERT if not _has_module(name)]
+    missing = missing_packages()
     if found.toolchain is not None and found.toolchain.converter is None:
         yield Check("Conversion", "warn", "this toolchain has no converter", "imatrix-runner tools build")
     elif missing:
@@ -113,13 +112,6 @@ def _converter(found: Found) -> Iterator[Check]:
         yield Check("Conversion", "warn", detail, "pip install 'imatrix-runner[convert]'")
     else:
         yield Check("Conversion", "ok", "Hugging Face models can be converted")
-
-
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _hub(*, network: bool) -> Iterator[Check]:

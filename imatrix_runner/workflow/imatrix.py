@@ -10,13 +10,13 @@ from imatrix_runner.engines.base import Engine
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Saved, Sink, info, warning
 from imatrix_runner.files import stamp
-from imatrix_runner.imatrix.collect import CollectRequest, clean_parts, collect, plan_chunks, range_chunks
-from imatrix_runner.imatrix.formats import MatrixFile, read
+from imatrix_runner.imatrix.collect import ChunkPlan, CollectRequest, clean_parts, collect, plan_chunks, range_chunks
+from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
-from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
+from imatrix_runner.journal import Output, Record, differences, outputs_intact
 from imatrix_runner.models.sources import Model
-from imatrix_runner.process import Stop
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
+from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import ImatrixStep, describe_change
 from imatrix_runner.workflow.request import ImatrixRequest
 from imatrix_runner.workflow.source import Frozen, hash_files
@@ -34,18 +34,9 @@ class Chosen:
     file: MatrixFile | None = None
 
 
-def choose(
-    request: ImatrixRequest,
-    frozen: Frozen,
-    workspace: Workspace,
-    journal: Journal,
-    engine: Engine,
-    sink: Sink,
-    *,
-    gpu: bool,
-    log: Path | None,
-) -> Chosen:
+def choose(request: ImatrixRequest, frozen: Frozen, session: Session) -> Chosen:
     """Decide where the imatrix comes from. Raises :class:`InvalidDataError` for one that cannot be used with the model."""
+    workspace, journal, sink = session.workspace, session.journal, session.sink
     if request.mode == "none":
         return Chosen(ImatrixStep("none", None, "not wanted (--imatrix none)"))
     if request.mode not in ("auto", "generate", "there"):
@@ -56,7 +47,7 @@ def choose(
             return _use(here, frozen.model, sink, "found in the workspace")
         return Chosen(ImatrixStep("none", None, "there is none in the workspace"))
     out = request.out or workspace.imatrix
-    record = journal.get(STEP)
+    record = journal.get(_step(out, workspace))
     ours = record is not None and record.outputs[0].name == _name(out, workspace) and outputs_intact(record, workspace.root)
     found = workspace.find_imatrix() if request.mode == "auto" else None
     if found is not None and not (ours and found == out):
@@ -66,9 +57,9 @@ def choose(
             )
         return _use(found, frozen.model, sink, "found in the workspace")
     corpus = open_corpus(request.text or resource(CALIBRATION_TEXT))
-    inputs = imatrix_inputs(request, corpus, frozen, engine)
+    inputs = imatrix_inputs(request, corpus, frozen, session.engine)
     if record is not None and ours and not differences(record, inputs):
-        if workspace.parts.is_dir():
+        if workspace.parts.is_dir() and not session.dry_run:
             clean_parts(workspace, journal)
         return _use(out, frozen.model, sink, "made before from the same inputs", action="up-to-date")
     if out.exists() and not ours:
@@ -83,7 +74,18 @@ def choose(
             describe_change(name, record.inputs.get(name), inputs.get(name)) for name in differences(record, inputs)
         )
         reason = f"changed: {changed} (to keep the old one: --imatrix {out})"
-    return _plan_generation(request, corpus, inputs, frozen.model, engine, out, reason, sink, gpu=gpu, log=log)
+    step, plan = _plan_generation(request, corpus, frozen.model, out, reason, session)
+    collected = CollectRequest(
+        frozen.model.path,
+        corpus,
+        request.options,
+        plan,
+        out,
+        inputs,
+        n_bytes=matrix_bytes(frozen.model),
+        check_unchanged=frozen.check_unchanged,
+    )
+    return Chosen(step, collected)
 
 
 def imatrix_inputs(request: ImatrixRequest, corpus: Corpus, frozen: Frozen, engine: Engine) -> dict[str, str]:
@@ -106,20 +108,13 @@ def imatrix_inputs(request: ImatrixRequest, corpus: Corpus, frozen: Frozen, engi
 
 
 def _plan_generation(
-    request: ImatrixRequest,
-    corpus: Corpus,
-    inputs: dict[str, str],
-    model: Model,
-    engine: Engine,
-    out: Path,
-    reason: str,
-    sink: Sink,
-    *,
-    gpu: bool,
-    log: Path | None,
-) -> Chosen:
+    request: ImatrixRequest, corpus: Corpus, model: Model, out: Path, reason: str, session: Session
+) -> tuple[ImatrixStep, ChunkPlan]:
     options = request.options
-    n_tokens = engine.count_tokens(model.path, corpus.path, parse_special=options.parse_special, log=log)
+    n_tokens = session.engine.count_tokens(
+        model.path, corpus.path, parse_special=options.parse_special, log=session.log("tokenize")
+    )
+    gpu = bool(session.toolchain.devices) and options.n_gpu_layers != "0"
     size = request.output_frequency or range_chunks(active_params(model), model.n_bytes, options, gpu=gpu)
     plan = plan_chunks(
         n_tokens,
@@ -130,14 +125,20 @@ def _plan_generation(
         save_frequency=request.save_frequency,
     )
     if plan.n_chunks < FEW_CHUNKS:
-        sink(
+        session.sink(
             warning(
                 f"The imatrix will see {plan.n_chunks} chunks ({plan.n_chunks * options.n_ctx} tokens of {corpus.name}); "
                 f"fewer than {FEW_CHUNKS} give a noisy matrix. A longer text helps."
             )
         )
-    step = ImatrixStep("generate", out, reason, plan.n_chunks, n_tokens)
-    return Chosen(step, CollectRequest(model.path, corpus, options, plan, out, inputs))
+    files = len(plan.ranges) + len(plan.snapshots) + 1
+    return ImatrixStep("generate", out, reason, plan.n_chunks, n_tokens, files * matrix_bytes(model)), plan
+
+
+def matrix_bytes(model: Model) -> int:
+    """About the size of the model's imatrix: a float32 per column of each weight (and expert), a count, and the names."""
+    blocks = [(*tensor.shape, 1) for tensor in model.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
+    return sum(4 * (shape[0] + 1) * shape[2] + 256 for shape in blocks)
 
 
 def active_params(model: Model) -> int:
@@ -149,12 +150,13 @@ def active_params(model: Model) -> int:
     return model.n_params - experts + experts * used // model.n_experts
 
 
-def generate(chosen: Chosen, engine: Engine, workspace: Workspace, journal: Journal, sink: Sink) -> MatrixFile:
+def generate(chosen: Chosen, session: Session) -> MatrixFile:
     """Compute the chosen matrix, record it, tidy up."""
     assert chosen.request is not None
-    request = chosen.request
-    result = collect(request, engine, workspace, journal, sink)
-    output = Output(_name(request.out, workspace), stamp(request.out))
+    request, workspace, journal = chosen.request, session.workspace, session.journal
+    result = collect(request, session.engine, workspace, journal, session.sink)
+    part = prepare_gguf(result.matrix, request.out)
+    output = Output(_name(request.out, workspace), stamp(part))
     facts: dict[str, object] = {
         "chunks": request.plan.n_chunks,
         "ranges": request.plan.describe(),
@@ -163,9 +165,10 @@ def generate(chosen: Chosen, engine: Engine, workspace: Workspace, journal: Jour
         "ppl": result.ppl,
         "load_seconds": result.load_seconds,
     }
-    journal.record(STEP, Record.now(request.inputs, [output], chosen.step.reason, result.seconds, facts=facts))
+    record = Record.now(request.inputs, [output], chosen.step.reason, result.seconds, facts=facts)
+    journal.conclude(_step(request.out, workspace), record, [(part, request.out)])
     clean_parts(workspace, journal)
-    sink(Saved(str(request.out), "imatrix", output.stamp.size))
+    session.sink(Saved(str(request.out), "imatrix", output.stamp.size))
     return MatrixFile(request.out, "gguf", result.matrix)
 
 
@@ -190,11 +193,16 @@ def _use(path: Path, model: Model, sink: Sink, how: str, *, action: str = "use")
     return Chosen(step, file=file)
 
 
-def fingerprint(file: MatrixFile | None, journal: Journal, sink: Sink, stop: Stop, *, save: bool) -> str:
+def fingerprint(file: MatrixFile | None, session: Session) -> str:
     """The imatrix as an input of levels: its name (which goes into their metadata) and content."""
     if file is None:
         return "none"
-    return f"{file.path.name} sha256:{hash_files([file.path], journal, sink, stop, save=save)[0]}"
+    return f"{file.path.name} sha256:{hash_files([file.path], session)[0]}"
+
+
+def _step(out: Path, workspace: Workspace) -> str:
+    """One record for each place an imatrix was written to: another ``-o`` does not make the first file a stranger."""
+    return STEP if out == workspace.imatrix else f"{STEP} {out}"
 
 
 def _name(path: Path, workspace: Workspace) -> str:

@@ -16,20 +16,20 @@ import msgspec
 import numpy as np
 import psutil
 
-from imatrix_runner.engines.base import Engine, Quantized, QuantizeJob
+from imatrix_runner.engines.base import Quantized, QuantizeJob
 from imatrix_runner.engines.binaries.argv import quantize_command
 from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
 from imatrix_runner.events import Finished, Saved, Sink, Started
-from imatrix_runner.files import human_bytes, publish, sha256, stamp
+from imatrix_runner.files import free_bytes, human_bytes, sha256, stamp
 from imatrix_runner.imatrix.formats import MatrixFile, write_gguf
 from imatrix_runner.imatrix.matrix import Entry, Matrix
-from imatrix_runner.journal import Journal, Output, Record, differences
+from imatrix_runner.journal import Journal, Output, Record, is_intact
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.process import Stop
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.recipe import NEVER_WEIGHED, Recipe, Weights, buffer_bytes, make_recipe, usable_weights
 from imatrix_runner.quantize.verify import verify_output
+from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import (
     LevelStep,
     facts_of_recipe,
@@ -61,15 +61,11 @@ class LevelResult:
 
 @dataclass(frozen=True)
 class LevelPlanner:
-    """Everything the plan of the levels depends on; ``imatrix_fingerprint`` is ``pending`` while it is still to be made."""
+    """Plans and makes the levels of one request from one model."""
 
     request: LevelsRequest
     frozen: Frozen
-    workspace: Workspace
-    journal: Journal
-    engine: Engine
-    stop: Stop
-    write_logs: bool
+    session: Session
 
     def plan(self, levels: Sequence[Level], matrix: MatrixFile | None, fingerprint: str) -> tuple[LevelStep, ...]:
         """Plan every level. Without ``matrix`` but with a fingerprint other than ``none`` a stand-in takes the imatrix's
@@ -94,20 +90,22 @@ class LevelPlanner:
             self.request.options,
             source=self.frozen.fingerprint,
             imatrix=fingerprint,
-            engine=self.engine.identity(),
+            engine=self.session.engine.identity(),
             tensor_type_file=_file_option(self.request),
         )
-        files = final_files(self.workspace, level, self.frozen, keep_split=self.request.options.keep_split)
+        files = final_files(self.session.workspace, level, self.frozen, keep_split=self.request.options.keep_split)
         name = step_name(level)
-        record = self.journal.get(name)
-        intact = record is not None and _still_there(record, self.workspace, self.journal, name, save=self.write_logs)
+        record = self.session.journal.get(name)
+        intact = record is not None and _still_there(
+            record, self.session.workspace, self.session.journal, name, save=not self.session.dry_run
+        )
         recipe = None
         if needs_dry_run(record, inputs, intact=intact):
-            self.stop.check()
-            job = self._job(level, self.workspace.partial / "unused.gguf", imatrix, None)
+            self.session.stop.check()
+            job = self._job(level, self.session.workspace.partial / "unused.gguf", imatrix, None)
             try:
-                dry = self.engine.dry_run(job)
-            except InterruptedRunError:
+                dry = self.session.engine.dry_run(job)
+            except (InterruptedRunError, NoSpaceError):
                 raise
             except RunnerError as error:
                 recipe = _impossible(level, error)
@@ -116,12 +114,12 @@ class LevelPlanner:
                 options = level.apply(self.request.options)
                 pending = matrix is None and imatrix is not None
                 recipe = make_recipe(level, model.header, model.tensors, dry, weights, options, pending=pending)
-        foreign = _foreign(files, record, intact=intact)
+        foreign = _foreign(files, record, self.session.workspace, intact=intact)
         step = plan_level(level, files, inputs, record, intact=intact, recipe=recipe, foreign=bool(foreign))
         return replace(step, reason=foreign) if foreign and step.state == "fails" and not (recipe and recipe.failures) else step
 
     def _job(self, level: Level, out: Path, imatrix: Path | None, threads: int | None) -> QuantizeJob:
-        log = self.workspace.log(step_name(level)) if self.write_logs else None
+        log = self.session.log(step_name(level))
         options = level.apply(self.request.options)
         return QuantizeJob(
             step_name(level), self.frozen.model.path, out, level.ftype, options, imatrix, threads or self.request.threads, log
@@ -135,29 +133,30 @@ class LevelPlanner:
         cores = psutil.cpu_count() or 1
         jobs = plan_jobs(self.request.jobs, len(todo), memory, psutil.virtual_memory().available, cores)
         threads = self.request.threads or max(1, cores // jobs)
-        results: list[LevelResult] = []
-        with ThreadPoolExecutor(max_workers=jobs) as pool:
-            waiting: list[Future[LevelResult]] = [pool.submit(self._make, step, matrix, threads, sink) for step in todo]
-            try:
-                results = [future.result() for future in as_completed(waiting)]
-            except BaseException:
-                self.stop.request()
-                for future in waiting:
-                    future.cancel()
-                raise
-            finally:
-                shutil.rmtree(self.workspace.partial, ignore_errors=True)
-        return results
+        try:
+            with ThreadPoolExecutor(max_workers=jobs) as pool:
+                waiting: list[Future[LevelResult]] = [pool.submit(self._make, step, matrix, threads, sink) for step in todo]
+                try:
+                    return [future.result() for future in as_completed(waiting)]
+                except BaseException:
+                    self.session.stop.request()
+                    for future in waiting:
+                        future.cancel()
+                    raise
+        finally:
+            shutil.rmtree(self.session.workspace.partial, ignore_errors=True)
 
     def _make(self, step: LevelStep, matrix: MatrixFile | None, threads: int, sink: Sink) -> LevelResult:
-        self.stop.check()
+        self.session.stop.check()
         assert step.recipe is not None
         began = time.monotonic()
         sink(Started(step.step, step.level.name, step.recipe.n_elements, "weights"))
         try:
             quantized, n_bytes = self._write(step, step.recipe, matrix, threads, sink)
-        except (NoSpaceError, InterruptedRunError):
+        except InterruptedRunError:
             raise
+        except NoSpaceError as error:
+            raise _disk_full(step, self.session.workspace) from error
         except RunnerError as error:
             seconds = time.monotonic() - began
             sink(Finished(step.step, "failed", error.why, seconds))
@@ -171,15 +170,15 @@ class LevelPlanner:
     def _write(
         self, step: LevelStep, recipe: Recipe, matrix: MatrixFile | None, threads: int, sink: Sink
     ) -> tuple[Quantized, int]:
-        folder = self.workspace.partial / step.level.name
+        folder = self.session.workspace.partial / step.level.name
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         except OSError as error:
             raise from_os_error(error, f"preparing {step.level.name}", folder) from error
-        name = f"{self.workspace.model}-{step.level.name}.gguf"
+        name = f"{self.session.workspace.model}-{step.level.name}.gguf"
         job = self._job(step.level, folder / name, matrix.path if matrix else None, threads)
-        quantized = self.engine.quantize(job, sink)
+        quantized = self.session.engine.quantize(job, sink)
         self.frozen.check_unchanged()
         parts = sorted(folder.glob("*.gguf"))
         if [part.name for part in parts] != [file.name for file in step.files]:
@@ -189,22 +188,28 @@ class LevelPlanner:
                 f"Read the log: {job.log}",
             )
         n_bytes = verify_output(parts, recipe, self.weights(matrix))
-        hashes = [sha256(part, lambda _bytes: self.stop.check()) for part in parts]
-        for part, file in zip(parts, step.files, strict=True):
-            publish(part, file)
+        hashes = [sha256(part, lambda _bytes: self.session.stop.check()) for part in parts]
         facts = replace(facts_of_recipe(recipe), n_bytes=n_bytes)
-        self._record(step, job, hashes, quantized, msgspec.to_builtins(facts))
+        self._conclude(step, job, parts, hashes, quantized, msgspec.to_builtins(facts))
         for file in step.files:
             sink(Saved(str(file), step.level.name, file.stat().st_size))
         return quantized, n_bytes
 
-    def _record(self, step: LevelStep, job: QuantizeJob, hashes: Sequence[str], quantized: Quantized, facts: object) -> None:
-        outputs = [Output(file.name, stamp(file), digest) for file, digest in zip(step.files, hashes, strict=True)]
+    def _conclude(
+        self,
+        step: LevelStep,
+        job: QuantizeJob,
+        parts: Sequence[Path],
+        hashes: Sequence[str],
+        quantized: Quantized,
+        facts: object,
+    ) -> None:
+        outputs = [Output(part.name, stamp(part), digest) for part, digest in zip(parts, hashes, strict=True)]
         command = ""
-        if isinstance(self.engine, BinariesEngine):
-            command = str(quantize_command(replace(job, out=step.files[0]), self.engine.toolchain))
+        if isinstance(self.session.engine, BinariesEngine):
+            command = str(quantize_command(replace(job, out=step.files[0]), self.session.engine.toolchain))
         record = Record.now(step.inputs, outputs, step.reason, quantized.seconds, command=command, facts={"level": facts})
-        self.journal.record(step.step, record)
+        self.session.journal.conclude(step.step, record, list(zip(parts, step.files, strict=True)))
 
 
 def final_files(workspace: Workspace, level: Level, frozen: Frozen, *, keep_split: bool) -> tuple[Path, ...]:
@@ -214,6 +219,15 @@ def final_files(workspace: Workspace, level: Level, frozen: Frozen, *, keep_spli
     if not keep_split:
         return (single,)
     return tuple(single.with_name(f"{single.stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1))
+
+
+def _disk_full(step: LevelStep, workspace: Workspace) -> NoSpaceError:
+    """The disk became full while a level was written: whoever noticed it, these are the figures that help."""
+    return NoSpaceError(
+        f"The disk became full while {step.level.name} was made",
+        f"{human_bytes(step.facts.n_bytes or 0)} needed, {human_bytes(free_bytes(workspace.root))} free at {workspace.root}",
+        "Free some space, or choose another disk with --work-dir, then run the same command again: it continues.",
+    )
 
 
 def skipped(step: LevelStep) -> LevelResult:
@@ -246,9 +260,10 @@ def _still_there(record: Record, workspace: Workspace, journal: Journal, step: s
     return True
 
 
-def _foreign(files: Sequence[Path], record: Record | None, *, intact: bool) -> str:
+def _foreign(files: Sequence[Path], record: Record | None, workspace: Workspace, *, intact: bool) -> str:
     """Why a final name is taken by a file that is not ours to replace; empty if none is."""
-    ours = {output.name for output in record.outputs} if record is not None and intact else set()
+    outputs = record.outputs if record is not None else []
+    ours = {output.name for output in outputs if intact or is_intact(output, workspace.root)}
     taken = next((file for file in files if file.exists() and file.name not in ours), None)
     if taken is None:
         return ""
@@ -282,9 +297,3 @@ def _impossible(level: Level, error: RunnerError) -> Recipe:
 def _file_option(request: LevelsRequest) -> str:
     path = request.options.tensor_type_file
     return f"--tensor-type-file sha256:{sha256(path)}" if path is not None else ""
-
-
-def plan_changed(records: Journal, step: LevelStep) -> list[str]:
-    """The names of a level's inputs that differ from its record."""
-    record = records.get(step.step)
-    return differences(record, step.inputs) if record is not None else []

@@ -22,13 +22,15 @@ MOST_JOBS = 4
 
 @dataclass(frozen=True)
 class ImatrixStep:
-    """``generate`` makes ``path``; ``use`` and ``up-to-date`` read it; ``none`` quantises without. ``reason`` is for people."""
+    """``generate`` makes ``path``; ``use`` and ``up-to-date`` read it; ``none`` quantises without. ``reason`` is for people;
+    ``n_bytes`` is about what making it writes, its ranges and snapshots too."""
 
     action: ImatrixAction
     path: Path | None
     reason: str
     n_chunks: int | None = None
     n_tokens: int | None = None
+    n_bytes: int = 0
 
     @property
     def present(self) -> bool:
@@ -86,8 +88,8 @@ class Plan:
 
     @property
     def new_bytes(self) -> int:
-        """Bytes the levels to do will write (levels whose size only a fork knows count as nothing)."""
-        return sum(step.facts.n_bytes or 0 for step in self.todo)
+        """Bytes the imatrix and the levels to do will write (levels whose size only a fork knows count as nothing)."""
+        return self.imatrix.n_bytes + sum(step.facts.n_bytes or 0 for step in self.todo)
 
 
 def step_name(level: Level) -> str:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 
+OutType = Literal["auto", "f16", "bf16", "f32"]
+
 
 @dataclass(frozen=True)
 class ImatrixRequest:
@@ -44,7 +46,7 @@ class SourceRequest:
     """The model as named by the user and how to turn it into a GGUF if it is none."""
 
     model: str
-    outtype: Literal["auto", "f16", "bf16", "f32"] = "auto"
+    outtype: OutType = "auto"
     mmproj: bool = False
     trust_remote_code: bool = False
 

@@ -8,19 +8,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from imatrix_runner.engines.base import Engine
 from imatrix_runner.errors import InvalidDataError, NoSpaceError
 from imatrix_runner.events import Sink, info, warning
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.journal import Journal
-from imatrix_runner.models.sources import Model, parse_source
+from imatrix_runner.models.sources import Model, Source, parse_source
 from imatrix_runner.process import Runner
 from imatrix_runner.quantize.levels import DEFAULT_LEVELS, Level, offered, preset_levels, resolve_levels
 from imatrix_runner.quantize.recipe import ignored_tensor_types
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.workflow import imatrix as imatrix_flow
-from imatrix_runner.workflow.context import Context, find_toolchain, make_engine
+from imatrix_runner.workflow.context import Context, Session, find_toolchain, make_engine
 from imatrix_runner.workflow.levels import LevelPlanner, LevelResult, refused, skipped
 from imatrix_runner.workflow.plan import ImatrixStep, LevelStep, Plan
 from imatrix_runner.workflow.request import LevelsRequest, RunRequest
@@ -58,23 +57,27 @@ def run(
     workspace = Workspace(request.environment.work_dir.expanduser().absolute() / name, name)
     with _held(workspace, request, context, dry_run=dry_run) as runner:
         engine = make_engine(request.environment, toolchain, runner)
-        job = _Job(request, context, workspace, Journal(workspace.journal), toolchain, engine, runner, dry_run)
-        model = job.open_model()
-        plan, chosen, planner, levels = job.plan(model)
+        session = Session(workspace, Journal(workspace.journal), toolchain, engine, runner, context.sink, dry_run)
+        job = _Job(request, session)
+        model = job.open_model(source)
+        levels = job.levels()
+        frozen = freeze(model, session)
+        chosen = imatrix_flow.choose(request.imatrix, frozen, session)
+        planner = LevelPlanner(request.levels, frozen, session) if request.levels is not None else None
+        plan = job.plan(model, chosen.step, planner, levels, chosen.file)
         if on_plan is not None:
             on_plan(plan)
         matrix = chosen.file
         results: tuple[LevelResult, ...] = ()
         if not dry_run:
-            job.check_space(plan)
+            refuse_hopeless(plan)
             job.begin(model, levels)
             if chosen.request is not None:
-                matrix = imatrix_flow.generate(chosen, engine, workspace, job.journal, context.sink)
-                if planner is not None:
-                    plan = job.with_levels(plan, planner, levels, matrix)
+                matrix = imatrix_flow.generate(chosen, session)
+                plan = job.plan(model, chosen.step, planner, levels, matrix)
             if planner is not None:
-                results = job.make_levels(plan, planner, matrix)
-            job.journal.remember(finished="yes")
+                results = make_levels(plan, planner, matrix, session)
+            session.journal.remember(finished="yes")
         return RunResult(plan, model, toolchain.identity(), matrix, results, time.monotonic() - began)
 
 
@@ -93,128 +96,88 @@ def _held(workspace: Workspace, request: RunRequest, context: Context, *, dry_ru
 @dataclass(frozen=True)
 class _Job:
     request: RunRequest
-    context: Context
-    workspace: Workspace
-    journal: Journal
-    toolchain: Toolchain
-    engine: Engine
-    runner: Runner
-    dry_run: bool
+    session: Session
 
-    @property
-    def sink(self) -> Sink:
-        return self.context.sink
-
-    def open_model(self) -> Model:
+    def open_model(self, source: Source) -> Model:
         levels = self.request.levels
-        model = open_source(
-            parse_source(self.request.source.model),
-            self.request.source,
-            self.workspace,
-            self.journal,
-            self.toolchain,
-            self.runner,
-            self.sink,
-            allow_requantize=levels is None or levels.options.allow_requantize,
-            dry_run=self.dry_run,
-        )
-        announce(model, self.sink)
+        allow = levels is None or levels.options.allow_requantize
+        model = open_source(source, self.request.source, self.session, allow_requantize=allow)
+        announce(model, self.session.sink)
+        self._warn_about_gpu()
         return model
+
+    def levels(self) -> tuple[Level, ...]:
+        request = self.request.levels
+        if request is None:
+            return ()
+        levels = choose_levels(request, self.session.toolchain, self.session.sink)
+        ignored = [level.name for level in levels if ignored_tensor_types(level, request.options)]
+        if ignored:
+            self.session.sink(warning(f"llama-quantize ignores --tensor-type for {', '.join(ignored)}."))
+        return levels
+
+    def plan(
+        self,
+        model: Model,
+        step: ImatrixStep,
+        planner: LevelPlanner | None,
+        levels: tuple[Level, ...],
+        matrix: MatrixFile | None,
+    ) -> Plan:
+        """Everything that will happen; asked for again once a generated imatrix is there."""
+        root = self.session.workspace.root
+        steps: tuple[LevelStep, ...] = ()
+        if planner is not None:
+            pending = matrix is None and step.present
+            fingerprint = "still to be made" if pending else imatrix_flow.fingerprint(matrix, self.session)
+            steps = planner.plan(levels, matrix, fingerprint)
+        return Plan(root, model.name, step, steps, free_bytes(root))
 
     def begin(self, model: Model, levels: tuple[Level, ...]) -> None:
         """Write down what was asked for, so that ``status`` can tell what is missing and how to go on."""
         names = ",".join(level.name for level in levels)
         command = self.request.environment.command
-        self.journal.remember(model=model.name, source=model.source.location, levels=names, command=command, finished="no")
-
-    def plan(self, model: Model) -> tuple[Plan, imatrix_flow.Chosen, LevelPlanner | None, tuple[Level, ...]]:
-        """Everything that will happen. Problems that stop the run are raised here, before anything is computed."""
-        levels = self._levels()
-        frozen = freeze(model, self.journal, self.sink, self.context.stop, save=not self.dry_run)
-        self._warn_about_gpu()
-        log = None if self.dry_run else self.workspace.log("tokenize")
-        chosen = imatrix_flow.choose(
-            self.request.imatrix, frozen, self.workspace, self.journal, self.engine, self.sink, gpu=self._uses_gpu(), log=log
+        self.session.journal.remember(
+            model=model.name, source=model.source.location, levels=names, command=command, finished="no"
         )
-        planner = None
-        if self.request.levels is not None:
-            planner = LevelPlanner(
-                self.request.levels,
-                frozen,
-                self.workspace,
-                self.journal,
-                self.engine,
-                self.context.stop,
-                write_logs=not self.dry_run,
-            )
-        plan = Plan(self.workspace.root, model.name, chosen.step, (), free_bytes(self.workspace.root))
-        return self.with_levels(plan, planner, levels, chosen.file), chosen, planner, levels
-
-    def with_levels(
-        self, plan: Plan, planner: LevelPlanner | None, levels: tuple[Level, ...], matrix: MatrixFile | None
-    ) -> Plan:
-        """The plan with its levels, again once the imatrix is there."""
-        if planner is None:
-            return plan
-        fingerprint = self._imatrix_fingerprint(plan.imatrix, matrix)
-        steps = planner.plan(levels, matrix, fingerprint)
-        return Plan(plan.workspace, plan.model, plan.imatrix, steps, free_bytes(plan.workspace))
-
-    def _imatrix_fingerprint(self, step: ImatrixStep, matrix: MatrixFile | None) -> str:
-        if matrix is None and step.present:
-            return "still to be made"
-        return imatrix_flow.fingerprint(matrix, self.journal, self.sink, self.context.stop, save=not self.dry_run)
-
-    def _levels(self) -> tuple[Level, ...]:
-        request = self.request.levels
-        if request is None:
-            return ()
-        levels = choose_levels(request, self.toolchain, self.sink)
-        for level in levels:
-            if ignored_tensor_types(level, request.options):
-                self.sink(warning(f"{level.name}: llama-quantize ignores --tensor-type for this type."))
-        return levels
-
-    def _uses_gpu(self) -> bool:
-        return bool(self.toolchain.devices) and self.request.imatrix.options.n_gpu_layers != "0"
 
     def _warn_about_gpu(self) -> None:
-        layers = self.request.imatrix.options.n_gpu_layers
-        if layers not in ("", "0", "auto") and not self.toolchain.devices:
-            self.sink(
+        layers, toolchain = self.request.imatrix.options.n_gpu_layers, self.session.toolchain
+        if layers not in ("", "0", "auto") and not toolchain.devices:
+            self.session.sink(
                 warning(
-                    f"-ngl {layers} has no effect: these llama.cpp tools see no GPU ({', '.join(self.toolchain.backends)} "
-                    "build). Build for one with: imatrix-runner tools build --backend cuda"
+                    f"-ngl {layers} has no effect: these llama.cpp tools see no GPU ({', '.join(toolchain.backends)} build). "
+                    "Build for one with: imatrix-runner tools build --backend cuda"
                 )
             )
 
-    def check_space(self, plan: Plan) -> None:
-        """Refuse to start what the disk cannot hold."""
-        if plan.new_bytes > plan.free_bytes:
-            raise NoSpaceError(
-                f"The {len(plan.todo)} levels do not fit on the disk",
-                f"{human_bytes(plan.new_bytes)} needed, {human_bytes(plan.free_bytes)} free "
-                f"at {existing_parent(plan.workspace)}",
-                "Free some space, ask for fewer levels with --levels, or choose another disk with --work-dir.",
-            )
-        if plan.levels and len(plan.failing) == len(plan.levels):
-            first = plan.failing[0]
-            raise InvalidDataError(
-                f"None of the {len(plan.levels)} levels can be made"
-                if len(plan.levels) > 1
-                else f"{first.level.name} cannot be made",
-                f"{first.level.name}: {first.reason}",
-                "See every reason with --dry-run; give an imatrix with --imatrix, or choose other levels.",
-            )
 
-    def make_levels(self, plan: Plan, planner: LevelPlanner, matrix: MatrixFile | None) -> tuple[LevelResult, ...]:
-        """Make what is to do; results come in the order of the request."""
-        results = {step.level.name: skipped(step) for step in plan.levels if step.state == "up-to-date"}
-        results.update({step.level.name: refused(step) for step in plan.failing})
-        _tell_changes(plan.todo, self.sink)
-        if plan.todo:
-            results.update({result.step.level.name: result for result in planner.run(plan.todo, matrix, self.sink)})
-        return tuple(results[step.level.name] for step in plan.levels)
+def refuse_hopeless(plan: Plan) -> None:
+    """Refuse to start what the disk cannot hold, or where not one level can be made."""
+    if plan.new_bytes > plan.free_bytes:
+        raise NoSpaceError(
+            f"The {len(plan.todo)} levels do not fit on the disk" if plan.todo else "The imatrix does not fit on the disk",
+            f"{human_bytes(plan.new_bytes)} needed, {human_bytes(plan.free_bytes)} free at {existing_parent(plan.workspace)}",
+            "Free some space, ask for fewer levels with --levels, or choose another disk with --work-dir.",
+        )
+    if plan.levels and len(plan.failing) == len(plan.levels):
+        first = plan.failing[0]
+        many = len(plan.levels) > 1
+        raise InvalidDataError(
+            f"None of the {len(plan.levels)} levels can be made" if many else f"{first.level.name} cannot be made",
+            f"{first.level.name}: {first.reason}" if many else first.reason,
+            "See every reason with --dry-run; give an imatrix with --imatrix, or choose other levels.",
+        )
+
+
+def make_levels(plan: Plan, planner: LevelPlanner, matrix: MatrixFile | None, session: Session) -> tuple[LevelResult, ...]:
+    """Make what is to do; results come in the order of the request."""
+    results = {step.level.name: skipped(step) for step in plan.levels if step.state == "up-to-date"}
+    results.update({step.level.name: refused(step) for step in plan.failing})
+    _tell_changes(plan.todo, session.sink)
+    if plan.todo:
+        results.update({result.step.level.name: result for result in planner.run(plan.todo, matrix, session.sink)})
+    return tuple(results[step.level.name] for step in plan.levels)
 
 
 def _tell_changes(steps: tuple[LevelStep, ...], sink: Sink) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
-from imatrix_runner.events import Finished, Progress, Sink, Started, info
+from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, info
 from imatrix_runner.files import Stamp, human_bytes, sha256, stamp
-from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
+from imatrix_runner.journal import Output, Record, differences, outputs_intact
 from imatrix_runner.models.sources import (
     HubId,
     LocalDirectory,
@@ -21,10 +22,8 @@ from imatrix_runner.models.sources import (
     model_name,
     open_gguf,
 )
-from imatrix_runner.process import Runner, Stop
-from imatrix_runner.toolchain.probe import Toolchain
-from imatrix_runner.workflow.request import SourceRequest
-from imatrix_runner.workspace import Workspace
+from imatrix_runner.workflow.context import Session
+from imatrix_runner.workflow.request import OutType, SourceRequest
 
 _QUICK_BYTES = 64 << 20
 
@@ -46,130 +45,99 @@ class Frozen:
                 raise from_os_error(error, "looking at the model", path) from error
             if not same:
                 raise InvalidDataError(
-                    f"The model file {path.name} changed while it was being quantised",
-                    "something else wrote to it, so the levels would not belong together",
+                    f"The model file {path.name} changed while it was in use",
+                    "something else wrote to it, so what is made from it would not belong together",
                     "Let the download or copy finish, then run the same command again.",
                 )
 
 
-def open_source(
-    source: Source,
-    request: SourceRequest,
-    workspace: Workspace,
-    journal: Journal,
-    toolchain: Toolchain,
-    runner: Runner,
-    sink: Sink,
-    *,
-    allow_requantize: bool,
-    dry_run: bool,
-) -> Model:
+def open_source(source: Source, request: SourceRequest, session: Session, *, allow_requantize: bool) -> Model:
     """Turn what the user named into a checked GGUF: as it is, downloaded, or converted into the workspace."""
     if isinstance(source, LocalFile):
-        return open_gguf(source.path.absolute(), allow_requantize=allow_requantize, name=workspace.model)
+        return open_gguf(source.path.absolute(), allow_requantize=allow_requantize, name=session.workspace.model)
     if isinstance(source, HubId):
-        return _from_hub(
-            source, request, workspace, journal, toolchain, runner, sink, allow_requantize=allow_requantize, dry_run=dry_run
-        )
-    provenance = Provenance("directory", str(source.path))
-    return _converted(source, provenance, request, workspace, journal, toolchain, runner, sink, dry_run=dry_run)
+        return _from_hub(source, request, session, allow_requantize=allow_requantize)
+    return _converted(source, Provenance("directory", str(source.path)), request, session)
 
 
-def _from_hub(
-    source: HubId,
-    request: SourceRequest,
-    workspace: Workspace,
-    journal: Journal,
-    toolchain: Toolchain,
-    runner: Runner,
-    sink: Sink,
-    *,
-    allow_requantize: bool,
-    dry_run: bool,
-) -> Model:
+def _from_hub(source: HubId, request: SourceRequest, session: Session, *, allow_requantize: bool) -> Model:
     from imatrix_runner.models.hub import fetch_model
 
-    if dry_run:
+    if session.dry_run:
         raise UsageError(
             f"{source} cannot be planned before it is downloaded",
             "the plan is made from the model's own tensors",
             f"Run without --dry-run, or download it and name the file: hf download {source.repo}",
         )
-    fetched = fetch_model(source, trust_remote_code=request.trust_remote_code, stop=runner.stop, sink=sink)
+    fetched = fetch_model(source, trust_remote_code=request.trust_remote_code, stop=session.stop, sink=session.sink)
     provenance = Provenance("hub", str(source), repo=fetched.repo, revision=source.revision, commit=fetched.commit)
-    journal.remember(hub=f"{fetched.repo}@{fetched.commit}")
+    session.journal.remember(hub=f"{fetched.repo}@{fetched.commit}")
     if fetched.path.is_dir():
-        directory = LocalDirectory(fetched.path)
-        return _converted(directory, provenance, request, workspace, journal, toolchain, runner, sink, dry_run=False)
-    return open_gguf(fetched.path, allow_requantize=allow_requantize, name=workspace.model, source=provenance)
+        return _converted(LocalDirectory(fetched.path), provenance, request, session)
+    return open_gguf(fetched.path, allow_requantize=allow_requantize, name=session.workspace.model, source=provenance)
 
 
-def _converted(
-    source: LocalDirectory,
-    provenance: Provenance,
-    request: SourceRequest,
-    workspace: Workspace,
-    journal: Journal,
-    toolchain: Toolchain,
-    runner: Runner,
-    sink: Sink,
-    *,
-    dry_run: bool,
-) -> Model:
+def _converted(source: LocalDirectory, provenance: Provenance, request: SourceRequest, session: Session) -> Model:
     """The GGUF of a Hugging Face directory, converted once into the workspace."""
-    from imatrix_runner.models.convert import convert, resolve_outtype
+    from imatrix_runner.models.convert import resolve_outtype
 
+    workspace, journal = session.workspace, session.journal
     outtype = request.outtype if request.outtype != "auto" else resolve_outtype(source.path)
     out = workspace.root / f"{workspace.model}-{outtype.upper()}.gguf"
-    inputs = {"model directory": directory_fingerprint(source.path), "outtype": outtype, "engine": toolchain.identity()}
+    inputs = {
+        "model directory": directory_fingerprint(source.path),
+        "outtype": outtype,
+        "engine": session.toolchain.identity(),
+    }
     record = journal.get("convert")
-    if record is not None and not differences(record, inputs) and outputs_intact(record, workspace.root):
-        return replace(open_gguf(out, allow_requantize=False, name=workspace.model), source=provenance)
-    if dry_run:
-        raise UsageError(
-            f"{source.path} cannot be planned before it is converted",
-            "the plan is made from the tensors of its GGUF",
-            "Run without --dry-run, or convert it first and name the GGUF.",
+    if record is None or differences(record, inputs) or not outputs_intact(record, workspace.root):
+        if session.dry_run:
+            raise UsageError(
+                f"{source.path} cannot be planned before it is converted",
+                "the plan is made from the tensors of its GGUF",
+                "Run without --dry-run, or convert it first and name the GGUF.",
+            )
+        if out.exists() and (record is None or not any(output.name == out.name for output in record.outputs)):
+            raise InvalidDataError(
+                f"{out} is in the way",
+                "it was not converted by this workspace, and files of yours are never overwritten",
+                f"Use it as the model (imatrix-runner run {out}), or move it away.",
+            )
+        began = time.monotonic()
+        _convert(source, out, outtype, request, session, mmproj=False)
+        made = Record.now(
+            inputs, [Output(out.name, stamp(out))], "the model is a Hugging Face directory", time.monotonic() - began
         )
-    if toolchain.converter is None:
+        journal.record("convert", made)
+    projector = workspace.root / f"mmproj-{workspace.model}-{outtype.upper()}.gguf"
+    if request.mmproj and not projector.exists() and not session.dry_run:
+        _convert(source, projector, outtype, request, session, mmproj=True)
+    # Some models are published with 4-bit experts; whether a level would quantise those again is for the plan to say.
+    return replace(open_gguf(out, allow_requantize=True, name=workspace.model), source=provenance)
+
+
+def _convert(
+    source: LocalDirectory, out: Path, outtype: OutType, request: SourceRequest, session: Session, *, mmproj: bool
+) -> None:
+    from imatrix_runner.models.convert import convert
+
+    if session.toolchain.converter is None:
         raise ToolchainError(
             "The converter convert_hf_to_gguf.py is missing",
-            f"{toolchain.directory} ({toolchain.origin}) has only programs",
+            f"{session.toolchain.directory} ({session.toolchain.origin}) has only programs",
             "Build a complete toolchain with: imatrix-runner tools build",
-        )
-    if out.exists() and (record is None or not any(output.name == out.name for output in record.outputs)):
-        raise InvalidDataError(
-            f"{out} is in the way",
-            "it was not converted by this workspace, and files of yours are never overwritten",
-            f"Use it as the model (imatrix-runner run {out}), or move it away.",
         )
     convert(
         source.path,
         out,
-        converter=toolchain.converter,
+        converter=session.toolchain.converter,
         outtype=outtype,
         trust_remote_code=request.trust_remote_code,
-        mmproj=False,
-        runner=runner,
-        sink=sink,
-        log=workspace.log("convert"),
+        mmproj=mmproj,
+        runner=session.runner,
+        sink=session.sink,
+        log=session.workspace.log("convert-mmproj" if mmproj else "convert"),
     )
-    journal.record("convert", Record.now(inputs, [Output(out.name, stamp(out))], "the model was a Hugging Face directory", 0.0))
-    if request.mmproj:
-        projector = workspace.root / f"mmproj-{workspace.model}-{outtype.upper()}.gguf"
-        if not projector.exists():
-            convert(
-                source.path,
-                projector,
-                converter=toolchain.converter,
-                outtype=outtype,
-                trust_remote_code=request.trust_remote_code,
-                mmproj=True,
-                runner=runner,
-                sink=sink,
-                log=workspace.log("convert-mmproj"),
-            )
-    return replace(open_gguf(out, allow_requantize=False, name=workspace.model), source=provenance)
 
 
 def directory_fingerprint(directory: Path) -> str:
@@ -184,39 +152,36 @@ def directory_fingerprint(directory: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def freeze(model: Model, journal: Journal, sink: Sink, stop: Stop, *, save: bool) -> Frozen:
+def freeze(model: Model, session: Session) -> Frozen:
     """Fingerprint the model's content. Hashes are remembered with the file's stamp, so a second run reads nothing."""
     stamps = tuple(stamp(path) for path in model.files)
-    hashes = hash_files(model.files, journal, sink, stop, save=save)
+    hashes = hash_files(model.files, session)
     whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     frozen = Frozen(model, f"sha256:{whole}", stamps)
     frozen.check_unchanged()
     return frozen
 
 
-def hash_files(files: Sequence[Path], journal: Journal, sink: Sink, stop: Stop, *, save: bool) -> list[str]:
+def hash_files(files: Sequence[Path], session: Session) -> list[str]:
     """SHA-256 of each file, from the journal where its stamp is unchanged, with progress where it takes a while."""
-    known = {path: journal.known_hash(path) for path in files}
+    known = {path: session.journal.known_hash(path) for path in files}
     todo = sum(path.stat().st_size for path, value in known.items() if value is None)
-    tell = sink if todo > _QUICK_BYTES else None
-    if tell:
-        tell(Started("fingerprint", f"fingerprint of {human_bytes(todo)}", todo, "B"))
+    tell = session.sink if todo > _QUICK_BYTES else ignore
+    tell(Started("fingerprint", f"fingerprint of {human_bytes(todo)}", todo, "B"))
     done = 0
 
     def count(n_bytes: int) -> None:
         nonlocal done
-        stop.check()
+        session.stop.check()
         done += n_bytes
-        if tell:
-            tell(Progress("fingerprint", done, todo))
+        tell(Progress("fingerprint", done, todo))
 
     for path in [path for path, value in known.items() if value is None]:
         at = stamp(path)
         known[path] = sha256(path, count)
-        if save:
-            journal.remember_hash(path, at, known[path] or "")
-    if tell:
-        tell(Finished("fingerprint", "done"))
+        if not session.dry_run:
+            session.journal.remember_hash(path, at, known[path] or "")
+    tell(Finished("fingerprint", "done"))
     return [known[path] or "" for path in files]
 
 

@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -118,17 +119,29 @@ def counts(log: Path) -> Counter[str]:
     return Counter(log.read_text(encoding="utf-8").split())
 
 
-def spawn(request: BuildRequest) -> subprocess.Popen[bytes]:
-    """The same build in a process of its own, to be killed."""
+Spawn = Callable[[BuildRequest], subprocess.Popen[bytes]]
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    """Start the same build in a process of its own, to be killed."""
     code = (
         "import sys; from pathlib import Path; from imatrix_runner.process import Runner\n"
         "from imatrix_runner.toolchain.build import BuildRequest, build\n"
         "build(BuildRequest(source=Path(sys.argv[1]), cache=Path(sys.argv[2]), jobs=1), Runner(), lambda event: None)\n"
     )
     root = str(Path(building.__file__).parents[2])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(request.source), str(request.cache)], env={**os.environ, "PYTHONPATH": root}
-    )
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(request: BuildRequest) -> subprocess.Popen[bytes]:
+        argv = [sys.executable, "-c", code, str(request.source), str(request.cache)]
+        started.append(subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": root}))
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.kill()
+        child.wait()
 
 
 def wait_for(log: Path, lines: int) -> None:
@@ -154,7 +167,8 @@ def test_a_build_from_a_checkout(tmp_path: Path) -> None:
     assert not (made.directory.parent / "converter" / "gguf-py" / "tests").exists()
     record = read_json(made.directory.parent / RECORD, Record)
     assert (record.kind, record.backend, record.source) == ("directory", "cpu", str(tree))
-    assert made.commit.startswith("tree")
+    assert made.commit == record.commit  # two states of one checkout are never taken for each other
+    assert made.commit.startswith("tree-")
     assert record.identity == made.identity()
     assert record.cmake.count(".") == 2
     # Nothing else stays, and the checkout is untouched.
@@ -183,7 +197,7 @@ def test_a_build_from_a_checkout(tmp_path: Path) -> None:
     assert other.types[0].help == "8 bpw"
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, compiled: Path) -> None:
+def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, compiled: Path, spawn: Spawn) -> None:
     request = BuildRequest(source=project(tmp_path / "llama.cpp"), cache=tmp_path / "cache", jobs=1)
     child = spawn(request)
     wait_for(compiled, 4)
@@ -204,7 +218,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, compiled: Path) -> 
     assert sum(again[name] == 1 for name in finished) >= len(finished) - 1
 
 
-def test_what_a_killed_build_left_running_is_ended_first(tmp_path: Path, compiled: Path) -> None:
+def test_what_a_killed_build_left_running_is_ended_first(tmp_path: Path, compiled: Path, spawn: Spawn) -> None:
     request = BuildRequest(source=project(tmp_path / "llama.cpp"), cache=tmp_path / "cache", jobs=1)
     child = spawn(request)
     wait_for(compiled, 2)
@@ -228,8 +242,11 @@ def test_what_a_killed_build_left_running_is_ended_first(tmp_path: Path, compile
 
 
 def test_a_killed_make_build_does_not_trust_torn_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
-    real = building.finder
-    monkeypatch.setattr(building, "finder", lambda env: lambda name: None if name == "ninja" else real(env)(name))
+
+    def without_ninja(name: str) -> str | None:
+        return None if name == "ninja" else shutil.which(name)
+
+    monkeypatch.setattr("imatrix_runner.toolchain.build.finder", lambda env: without_ninja)
     stop = Stop()
     request = BuildRequest(source=project(tmp_path / "llama.cpp"), cache=tmp_path / "cache", jobs=1)
 
@@ -251,7 +268,7 @@ def test_a_killed_make_build_does_not_trust_torn_files(tmp_path: Path, monkeypat
     assert len(twice) <= 2
 
 
-def test_two_builds_at_once_make_one(tmp_path: Path, compiled: Path) -> None:
+def test_two_builds_at_once_make_one(tmp_path: Path, compiled: Path, spawn: Spawn) -> None:
     request = BuildRequest(source=project(tmp_path / "llama.cpp"), cache=tmp_path / "cache", jobs=2)
     child = spawn(request)
     wait_for(compiled, 1)
@@ -345,5 +362,5 @@ def test_a_source_distribution_by_pip(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path.name for path in Store(request.cache).downloads.iterdir()] == [f"{top.name}.tar.gz"]
     # What is built is known without index, download or compiler.
     shutil.rmtree(Store(request.cache).downloads)
-    monkeypatch.setattr(building, "finder", lambda env: lambda name: None)
+    monkeypatch.setattr("imatrix_runner.toolchain.build.finder", lambda env: lambda name: None)
     assert build(request, Runner(), lambda event: None) == made

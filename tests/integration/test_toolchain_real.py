@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import platform
 import shutil
 import tarfile
@@ -26,7 +25,7 @@ from imatrix_runner.events import Event, Finished, Notice, Progress, Saved, Star
 from imatrix_runner.files import read_json
 from imatrix_runner.process import Runner, Stop
 from imatrix_runner.toolchain import release as releases
-from imatrix_runner.toolchain.locate import cache_dir, locate, require
+from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import TOOLS, Rejected, Toolchain, probe
 from imatrix_runner.toolchain.release import InstallRequest, asset_name, install
 from imatrix_runner.toolchain.store import RECORD, Record
@@ -34,24 +33,16 @@ from imatrix_runner.toolchain.store import RECORD, Record
 TAG = "b4242"
 
 
-@pytest.fixture(scope="session")
-def real() -> Toolchain:
-    found = locate(None, env=os.environ, cache=cache_dir())
-    if found.toolchain is None:
-        pytest.skip("no toolchain: imatrix-runner tools build")
-    return found.toolchain
-
-
 # What a probe reads
 
 
-def test_a_probe_reads_the_real_tools(real: Toolchain) -> None:
-    assert set(real.tools) == set(TOOLS)
-    names = [entry.name for entry in real.types]
+def test_a_probe_reads_the_real_tools(toolchain: Toolchain) -> None:
+    assert set(toolchain.tools) == set(TOOLS)
+    names = [entry.name for entry in toolchain.types]
     for name in ("Q4_0", "IQ2_XXS", "Q3_K_S", "Q4_K_M", "Q8_0", "F16", "BF16", "F32", "COPY"):
         assert name in names
     assert len(names) == len(set(names))
-    by_name = {entry.name: entry for entry in real.types}
+    by_name = {entry.name: entry for entry in toolchain.types}
     assert (by_name["Q4_K_M"].number, by_name["F32"].number, by_name["COPY"].number) == (15, 0, None)
     assert by_name["Q4_K"].alias_of == "Q4_K_M"
     for tool, option in (
@@ -65,15 +56,15 @@ def test_a_probe_reads_the_real_tools(real: Toolchain) -> None:
         ("llama-perplexity", "--kl-divergence"),
         ("llama-gguf-split", "--split-max-size"),
     ):
-        assert real.knows(tool, option), (tool, option)
-    assert not real.knows("llama-imatrix", "--no-such-option")
-    assert real.version != "unknown"
-    assert real.commit
-    assert real.backends[0] == "cpu"
+        assert toolchain.knows(tool, option), (tool, option)
+    assert not toolchain.knows("llama-imatrix", "--no-such-option")
+    assert toolchain.version != "unknown"
+    assert toolchain.commit
+    assert toolchain.backends[0] == "cpu"
 
 
-def test_a_copy_without_its_libraries_is_refused_with_the_librarys_name(real: Toolchain, tmp_path: Path) -> None:
-    for tool, path in real.tools.items():
+def test_a_copy_without_its_libraries_is_refused_with_the_librarys_name(toolchain: Toolchain, tmp_path: Path) -> None:
+    for tool, path in toolchain.tools.items():
         shutil.copy2(path, tmp_path / tool)
     with pytest.raises(Rejected) as caught:
         probe(tmp_path, "test")
@@ -81,17 +72,17 @@ def test_a_copy_without_its_libraries_is_refused_with_the_librarys_name(real: To
     assert "is missing" in caught.value.why
 
 
-def test_a_torn_binary_is_refused(real: Toolchain, tmp_path: Path) -> None:
-    shutil.copytree(real.directory, tmp_path / "bin", symlinks=True)
+def test_a_torn_binary_is_refused(toolchain: Toolchain, tmp_path: Path) -> None:
+    shutil.copytree(toolchain.directory, tmp_path / "bin", symlinks=True)
     whole = (tmp_path / "bin" / "llama-tokenize").read_bytes()
     (tmp_path / "bin" / "llama-tokenize").write_bytes(whole[: len(whole) // 3])
     with pytest.raises(Rejected, match="llama-tokenize"):
         probe(tmp_path / "bin", "test")
 
 
-def test_a_moved_toolchain_still_runs(real: Toolchain, tmp_path: Path) -> None:
-    shutil.copytree(real.directory, tmp_path / "elsewhere", symlinks=True)
-    assert probe(tmp_path / "elsewhere", "test").identity() == real.identity()
+def test_a_moved_toolchain_still_runs(toolchain: Toolchain, tmp_path: Path) -> None:
+    shutil.copytree(toolchain.directory, tmp_path / "elsewhere", symlinks=True)
+    assert probe(tmp_path / "elsewhere", "test").identity() == toolchain.identity()
 
 
 # Releases
@@ -148,19 +139,19 @@ def site() -> Iterator[Site]:
 Edit = Callable[[tarfile.TarFile], None]
 
 
-def packed(real: Toolchain, edit: Edit | None = None, top: str = f"llama-{TAG}") -> bytes:
+def packed(toolchain: Toolchain, edit: Edit | None = None, top: str = f"llama-{TAG}") -> bytes:
     """The real binaries as a release archive has them: one folder, links kept."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
-        archive.add(real.directory, top)
+        archive.add(toolchain.directory, top)
         if edit:
             edit(archive)
     return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")
-def archive(real: Toolchain) -> bytes:
-    return packed(real)
+def archive(toolchain: Toolchain) -> bytes:
+    return packed(toolchain)
 
 
 @pytest.fixture
@@ -190,13 +181,13 @@ def refused(request: InstallRequest, kind: type[Exception] = DownloadError) -> D
 
 
 def test_the_latest_release_is_installed_once(
-    site: Site, real: Toolchain, archive: bytes, request_for: Callable[..., InstallRequest]
+    site: Site, toolchain: Toolchain, archive: bytes, request_for: Callable[..., InstallRequest]
 ) -> None:
     site.release("/releases/latest", TAG, (NAME, archive, None), ("llama-other-bin-win-cpu-x64.zip", b"x", None))
     events: list[Event] = []
     request = request_for()
     made = install(request, Runner(), events.append, env={"GITHUB_TOKEN": "secret"})
-    assert made.identity() == real.identity()
+    assert made.identity() == toolchain.identity()
     assert made.directory == request.cache / "toolchains" / f"release-{TAG}-cpu" / "bin"
     record = read_json(made.directory.parent / RECORD, Record)
     assert (record.kind, record.version, record.sha256) == ("release", TAG, hashlib.sha256(archive).hexdigest())
@@ -223,17 +214,17 @@ def test_a_version_tag_points_to_its_build(site: Site, archive: bytes, request_f
 
 
 def test_a_zip_for_windows_is_unpacked_the_same(
-    site: Site, real: Toolchain, request_for: Callable[..., InstallRequest]
+    site: Site, toolchain: Toolchain, request_for: Callable[..., InstallRequest]
 ) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as zipped:
-        for path in real.directory.iterdir():
+        for path in toolchain.directory.iterdir():
             info = zipfile.ZipInfo(path.name)
             info.external_attr = 0o100755 << 16
             zipped.writestr(info, path.read_bytes())
     site.release("/releases/latest", TAG, (f"llama-{TAG}-bin-win-cpu-x64.zip", buffer.getvalue(), None))
     made = install(request_for(system="Windows", machine="AMD64"), Runner(), lambda event: None, env={})
-    assert made.identity() == real.identity()
+    assert made.identity() == toolchain.identity()
 
 
 def test_runtime_libraries_are_laid_beside(site: Site, archive: bytes, request_for: Callable[..., InstallRequest]) -> None:
@@ -328,24 +319,24 @@ def _link(archive: tarfile.TarFile, name: str, target: str) -> None:
     ids=["path-out", "absolute-link", "relative-link", "link-beside"],
 )
 def test_an_archive_that_leads_out_leaves_nothing(
-    site: Site, real: Toolchain, request_for: Callable[..., InstallRequest], edit: Edit, tmp_path: Path
+    site: Site, toolchain: Toolchain, request_for: Callable[..., InstallRequest], edit: Edit, tmp_path: Path
 ) -> None:
-    site.release("/releases/latest", TAG, (NAME, packed(real, edit), None))
+    site.release("/releases/latest", TAG, (NAME, packed(toolchain, edit), None))
     assert "outside" in refused(request_for()).why
     assert not list(tmp_path.rglob("escaped"))
 
 
 def test_an_archive_without_the_programs_or_with_broken_ones(
-    site: Site, real: Toolchain, request_for: Callable[..., InstallRequest], tmp_path: Path
+    site: Site, toolchain: Toolchain, request_for: Callable[..., InstallRequest], tmp_path: Path
 ) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as only_libraries:
-        only_libraries.add(next(real.directory.glob("lib*")), "llama/lib.so")
+        only_libraries.add(next(toolchain.directory.glob("lib*")), "llama/lib.so")
     site.release("/releases/latest", TAG, (NAME, buffer.getvalue(), None))
     assert "holds no llama-imatrix" in refused(request_for()).why
 
     for tool in TOOLS:
-        shutil.copy2(real.tools[tool], tmp_path / tool)
+        shutil.copy2(toolchain.tools[tool], tmp_path / tool)
     with tarfile.open(fileobj=(buffer := io.BytesIO()), mode="w:gz") as no_libraries:
         for tool in TOOLS:
             no_libraries.add(tmp_path / tool, f"llama/{tool}")

@@ -131,6 +131,15 @@ def test_auto_of_packed_weights_asks_the_config(tmp_path: Path) -> None:
     assert resolve_outtype(tmp_path) == "f16"
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_broken_json_of_a_model_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InvalidDataError, match="cannot be read"):
+        refuse_code(tmp_path)
+    (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    refuse_code(tmp_path)
+
+
 def test_code_that_came_with_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     refuse_code(tmp_path)

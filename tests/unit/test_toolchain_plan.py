@@ -102,10 +102,13 @@ def test_progress_survives_lines_cut_anywhere() -> None:
         ("CMake 3.14...3.28 or higher is required.  You are running version 3.10", "CMake is too old", "apt-get install cmake"),
         ("CMake 3.18 or higher is required.  You are running version 3.10.2", "CMake is too old", "apt-get install cmake"),
         ("  No CMAKE_CUDA_COMPILER could be found.", "CUDA toolkit", "nvidia-cuda-toolkit"),
+        ('Target "ggml-cuda" links to: CUDA::cublas but the target was not found.', "complete CUDA toolkit", "cuda-toolkit"),
+        ("  Failed to find ROCm root directory.", "ROCm", "ROCm"),
         ("Could NOT find Vulkan (missing: Vulkan_LIBRARY glslc)", "Vulkan SDK", "glslc"),
         ("nvcc fatal   : Unsupported gpu architecture 'compute_120'", "does not work with this compiler", "CUDAHOSTCXX"),
         ('CMake Error: CMake was unable to find a build program corresponding to "Ninja".', "Ninja", "ninja-build"),
         ("/usr/bin/ld: ggml.c.o: file not recognized: file format not recognized", "object file is damaged", "--force"),
+        ("/usr/bin/ld: error: part4.c.o: file too short", "object file is damaged", "--force"),
     ],
 )
 def test_a_failed_build_is_diagnosed(line: str, why: str, todo: str) -> None:
@@ -172,7 +175,7 @@ def test_programs_beside_this_python_count(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_machine_without_tools_is_told_so_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "finder", lambda env: lambda name: None)
+    monkeypatch.setattr("imatrix_runner.toolchain.build.finder", lambda env: lambda name: None)
     with pytest.raises(ToolchainError) as caught:
         build(BuildRequest(cache=tmp_path / "cache"), Runner(), lambda event: None)
     assert "CMake, a C and C++ compiler, Ninja or Make" in caught.value.why
@@ -211,3 +214,21 @@ def test_a_killed_make_build_loses_its_newest_results_only(tmp_path: Path) -> No
         os.utime(path, (number, number))
     building._drop_unsure(tmp_path, jobs=1)
     assert sorted(path.name for path in tmp_path.glob("*.o")) == ["0.o", "1.o", "2.o", "3.o"]
+
+
+def test_force_starts_afresh_after_a_failure_but_continues_an_interrupted_build(tmp_path: Path) -> None:
+    made = plan(BuildRequest(cache=tmp_path))
+    building._prepare(made, afresh=False)
+    (made.build_dir / "x.o").touch()
+    building._prepare(made, afresh=True)
+    assert (made.build_dir / "x.o").exists()
+    (made.build_dir / building._FAILED_FILE).touch()
+    building._prepare(made, afresh=False)
+    assert (made.build_dir / "x.o").exists()
+    (made.build_dir / building._FAILED_FILE).touch()
+    building._prepare(made, afresh=True)
+    assert not (made.build_dir / "x.o").exists()
+    # Another compiler, flag or source: nothing of the old build may be kept.
+    (made.build_dir / "x.o").touch()
+    building._prepare(plan(BuildRequest(cache=tmp_path), ninja=False), afresh=False)
+    assert not (made.build_dir / "x.o").exists()

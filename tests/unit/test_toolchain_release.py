@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from imatrix_runner.errors import DownloadError
-from imatrix_runner.toolchain import hardware
 from imatrix_runner.toolchain.download import headers_for
 from imatrix_runner.toolchain.hardware import advice, backend_for, gpus, parse_nvidia, parse_rocm
 from imatrix_runner.toolchain.release import Asset, Release, asset_name, choose, parse_release
@@ -127,5 +126,5 @@ def test_an_idle_gpu_is_worth_a_word() -> None:
 
 def test_absent_tools_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(hardware.platform, "system", lambda: "Linux")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
     assert gpus() == ()

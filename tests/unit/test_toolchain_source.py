@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import tarfile
 import zipfile
@@ -187,7 +188,7 @@ def test_unpacking_stops_when_asked_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_an_environment_without_pip_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ToolchainError) as caught:
         fetch_sdist("1.2.3", Store(tmp_path), Runner(), lambda event: None)
     assert "ensurepip" in caught.value.todo
@@ -214,13 +215,13 @@ def test_pip_failures_in_words(tmp_path: Path, line: str, why: str) -> None:
 
 
 def test_the_version_follows_the_installed_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.importlib.metadata, "version", lambda name: "0.4.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.4.0+cu124")
     assert default_version() == "0.4.0"
 
     def absent(name: str) -> str:
-        raise sources.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(sources.importlib.metadata, "version", absent)
+    monkeypatch.setattr("importlib.metadata.version", absent)
     assert default_version() == TESTED_VERSION
 
 

@@ -28,6 +28,8 @@ def _known(pattern: str, error: type[RunnerError], why: str, todo: str) -> Known
 
 
 _ANOTHER_MATRIX = "Use an imatrix made from this very model: imatrix-runner run MODEL --imatrix generate"
+# What a failed write may have left: file systems hand out space in pieces.
+_NEARLY_FULL = 1 << 20
 _TOOLS_BUILD = "Build the current tools with: imatrix-runner tools build"
 
 KNOWN: tuple[Known, ...] = (
@@ -44,7 +46,8 @@ KNOWN: tuple[Known, ...] = (
         "Choose a level of 3 bits or more, or pin it: --tensor-type {1}=q4_k",
     ),
     _known(
-        r"imatrix size (\d+) is different from tensor size (\d+) for (\S+)",
+        # For token embeddings llama-quantize says so too, but goes on.
+        r"imatrix size (\d+) is different from tensor size (\d+) for (?!(?:per_layer_)?token_embd\.weight)(\S+)",
         InvalidDataError,
         "the imatrix holds {1} values for {3}, the model needs {2}: it was made from another model",
         _ANOTHER_MATRIX,
@@ -92,9 +95,15 @@ KNOWN: tuple[Known, ...] = (
         "Try the model's BF16 file; if that fails too, download it again.",
     ),
     _known(
-        r"tensor '([^']*)' has invalid data|(?:quantized data validation failed)",
+        r"tensor '([^']*)' has invalid data",
         InvalidDataError,
-        "the weights (or what they became) hold NaN or infinite values, or a type does not fit the shape {1}",
+        "the weights of {1} hold NaN or infinite values, or are damaged",
+        "Download or convert the source file again.",
+    ),
+    _known(
+        r"quantized data validation failed",
+        InvalidDataError,
+        "what a tensor became holds NaN or infinite values, or its type does not fit its shape",
         "Check the source file; with --output-tensor-type or --token-embedding-type choose q8_0 or f16.",
     ),
     _known(
@@ -122,7 +131,7 @@ KNOWN: tuple[Known, ...] = (
         "Offload fewer layers, for example -ngl 20 (or -ngl 0), or take smaller batches with -b 512.",
     ),
     _known(
-        r"(?:std::bad_alloc|cannot allocate memory|failed to allocate)",
+        r"(?:std::bad_alloc|[Cc]annot allocate memory|failed to allocate)",
         EngineError,
         "the machine has not enough memory",
         "Close other programs; for quantising use --jobs 1 and --max-buffer-size 512, for an imatrix -b 512.",
@@ -142,11 +151,10 @@ KNOWN: tuple[Known, ...] = (
 )
 
 
-def explain(outcome: Outcome, what: str, *, writes: Path | None = None, needs: int = 0) -> RunnerError:
-    """The error for a failed child. ``writes`` is where it was writing and ``needs`` the bytes still wanted there:
-    llama.cpp says a full disk as "iostream error"."""
+def explain(outcome: Outcome, what: str, *, writes: Path | None = None) -> RunnerError:
+    """The error for a failed child. ``writes`` is where it was writing: llama.cpp says a full disk as "iostream error"."""
     text = "\n".join(outcome.tail)
-    if writes is not None and (full := _disk_full(text, what, writes, needs)):
+    if writes is not None and (full := _disk_full(text, what, writes)):
         return full
     if outcome.returncode >= 0 and not outcome.hung:
         for known in KNOWN:
@@ -166,13 +174,13 @@ def _log_hint(outcome: Outcome) -> str:
     return f" Full log: {outcome.log}" if outcome.log else ""
 
 
-def _disk_full(text: str, what: str, writes: Path, needs: int) -> NoSpaceError | None:
+def _disk_full(text: str, what: str, writes: Path) -> NoSpaceError | None:
     said = "iostream error" in text or "No space left on device" in text or "Disk quota exceeded" in text
     free = free_bytes(writes)
-    if not said or free > max(needs, 1 << 20):
+    if not said or free > _NEARLY_FULL:
         return None
     return NoSpaceError(
         what,
-        f"the disk became full: {human_bytes(needs)} needed, {human_bytes(free)} free at {existing_parent(writes)}",
+        f"the disk became full: {human_bytes(free)} free at {existing_parent(writes)}",
         "Free some space, or choose another disk with --work-dir, then run the same command again: it continues.",
     )

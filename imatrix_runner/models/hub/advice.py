@@ -90,7 +90,7 @@ def explain(error: BaseException, asked: Asked) -> RunnerError:
     if isinstance(error, errors.HFValidationError):
         return UsageError(
             f"{asked.hub_id.repo!r} is not a hub id",
-            "no repository can have that name: 96 characters at most, no '-' or '.' at an end",
+            "no repository can have that name, for instance because it ends in '-', '.' or '.git'",
             "Check the spelling of org/name; there is no such local path either.",
         )
     if isinstance(error, ValueError) and "too large" in str(error):

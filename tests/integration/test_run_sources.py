@@ -1,0 +1,135 @@
+"""The main job on every kind of source: a hub id through a real local hub, a Hugging Face directory through the converter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Ran, RunCommand
+from hub_server import HubServer, Trouble
+from tiny_models import sample_text, write_hf_directory, write_llama_gguf
+
+from imatrix_runner.models.convert import missing_packages
+from imatrix_runner.models.gguf_file import read_header
+
+TOKEN = "hf_" + "0123456789" * 3
+REPO = "tiny-org/Tiny-Llama"
+GATED = "tiny-org/Gated-Llama"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    model = write_llama_gguf(tmp_path / "Tiny-Llama-BF16.gguf", layers=1)
+    with HubServer(token=TOKEN) as server:
+        server.add(REPO, {"README.md": b"tiny", "Tiny-Llama-BF16.gguf": model, "Tiny-Llama-Q4_K_M.gguf": b"GGUF"})
+        server.add(GATED, {"Gated-Llama-BF16.gguf": model}, gated=True)
+        yield server
+
+
+@pytest.fixture
+def fetch(hub: HubServer, runner: RunCommand, tmp_path: Path) -> RunCommand:
+    """Run a command against the local hub, with a cache of its own and no token."""
+    (tmp_path / "text.txt").write_text(sample_text(20_000), encoding="utf-8")
+
+    def run(*arguments: str | Path, env: dict[str, str] | None = None) -> Ran:
+        surroundings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", **(env or {})}
+        return runner(*arguments, "-f", "text.txt", "--levels", "Q4_K_M", env=surroundings)
+
+    return run
+
+
+def test_a_model_is_downloaded_by_id_and_quantised(fetch: RunCommand, hub: HubServer, tmp_path: Path) -> None:
+    ran = fetch("run", REPO, "--json")
+    assert ran.code == 0, ran.err
+    document = ran.document
+    assert document["model"]["name"] == "Tiny-Llama"
+    assert document["model"]["source"]["repo"] == REPO
+    assert document["model"]["source"]["commit"] == hub.find(REPO).commit  # type: ignore[union-attr]
+    written = tmp_path / "work" / "Tiny-Llama" / "Tiny-Llama-Q4_K_M.gguf"
+    assert read_header(written).text("general.architecture") == "llama"
+    assert hub.downloads() == ["Tiny-Llama-BF16.gguf"]
+
+
+def test_the_second_time_downloads_and_makes_nothing(fetch: RunCommand, hub: HubServer) -> None:
+    assert fetch("run", REPO).code == 0
+    again = fetch("run", REPO, "--json")
+    assert [level["status"] for level in again.document["levels"]] == ["skipped"]
+    assert len(hub.downloads()) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (GATED, "licence"),
+        ("tiny-org/not-there", "not-there"),
+        (f"{REPO}@no-such-branch", "no-such-branch"),
+        (f"{REPO}:Tiny-Lama-BF16.gguf", "Tiny-Llama-BF16.gguf"),
+    ],
+)
+def test_what_the_hub_refuses_is_exit_4(fetch: RunCommand, model: str, said: str) -> None:
+    ran = fetch("run", model)
+    assert ran.code == 4, ran.err
+    assert said in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.err.count("\n  Why: ") == ran.err.count("\n  Do:  ") == 1
+
+
+def test_a_connection_that_is_always_cut_is_exit_4_and_the_next_try_goes_on(
+    fetch: RunCommand, hub: HubServer, tmp_path: Path
+) -> None:
+    hub.trouble = Trouble(cut_after=1000)
+    ran = fetch("run", REPO)
+    assert ran.code == 4, ran.err
+    assert not list((tmp_path / "work").rglob("*.gguf"))
+    hub.trouble = Trouble()
+    assert fetch("run", REPO).code == 0
+
+
+def test_no_hub_at_all_is_exit_4(fetch: RunCommand) -> None:
+    ran = fetch("run", REPO, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert ran.code == 4, ran.err
+
+
+def test_the_token_is_used_and_never_told(fetch: RunCommand, tmp_path: Path) -> None:
+    ran = fetch("run", GATED, "-v", env={"HF_TOKEN": TOKEN})
+    assert ran.code == 0, ran.err
+    told = ran.out + ran.err + "".join(path.read_text("utf-8", "replace") for path in (tmp_path / "work").rglob("*.log"))
+    assert TOKEN not in told
+    assert TOKEN not in (tmp_path / "work" / "Gated-Llama" / "journal.json").read_text()
+
+
+def test_a_dry_run_of_a_hub_id_says_why_it_cannot(fetch: RunCommand, hub: HubServer) -> None:
+    ran = fetch("run", REPO, "--dry-run")
+    assert ran.code == 2
+    assert "before it is downloaded" in ran.err
+    assert hub.downloads() == []
+
+
+@pytest.mark.convert
+@pytest.mark.skipif(bool(missing_packages()), reason="the convert extra is not installed")
+def test_a_hugging_face_directory_becomes_q4_k_m(runner: RunCommand, tmp_path: Path) -> None:
+    directory = tmp_path / "tiny-hf"
+    write_hf_directory(directory)
+    (tmp_path / "text.txt").write_text(sample_text(20_000), encoding="utf-8")
+    arguments = ("run", directory, "-f", "text.txt", "--levels", "Q4_K_M", "--json")
+    ran = runner(*arguments)
+    assert ran.code == 0, ran.err
+    workspace = tmp_path / "work" / "tiny-hf"
+    (converted,) = [path for path in workspace.glob("*.gguf") if path.stem.endswith(("-BF16", "-F16", "-F32"))]
+    assert read_header(workspace / "tiny-hf-Q4_K_M.gguf").text("general.architecture") == "llama"
+    before = converted.stat().st_mtime_ns
+    again = runner(*arguments)
+    assert [level["status"] for level in again.document["levels"]] == ["skipped"]
+    assert converted.stat().st_mtime_ns == before
+
+
+@pytest.mark.convert
+@pytest.mark.skipif(bool(missing_packages()), reason="the convert extra is not installed")
+def test_a_directory_with_code_is_refused_unless_trusted(runner: RunCommand, tmp_path: Path) -> None:
+    directory = tmp_path / "tiny-hf"
+    write_hf_directory(directory)
+    (directory / "modeling_evil.py").write_text("raise SystemExit('executed')")
+    ran = runner("run", directory, "--levels", "Q4_K_M")
+    assert ran.code == 6, ran.err
+    assert "--trust-remote-code" in ran.err
