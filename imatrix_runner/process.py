@@ -29,6 +29,7 @@ OnText = Callable[[Stream, str], object]
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _TAIL_LINES = 200
+_MAX_CAPTURED = 4 << 20
 _SCRUBBED = ("LLAMA_ARG_", "LLAMA_LOG_", "GGML_SCHED_DEBUG")
 
 
@@ -145,20 +146,30 @@ class Captured:
 
 
 def capture(command: Command, *, seconds: float) -> Captured:
-    """Run something short and keep what it says. Raises ``OSError`` if it cannot start, ``TimeoutError`` if it takes longer."""
+    """Run something short and keep what it says, at most :data:`_MAX_CAPTURED` bytes of each stream.
+
+    Raises ``OSError`` if it cannot start, ``TimeoutError`` if it takes longer or never stops talking.
+    """
+    child = _open(command)
+    ends: queue.SimpleQueue[tuple[Stream, bytes]] = queue.SimpleQueue()
+    said: dict[Stream, bytearray] = {name: bytearray() for name, _ in _pipes(child)}
+    deadline = time.monotonic() + seconds
     try:
-        done = subprocess.run(
-            command.argv,
-            cwd=command.cwd,
-            env=child_environment(command.env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
+        for name, pipe in _pipes(child):
+            threading.Thread(target=_pump, args=(name, pipe, ends), daemon=True).start()
+        talking = len(said)
+        while talking:
+            stream, data = ends.get(timeout=max(0.0, deadline - time.monotonic()))
+            talking -= not data
+            said[stream] += data
+            if len(said[stream]) > _MAX_CAPTURED:
+                raise TimeoutError(f"it wrote more than {_MAX_CAPTURED} bytes")
+        child.wait(timeout=max(0.0, deadline - time.monotonic()))
+    except (queue.Empty, subprocess.TimeoutExpired) as error:
         raise TimeoutError(f"no answer within {seconds:g} s") from error
-    return Captured(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+    finally:
+        _end(child)
+    return Captured(child.returncode, said["stdout"].decode("utf-8", "replace"), said["stderr"].decode("utf-8", "replace"))
 
 
 class Runner:
@@ -202,9 +213,7 @@ class Runner:
 
     def _watch(self, child: subprocess.Popen[bytes], log: IO[bytes], on_text: OnText | None) -> tuple[tuple[str, ...], bool]:
         pieces: queue.SimpleQueue[tuple[Stream, bytes]] = queue.SimpleQueue()
-        assert child.stdout is not None
-        assert child.stderr is not None
-        streams: list[tuple[Stream, IO[bytes]]] = [("stdout", child.stdout), ("stderr", child.stderr)]
+        streams = _pipes(child)
         for name, pipe in streams:
             threading.Thread(target=_pump, args=(name, pipe, pieces), daemon=True).start()
         decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name, _ in streams}
@@ -289,25 +298,34 @@ def _pump(name: Stream, pipe: IO[bytes], pieces: queue.SimpleQueue[tuple[Stream,
 
 
 def _start(command: Command) -> subprocess.Popen[bytes]:
-    # A session of its own: the terminal's Ctrl-C reaches us alone, and we can end the child with all it started.
-    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     try:
-        return subprocess.Popen(
-            command.argv,
-            cwd=command.cwd,
-            env=child_environment(command.env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=os.name == "posix",
-            creationflags=flags,
-        )
+        return _open(command)
     except OSError as error:
         raise EngineError(
             f"{Path(command.argv[0]).name} could not be started",
             f"{command.argv[0]}: {error.strerror or error}",
             "Check the toolchain with: imatrix-runner doctor",
         ) from error
+
+
+def _open(command: Command) -> subprocess.Popen[bytes]:
+    # A session of its own: the terminal's Ctrl-C reaches us alone, and we can end the child with all it started.
+    return subprocess.Popen(
+        command.argv,
+        cwd=command.cwd,
+        env=child_environment(command.env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=os.name == "posix",
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+
+
+def _pipes(child: subprocess.Popen[bytes]) -> tuple[tuple[Stream, IO[bytes]], ...]:
+    assert child.stdout is not None
+    assert child.stderr is not None
+    return ("stdout", child.stdout), ("stderr", child.stderr)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

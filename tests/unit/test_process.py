@@ -59,7 +59,7 @@ def test_text_is_told_while_the_child_still_runs(tmp_path: Path) -> None:
     """
     gate = tmp_path / "gate"
     gate.touch()
-    assert Runner(hang_seconds=30).run(python(script, gate), on_text=lambda _stream, _text: gate.unlink()).ok
+    assert Runner(hang_seconds=30).run(python(script, gate), on_text=lambda _stream, _text: gate.unlink(missing_ok=True)).ok
 
 
 def test_a_character_cut_in_two_by_the_pipe_is_put_together() -> None:

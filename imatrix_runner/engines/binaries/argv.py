@@ -52,6 +52,8 @@ def _compute(options: CollectOptions, tools: Toolchain) -> list[str]:
 def tokenize_command(model: Path, text: Path, tools: Toolchain, *, parse_special: bool) -> Command:
     """llama-tokenize, ids only: it reads the vocabulary, not the weights."""
     argv = [str(tools.tool("llama-tokenize")), "-m", str(model), "-f", str(text), "--ids"]
+    if tools.knows("llama-tokenize", "--no-escape"):
+        argv.append("--no-escape")  # it turns a written "\\n" into a line break, llama-imatrix does not
     if not parse_special:
         argv.append("--no-parse-special")
     return Command(tuple(argv))

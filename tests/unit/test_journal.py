@@ -1,0 +1,173 @@
+"""The journal remembers what was made from what, and names what differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.files import stamp
+from imatrix_runner.journal import VERSION, Journal, Output, Record, differences, is_intact, outputs_intact
+
+INPUTS = {"model file": "sha256:1", "options": "Q4_K_M"}
+
+
+def record(outputs: list[Output] | None = None, **inputs: str) -> Record:
+    return Record.now(inputs or INPUTS, outputs or [], "not made yet", 1.5, command="tool -x", facts={"ppl": 2.5})
+
+
+def write(path: Path, content: bytes = b"content") -> Output:
+    path.write_bytes(content)
+    return Output(path.name, stamp(path), "digest")
+
+
+def test_a_record_is_there_after_reopening(tmp_path: Path) -> None:
+    path = tmp_path / "journal.json"
+    made = record([write(tmp_path / "a.gguf")])
+    Journal(path).record("level-A", made)
+    again = Journal(path)
+    assert again["level-A"] == again.get("level-A") == made
+    assert again.get("level-B") is None
+    assert list(again.steps()) == ["level-A"]
+    assert made.finished.endswith("+00:00")
+
+
+def test_opening_a_journal_writes_nothing(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forgotten_step_is_gone_for_good(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.json")
+    journal.record("a", record())
+    journal.record("b", record())
+    journal.forget("a")
+    journal.forget("never there")
+    assert list(Journal(journal.path).steps()) == ["b"]
+
+
+def test_facts_are_kept_and_an_unchanged_one_costs_no_write(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.json")
+    journal.remember(model="m", levels="A,B")
+    journal.path.unlink()
+    journal.remember(model="m")
+    assert not journal.path.exists()
+    journal.remember(model="n")
+    again = Journal(journal.path)
+    assert (again.fact("model"), again.fact("levels"), again.fact("other")) == ("n", "A,B", None)
+
+
+def test_a_hash_holds_as_long_as_the_file_is_the_same(tmp_path: Path) -> None:
+    journal, path = Journal(tmp_path / "journal.json"), tmp_path / "model.gguf"
+    path.write_bytes(b"weights")
+    journal.remember_hash(path, stamp(path), "abc")
+    again = Journal(journal.path)
+    assert again.known_hash(path) == "abc"
+    os.utime(path, ns=(1, 1))
+    assert again.known_hash(path) is None
+    assert again.known_hash(tmp_path / "another") is None
+
+
+def test_threads_lose_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.json")
+    start = threading.Barrier(8)
+
+    def work(thread: int) -> None:
+        start.wait()
+        for index in range(5):
+            journal.record(f"{thread}-{index}", record())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(Journal(journal.path).steps()) == {f"{thread}-{index}" for thread in range(8) for index in range(5)}
+
+
+def test_a_torn_journal_is_an_error_that_names_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.json")
+    journal.record("a", record())
+    whole = journal.path.read_bytes()
+    for end in (0, 1, len(whole) // 2, len(whole) - 3):
+        journal.path.write_bytes(whole[:end])
+        with pytest.raises(InvalidDataError, match=r"journal\.json cannot be read") as caught:
+            Journal(journal.path)
+        assert "Move it away" in caught.value.todo
+
+
+def test_a_journal_of_another_version_is_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "journal.json"
+    path.write_text(json.dumps({"version": VERSION + 1, "steps": {}, "news": 1}))
+    with pytest.raises(InvalidDataError, match="another version") as caught:
+        Journal(path)
+    assert f"journal version {VERSION + 1}" in caught.value.why
+
+
+def test_differences_name_what_changed_came_or_went() -> None:
+    before = record(model="1", options="x", gone="z")
+    assert differences(before, {"model": "1", "options": "x", "gone": "z"}) == []
+    assert differences(before, {"new": "n", "options": "y", "model": "1"}) == ["new", "options", "gone"]
+
+
+VALUES = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from("123"))
+
+
+@given(VALUES, VALUES)
+def test_differences_are_empty_exactly_for_equal_inputs(before: dict[str, str], now: dict[str, str]) -> None:
+    found = differences(Record.now(before, [], "", 0.0), now)
+    assert (found == []) == (before == now)
+    assert len(set(found)) == len(found)
+
+
+def test_outputs_are_intact_until_one_is_touched_or_gone(tmp_path: Path) -> None:
+    outputs = [write(tmp_path / "a"), write(tmp_path / "b")]
+    made = record(outputs)
+    assert outputs_intact(made, tmp_path)
+    (tmp_path / "b").write_bytes(b"longer content")
+    assert not outputs_intact(made, tmp_path)
+    assert [is_intact(output, tmp_path) for output in outputs] == [True, False]
+    (tmp_path / "a").unlink()
+    assert not is_intact(outputs[0], tmp_path)
+
+
+def test_a_directory_in_the_place_of_an_output_is_not_it(tmp_path: Path) -> None:
+    output = write(tmp_path / "a")
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").mkdir()
+    assert not is_intact(replace(output, stamp=stamp(tmp_path / "a")), tmp_path)
+
+
+class TestConclude:
+    """A step's record and the names of its files arrive together."""
+
+    def test_files_get_their_names_and_match_the_record(self, tmp_path: Path) -> None:
+        journal, part, final = Journal(tmp_path / "journal.json"), tmp_path / ".part", tmp_path / "a.gguf"
+        part.write_bytes(b"new")
+        journal.conclude("a", record([Output(final.name, stamp(part))]), [(part, final)])
+        assert final.read_bytes() == b"new"
+        assert not part.exists()
+        assert outputs_intact(Journal(journal.path)["a"], tmp_path)
+
+    def test_what_the_step_made_before_gives_way(self, tmp_path: Path) -> None:
+        journal, part, final = Journal(tmp_path / "journal.json"), tmp_path / ".part", tmp_path / "a.gguf"
+        journal.record("a", record([write(final, b"old")]))
+        part.write_bytes(b"new")
+        journal.conclude("a", record([Output(final.name, stamp(part))]), [(part, final)])
+        assert final.read_bytes() == b"new"
+
+    def test_a_file_of_someone_else_does_not(self, tmp_path: Path) -> None:
+        journal, part, final = Journal(tmp_path / "journal.json"), tmp_path / ".part", tmp_path / "a.gguf"
+        part.write_bytes(b"new")
+        final.write_bytes(b"precious")
+        with pytest.raises(InvalidDataError, match="in the way"):
+            journal.conclude("a", record([Output(final.name, stamp(part))]), [(part, final)])
+        assert final.read_bytes() == b"precious"
+        assert journal.get("a") is None

@@ -1,0 +1,172 @@
+"""One writer per workspace; a dead one's lock and children are taken care of."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from children import eventually, is_running, python
+
+from imatrix_runner.errors import InvalidDataError, WorkspaceLockedError
+from imatrix_runner.files import write_json
+from imatrix_runner.workspace import Owner, Workspace, hold, read_owner
+
+COMMAND = "imatrix-runner run m.gguf"
+
+# Holds the workspace argv[1] and a child that would run for ever; says both pids; waits for its stdin to close.
+HOLDER = f"""
+    import os, sys, threading
+    from pathlib import Path
+    from imatrix_runner.process import Command, Runner
+    from imatrix_runner.workspace import Workspace, hold
+    with hold(Workspace(Path(sys.argv[1]), "m"), {COMMAND!r}) as held:
+        def on_child(pid, alive):
+            held.on_child(pid, alive)
+            print(os.getpid(), pid, flush=True)
+        sleep = Command((sys.executable, "-c", "import time; time.sleep(600)"))
+        runner = Runner(on_child=on_child)
+        threading.Thread(target=runner.run, args=(sleep,), daemon=True).start()
+        sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "m", "m")
+
+
+@contextmanager
+def held_elsewhere(workspace: Workspace) -> Iterator[tuple[int, int]]:
+    """The workspace is held by another process; its pid and that of its child."""
+    with subprocess.Popen(python(HOLDER, workspace.root).argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        pid, child = map(int, holder.stdout.readline().split())
+        try:
+            yield pid, child
+        finally:
+            holder.kill()
+            if is_running(child):
+                psutil.Process(child).kill()
+
+
+def owner(**changes: object) -> Owner:
+    ours = Owner(os.getpid(), psutil.Process().create_time(), socket.gethostname(), COMMAND, "2026-01-01T00:00:00+0000")
+    return replace(ours, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_an_imatrix_is_found_by_the_documented_order_of_names(workspace: Workspace, first: int) -> None:
+    names = ["imatrix.dat", "imatrix.gguf", "m.imatrix", "m-imatrix.gguf"]
+    workspace.root.mkdir()
+    for name in names[first:]:
+        (workspace.root / name).touch()
+    assert workspace.find_imatrix() == workspace.root / names[first]
+
+
+def test_no_imatrix_no_path(workspace: Workspace) -> None:
+    assert workspace.find_imatrix() is None
+    (workspace.root / "imatrix.dat").mkdir(parents=True)
+    (workspace.root / "imatrix.gguf.part").touch()
+    (workspace.root / "other-imatrix.gguf").touch()
+    assert workspace.find_imatrix() is None
+
+
+def test_paths_carry_the_model_and_the_level(workspace: Workspace) -> None:
+    assert workspace.level_file("Q4_K_M").name == "m-Q4_K_M.gguf"
+    assert workspace.log("level-Q4_K_M") == workspace.root / "logs" / "level-Q4_K_M.log"
+    assert not workspace.root.exists()
+
+
+def test_holding_tells_who_holds_and_leaves_nothing_behind(workspace: Workspace) -> None:
+    with hold(workspace, COMMAND) as held:
+        told = read_owner(workspace)
+        assert told is not None
+        assert (told.pid, told.command, told.alive) == (os.getpid(), COMMAND, True)
+        assert held.orphans == 0
+    assert read_owner(workspace) is None
+
+
+def test_a_workspace_can_be_held_again_after_an_error(workspace: Workspace) -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), hold(workspace, COMMAND):
+            raise ZeroDivisionError
+
+
+def test_a_held_workspace_is_refused_and_its_owner_named(workspace: Workspace) -> None:
+    with held_elsewhere(workspace) as (pid, _):
+        with pytest.raises(WorkspaceLockedError) as caught, hold(workspace, "another"):
+            pytest.fail("two held it")
+        assert f"process {pid} on {socket.gethostname()}" in caught.value.why
+        assert COMMAND in caught.value.why
+        told = read_owner(workspace)
+        assert told is not None
+        assert told.command == COMMAND  # the refused one did not write itself in
+
+
+def test_one_process_cannot_hold_twice(workspace: Workspace) -> None:
+    with hold(workspace, COMMAND), pytest.raises(WorkspaceLockedError), hold(workspace, COMMAND):
+        pytest.fail("two held it")
+
+
+def test_a_killed_owner_is_succeeded_and_its_children_ended(workspace: Workspace) -> None:
+    with held_elsewhere(workspace) as (pid, child):
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: not is_running(pid))
+        assert is_running(child)
+        with hold(workspace, COMMAND) as held:
+            assert held.orphans == 1
+            assert not is_running(child)
+        with hold(workspace, COMMAND) as held:
+            assert held.orphans == 0
+
+
+@pytest.mark.parametrize("left", [{"children": {str(os.getpid()): 1.0}}, {"host": "elsewhere"}])
+def test_a_reused_pid_and_another_machine_are_left_alone(workspace: Workspace, left: dict[str, object]) -> None:
+    """Our own pid stands for a process that merely has the number of an orphan: it must survive."""
+    children = {str(os.getpid()): psutil.Process().create_time()}
+    write_json(workspace.owner, owner(**{"children": children, **left}))
+    with hold(workspace, COMMAND) as held:
+        assert held.orphans == 0
+
+
+def test_an_owner_is_alive_only_as_the_same_process_on_this_machine() -> None:
+    assert owner().alive
+    assert not owner(created=1.0).alive
+    assert not owner(host="elsewhere").alive
+    gone = subprocess.Popen(python("").argv)
+    gone.wait()
+    assert not owner(pid=gone.pid).alive
+
+
+def test_a_torn_owner_file_is_as_good_as_none(workspace: Workspace) -> None:
+    workspace.root.mkdir()
+    workspace.owner.write_bytes(b'{"pid": 1')
+    assert read_owner(workspace) is None
+    with hold(workspace, COMMAND):
+        assert read_owner(workspace) is not None
+
+
+def test_children_are_listed_while_they_live(workspace: Workspace) -> None:
+    def listed() -> set[str]:
+        told = read_owner(workspace)
+        return set(told.children) if told is not None else set()
+
+    with hold(workspace, COMMAND) as held:
+        held.on_child(os.getpid(), True)
+        assert listed() == {str(os.getpid())}
+        held.on_child(os.getpid(), False)
+        assert listed() == set()
+
+
+def test_a_place_that_cannot_hold_a_workspace_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidDataError, match="opening the workspace"), hold(Workspace(tmp_path / "file" / "m", "m"), COMMAND):
+        pytest.fail("held nothing")
