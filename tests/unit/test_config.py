@@ -65,7 +65,7 @@ def test_a_pyproject_without_our_table_is_stepped_over(tmp_path: Path) -> None:
     assert find_settings(tmp_path / "a" / "b").values == {"jobs": 1}
 
 
-@pytest.mark.parametrize("content", ["jobs = = 1", "jobs", '"'])
+@pytest.mark.parametrize("content", ["jobs = = 1\n", "jobs\n", '"\n'])
 def test_bad_toml_names_file_and_place(tmp_path: Path, content: str) -> None:
     write(tmp_path / FILE, content)
     with pytest.raises(InvalidDataError, match="is not valid TOML") as caught:

@@ -53,7 +53,7 @@ def tokenize_command(model: Path, text: Path, tools: Toolchain, *, parse_special
     """llama-tokenize, ids only: it reads the vocabulary, not the weights."""
     argv = [str(tools.tool("llama-tokenize")), "-m", str(model), "-f", str(text), "--ids"]
     if tools.knows("llama-tokenize", "--no-escape"):
-        argv.append("--no-escape")  # it turns a written "\\n" into a line break, llama-imatrix does not
+        argv.append("--no-escape")  # it turns a written "\n" into a line break, llama-imatrix does not
     if not parse_special:
         argv.append("--no-parse-special")
     return Command(tuple(argv))
