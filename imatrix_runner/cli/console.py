@@ -16,7 +16,8 @@ def stderr_console(*, quiet: bool = False) -> Console:
 
 
 def _console(*, stderr: bool, quiet: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, quiet=quiet)
+    # Names, patterns and paths hold brackets and colons of their own: nothing is read as markup.
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, quiet=quiet)
     if not console.is_terminal:
         console.soft_wrap = True
         console.width = _PIPE_WIDTH

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from imatrix_runner.cli.imatrix_stats import stats
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.options import (
     collect_options,
@@ -27,6 +28,9 @@ from imatrix_runner.workflow.request import RunRequest
 @click.group()
 def imatrix() -> None:
     """Importance matrices: generate."""
+
+
+imatrix.add_command(stats)
 
 
 @imatrix.command(cls=SettingsCommand)

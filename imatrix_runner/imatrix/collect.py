@@ -18,7 +18,7 @@ from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Event, Finished, Metric, Notice, Progress, Saved, Sink, Started, warning
 from imatrix_runner.files import human_seconds, require_space, sha256, stamp, sync_file
 from imatrix_runner.imatrix.formats import read, write_gguf
-from imatrix_runner.imatrix.matrix import Matrix, add, problems
+from imatrix_runner.imatrix.matrix import Matrix, add, held, problems
 from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
 from imatrix_runner.workspace import Workspace
 
@@ -32,6 +32,9 @@ _CPU_FLOPS = 2e11
 _GPU_FLOPS = 2e13
 _RELOAD_SHARE = 0.03
 _LEAST_RANGE = 10
+
+# Files of ranges read at once; beyond that their sum so far is kept in memory.
+_MOST_OPEN = 64
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
     perplexity = _RunningPerplexity()
     seconds = load_seconds = 0.0
     done = reused = 0
-    so_far: list[Matrix] = []
+    parts: list[Matrix] = []
     for piece in plan.ranges:
         step = f"{STEP}-{piece.first:06d}-{piece.end:06d}"
         part = workspace.parts / f"{step}.gguf"
@@ -167,13 +170,15 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
             reused += piece.count
         perplexity.close_range(piece.count, ppl)
         done += piece.count
-        so_far = [add([*so_far, matrix])]
+        parts.append(matrix)
+        if len(parts) == _MOST_OPEN:
+            parts = [held(add(parts))]
         sink(Progress(STEP, done, plan.n_chunks, _note(perplexity.value)))
         if done in plan.snapshots:
             snapshot = request.out.with_name(f"{request.out.name}.at_{done}")
-            write_gguf(_named(so_far[0], request), snapshot)
+            write_gguf(_named(add(parts), request), snapshot)
             sink(Saved(str(snapshot), f"imatrix of the first {done} chunks", snapshot.stat().st_size))
-    result = _named(so_far[0], request)
+    result = _named(add(parts), request)
     _advise(plan, seconds, load_seconds, sink)
     told = [f"{plan.n_chunks} chunks", f"{len(result.entries)} entries"]
     told += [f"{reused} chunks kept"] if reused else []

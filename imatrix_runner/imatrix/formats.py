@@ -5,7 +5,6 @@ Both are untrusted input: every length is checked against the file's size before
 
 from __future__ import annotations
 
-import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.files import discard, part_path, publish
-from imatrix_runner.imatrix.matrix import Entry, Matrix, Sums
+from imatrix_runner.imatrix.matrix import Matrix
+from imatrix_runner.imatrix.stored import OpenFile, Place, StoredEntries
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, read_header
 
 Format = Literal["gguf", "dat"]
@@ -81,13 +81,16 @@ def _read_gguf(path: Path) -> Matrix:
     missing = [key for key in (DATASETS, CHUNK_COUNT, CHUNK_SIZE) if key not in header.metadata]
     if missing:
         raise _bad(path, f"the metadata key {missing[0]} is missing, and llama-quantize would refuse it")
-    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        entries = {name: _gguf_entry(path, header, view, name, sums[name], counts[name]) for name in sorted(sums)}
     datasets = header.metadata[DATASETS]
     if not isinstance(datasets, (list, tuple)):
         raise _bad(path, f"{DATASETS} is not a list of names")
+    file = OpenFile(path)
+    places = {name: _gguf_place(file, header, name, sums[name], counts[name]) for name in sums}
     return Matrix(
-        entries, _whole(path, header, CHUNK_SIZE), _whole(path, header, CHUNK_COUNT), tuple(str(name) for name in datasets)
+        StoredEntries(file, places),
+        _whole(path, header, CHUNK_SIZE),
+        _whole(path, header, CHUNK_COUNT),
+        tuple(str(name) for name in datasets),
     )
 
 
@@ -98,75 +101,74 @@ def _whole(path: Path, header: GgufHeader, key: str) -> int:
     return value
 
 
-def _gguf_entry(path: Path, header: GgufHeader, view: mmap.mmap, name: str, sums: TensorInfo, counts: TensorInfo) -> Entry:
+def _gguf_place(file: OpenFile, header: GgufHeader, name: str, sums: TensorInfo, counts: TensorInfo) -> Place:
     if sums.type_name != "F32" or counts.type_name != "F32":
-        raise _bad(path, f"{name} is stored as {sums.type_name}, not F32")
+        raise _bad(file.path, f"{name} is stored as {sums.type_name}, not F32")
     n_mat = counts.n_elements
-    if n_mat == 0 or sums.n_elements % n_mat:
-        raise _bad(path, f"{name} has {sums.n_elements} sums for {n_mat} counts")
-
-    def floats(tensor: TensorInfo) -> Sums:
-        # A copy: an array that still looked into the map would keep it from closing, above all while an error is raised.
-        return np.frombuffer(view, "<f4", tensor.n_elements, header.data_offset + tensor.offset).astype(np.float64)
-
-    tokens = floats(counts)
-    if not (np.abs(tokens) <= _MAX_COUNT).all():
-        raise _bad(path, f"{name} has a count that is NaN, infinite or absurd")
-    return Entry(floats(sums).reshape(n_mat, -1), np.rint(tokens).astype(np.int64))
+    if n_mat == 0 or sums.n_elements == 0 or sums.n_elements % n_mat:
+        raise _bad(file.path, f"{name} has {sums.n_elements} sums for {n_mat} counts")
+    tokens = file.floats(header.data_offset + counts.offset, n_mat)
+    if len(tokens) < n_mat or not (np.abs(tokens) <= _MAX_COUNT).all():
+        raise _bad(file.path, f"{name} has a count that is NaN, infinite or absurd")
+    return Place(header.data_offset + sums.offset, sums.n_elements // n_mat, np.rint(tokens).astype(np.int64))
 
 
 class _Cursor:
-    """Reads little-endian values from a map, refusing every length that the file cannot hold."""
+    """Reads little-endian values one after the other, refusing every length that the file cannot hold."""
 
-    def __init__(self, path: Path, view: mmap.mmap) -> None:
-        self._path, self._view, self.at = path, view, 0
+    def __init__(self, file: OpenFile) -> None:
+        self._file, self.at = file, 0
+
+    def skip(self, size: int, what: str) -> int:
+        """Step over ``size`` bytes and say where they begin."""
+        if size < 0 or size > self.left:
+            raise _bad(self._file.path, f"neither a GGUF nor a whole legacy imatrix: {what} does not fit the file's size")
+        self.at += size
+        return self.at - size
 
     def take(self, size: int, what: str) -> bytes:
-        if size < 0 or size > len(self._view) - self.at:
-            raise _bad(self._path, f"neither a GGUF nor a whole legacy imatrix: {what} does not fit the file's size")
-        self.at += size
-        return self._view[self.at - size : self.at]
+        return self._file.read(self.skip(size, what), size)
 
     def integer(self, what: str) -> int:
         return int(struct.unpack("<i", self.take(4, what))[0])
 
     @property
     def left(self) -> int:
-        return len(self._view) - self.at
+        return self._file.size - self.at
 
 
 def _read_dat(path: Path) -> Matrix:
     """The legacy layout, little endian: i32 n; n times (i32 len, name, i32 ncall, i32 nval, f32[nval]); optionally
     i32 last_chunk, i32 len, dataset (llama.cpp ``common/imatrix-loader.cpp``). A value is (Σx²/count)*ncall, so the mean
     square is value/ncall: it is kept as sums with a count of ncall."""
-    entries: dict[str, Entry] = {}
-    with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        cursor = _Cursor(path, view)
-        n_entries = cursor.integer("the number of entries")
-        if not 0 < n_entries <= min(_MAX_ENTRIES, len(view) // 16):
-            raise _bad(path, f"neither a GGUF nor a legacy imatrix: it would have {n_entries} entries")
-        for index in range(n_entries):
-            length = cursor.integer(f"the name of entry {index}")
-            if not 0 < length <= _MAX_NAME:
-                raise _bad(path, f"neither a GGUF nor a legacy imatrix: a name of {length} bytes")
-            try:
-                name = cursor.take(length, f"the name of entry {index}").decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise _bad(path, "neither a GGUF nor a legacy imatrix: a tensor's name is not text") from error
-            calls, n_values = cursor.integer(f"{name}'s calls"), cursor.integer(f"{name}'s size")
-            if calls < 0 or n_values <= 0:
-                raise _bad(path, f"{name} has {n_values} values from {calls} calls")
-            values = np.frombuffer(cursor.take(4 * n_values, f"{name}'s data"), "<f4").astype(np.float64)
-            entries[name] = Entry(values.reshape(1, -1), np.array([max(calls, 1)], np.int64))
-        chunks, datasets = 0, tuple[str, ...]()
+    file = OpenFile(path)
+    places: dict[str, Place] = {}
+    cursor = _Cursor(file)
+    n_entries = cursor.integer("the number of entries")
+    if not 0 < n_entries <= min(_MAX_ENTRIES, file.size // 16):
+        raise _bad(path, f"neither a GGUF nor a legacy imatrix: it would have {n_entries} entries")
+    for index in range(n_entries):
+        length = cursor.integer(f"the name of entry {index}")
+        if not 0 < length <= _MAX_NAME:
+            raise _bad(path, f"neither a GGUF nor a legacy imatrix: a name of {length} bytes")
+        try:
+            name = cursor.take(length, f"the name of entry {index}").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _bad(path, "neither a GGUF nor a legacy imatrix: a tensor's name is not text") from error
+        calls, n_values = cursor.integer(f"{name}'s calls"), cursor.integer(f"{name}'s size")
+        if calls < 0 or n_values <= 0:
+            raise _bad(path, f"{name} has {n_values} values from {calls} calls")
+        offset = cursor.skip(4 * n_values, f"{name}'s data")
+        places[name] = Place(offset, n_values, np.array([max(calls, 1)], np.int64))
+    chunks, datasets = 0, tuple[str, ...]()
+    if cursor.left >= 4:
+        chunks = cursor.integer("the chunk count")
+        if chunks < 0:
+            raise _bad(path, f"it would have seen {chunks} chunks")
         if cursor.left >= 4:
-            chunks = cursor.integer("the chunk count")
-            if chunks < 0:
-                raise _bad(path, f"it would have seen {chunks} chunks")
-            if cursor.left >= 4:
-                length = cursor.integer("the dataset's name")
-                datasets = (cursor.take(length, "the dataset's name").decode("utf-8", "replace"),)
-    return Matrix({name: entries[name] for name in sorted(entries)}, 0, chunks, datasets)
+            length = cursor.integer("the dataset's name")
+            datasets = (cursor.take(length, "the dataset's name").decode("utf-8", "replace"),)
+    return Matrix(StoredEntries(file, places), 0, chunks, datasets)
 
 
 def write_gguf(matrix: Matrix, path: Path) -> None:
@@ -190,13 +192,18 @@ def prepare_gguf(matrix: Matrix, path: Path) -> Path:
         writer.add_array(DATASETS, list(matrix.datasets) or [""])  # llama-quantize wants the key, no list may be empty
         writer.add_uint32(CHUNK_COUNT, matrix.chunk_count)
         writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
-        for name, entry in matrix.entries.items():
-            writer.add_tensor(name + SUMS, entry.sums.astype(np.float32))
-            writer.add_tensor(name + COUNTS, entry.counts.astype(np.float32).reshape(-1, 1))
+        for name in sorted(matrix.entries):
+            n_mat, n_columns = matrix.shape(name)
+            writer.add_tensor_info(name + SUMS, (n_mat, n_columns), np.dtype(np.float32), 4 * n_mat * n_columns)
+            writer.add_tensor_info(name + COUNTS, (n_mat, 1), np.dtype(np.float32), 4 * n_mat)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer.write_ti_data_to_file()
+            for name in sorted(matrix.entries):
+                entry = matrix.entries[name]
+                writer.write_tensor_data(entry.sums.astype(np.float32))
+                writer.write_tensor_data(entry.counts.astype(np.float32).reshape(-1, 1))
         finally:
             writer.close()
     except OSError as error:

@@ -6,8 +6,10 @@ one row of sums and one count per expert for MoE tensors. See llama.cpp ``tools/
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -32,43 +34,93 @@ class Entry:
     counts: Counts
 
 
+class Entries(Mapping[str, Entry]):
+    """Entries that are made when looked up, and whose shapes are known without."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, int]:
+        """``(n_mat, n_columns)``."""
+
+
 @dataclass(frozen=True)
 class Matrix:
-    """A whole imatrix: entries by weight name, tokens per chunk, chunks seen, and the names of the texts."""
+    """A whole imatrix: entries by weight name, tokens per chunk, chunks seen, and the names of the texts.
+
+    ``entries`` may be lazy (:class:`Entries`): look one up once, use it, let it go.
+    """
 
     entries: Mapping[str, Entry]
     chunk_size: int
     chunk_count: int
     datasets: tuple[str, ...]
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """``(n_mat, n_columns)`` of an entry."""
+        if isinstance(self.entries, Entries):
+            return self.entries.shape(name)
+        n_mat, n_columns = self.entries[name].sums.shape
+        return n_mat, n_columns
+
     def values_per_entry(self, name: str) -> int:
         """How many floats llama-quantize will find for ``name``; it wants ne0 * ne2 of the weight."""
-        return int(self.entries[name].sums.size)
+        return prod(self.shape(name))
 
 
-def add(parts: Sequence[Matrix]) -> Matrix:
+class _Summed(Entries):
+    """Sums of the parts' entries, each made when looked up; a part that lacks an entry adds nothing to it."""
+
+    def __init__(self, parts: Sequence[Matrix], weights: Sequence[int]) -> None:
+        self._parts = tuple(zip(parts, weights, strict=True))
+        self._names = sorted({name for part in parts for name in part.entries})
+
+    def __getitem__(self, name: str) -> Entry:
+        having = [(part.entries[name], weight) for part, weight in self._parts if name in part.entries]
+        if not having:
+            raise KeyError(name)
+        # From zero, in order: x + 0.0 is exact, so one part alone comes out as it is.
+        sums = np.zeros_like(having[0][0].sums)
+        counts = np.zeros_like(having[0][0].counts)
+        for entry, weight in having:
+            sums += weight * entry.sums
+            counts += weight * entry.counts
+        return Entry(sums, counts)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return next(part.shape(name) for part, _ in self._parts if name in part.entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def add(parts: Sequence[Matrix], weights: Sequence[int] | None = None) -> Matrix:
     """The matrix of all the text the ``parts`` saw: sums and counts add, in float64 and in the order given.
 
-    Raises :class:`InvalidDataError` if they come from different models or chunk sizes.
+    ``weights`` (whole numbers, default all 1) count a part's text so many times. The entries are lazy: nothing is read
+    before it is used. Raises :class:`InvalidDataError` if the parts come from different models or chunk sizes.
     """
     first = parts[0]
-    sums: dict[str, Sums] = {}
-    counts: dict[str, Counts] = {}
+    weights = weights if weights is not None else [1] * len(parts)
     datasets: dict[str, None] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for part in parts:
         if part.chunk_size != first.chunk_size:
             raise _cannot_add(f"chunks of {first.chunk_size} and of {part.chunk_size} tokens")
         datasets.update(dict.fromkeys(part.datasets))
-        for name, entry in part.entries.items():
-            if name not in sums:
-                sums[name], counts[name] = entry.sums.copy(), entry.counts.copy()
-            elif sums[name].shape != entry.sums.shape:
-                raise _cannot_add(f"{name} has {sums[name].shape} values in one and {entry.sums.shape} in another")
-            else:
-                sums[name] += entry.sums
-                counts[name] += entry.counts
-    entries = {name: Entry(sums[name], counts[name]) for name in sorted(sums)}
-    return Matrix(entries, first.chunk_size, sum(part.chunk_count for part in parts), tuple(datasets))
+        for name in part.entries:
+            shape = part.shape(name)
+            if shapes.setdefault(name, shape) != shape:
+                raise _cannot_add(f"{name} has {shapes[name]} values in one and {shape} in another")
+    chunks = sum(weight * part.chunk_count for part, weight in zip(parts, weights, strict=True))
+    return Matrix(_Summed(parts, weights), first.chunk_size, chunks, tuple(datasets))
+
+
+def held(matrix: Matrix) -> Matrix:
+    """The same matrix with every entry in memory, free of the files it came from."""
+    entries = {name: matrix.entries[name] for name in matrix.entries}
+    return Matrix(entries, matrix.chunk_size, matrix.chunk_count, matrix.datasets)
 
 
 def _cannot_add(why: str) -> InvalidDataError:

@@ -167,9 +167,10 @@ def generate(chosen: Chosen, session: Session) -> MatrixFile:
     }
     record = Record.now(request.inputs, [output], chosen.step.reason, result.seconds, facts=facts)
     journal.conclude(_step(request.out, workspace), record, [(part, request.out)])
+    del result  # it reads from the ranges' files
     clean_parts(workspace, journal)
     session.sink(Saved(str(request.out), "imatrix", output.stamp.size))
-    return MatrixFile(request.out, "gguf", result.matrix)
+    return read(request.out)
 
 
 def _use(path: Path, model: Model, sink: Sink, how: str, *, action: str = "use") -> Chosen:

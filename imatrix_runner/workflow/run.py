@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,8 @@ def run(
     with _held(workspace, request, context, dry_run=dry_run) as runner:
         engine = make_engine(request.environment, toolchain, runner)
         session = Session(workspace, Journal(workspace.journal), toolchain, engine, runner, context.sink, dry_run)
+        if not dry_run:
+            shutil.rmtree(workspace.partial, ignore_errors=True)  # half files of a run that was killed
         job = _Job(request, session)
         model = job.open_model(source)
         levels = job.levels()

@@ -281,7 +281,7 @@ def test_no_network(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
             fetch_model(hub_id, stop=stop, sink=ignore, endpoint="http://absent.invalid", cache=cache)
     with pytest.raises(DownloadError, match="not a web address"):
         fetch_model(hub_id, stop=stop, sink=ignore, endpoint="nonsense", cache=cache)
-    monkeypatch.setattr("imatrix_runner.models.hub.fetch._LISTING_SECONDS", 0.1)
+    monkeypatch.setattr("imatrix_runner.models.hub.listing.LISTING_SECONDS", 0.1)
     hub.trouble = Trouble(silence=0.4)
     assert "does not answer" in refusal(hub, "org/tiny", cache).what
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from imatrix_runner.errors import DownloadError, RunnerError, UsageError, from_os_error
+from imatrix_runner.files import human_seconds
 from imatrix_runner.models.sources import HubId
+
+LONGEST_WAIT = 30.0
+"""Seconds we wait when a hub asks us to; for longer ones the user is told."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked of whom: for the words of a message."""
+    """What was asked of whom: for the words of a message. ``perhaps_path``: the user may have meant a local path."""
 
     hub_id: HubId
     endpoint: str
     has_token: bool
+    repo_type: str = "model"
+    perhaps_path: bool = True
 
     @property
     def host(self) -> str:
@@ -27,7 +34,12 @@ class Asked:
 
     @property
     def page(self) -> str:
-        return f"{urlsplit(self.endpoint).scheme}://{self.host}/{self.hub_id.repo}"
+        folder = "datasets/" if self.repo_type == "dataset" else ""
+        return f"{urlsplit(self.endpoint).scheme}://{self.host}/{folder}{self.hub_id.repo}"
+
+    @property
+    def no_path(self) -> str:
+        return "; there is no such local path either" if self.perhaps_path else ""
 
 
 def is_passing(error: BaseException) -> bool:
@@ -36,18 +48,24 @@ def is_passing(error: BaseException) -> bool:
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 429, 500, 502, 503, 504)
+        wait = retry_after(error) or 0
+        return error.response.status_code in (408, 429, 500, 502, 503, 504) and wait <= LONGEST_WAIT
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return True
     return isinstance(error, httpx2.TransportError) and not isinstance(error, (httpx2.ProxyError, httpx2.UnsupportedProtocol))
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Seconds the server wants us to wait, from its ``Retry-After`` header (in seconds)."""
+    """Seconds the server wants us to wait: from ``Retry-After``, or what ``RateLimit`` says of the window (``"api";r=0;t=55``)."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    text = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return float(text) if text.isascii() and text.isdigit() else None
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    text = error.response.headers.get("Retry-After", "")
+    if text.isascii() and text.isdigit():
+        return float(text)
+    window = re.search(r";\s*r=0\s*;\s*t=(\d{1,9})", error.response.headers.get("RateLimit", ""), re.ASCII)
+    return float(window[1]) if window else None
 
 
 def explain(error: BaseException, asked: Asked) -> RunnerError:
@@ -78,7 +96,7 @@ def explain(error: BaseException, asked: Asked) -> RunnerError:
             "Run the same command again; if it stays so, choose another revision with org/name@revision.",
         )
     if isinstance(error, errors.HfHubHTTPError):
-        return _explain_status(error.response.status_code, asked)
+        return _explain_status(error.response.status_code, asked, retry_after(error))
     if isinstance(error, errors.OfflineModeIsEnabled):
         return offline_without(asked)
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -127,12 +145,12 @@ def offline_without(asked: Asked) -> DownloadError:
     """For offline mode without a (whole) copy in the cache."""
     return DownloadError(
         f"{asked.hub_id} is not in the cache",
-        "offline mode is on (HF_HUB_OFFLINE), and the cache holds no complete copy of that revision",
-        "Run the same command once without HF_HUB_OFFLINE, or give a local path.",
+        "offline mode is on (HF_HUB_OFFLINE or --offline), and the cache holds no complete copy of that revision",
+        "Run the same command once without it, or give a local path.",
     )
 
 
-def _explain_status(status: int, asked: Asked) -> DownloadError:
+def _explain_status(status: int, asked: Asked, wait: float | None) -> DownloadError:
     repo = asked.hub_id.repo
     if status == 401 and asked.has_token:
         return DownloadError(
@@ -143,7 +161,7 @@ def _explain_status(status: int, asked: Asked) -> DownloadError:
     if status == 401:
         return DownloadError(
             f"{repo} does not exist or is private",
-            f"{asked.host} tells visitors without a token no more than that; there is no such local path either",
+            f"{asked.host} tells visitors without a token no more than that{asked.no_path}",
             "Check the spelling; for a private repository set HF_TOKEN to a token that may read it.",
         )
     if status == 403:
@@ -155,14 +173,15 @@ def _explain_status(status: int, asked: Asked) -> DownloadError:
     if status == 404:
         return DownloadError(
             f"There is no repository {repo}",
-            f"{asked.host} does not know it; there is no such local path either",
+            f"{asked.host} does not know it{asked.no_path}",
             "Check the spelling of org/name; a private repository needs HF_TOKEN.",
         )
     if status == 429:
         return DownloadError(
             f"{asked.host} asks us to slow down",
-            "too many requests came from your address or account (HTTP 429)",
-            "Wait some minutes and run the same command again; with HF_TOKEN set the limit is higher.",
+            "too many requests came from your address or account (HTTP 429)"
+            + (f"; it wants a pause of {human_seconds(wait)}" if wait else ""),
+            f"Wait {human_seconds(wait) if wait else 'some minutes'} and run the same command again; with HF_TOKEN set the limit is higher.",
         )
     return DownloadError(
         f"{asked.host} failed to answer",

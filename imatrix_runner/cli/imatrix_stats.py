@@ -1,0 +1,281 @@
+"""``imatrix stats``: what an imatrix says about a model's activations, as tables, JSON or CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from imatrix_runner.cli.options import output_options
+from imatrix_runner.cli.settings import SettingsCommand
+from imatrix_runner.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from imatrix_runner.imatrix.formats import MatrixFile
+    from imatrix_runner.imatrix.statistics import ExpertCoverage, LayerStatistics, Statistics, TensorStatistics
+
+    Item = TensorStatistics | LayerStatistics | ExpertCoverage
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure everywhere it appears: ``key`` in JSON, CSV and ``--sort``; ``heading`` and ``form`` in the table."""
+
+    key: str
+    heading: str
+    form: str
+    value: Callable[[Any], int | float | str | None]
+    meaning: str
+
+    def cell(self, item: Item) -> str:
+        value = self.value(item)
+        return "-" if value is None else format(value, self.form)
+
+
+_LAYER = Column("layer", "Layer", "", lambda item: item.layer, "number of the block; - outside the blocks.")
+_TENSOR = Column("tensor", "Tensor", "", lambda item: item.tensor, "which weight of the layer.")
+
+# Decimals are those of llama-imatrix --show-statistics.
+_TENSOR_COLUMNS = (
+    _LAYER,
+    _TENSOR,
+    Column("sum", "Σ(Act²)", ".2f", lambda item: item.total, "mean squares of all inputs, added: the strength of the signal."),
+    Column("min", "Min", ".4f", lambda item: item.minimum, "mean square of the weakest input."),
+    Column("max", "Max", ".4f", lambda item: item.maximum, "mean square of the strongest; far above μ is an outlier channel."),
+    Column("mean", "μ", ".2f", lambda item: item.mean, "average over the inputs."),
+    Column("sigma", "σ", ".2f", lambda item: item.deviation, "standard deviation over the inputs; the more, the less even."),
+    Column("active", "Active", ".2f", lambda item: item.active_percent, "percent of inputs above 1e-5; the rest lie dormant."),
+    Column("n", "N", "d", lambda item: item.elements, "inputs measured: columns, times the experts that saw a token."),
+    Column("entropy", "Entropy", ".4f", lambda item: item.entropy, "how widely the signal spreads over the inputs, in bits."),
+    Column(
+        "entropy_norm",
+        "E(norm)",
+        ".2f",
+        lambda item: item.entropy_percent,
+        "entropy in percent of its most; 100 is quite even.",
+    ),
+    Column("zd", "ZD", ".2f", lambda item: item.zd_percent, "percent of inputs more than σ above μ."),
+    Column(
+        "cosine",
+        "CosSim",
+        ".4f",
+        lambda item: item.cosine,
+        "likeness to the same tensor one layer before, 1 is alike; 0 where there is none of its size.",
+    ),
+)
+_LAYER_COLUMNS = (
+    _LAYER,
+    Column("tensors", "Tensors", "d", lambda item: item.tensors, "tensors with data."),
+    Column("n", "N", "d", lambda item: item.elements, "inputs measured in all of them."),
+    Column("sum", "μΣ(Act²)", ".2f", lambda item: item.total, "the tensors' Σ(Act²), averaged with N as weight."),
+    Column("zd", "μZD", ".4f", lambda item: item.zd_percent, "their ZD, so averaged, in percent."),
+    Column(
+        "cosine", "μCosSim", ".4f", lambda item: item.cosine, "their CosSim, so averaged; low means the layer changes much."
+    ),
+)
+_EXPERT_COLUMNS = (
+    _LAYER,
+    _TENSOR,
+    Column("experts", "Experts", "d", lambda item: item.experts, "experts in the tensor."),
+    Column(
+        "without_tokens",
+        "Untouched",
+        "d",
+        lambda item: item.without_tokens,
+        "experts that no calibration token reached: quantised as if all their inputs mattered alike.",
+    ),
+    Column("fewest", "Fewest", "d", lambda item: item.fewest, "tokens of the expert with the fewest."),
+    Column("median", "Median", ".10g", lambda item: item.median, "tokens of the expert in the middle."),
+    Column("most", "Most", "d", lambda item: item.most, "tokens of the expert with the most."),
+)
+
+# Given up one by one, in this order, when the terminal is too narrow for all: what is left still says the most.
+_DISPENSABLE = ("min", "entropy", "mean", "n", "max", "active", "sigma")
+
+
+@click.command(cls=SettingsCommand)
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--csv", "as_csv", is_flag=True, help="Print the tensors' figures as CSV on stdout, with all digits.")
+@click.option(
+    "--sort",
+    type=click.Choice([column.key for column in _TENSOR_COLUMNS]),
+    default="sum",
+    show_default=True,
+    help="Order of the tensors: layer and tensor ascending, figures from the largest.",
+)
+@click.option("--reverse", is_flag=True, help="Turn that order round.")
+@click.option("--layer", type=click.IntRange(min=0), metavar="N", help="Show this layer only.")
+@output_options
+def stats(
+    file: Path,
+    as_csv: bool,
+    sort: str,
+    reverse: bool,
+    layer: int | None,
+    as_json: bool,
+    quiet: bool,
+    **_options: Any,
+) -> int:
+    """Show what the imatrix FILE (GGUF or legacy .dat) tells of every tensor, layer and expert.
+
+    The figures are those of llama-imatrix --show-statistics, to the printed digit.
+
+    \b
+    imatrix-runner imatrix stats imatrix.gguf --sort zd
+    imatrix-runner imatrix stats imatrix.gguf --layer 12
+    """
+    if as_csv and as_json:
+        raise UsageError("--csv and --json exclude each other", "each is a form of stdout", "Give one of them.")
+    from imatrix_runner.imatrix.formats import read
+    from imatrix_runner.imatrix.statistics import statistics
+
+    source = read(file)
+    found = statistics(source.matrix)
+    if layer is not None:
+        found = _only(found, layer)
+    tensors = _sorted(found.tensors, sort, reverse=reverse)
+    if as_json:
+        _print_json(source, found, tensors)
+    elif as_csv:
+        _print_csv(tensors)
+    else:
+        _print_tables(source, found, tensors, sort, explain=not quiet)
+    return 0
+
+
+def _only(found: Statistics, layer: int) -> Statistics:
+    from imatrix_runner.imatrix.statistics import Statistics, locate
+
+    if not any(item.layer == layer for item in found.layers):
+        known = [item.layer for item in found.layers]
+        there = f"its layers with data are {min(known)} to {max(known)}" if known else "it has no layers with data"
+        raise UsageError(f"There is no layer {layer} in this imatrix", there, "Give another number, or leave --layer out.")
+    return Statistics(
+        tuple(item for item in found.tensors if item.layer == layer),
+        tuple(item for item in found.layers if item.layer == layer),
+        tuple(item for item in found.experts if item.layer == layer),
+        tuple(name for name in found.without_data if locate(name)[0] == layer),
+    )
+
+
+def _sorted(tensors: Sequence[TensorStatistics], key: str, *, reverse: bool) -> list[TensorStatistics]:
+    """Figures from the largest; layers and names in their order, what is outside the blocks last. Ties stay by layer."""
+    column = next(column for column in _TENSOR_COLUMNS if column.key == key)
+
+    def rank(item: TensorStatistics) -> tuple[bool, Any]:
+        value = column.value(item)
+        if value is None:
+            return True, 0
+        return False, value if key in ("layer", "tensor") else -float(value)
+
+    ordered = sorted(tensors, key=rank)
+    return ordered[::-1] if reverse else ordered
+
+
+def _record(item: Item, columns: Sequence[Column]) -> dict[str, Any]:
+    return {column.key: column.value(item) for column in columns}
+
+
+def _print_json(source: MatrixFile, found: Statistics, tensors: Sequence[TensorStatistics]) -> None:
+    from imatrix_runner.cli.documents import document, print_document
+
+    print_document(
+        document(
+            "imatrix-stats",
+            exit_code=0,
+            imatrix={
+                "path": str(source.path),
+                "format": source.format,
+                "entries": len(source.matrix.entries),
+                "chunks": source.matrix.chunk_count,
+                "chunk_size": source.matrix.chunk_size,
+                "datasets": list(source.matrix.datasets),
+            },
+            columns={column.key: column.meaning for column in _TENSOR_COLUMNS},
+            tensors=[{"name": item.name, **_record(item, _TENSOR_COLUMNS)} for item in tensors],
+            layers=[_record(item, _LAYER_COLUMNS) for item in found.layers],
+            experts=[{"name": item.name, **_record(item, _EXPERT_COLUMNS)} for item in found.experts],
+            without_data=list(found.without_data),
+        )
+    )
+
+
+def _print_csv(tensors: Sequence[TensorStatistics]) -> None:
+    import csv
+    import sys
+
+    # RFC 4180 wants \r\n; every tool reads \n, and stdout in text mode would make \r\r\n of it on Windows.
+    writer = csv.DictWriter(sys.stdout, ["name", *(column.key for column in _TENSOR_COLUMNS)], lineterminator="\n")
+    writer.writeheader()
+    for item in tensors:
+        writer.writerow({"name": item.name, **_record(item, _TENSOR_COLUMNS)})
+
+
+def _print_tables(
+    source: MatrixFile, found: Statistics, tensors: Sequence[TensorStatistics], sort: str, *, explain: bool
+) -> None:
+    from rich.text import Text
+
+    from imatrix_runner.cli.console import stdout_console
+
+    console = stdout_console()
+    console.print(Text(f"{source.path}: {source.describe()}"))
+    left_out = _print_fitting(console, f"Tensors, by {sort}", tensors, _TENSOR_COLUMNS, keep=sort)
+    if left_out:
+        names = ", ".join(column.heading for column in left_out)
+        console.print(
+            Text(f"Not shown for lack of width: {names}. See them with --csv, or in a wider terminal.", style="yellow")
+        )
+    _legend(console, _TENSOR_COLUMNS, wanted=explain)
+    if found.layers:
+        console.print()
+        console.print(_table("Layers", found.layers, _LAYER_COLUMNS))
+        _legend(console, _LAYER_COLUMNS[3:], wanted=explain)
+    if found.experts:
+        console.print()
+        console.print(_table("Experts, in tokens of the calibration text", found.experts, _EXPERT_COLUMNS))
+        _legend(console, _EXPERT_COLUMNS[3:], wanted=explain)
+    if found.without_data:
+        console.print()
+        console.print(Text(f"Without any data: {', '.join(found.without_data)}", style="yellow"))
+
+
+def _print_fitting(console: Console, title: str, items: Sequence[Item], columns: Sequence[Column], keep: str) -> list[Column]:
+    """Print as many of the columns as fit whole; return those left out."""
+    shown = list(columns)
+    for key in _DISPENSABLE:
+        if (
+            console.measure(_table(title, items, shown), options=console.options.update(max_width=10_000)).maximum
+            <= console.width
+        ):
+            break
+        shown = [column for column in shown if column.key != key or key == keep]
+    console.print(_table(title, items, shown))
+    return [column for column in columns if column not in shown]
+
+
+def _table(title: str, items: Sequence[Item], columns: Sequence[Column]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column.heading, justify="left" if column.key == "tensor" else "right", no_wrap=True)
+    for item in items:
+        lacking = getattr(item, "without_tokens", 0) > 0
+        table.add_row(*(Text(column.cell(item)) for column in columns), style="yellow" if lacking else "")
+    return table
+
+
+def _legend(console: Console, columns: Sequence[Column], *, wanted: bool) -> None:
+    from rich.text import Text
+
+    if wanted:
+        for column in columns:
+            console.print(Text(f"  {column.heading:<9} {column.meaning}", style="dim"))

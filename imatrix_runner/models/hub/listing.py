@@ -1,0 +1,116 @@
+"""What a repository holds: asked from the hub, or read from its cache when there is no network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from imatrix_runner.errors import from_os_error
+from imatrix_runner.models.hub.advice import Asked, no_hub
+from imatrix_runner.models.hub.choice import RepoFile
+
+LISTING_SECONDS = 30.0
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A repository at one commit. ``date``: of its last change, ISO 8601; ``quantised_from``: whom its tags call its base."""
+
+    repo: str
+    repo_type: str
+    commit: str
+    date: str | None
+    files: tuple[RepoFile, ...]
+    base_model: str | None = None
+    quantised_from: tuple[str, ...] = ()
+
+
+def list_repository(asked: Asked) -> Listing:
+    """Ask the hub, once; for :func:`~imatrix_runner.models.hub.transfer.patiently`."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError
+
+    api = HfApi(endpoint=asked.endpoint, library_name="imatrix-runner")
+    ask = api.dataset_info if asked.repo_type == "dataset" else api.model_info
+    try:
+        info = ask(asked.hub_id.repo, revision=asked.hub_id.revision, files_metadata=True, timeout=LISTING_SECONDS)
+    except HFValidationError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise no_hub(asked) from error  # no JSON, or not a hub's
+    if not is_commit(info.sha):
+        raise no_hub(asked)
+    base = info.card_data.get("base_model") if info.card_data else None
+    base = base[0] if isinstance(base, list) and base else base
+    return Listing(
+        asked.hub_id.repo,
+        asked.repo_type,
+        str(info.sha),
+        iso_date(info.last_modified),
+        plain_files((entry.rfilename, entry.size) for entry in info.siblings or ()),
+        base if isinstance(base, str) else None,
+        quantised_from(info.tags or ()),
+    )
+
+
+def plain_files(entries: Iterable[tuple[str, int | None]]) -> tuple[RepoFile, ...]:
+    """Files as the hub names them, without those whose names no ordinary path can have."""
+    return tuple(RepoFile(name, size) for name, size in entries if _is_plain_name(name))
+
+
+def quantised_from(tags: Iterable[str]) -> tuple[str, ...]:
+    """The repositories that ``base_model:quantized:ORG/NAME`` tags name."""
+    mark = "base_model:quantized:"
+    return tuple(tag.removeprefix(mark) for tag in tags if isinstance(tag, str) and tag.startswith(mark))
+
+
+def iso_date(moment: datetime | None) -> str | None:
+    return moment.isoformat(timespec="seconds") if moment is not None else None
+
+
+def is_commit(text: str | None) -> bool:
+    return _COMMIT.fullmatch(text or "") is not None
+
+
+def _is_plain_name(name: str) -> bool:
+    return "\\" not in name and name.isprintable() and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def repository_folder(asked: Asked, cache: Path) -> Path:
+    """Where the cache keeps a repository."""
+    return cache / f"{asked.repo_type}s--{asked.hub_id.repo.replace('/', '--')}"
+
+
+def list_cached(asked: Asked, cache: Path) -> Listing | None:
+    """What the cache holds of a repository at the revision asked for, or None."""
+    folder = repository_folder(asked, cache)
+    revision = asked.hub_id.revision or "main"
+    note = folder / "refs" / revision
+    commit = note.read_text(encoding="ascii").strip() if note.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    if not is_commit(commit) or not snapshot.is_dir():
+        return None
+    found = (path for path in sorted(snapshot.rglob("*")) if path.is_file())
+    files = plain_files((path.relative_to(snapshot).as_posix(), path.stat().st_size) for path in found)
+    return Listing(asked.hub_id.repo, asked.repo_type, commit, None, files)
+
+
+def remember_revision(asked: Asked, commit: str, cache: Path) -> None:
+    """Note which commit a branch or tag meant (``refs/`` of the cache's documented layout), for later offline use.
+
+    The library does this only when it is asked for the branch itself; we ask for the commit.
+    """
+    revision = asked.hub_id.revision or "main"
+    if revision == commit:
+        return
+    note = repository_folder(asked, cache) / "refs" / revision
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit, encoding="ascii")
+    except OSError as error:
+        raise from_os_error(error, "noting the downloaded revision", note) from error

@@ -1,0 +1,233 @@
+"""One file from a hub into its cache: patient with what passes, watchful for what lies about its length or never ends."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from imatrix_runner.errors import DownloadError
+from imatrix_runner.events import Progress, Sink
+from imatrix_runner.files import human_bytes
+from imatrix_runner.models.hub.advice import LONGEST_WAIT, Asked, explain, is_passing, retry_after
+from imatrix_runner.models.hub.background import in_background
+from imatrix_runner.models.hub.choice import RepoFile
+from imatrix_runner.process import Stop
+
+if TYPE_CHECKING:
+    import httpx2
+    import tenacity
+    from typing_extensions import Self
+
+T = TypeVar("T")
+
+STEP = "download"
+"""The step that download events carry."""
+
+_TRIES = 3
+_MOST_RESTARTS = 3
+_PIECE_BYTES = 1 << 20
+_PATIENCE_SECONDS = 120.0
+_NEVER = float("inf")
+
+
+def is_offline() -> bool:
+    """Whether ``HF_HUB_OFFLINE`` forbids the network."""
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def patiently(work: Callable[[], T], asked: Asked, check: Callable[[], None]) -> T:
+    """Up to three tries, with growing pauses, for what passes by itself; everything else is explained at once.
+
+    ``check`` is called while the work goes on; what it raises ends the waiting.
+    """
+    import tenacity
+
+    tries = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(_TRIES), wait=_pause, retry=tenacity.retry_if_exception(is_passing), reraise=True
+    )
+    check()
+    try:
+        return in_background(partial(tries, work), check)
+    except Exception as error:
+        explained = explain(error, asked)
+        if explained is error:
+            raise
+        raise explained from error
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked_for = retry_after(error) if error else None
+    return min(asked_for if asked_for is not None else 0.5 * 2**state.attempt_number, LONGEST_WAIT)
+
+
+def cached_file(asked: Asked, file: RepoFile, commit: str, cache: Path) -> Path | None:
+    """The file's copy in the cache, if it is there and whole."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(asked.hub_id.repo, file.name, cache_dir=cache, revision=commit, repo_type=asked.repo_type)
+    if not isinstance(found, str):
+        return None
+    whole = file.size is None or Path(found).stat().st_size == file.size
+    return Path(found) if whole else None
+
+
+def download(asked: Asked, file: RepoFile, commit: str, cache: Path, meter: Meter) -> Path:
+    """Fetch a file through the library into its cache. Never more than ``file.size`` bytes, where that is known."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    bar: Any = type("_MeteredBar", (_Bar,), {"meter": meter})
+    repo = asked.hub_id.repo
+    # The library keeps of a broken transfer whole pieces only, and tells progress as often; its 10 MB are a whole imatrix.
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _PIECE_BYTES)
+    _refuse_long_waits()
+    meter.expect(file)
+    # A copy of another length is a damaged one; the library would take it for whole.
+    found = try_to_load_from_cache(repo, file.name, cache_dir=cache, revision=commit, repo_type=asked.repo_type)
+    path = Path(
+        hf_hub_download(
+            repo,
+            file.name,
+            repo_type=asked.repo_type,
+            revision=commit,
+            endpoint=asked.endpoint,
+            cache_dir=cache,
+            force_download=isinstance(found, str),
+            tqdm_class=bar,
+            library_name="imatrix-runner",
+        )
+    )
+    size = path.stat().st_size
+    if file.size is not None and size != file.size:
+        raise _wrong_length(asked, file, size)
+    meter.finish(size)
+    return path
+
+
+def _wrong_length(asked: Asked, file: RepoFile, size: int) -> DownloadError:
+    return DownloadError(
+        f"{file.name} of {asked.hub_id.repo} arrived with the wrong length",
+        f"{size} bytes instead of {file.size}; {asked.host} or a proxy on the way sent something else",
+        "Run the same command again; if it stays so, look at your proxy and at HF_ENDPOINT.",
+    )
+
+
+def _refuse_long_waits() -> None:
+    """Make the library's client raise when a hub wants us to wait for long: the library would sleep however long that is."""
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["response"]
+    if _refuse_long_wait not in hooks:
+        hooks.append(_refuse_long_wait)
+
+
+def _refuse_long_wait(response: httpx2.Response) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    error = HfHubHTTPError("asked to wait", response=response)
+    if response.status_code == 429 and (retry_after(error) or 0) > LONGEST_WAIT:
+        raise error
+
+
+class Meter:
+    """Adds up what all files of a download bring, and lets a stop through between two pieces.
+
+    ``impatient`` gives up on a connection that brings no piece for two minutes.
+    """
+
+    def __init__(self, sink: Sink, stop: Stop, asked: Asked, total: int, *, impatient: bool = False) -> None:
+        self._sink, self._stop, self._asked, self._total = sink, stop, asked, total
+        self._patience = _PATIENCE_SECONDS if impatient else _NEVER
+        self._moved = time.monotonic()
+        self._gave_up: DownloadError | None = None
+        self._file = RepoFile("", None)
+        self._finished = 0
+        self._current = 0
+        self._restarts = 0
+
+    def check(self) -> None:
+        """For the thread that waits: raise once a stop was requested or nothing has come for too long."""
+        self._stop.check()
+        if time.monotonic() - self._moved > self._patience:
+            from huggingface_hub import close_session
+
+            self._gave_up = DownloadError(
+                f"{self._asked.host} sends too slowly",
+                f"in {self._patience:g} s less than {human_bytes(_PIECE_BYTES)} of {self._file.name} arrived",
+                "Run the same command again on a better connection, or at another time.",
+            )
+            close_session()  # wakes the thread that reads, so that it clears its half file away
+            raise self._gave_up
+
+    def expect(self, file: RepoFile) -> None:
+        """A new file, or another try of the same."""
+        self._file = file
+        self._moved = time.monotonic()
+
+    def begin(self, initial: int, total: int | None) -> None:
+        """The answer's headers are here: refuse a length that was not announced before any of it is read."""
+        if self._file.size is not None and (total or 0) > self._file.size:
+            raise _wrong_length(self._asked, self._file, total or 0)
+        self._current = initial
+
+    def add(self, count: int) -> None:
+        self._stop.check()
+        if self._gave_up is not None:
+            raise self._gave_up
+        if count < 0:
+            # The server forgot where we were. The library would start over for ever, for each time some bytes arrive.
+            self._restarts += 1
+            if self._restarts > _MOST_RESTARTS:
+                raise DownloadError(
+                    f"The connection to {self._asked.host} was cut again and again",
+                    f"it cannot continue a broken download, and this one broke {self._restarts} times",
+                    "Run the same command again on a better connection.",
+                )
+        self._current += count
+        self._moved = time.monotonic()
+        if self._file.size is not None and self._current > self._file.size:
+            raise _wrong_length(self._asked, self._file, self._current)
+        self._sink(Progress(STEP, float(self._finished + self._current), float(self._total)))
+
+    def finish(self, size: int) -> None:
+        self._finished += size
+        self._current = 0
+
+
+class _Bar:
+    """What huggingface_hub takes for a progress bar: the part of tqdm's face that it uses."""
+
+    meter: ClassVar[Meter]
+
+    def __init__(self, *, initial: int = 0, total: int | None = None, **_look: object) -> None:
+        self.total = total
+        self.meter.begin(initial, total)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def update(self, count: float | None = 1) -> None:
+        self.meter.add(int(count or 0))
+
+    def update_transfer(self, count: float | None = 1) -> None:
+        """Bytes on the wire; with Xet these are not the file's. Only the file's bytes are shown."""
+
+    def refresh(self) -> None:
+        """Nothing is drawn here."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def set_postfix_str(self, _text: str, refresh: bool = True) -> None:
+        """Rates are computed by those who draw."""
+
+    set_transfer_postfix_str = set_postfix_str

@@ -1,0 +1,181 @@
+"""llama.cpp's messages, as its sources print them, become cause and remedy."""
+
+from __future__ import annotations
+
+import signal
+import string
+from pathlib import Path
+
+import pytest
+
+from imatrix_runner.engines.binaries import messages
+from imatrix_runner.engines.binaries.messages import KNOWN, Known, explain
+from imatrix_runner.errors import (
+    EngineError,
+    InvalidDataError,
+    NoSpaceError,
+    RunnerError,
+    ToolchainError,
+    UsageError,
+)
+from imatrix_runner.process import Command, Outcome
+
+NEEDS_IMATRIX = """\
+============================================================================
+ ERROR: this quantization requires an importance matrix!
+        - offending tensor: blk.0.attn_q.weight
+        - target type: iq2_xs
+============================================================================
+
+llama_model_quantize: failed to quantize: this quantization requires an imatrix!
+llama_quantize: failed to quantize model from 'm.gguf'"""
+MISSING_WEIGHTS = """\
+[   4/  39] blk.0.attn_k.weight - [   256,    128,      1,      1], type =   bf16,
+====== llama_model_quantize_impl: did not find weights for blk.0.attn_k.weight
+============================================================
+Missing importance matrix for tensor blk.0.attn_k.weight in a very low-bit quantization
+The result will be garbage, so bailing out"""
+OTHER_SIZE = "====== llama_model_quantize_impl: imatrix size 512 is different from tensor size 256 for blk.0.attn_q.weight"
+EMBEDDING_SIZE = "====== llama_model_quantize_impl: imatrix size 512 is different from tensor size 256 for token_embd.weight"
+UNKNOWN_TOKENIZER = "error loading model vocabulary: unknown pre-tokenizer type: 'newbpe'"
+NOT_FINITE = "0.01.1 E collect_imatrix: non-finite values detected in blk.1.ffn_down.weight"
+NO_SUCH_FILE = "error while handling argument \"-f\": error: failed to open file 'x'"
+VULKAN = "ggml_vulkan: Device memory allocation of size 1 failed.\nvk::Device::allocateMemory: ErrorOutOfDeviceMemory"
+NO_GGUF = "gguf_init_from_file_impl: invalid magic characters: 'xxxx', expected 'GGUF'"
+TOO_SHORT = "0.00.039.042 E compute_imatrix: you need at least 1024 tokens for a context of 512 tokens"
+LOAD = "llama_model_load: error loading model: "
+QUANTIZE = "llama_model_quantize: failed to quantize: "
+
+# What is printed, the class of the error, and what "why" and "do" must name. One entry at least for every row of KNOWN.
+PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
+    (NEEDS_IMATRIX, InvalidDataError, "blk.0.attn_q.weight", "--imatrix"),
+    (MISSING_WEIGHTS, InvalidDataError, "no data for tensor blk.0.attn_k.weight", "--tensor-type blk.0.attn_k.weight=q4_k"),
+    (OTHER_SIZE, InvalidDataError, "512 values for blk.0.attn_q.weight, the model needs 256", "--imatrix generate"),
+    (f"{QUANTIZE}imatrix contains non-finite value nan", InvalidDataError, "NaN", "--imatrix generate"),
+    ("load_imatrix: failed to load imatrix from 'i.gguf'", InvalidDataError, "cannot read the imatrix", "--imatrix generate"),
+    ("load_imatrix: missing imatrix metadata in file i.gguf", InvalidDataError, "cannot read the imatrix", ""),
+    (f"{QUANTIZE}requantizing from type q4_K is disabled", InvalidDataError, "already quantised (q4_K)", "--allow-requantize"),
+    (f"{LOAD}unknown model architecture: 'newmodel'", ToolchainError, "architecture newmodel", "tools build"),
+    (f"{LOAD}{UNKNOWN_TOKENIZER}", ToolchainError, "tokenizer newbpe", "build"),
+    ("main: invalid ftype 'Q3_K_HIFI'", ToolchainError, "(Q3_K_HIFI)", "tools locate"),
+    (f"{QUANTIZE}invalid output file type 39", ToolchainError, "(39)", "tools locate"),
+    (NOT_FINITE, InvalidDataError, "reach blk.1.ffn_down.weight", "BF16"),
+    (
+        f"{QUANTIZE}tensor 'blk.0.attn_q.weight' has invalid data",
+        InvalidDataError,
+        "of blk.0.attn_q.weight hold NaN",
+        "source file",
+    ),
+    (f"{QUANTIZE}quantized data validation failed", InvalidDataError, "does not fit its shape", "--output-tensor-type"),
+    (TOO_SHORT, InvalidDataError, "at least 1024 tokens", "-f"),
+    ("error: invalid argument: --frobnicate", UsageError, "option --frobnicate", "--help"),
+    (NO_SUCH_FILE, UsageError, "-f: error: failed to open file", "Correct"),
+    (
+        "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 1024.00 MiB on device 0: cudaMalloc failed: out of memory",
+        EngineError,
+        "enough memory",
+        "-ngl",
+    ),
+    (VULKAN, EngineError, "memory", "-ngl"),
+    (f"{LOAD}unable to allocate CUDA0 buffer", EngineError, "enough memory", "-ngl"),
+    ("ggml_gallocr_reserve_n_impl: failed to allocate CUDA0 buffer of size 1024", EngineError, "enough memory", "-ngl"),
+    (
+        "terminate called after throwing an instance of 'std::bad_alloc'",
+        EngineError,
+        "machine has not enough memory",
+        "--jobs 1",
+    ),
+    (f"{LOAD}mmap failed: Cannot allocate memory", EngineError, "machine has not enough memory", "--jobs 1"),
+    (
+        "llama-quantize: error while loading shared libraries: libcudart.so.12: cannot open shared object file",
+        ToolchainError,
+        "the library libcudart.so.12 is missing",
+        "tools build",
+    ),
+    (
+        f"{LOAD}tensor 'blk.0.attn_q.weight' data is not within the file bounds, model is corrupted or incomplete",
+        InvalidDataError,
+        "cannot load the model",
+        "complete",
+    ),
+    (NO_GGUF, InvalidDataError, "cannot load", "complete"),
+    ("0.00.1 E cmn  common_init_: failed to load model 'm.gguf'", InvalidDataError, "cannot load", "complete"),
+]
+
+
+def failed(*lines: str, code: int = 1, log: Path | None = None, hung: bool = False) -> Outcome:
+    return Outcome(Command(("tool",)), code, 1.0, tuple("\n".join(lines).splitlines()), log, hung=hung)
+
+
+@pytest.mark.parametrize(("printed", "kind", "why", "todo"), PRINTED, ids=[str(number) for number in range(len(PRINTED))])
+def test_a_message_becomes_cause_and_remedy(printed: str, kind: type[RunnerError], why: str, todo: str) -> None:
+    error = explain(failed("some line before", printed), "Q4_K_M failed", writes=None)
+    assert type(error) is kind
+    assert error.what == "Q4_K_M failed"
+    assert why in error.why
+    assert todo in error.todo
+    assert not error.why.endswith(" ")
+
+
+def test_every_row_of_the_table_is_triggered_by_a_printed_line() -> None:
+    def first(printed: str) -> Known:
+        return next(known for known in KNOWN if known.pattern.search(printed))
+
+    assert {id(first(printed)) for printed, *_ in PRINTED} == {id(known) for known in KNOWN}
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.pattern.pattern[:30])
+def test_every_template_names_only_groups_that_its_pattern_has(known: Known) -> None:
+    for template in (known.why, known.todo):
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        assert all(0 < int(field) <= known.pattern.groups for field in fields)
+
+
+def test_a_misfit_of_the_embeddings_is_not_blamed_because_llama_quantize_goes_on_after_it() -> None:
+    error = explain(failed(EMBEDDING_SIZE, f"{QUANTIZE}requantizing from type q4_K is disabled"), "failed")
+    assert "already quantised" in error.why
+
+
+def test_an_unknown_failure_shows_the_last_lines_and_where_the_log_is(tmp_path: Path) -> None:
+    lines = [f"line {number}" for number in range(50)]
+    error = explain(failed(*lines, code=7, log=tmp_path / "x.log"), "llama-imatrix failed")
+    assert type(error) is EngineError
+    assert error.why == "exit code 7; line 47 / line 48 / line 49"
+    assert error.todo.endswith(f"Full log: {tmp_path / 'x.log'}")
+
+
+def test_a_known_failure_shows_the_log_too(tmp_path: Path) -> None:
+    assert str(tmp_path / "x.log") in explain(failed(TOO_SHORT, log=tmp_path / "x.log"), "failed").todo
+
+
+def test_a_silent_failure_says_so() -> None:
+    assert explain(failed(), "failed").why == "exit code 1; it said nothing"
+
+
+def test_a_killed_child_is_not_explained_by_what_it_said_before() -> None:
+    error = explain(failed("failed to load model", code=-signal.SIGKILL), "failed")
+    assert type(error) is EngineError
+    assert "killed by SIGKILL" in error.why
+    assert "continues" in error.todo
+
+
+def test_a_hung_child_points_to_the_time_limit() -> None:
+    error = explain(failed(code=-signal.SIGTERM, hung=True), "failed")
+    assert "--timeout" in error.todo
+
+
+@pytest.mark.parametrize("said", [f"{QUANTIZE}basic_ios::clear: iostream error", "write: No space left on device"])
+def test_a_full_disk_is_told_with_what_is_free(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "free_bytes", lambda _path: 4096)
+    error = explain(failed(said), "Q4_K_M failed", writes=tmp_path / "new" / "o.gguf")
+    assert type(error) is NoSpaceError
+    assert "4.00 KiB free" in error.why
+    assert str(tmp_path) in error.why
+    assert "--work-dir" in error.todo
+
+
+def test_an_io_error_on_a_disk_with_room_is_not_called_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "free_bytes", lambda _path: 1 << 40)
+    error = explain(failed(f"{QUANTIZE}basic_ios::clear: iostream error"), "failed", writes=tmp_path)
+    assert type(error) is EngineError
+    assert "iostream error" in error.why
