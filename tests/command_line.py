@@ -35,6 +35,10 @@ class Ran:
         return document
 
 
+RunCommand = Callable[..., Ran]
+"""What the fixture ``runner`` gives: arguments as typed, ``env``, ``cwd`` and ``seconds`` by name."""
+
+
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ours without any setting, token or hub of the developer's, plus ``extra``."""
     strange = ("IMATRIX_RUNNER_", "LLAMA_", "HF_", "HUGGING")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Ran, run_command
+from command_line import Ran, RunCommand, run_command
 from llama_tools import BareTools
 from tiny_models import sample_text, write_llama_gguf
 
@@ -37,9 +36,6 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         keep = name in ("IMATRIX_RUNNER_CACHE", "IMATRIX_RUNNER_LLAMA_CPP")
         if name.startswith(("IMATRIX_RUNNER_", "LLAMA_", "HF_", "HUGGING")) and not keep:
             monkeypatch.delenv(name)
-
-
-RunCommand = Callable[..., Ran]
 
 
 @pytest.fixture

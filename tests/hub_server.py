@@ -1,8 +1,9 @@
 """A hub on the loopback interface: the part of the Hugging Face protocol that a download needs, with switches for trouble.
 
 ``with HubServer() as hub: hub.add("org/name", {"config.json": b"{}"})`` serves that repository at ``hub.endpoint``. It
-answers the model listing (``/api/models/...``), the tree, and ``HEAD`` / ``GET`` on ``/{repo}/resolve/{revision}/{file}`` with
-the headers huggingface_hub wants: commit, etag, length, ranges. Every request is kept in ``hub.requests``.
+answers the model listing (``/api/models/...``), the tree, the search by ``filter`` (in pages), and ``HEAD`` / ``GET`` on
+``/{repo}/resolve/{revision}/{file}`` with the headers huggingface_hub wants: commit, etag, length, ranges. Data sets are
+repositories whose name begins with ``datasets/``. Every request is kept in ``hub.requests``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
-_RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_API = re.compile(r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
+_RESOLVE = re.compile(r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
 
 
@@ -40,6 +41,13 @@ class Repository:
     accepted: bool = True
     private: bool = False
     card: dict[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    date: str = "2026-01-01T00:00:00.000Z"
+    announced: dict[str, int] = field(default_factory=dict)
+    """Sizes to tell (in the listing and on HEAD) instead of the true ones."""
+
+    def size(self, name: str) -> int:
+        return self.announced.get(name, len(self.content(name)))
 
     def content(self, name: str) -> bytes:
         held = self.files[name]
@@ -70,6 +78,16 @@ class Trouble:
     """Files that are listed but answer 404."""
     bare_404: bool = False
     """404 without the header that says what is missing."""
+    status_for: str = ""
+    """``status`` only for paths that hold this."""
+    head_length: int | None = None
+    """The length of files to tell on HEAD, whatever the listing says."""
+    get_length: int | None = None
+    """The Content-Length of files to send on GET, whatever HEAD said."""
+    redirect: str = ""
+    """Send whoever wants a file to the same path at this address, as hubs do with their storage."""
+    next_page: str = ""
+    """What every search names as its next page."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,7 @@ class HubServer:
         self.token = token
         self.trouble = Trouble()
         self.requests: list[Request] = []
+        self.page_size = 100
         self._repositories: dict[str, Repository] = {}
         self._lock = threading.Lock()
         hub = self
@@ -116,6 +135,10 @@ class HubServer:
 
     def find(self, repo: str) -> Repository | None:
         return self._repositories.get(repo)
+
+    def search(self, tag: str) -> list[tuple[str, Repository]]:
+        """The repositories that carry a tag, in the order in which they were added."""
+        return [(repo, held) for repo, held in self._repositories.items() if tag in held.tags and not held.private]
 
     def record(self, request: Request) -> None:
         with self._lock:
@@ -165,7 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         hub.record(Request(self.command, path, {name.lower(): value for name, value in self.headers.items()}))
         time.sleep(trouble.silence)
-        if trouble.status and hub.spend("status_times"):
+        if trouble.status and trouble.status_for in path and hub.spend("status_times"):
             extra = {"Retry-After": str(trouble.retry_after)} if trouble.retry_after is not None else {}
             self._send(trouble.status, b"trouble", extra)
         elif trouble.html:
@@ -173,9 +196,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := _RESOLVE.fullmatch(path):
             self._resolve(match["repo"], match["revision"], match["file"])
         elif match := _API.fullmatch(unquote(path)):
-            self._api(match["repo"], match["what"], match["revision"])
+            prefix = "datasets/" if match["kind"] == "dataset" else ""
+            self._api(prefix + match["repo"], match["what"], match["revision"])
         elif path == "/api/models":
-            self._send_json([])
+            self._search()
         else:
             self._refuse(404, "")
 
@@ -198,18 +222,36 @@ class _Handler(BaseHTTPRequestHandler):
             return repository
         return None
 
+    def _search(self) -> None:
+        """The names of the files only, as the real search gives them."""
+        hub = self.server_hub
+        query = parse_qs(urlsplit(self.path).query)
+        first = int(query.get("cursor", ["0"])[0])
+        found = hub.search(query.get("filter", [""])[0])
+        following = hub.trouble.next_page
+        if first + hub.page_size < len(found):
+            again = [(name, value) for name, values in query.items() for value in values if name != "cursor"]
+            following = f"{hub.endpoint}/api/models?{urlencode([*again, ('cursor', first + hub.page_size)])}"
+        page = [
+            {"id": repo, "sha": held.commit, "lastModified": held.date, "tags": list(held.tags)}
+            | {"siblings": [{"rfilename": name} for name in sorted(held.files)]}
+            for repo, held in found[first : first + hub.page_size]
+        ]
+        self._send_json(page, {"Link": f'<{following}>; rel="next"'} if following else {})
+
     def _api(self, repo: str, what: str | None, revision: str | None) -> None:
         repository = self._allowed(repo, revision)
         if repository is None:
             return
-        entries = [(name, repository.content(name)) for name in sorted(repository.files)]
+        entries = [(name, repository.size(name), _etag(repository.content(name))) for name in sorted(repository.files)]
         if what == "tree":
-            self._send_json([{"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in entries])
+            self._send_json([{"type": "file", "path": name, "size": size, "oid": etag} for name, size, etag in entries])
             return
-        siblings = [{"rfilename": name, "size": len(data), "blobId": _etag(data)} for name, data in entries]
+        siblings = [{"rfilename": name, "size": size, "blobId": etag} for name, size, etag in entries]
         self._send_json(
-            {"id": repo, "modelId": repo, "sha": repository.commit, "private": repository.private, "siblings": siblings}
-            | {"tags": [], "downloads": 0, "likes": 0, "cardData": repository.card}
+            {"id": repo.removeprefix("datasets/"), "sha": repository.commit, "private": repository.private}
+            | {"siblings": siblings, "tags": list(repository.tags), "downloads": 0, "likes": 0, "cardData": repository.card}
+            | {"lastModified": repository.date}
         )
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:
@@ -222,7 +264,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = repository.content(name)
         headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{_etag(data)}"', "Accept-Ranges": "bytes"}
-        if trouble.html_files and self.command == "GET":
+        if trouble.redirect:
+            linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": headers["ETag"]}
+            self._send(302, b"", headers | linked | {"Location": trouble.redirect + self.path})
+            return
+        if self.command == "HEAD":
+            length = trouble.head_length if trouble.head_length is not None else repository.size(name)
+            self._send(200, data, headers | {"Content-Length": str(length)})
+            return
+        if trouble.get_length is not None:
+            headers["Content-Length"] = str(trouble.get_length)
+        if trouble.html_files:
             self._send(200, _PAGE, headers | {"Content-Type": "text/html"})
             return
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -236,14 +288,15 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Error-Code": code} if code and not self.server_hub.trouble.bare_404 else {}
         self._send(status, b"{}", headers | ({"X-Error-Message": message} if message else {}))
 
-    def _send_json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _send_json(self, value: Any, headers: Mapping[str, str] | None = None) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        if "Content-Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -12,6 +12,9 @@ import numpy as np
 from imatrix_runner.imatrix.matrix import Entry, Matrix
 from imatrix_runner.toolchain.probe import TOOLS, QuantType, Toolchain
 
+DEMO_CHUNKS, DEMO_CONTEXT = 12, 64
+"""What the imatrix of the fixture ``demo_imatrix`` was made of: so many chunks of so many tokens."""
+
 TOOLS_DIRECTORY = Path("/tools")
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from imatrix_runner import __version__
 from imatrix_runner.errors import RunnerError
+from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.workflow.levels import LevelResult
 from imatrix_runner.workflow.plan import LevelStep, Plan
@@ -19,6 +20,7 @@ VERSION = 1
 
 def print_document(document: dict[str, Any]) -> None:
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+    sys.stdout.flush()  # here, where a reader that went away is noticed in good order
 
 
 def document(kind: str, **content: Any) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def run_document(result: RunResult, exit_code: int) -> dict[str, Any]:
         },
         toolchain=result.toolchain,
         plan=plan_content(result.plan),
-        imatrix=_imatrix(result),
+        imatrix=imatrix_content(result.imatrix) if result.imatrix is not None else None,
         levels=[_level(level) for level in result.levels],
         seconds=round(result.seconds, 3),
     )
@@ -86,13 +88,11 @@ def _planned(step: LevelStep) -> dict[str, Any]:
     }
 
 
-def _imatrix(result: RunResult) -> dict[str, Any] | None:
-    if result.imatrix is None:
-        return None
-    matrix = result.imatrix.matrix
+def imatrix_content(file: MatrixFile) -> dict[str, Any]:
+    matrix = file.matrix
     return {
-        "path": str(result.imatrix.path),
-        "format": result.imatrix.format,
+        "path": str(file.path),
+        "format": file.format,
         "entries": len(matrix.entries),
         "chunks": matrix.chunk_count,
         "chunk_size": matrix.chunk_size,

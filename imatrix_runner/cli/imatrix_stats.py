@@ -32,10 +32,11 @@ class Column:
     form: str
     value: Callable[[Any], int | float | str | None]
     meaning: str
+    unit: str = ""
 
     def cell(self, item: Item) -> str:
         value = self.value(item)
-        return "-" if value is None else format(value, self.form)
+        return "-" if value is None else format(value, self.form) + self.unit
 
 
 _LAYER = Column("layer", "Layer", "", lambda item: item.layer, "number of the block; - outside the blocks.")
@@ -50,7 +51,9 @@ _TENSOR_COLUMNS = (
     Column("max", "Max", ".4f", lambda item: item.maximum, "mean square of the strongest; far above μ is an outlier channel."),
     Column("mean", "μ", ".2f", lambda item: item.mean, "average over the inputs."),
     Column("sigma", "σ", ".2f", lambda item: item.deviation, "standard deviation over the inputs; the more, the less even."),
-    Column("active", "Active", ".2f", lambda item: item.active_percent, "percent of inputs above 1e-5; the rest lie dormant."),
+    Column(
+        "active", "Active", ".2f", lambda item: item.active_percent, "inputs above 1e-5, in percent; the rest lie dormant.", "%"
+    ),
     Column("n", "N", "d", lambda item: item.elements, "inputs measured: columns, times the experts that saw a token."),
     Column("entropy", "Entropy", ".4f", lambda item: item.entropy, "how widely the signal spreads over the inputs, in bits."),
     Column(
@@ -58,15 +61,16 @@ _TENSOR_COLUMNS = (
         "E(norm)",
         ".2f",
         lambda item: item.entropy_percent,
-        "entropy in percent of its most; 100 is quite even.",
+        "entropy in percent of its most; low: a few loud inputs dominate.",
+        "%",
     ),
-    Column("zd", "ZD", ".2f", lambda item: item.zd_percent, "percent of inputs more than σ above μ."),
+    Column("zd", "ZD", ".2f", lambda item: item.zd_percent, "inputs more than σ above μ, in percent.", "%"),
     Column(
         "cosine",
         "CosSim",
         ".4f",
         lambda item: item.cosine,
-        "likeness to the same tensor one layer before, 1 is alike; 0 where there is none of its size.",
+        "likeness to the same tensor one layer before; 0 where there is none.",
     ),
 )
 _LAYER_COLUMNS = (
@@ -74,9 +78,13 @@ _LAYER_COLUMNS = (
     Column("tensors", "Tensors", "d", lambda item: item.tensors, "tensors with data."),
     Column("n", "N", "d", lambda item: item.elements, "inputs measured in all of them."),
     Column("sum", "μΣ(Act²)", ".2f", lambda item: item.total, "the tensors' Σ(Act²), averaged with N as weight."),
-    Column("zd", "μZD", ".4f", lambda item: item.zd_percent, "their ZD, so averaged, in percent."),
+    Column("zd", "μZD", ".4f", lambda item: item.zd_percent, "their ZD, averaged likewise, in percent.", "%"),
     Column(
-        "cosine", "μCosSim", ".4f", lambda item: item.cosine, "their CosSim, so averaged; low means the layer changes much."
+        "cosine",
+        "μCosSim",
+        ".4f",
+        lambda item: item.cosine,
+        "their CosSim, averaged likewise; low where the layer changes much.",
     ),
 )
 _EXPERT_COLUMNS = (
@@ -88,7 +96,7 @@ _EXPERT_COLUMNS = (
         "Untouched",
         "d",
         lambda item: item.without_tokens,
-        "experts that no calibration token reached: quantised as if all their inputs mattered alike.",
+        "experts no token reached, quantised as if all inputs mattered alike.",
     ),
     Column("fewest", "Fewest", "d", lambda item: item.fewest, "tokens of the expert with the fewest."),
     Column("median", "Median", ".10g", lambda item: item.median, "tokens of the expert in the middle."),
@@ -226,13 +234,11 @@ def _print_tables(
 
     console = stdout_console()
     console.print(Text(f"{source.path}: {source.describe()}"))
-    left_out = _print_fitting(console, f"Tensors, by {sort}", tensors, _TENSOR_COLUMNS, keep=sort)
-    if left_out:
-        names = ", ".join(column.heading for column in left_out)
-        console.print(
-            Text(f"Not shown for lack of width: {names}. See them with --csv, or in a wider terminal.", style="yellow")
-        )
-    _legend(console, _TENSOR_COLUMNS, wanted=explain)
+    shown = _fitting(console, tensors, keep=sort)
+    console.print(_table(f"Tensors, by {sort}", tensors, shown))
+    if left_out := ", ".join(column.heading for column in _TENSOR_COLUMNS if column not in shown):
+        console.print(Text(f"Too narrow a terminal to show {left_out}: use --csv or a wider one.", style="yellow"))
+    _legend(console, shown, wanted=explain)
     if found.layers:
         console.print()
         console.print(_table("Layers", found.layers, _LAYER_COLUMNS))
@@ -246,18 +252,15 @@ def _print_tables(
         console.print(Text(f"Without any data: {', '.join(found.without_data)}", style="yellow"))
 
 
-def _print_fitting(console: Console, title: str, items: Sequence[Item], columns: Sequence[Column], keep: str) -> list[Column]:
-    """Print as many of the columns as fit whole; return those left out."""
-    shown = list(columns)
+def _fitting(console: Console, items: Sequence[Item], *, keep: str) -> list[Column]:
+    """As many of the tensors' columns as the console has room for, with ``keep`` among them."""
+    shown = list(_TENSOR_COLUMNS)
+    unlimited = console.options.update(max_width=10_000)
     for key in _DISPENSABLE:
-        if (
-            console.measure(_table(title, items, shown), options=console.options.update(max_width=10_000)).maximum
-            <= console.width
-        ):
+        if console.measure(_table("", items, shown), options=unlimited).maximum <= console.width:
             break
         shown = [column for column in shown if column.key != key or key == keep]
-    console.print(_table(title, items, shown))
-    return [column for column in columns if column not in shown]
+    return shown
 
 
 def _table(title: str, items: Sequence[Item], columns: Sequence[Column]) -> Table:

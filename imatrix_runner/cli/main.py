@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from imatrix_runner.errors import InterruptedRunError, RunnerError, UsageError, 
 _COMMANDS = {
     "run": ("run_cmd", "run", "Take a model through imatrix and quantisation to verified files."),
     "quantize": ("run_cmd", "quantize", "Quantise with the imatrix that is there; never generates one."),
-    "imatrix": ("imatrix_cmd", "imatrix", "Importance matrices: generate."),
+    "imatrix": ("imatrix_cmd", "imatrix", "Importance matrices: generate, check, merge, convert, look inside."),
     "tools": ("tools_cmd", "tools", "llama.cpp's programs: locate, build, install."),
     "doctor": ("doctor_cmd", "doctor", "Check this machine: what is there, what is missing, what to do."),
     "status": ("status_cmd", "status", "List every workspace: done, running, resumable."),
@@ -91,10 +90,8 @@ def run_cli(arguments: list[str]) -> int:
             "Stopped at once", "asked to by a second Ctrl-C", "Run the same command again: it continues."
         )
         return _tell(stopped, invocation, as_json=as_json)
-    except BrokenPipeError:
-        # The reader of our output went away (a pager, head): not an error; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit:
+        return 0  # Click's way to end when the reader of our output went away (a pager, head): not an error
     except OSError as error:
         return _tell(from_os_error(error, "working on a file"), invocation, as_json=as_json)
     except Exception:  # noqa: BLE001 - the last resort: whatever is left is a bug of ours, told as one

@@ -151,6 +151,13 @@ level_options = together(
     setting("--pure", is_flag=True, help="One type for all tensors, no mixture."),
     setting("--include-weights", multiple=True, metavar="NAME", help="Use the imatrix for these tensors only."),
     setting("--exclude-weights", multiple=True, metavar="NAME", help="Do not use the imatrix for these tensors."),
+    setting(
+        "--uncovered",
+        default="fail",
+        show_default=True,
+        metavar="fail|keep|TYPE",
+        help="Tensors without imatrix data: refuse the level, keep them as they are, or give them at least TYPE.",
+    ),
     setting("--output-tensor-type", default="", metavar="TYPE", help="Type of output.weight."),
     setting("--token-embedding-type", default="", metavar="TYPE", help="Type of the token embeddings."),
     setting("--tensor-type", multiple=True, metavar="REGEX=TYPE", help="Type of the tensors whose name matches."),
@@ -253,7 +260,10 @@ def levels_request(options: dict[str, Any]) -> LevelsRequest:
         override_kv=options["override_kv"],
         max_buffer_size=options["max_buffer_size"],
     )
-    return LevelsRequest(options["levels"], options["preset"] or "", quantize, _jobs(options["jobs"]), options["threads"])
+    from imatrix_runner.quantize.resolve import check_uncovered
+
+    uncovered, jobs = check_uncovered(options["uncovered"]), _jobs(options["jobs"])
+    return LevelsRequest(options["levels"], options["preset"] or "", quantize, jobs, options["threads"], uncovered)
 
 
 def _jobs(text: str) -> int | None:

@@ -7,7 +7,6 @@ from rich.table import Table
 from rich.text import Text
 
 from imatrix_runner.files import human_bytes, human_seconds
-from imatrix_runner.workflow.levels import LevelResult
 from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, LevelStep, Plan
 from imatrix_runner.workflow.run import RunResult
 
@@ -88,14 +87,16 @@ def print_result(result: RunResult, console: Console) -> None:
                 Text(state, style=style),
             )
         console.print(table)
-        for level in result.failed:
-            console.print(_failure(level))
+        print_failures(result, console)
     console.print(Text(f"{_summary(result)} in {human_seconds(result.seconds)}, in {result.plan.workspace}"))
 
 
-def _failure(level: LevelResult) -> Text:
-    assert level.error is not None
-    return Text(f"{level.step.level.name}: {level.error.what}; {level.error.why}. {level.error.todo}", style="red")
+def print_failures(result: RunResult, console: Console) -> None:
+    """What went wrong, a line for each level."""
+    for level in result.failed:
+        assert level.error is not None
+        line = f"{level.step.level.name}: {level.error.what}; {level.error.why}. {level.error.todo}"
+        console.print(Text(line, style="red"))
 
 
 def _summary(result: RunResult) -> str:

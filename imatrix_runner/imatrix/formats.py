@@ -171,6 +171,11 @@ def _read_dat(path: Path) -> Matrix:
     return Matrix(StoredEntries(file, places), 0, chunks, datasets)
 
 
+def write(matrix: Matrix, path: Path, kind: Format) -> None:
+    """Write ``matrix`` in either format, atomically."""
+    publish(prepare_gguf(matrix, path) if kind == "gguf" else _prepare_dat(matrix, path), path)
+
+
 def write_gguf(matrix: Matrix, path: Path) -> None:
     """Write ``matrix`` as llama-imatrix does: keys ``imatrix.*``, per weight F32 ``.in_sum2`` and ``.counts``, names sorted."""
     publish(prepare_gguf(matrix, path), path)
@@ -206,6 +211,33 @@ def prepare_gguf(matrix: Matrix, path: Path) -> Path:
                 writer.write_tensor_data(entry.counts.astype(np.float32).reshape(-1, 1))
         finally:
             writer.close()
+    except OSError as error:
+        discard(part)
+        raise from_os_error(error, f"writing {path.name}", path) from error
+    return part
+
+
+def _prepare_dat(matrix: Matrix, path: Path) -> Path:
+    """Write the legacy layout beside ``path`` as llama-imatrix does: float32 ``value / count * ncall``, 1 for an expert
+    without data, entries without any data left out."""
+    size = matrix.chunk_size or 1
+    names = [name for name in sorted(matrix.entries) if matrix.counts(name).any()]
+    part = part_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as out:
+            out.write(struct.pack("<i", len(names)))
+            for name in names:
+                entry = matrix.entries[name]
+                calls = -(-int(entry.counts.max()) // size)
+                counts = entry.counts.astype(np.float32).reshape(-1, 1)
+                sums = entry.sums.astype(np.float32)
+                values = np.where(counts == 0, np.float32(1), sums) / np.maximum(counts, np.float32(1))
+                encoded = name.encode()
+                out.write(struct.pack("<i", len(encoded)) + encoded + struct.pack("<ii", calls, values.size))
+                out.write((values * np.float32(calls)).astype("<f4").tobytes())
+            dataset = (matrix.datasets[-1] if matrix.datasets else "").encode()
+            out.write(struct.pack("<ii", matrix.chunk_count, len(dataset)) + dataset)
     except OSError as error:
         discard(part)
         raise from_os_error(error, f"writing {path.name}", path) from error

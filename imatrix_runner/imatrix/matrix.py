@@ -41,12 +41,17 @@ class Entries(Mapping[str, Entry]):
     def shape(self, name: str) -> tuple[int, int]:
         """``(n_mat, n_columns)``."""
 
+    @abstractmethod
+    def counts(self, name: str) -> Counts:
+        """int64 [n_mat]."""
+
 
 @dataclass(frozen=True)
 class Matrix:
     """A whole imatrix: entries by weight name, tokens per chunk, chunks seen, and the names of the texts.
 
-    ``entries`` may be lazy (:class:`Entries`): look one up once, use it, let it go.
+    ``entries`` may be lazy (:class:`Entries`): look one up once, use it, let it go. ``chunk_size`` 0 means that the file did
+    not say (legacy): then counts are in chunks, not in tokens; :func:`in_tokens` makes up for it.
     """
 
     entries: Mapping[str, Entry]
@@ -61,6 +66,10 @@ class Matrix:
         n_mat, n_columns = self.entries[name].sums.shape
         return n_mat, n_columns
 
+    def counts(self, name: str) -> Counts:
+        """int64 [n_mat], the tokens each row of an entry summed."""
+        return self.entries.counts(name) if isinstance(self.entries, Entries) else self.entries[name].counts
+
     def values_per_entry(self, name: str) -> int:
         """How many floats llama-quantize will find for ``name``; it wants ne0 * ne2 of the weight."""
         return prod(self.shape(name))
@@ -74,19 +83,25 @@ class _Summed(Entries):
         self._names = sorted({name for part in parts for name in part.entries})
 
     def __getitem__(self, name: str) -> Entry:
-        having = [(part.entries[name], weight) for part, weight in self._parts if name in part.entries]
+        having = [(part, weight) for part, weight in self._parts if name in part.entries]
         if not having:
             raise KeyError(name)
-        # From zero, in order: x + 0.0 is exact, so one part alone comes out as it is.
-        sums = np.zeros_like(having[0][0].sums)
-        counts = np.zeros_like(having[0][0].counts)
-        for entry, weight in having:
-            sums += weight * entry.sums
-            counts += weight * entry.counts
-        return Entry(sums, counts)
+        # From zero, in order: 0.0 + x is exact, so one part alone comes out as it is.
+        sums = np.zeros(self.shape(name))
+        for part, weight in having:
+            sums += weight * part.entries[name].sums.reshape(sums.shape)
+        return Entry(sums, self.counts(name))
 
     def shape(self, name: str) -> tuple[int, int]:
-        return next(part.shape(name) for part, _ in self._parts if name in part.entries)
+        return max(part.shape(name) for part, _ in self._parts if name in part.entries)
+
+    def counts(self, name: str) -> Counts:
+        n_mat = self.shape(name)[0]
+        having = [(part.counts(name), weight) for part, weight in self._parts if name in part.entries]
+        total = np.zeros(n_mat, np.int64)
+        for counts, weight in having:
+            total += weight * counts  # a single count stands for all experts
+        return total
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -111,10 +126,46 @@ def add(parts: Sequence[Matrix], weights: Sequence[int] | None = None) -> Matrix
         datasets.update(dict.fromkeys(part.datasets))
         for name in part.entries:
             shape = part.shape(name)
-            if shapes.setdefault(name, shape) != shape:
+            if not _addable(shapes.setdefault(name, shape), shape):
                 raise _cannot_add(f"{name} has {shapes[name]} values in one and {shape} in another")
     chunks = sum(weight * part.chunk_count for part, weight in zip(parts, weights, strict=True))
     return Matrix(_Summed(parts, weights), first.chunk_size, chunks, tuple(datasets))
+
+
+def _addable(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Equal shapes, or as many values of which one side (a legacy file) has a single count for all experts."""
+    return one == other or (prod(one) == prod(other) and 1 in (one[0], other[0]))
+
+
+class _InTokens(Entries):
+    def __init__(self, entries: Entries, chunk_size: int) -> None:
+        self._entries, self._chunk_size = entries, chunk_size
+
+    def __getitem__(self, name: str) -> Entry:
+        entry = self._entries[name]
+        return Entry(entry.sums * self._chunk_size, entry.counts * self._chunk_size)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return self._entries.shape(name)
+
+    def counts(self, name: str) -> Counts:
+        return self._entries.counts(name) * self._chunk_size
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def in_tokens(matrix: Matrix, chunk_size: int) -> Matrix:
+    """A matrix whose counts are tokens: a legacy one (which counts chunks) times ``chunk_size``, others as they are.
+
+    The same factor for sums and counts, as llama-imatrix restores a legacy file; means do not change.
+    """
+    if matrix.chunk_size or not isinstance(matrix.entries, Entries):
+        return matrix
+    return Matrix(_InTokens(matrix.entries, chunk_size), chunk_size, matrix.chunk_count, matrix.datasets)
 
 
 def held(matrix: Matrix) -> Matrix:

@@ -66,6 +66,9 @@ class StoredEntries(Entries):
         place = self._places[name]
         return len(place.counts), place.n_columns
 
+    def counts(self, name: str) -> Counts:
+        return self._places[name].counts
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 

@@ -49,7 +49,9 @@ class Recipe:
     """A level on a model, resolved.
 
     ``file_bytes``: size of the output, None when a type's size is unknown (a fork's). ``failures``: why llama-quantize would
-    refuse, in plain phrases. ``weightless``: tensors that will be quantised without weights although there is an imatrix.
+    refuse, in plain phrases. ``weightless``: tensors that will be quantised without weights although there is an imatrix;
+    ``unseen``: those whose entry counted no token, so that all their columns weigh alike; ``starved``: those whose type
+    cannot do without the weights the imatrix lacks (each is a failure too).
     """
 
     level: Level
@@ -59,6 +61,8 @@ class Recipe:
     failures: tuple[str, ...]
     needs_imatrix: bool
     file_bytes: int | None
+    unseen: tuple[str, ...] = ()
+    starved: tuple[str, ...] = ()
 
     @property
     def n_elements(self) -> int:
@@ -72,7 +76,7 @@ class Recipe:
     @property
     def bits_per_weight(self) -> float | None:
         """Bits of tensor data per weight of the model, llama-quantize's BPW."""
-        return None if self.data_bytes is None else 8 * self.data_bytes / self.n_elements
+        return 8 * self.data_bytes / self.n_elements if self.data_bytes is not None and self.tensors else None
 
     @property
     def fallback_share(self) -> float:
@@ -90,6 +94,8 @@ class Weights:
     sizes: Mapping[str, int]
     dataset: str | None
     chunks: int
+    unseen: frozenset[str] = frozenset()
+    """Entries that counted no token: llama-quantize gives all their columns the weight 1."""
 
 
 def usable_weights(matrix: Matrix, path: Path, options: QuantizeOptions) -> Weights:
@@ -99,7 +105,8 @@ def usable_weights(matrix: Matrix, path: Path, options: QuantizeOptions) -> Weig
         sizes = {name: size for name, size in sizes.items() if any(part in name for part in options.include_weights)}
     for part in options.exclude_weights:
         sizes = {name: size for name, size in sizes.items() if part not in name}
-    return Weights(path.name, sizes, matrix.datasets[0] if matrix.datasets else None, matrix.chunk_count)
+    unseen = frozenset(name for name in sizes if not matrix.counts(name).any())
+    return Weights(path.name, sizes, matrix.datasets[0] if matrix.datasets else None, matrix.chunk_count, unseen)
 
 
 def make_recipe(
@@ -121,7 +128,7 @@ def make_recipe(
     kept = _kept_layers(header, options)
     rows: list[RecipeTensor] = []
     failures: list[str] = []
-    weightless: list[str] = []
+    lacks = _Lacks()
     needs = dry_run.needs_imatrix
     for name, type_name in dry_run.types.items():
         original = _original_name(name, kept)
@@ -144,31 +151,43 @@ def make_recipe(
         if bad := _shape_problem(name, source.shape, kind, number):
             failures.append(bad)
         if weights is not None:
-            _weigh(original, source.shape, kind, required, weights, failures, weightless)
+            lacks.judge(original, source.shape, kind, weights, required=required)
     if weights is None and needs and not pending:
         failures.append("it needs an importance matrix and there is none")
     return Recipe(
         level,
         tuple(rows),
         dry_run.fallbacks,
-        tuple(weightless),
-        tuple(failures),
+        tuple(lacks.weightless),
+        (*failures, *lacks.failures),
         needs,
         _file_bytes(rows, header, weights, options),
+        tuple(lacks.unseen),
+        tuple(lacks.starved),
     )
 
 
-def _weigh(
-    name: str, shape: tuple[int, ...], kind: str, required: bool, weights: Weights, failures: list[str], weightless: list[str]
-) -> None:
-    shape = (*shape, 1, 1)
-    have, want = weights.sizes.get(name), shape[0] * shape[2]
-    if have is not None and have != want and name not in TOKEN_EMBEDDINGS:
-        failures.append(f"the imatrix has {have} values for {name}, the model needs {want}")
-    elif have != want and required:
-        failures.append(f"{name} becomes {kind}, which cannot do without the weights that the imatrix lacks")
-    elif have != want and name not in NEVER_WEIGHED:
-        weightless.append(name)
+class _Lacks:
+    """What an imatrix lacks for a recipe, tensor by tensor."""
+
+    def __init__(self) -> None:
+        self.weightless: list[str] = []
+        self.unseen: list[str] = []
+        self.starved: list[str] = []
+        self.failures: list[str] = []
+
+    def judge(self, name: str, shape: tuple[int, ...], kind: str, weights: Weights, *, required: bool) -> None:
+        shape = (*shape, 1, 1)
+        have, want = weights.sizes.get(name), shape[0] * shape[2]
+        if have is not None and have != want and name not in TOKEN_EMBEDDINGS:
+            self.failures.append(f"the imatrix has {have} values for {name}, the model needs {want}")
+        elif have != want and required:
+            self.starved.append(name)
+            self.failures.append(f"{name} becomes {kind}, which cannot do without the weights that the imatrix lacks")
+        elif have != want and name not in NEVER_WEIGHED:
+            self.weightless.append(name)
+        elif name in weights.unseen:
+            self.unseen.append(name)
 
 
 def _requires_imatrix(name: str, kind: str, ftype: str) -> bool:

@@ -27,12 +27,13 @@ from imatrix_runner.imatrix.matrix import Entry, Matrix
 from imatrix_runner.journal import Journal, Output, Record, is_intact
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import NEVER_WEIGHED, Recipe, Weights, buffer_bytes, make_recipe, usable_weights
+from imatrix_runner.quantize.recipe import NEVER_WEIGHED, Weights, buffer_bytes, usable_weights
+from imatrix_runner.quantize.resolve import FAIL, Resolved, Resolver
 from imatrix_runner.quantize.verify import verify_output
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import (
     LevelStep,
-    facts_of_recipe,
+    facts_of,
     level_inputs,
     needs_dry_run,
     order_levels,
@@ -70,10 +71,19 @@ class LevelPlanner:
     def plan(self, levels: Sequence[Level], matrix: MatrixFile | None, fingerprint: str) -> tuple[LevelStep, ...]:
         """Plan every level. Without ``matrix`` but with a fingerprint other than ``none`` a stand-in takes the imatrix's
         place: only its presence changes llama.cpp's choice of types."""
-        with _real_or_stand_in(matrix, fingerprint) as used:
-            weights = self.weights(matrix)
+        with _real_or_stand_in(matrix, fingerprint) as imatrix:
+            resolver = Resolver(
+                self.frozen.model,
+                self.session.engine,
+                self.request.options,
+                imatrix,
+                self.weights(matrix),
+                pending=matrix is None and imatrix is not None,
+                uncovered=self.request.uncovered,
+            )
+            further = _further(self.request)
             with ThreadPoolExecutor(max_workers=max(1, psutil.cpu_count() or 1)) as pool:
-                return tuple(pool.map(lambda level: self._plan(level, used, weights, matrix, fingerprint), levels))
+                return tuple(pool.map(lambda level: self._plan(level, resolver, fingerprint, further), levels))
 
     def weights(self, matrix: MatrixFile | None) -> Weights | None:
         """The entries llama-quantize will use; None where there are none."""
@@ -82,48 +92,27 @@ class LevelPlanner:
         weights = usable_weights(matrix.matrix, matrix.path, self.request.options)
         return weights if weights.sizes else None
 
-    def _plan(
-        self, level: Level, imatrix: Path | None, weights: Weights | None, matrix: MatrixFile | None, fingerprint: str
-    ) -> LevelStep:
+    def _plan(self, level: Level, resolver: Resolver, fingerprint: str, further: str) -> LevelStep:
+        workspace, journal, name = self.session.workspace, self.session.journal, step_name(level)
         inputs = level_inputs(
             level,
             self.request.options,
             source=self.frozen.fingerprint,
             imatrix=fingerprint,
             engine=self.session.engine.identity(),
-            tensor_type_file=_file_option(self.request),
+            further=further,
         )
-        files = final_files(self.session.workspace, level, self.frozen, keep_split=self.request.options.keep_split)
-        name = step_name(level)
-        record = self.session.journal.get(name)
-        intact = record is not None and _still_there(
-            record, self.session.workspace, self.session.journal, name, save=not self.session.dry_run
-        )
-        recipe = None
+        files = final_files(workspace, level, self.frozen, keep_split=self.request.options.keep_split)
+        record = journal.get(name)
+        intact = record is not None and _still_there(record, workspace, journal, name, save=not self.session.dry_run)
+        resolved = None
         if needs_dry_run(record, inputs, intact=intact):
             self.session.stop.check()
-            job = self._job(level, self.session.workspace.partial / "unused.gguf", imatrix, None)
-            try:
-                dry = self.session.engine.dry_run(job)
-            except (InterruptedRunError, NoSpaceError):
-                raise
-            except RunnerError as error:
-                recipe = _impossible(level, error)
-            else:
-                model = self.frozen.model
-                options = level.apply(self.request.options)
-                pending = matrix is None and imatrix is not None
-                recipe = make_recipe(level, model.header, model.tensors, dry, weights, options, pending=pending)
-        foreign = _foreign(files, record, self.session.workspace, intact=intact)
-        step = plan_level(level, files, inputs, record, intact=intact, recipe=recipe, foreign=bool(foreign))
-        return replace(step, reason=foreign) if foreign and step.state == "fails" and not (recipe and recipe.failures) else step
-
-    def _job(self, level: Level, out: Path, imatrix: Path | None, threads: int | None) -> QuantizeJob:
-        log = self.session.log(step_name(level))
-        options = level.apply(self.request.options)
-        return QuantizeJob(
-            step_name(level), self.frozen.model.path, out, level.ftype, options, imatrix, threads or self.request.threads, log
-        )
+            resolved = resolver.resolve(level, self.session.log(name))
+        foreign = _foreign(files, record, workspace, intact=intact)
+        step = plan_level(level, files, inputs, record, intact=intact, resolved=resolved, foreign=bool(foreign))
+        hopeless = resolved is not None and resolved.recipe.failures
+        return replace(step, reason=foreign) if foreign and step.state == "fails" and not hopeless else step
 
     def run(self, steps: Sequence[LevelStep], matrix: MatrixFile | None, sink: Sink) -> list[LevelResult]:
         """Make the levels, several at once where memory allows. A failed level does not stop the others; a full disk, a
@@ -148,11 +137,11 @@ class LevelPlanner:
 
     def _make(self, step: LevelStep, matrix: MatrixFile | None, threads: int, sink: Sink) -> LevelResult:
         self.session.stop.check()
-        assert step.recipe is not None
+        assert step.resolved is not None
         began = time.monotonic()
-        sink(Started(step.step, step.level.name, step.recipe.n_elements, "weights"))
+        sink(Started(step.step, step.level.name, step.resolved.recipe.n_elements, "weights"))
         try:
-            quantized, n_bytes = self._write(step, step.recipe, matrix, threads, sink)
+            quantized, n_bytes = self._write(step, step.resolved, matrix, threads, sink)
         except InterruptedRunError:
             raise
         except NoSpaceError as error:
@@ -168,7 +157,7 @@ class LevelPlanner:
         return LevelResult(step, "done", n_bytes, seconds, without_weights=expected)
 
     def _write(
-        self, step: LevelStep, recipe: Recipe, matrix: MatrixFile | None, threads: int, sink: Sink
+        self, step: LevelStep, resolved: Resolved, matrix: MatrixFile | None, threads: int, sink: Sink
     ) -> tuple[Quantized, int]:
         folder = self.session.workspace.partial / step.level.name
         try:
@@ -177,7 +166,16 @@ class LevelPlanner:
         except OSError as error:
             raise from_os_error(error, f"preparing {step.level.name}", folder) from error
         name = f"{self.session.workspace.model}-{step.level.name}.gguf"
-        job = self._job(step.level, folder / name, matrix.path if matrix else None, threads)
+        job = QuantizeJob(
+            step.step,
+            self.frozen.model.path,
+            folder / name,
+            step.level.ftype,
+            resolved.options,
+            matrix.path if matrix else None,
+            threads,
+            self.session.log(step.step),
+        )
         quantized = self.session.engine.quantize(job, sink)
         self.frozen.check_unchanged()
         parts = sorted(folder.glob("*.gguf"))
@@ -187,9 +185,9 @@ class LevelPlanner:
                 f"it left {', '.join(part.name for part in parts) or 'nothing'}",
                 f"Read the log: {job.log}",
             )
-        n_bytes = verify_output(parts, recipe, self.weights(matrix))
+        n_bytes = verify_output(parts, resolved.recipe, self.weights(matrix))
         hashes = [sha256(part, lambda _bytes: self.session.stop.check()) for part in parts]
-        facts = replace(facts_of_recipe(recipe), n_bytes=n_bytes)
+        facts = replace(facts_of(resolved), n_bytes=n_bytes)
         self._conclude(step, job, parts, hashes, quantized, msgspec.to_builtins(facts))
         for file in step.files:
             sink(Saved(str(file), step.level.name, file.stat().st_size))
@@ -290,10 +288,9 @@ def _real_or_stand_in(matrix: MatrixFile | None, fingerprint: str) -> Iterator[P
             yield path
 
 
-def _impossible(level: Level, error: RunnerError) -> Recipe:
-    return Recipe(level, (), (), (), (error.why,), False, None)
-
-
-def _file_option(request: LevelsRequest) -> str:
+def _further(request: LevelsRequest) -> str:
+    """What else decides a level's bytes: the content of the file of types, and what becomes of uncovered tensors."""
     path = request.options.tensor_type_file
-    return f"--tensor-type-file sha256:{sha256(path)}" if path is not None else ""
+    file = f"--tensor-type-file sha256:{sha256(path)}" if path is not None else ""
+    uncovered = f"--uncovered {request.uncovered}" if request.uncovered != FAIL else ""
+    return " ".join(filter(None, (file, uncovered)))

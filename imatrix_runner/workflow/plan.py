@@ -12,7 +12,7 @@ from imatrix_runner.engines.base import Fallback, QuantizeOptions
 from imatrix_runner.engines.binaries.argv import quantize_options
 from imatrix_runner.journal import Record, differences
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import Recipe
+from imatrix_runner.quantize.resolve import Resolved
 
 State = Literal["todo", "up-to-date", "fails"]
 ImatrixAction = Literal["none", "use", "generate", "up-to-date"]
@@ -48,6 +48,8 @@ class LevelFacts:
     fallbacks: tuple[Fallback, ...]
     fallback_share: float
     weightless: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class LevelStep:
     files: tuple[Path, ...]
     inputs: Mapping[str, str]
     facts: LevelFacts
-    recipe: Recipe | None = None
+    resolved: Resolved | None = None
 
     @property
     def step(self) -> str:
@@ -97,16 +99,17 @@ def step_name(level: Level) -> str:
 
 
 def level_inputs(
-    level: Level, options: QuantizeOptions, *, source: str, imatrix: str, engine: str, tensor_type_file: str
+    level: Level, options: QuantizeOptions, *, source: str, imatrix: str, engine: str, further: str
 ) -> dict[str, str]:
-    """The named fingerprints of one level. Threads and the buffer's size are left out: they do not change a byte."""
+    """The named fingerprints of one level. Threads and the buffer's size are left out: they do not change a byte.
+    ``further`` stands for what the options do not tell (the content of a file, what becomes of uncovered tensors)."""
     flags = quantize_options(
         QuantizeOptions(**{**vars(level.apply(options)), "max_buffer_size": None, "tensor_type_file": None})
     )
     return {
         "model file": source,
         "imatrix": imatrix,
-        "options": " ".join((level.ftype, *flags, tensor_type_file)).strip(),
+        "options": " ".join((level.ftype, *flags, further)).strip(),
         "engine": engine,
     }
 
@@ -118,21 +121,21 @@ def plan_level(
     record: Record | None,
     *,
     intact: bool,
-    recipe: Recipe | None,
+    resolved: Resolved | None,
     foreign: bool,
 ) -> LevelStep:
     """Decide one level. ``intact``: its recorded outputs are unchanged; ``foreign``: a file of that name is there which
-    no record of ours explains. ``recipe`` may be missing only for a level that is up to date."""
+    no record of ours explains. ``resolved`` may be missing only for a level that is up to date."""
     if record is not None and intact and not differences(record, inputs):
         return LevelStep(level, "up-to-date", "made before from the same inputs", files, inputs, facts_of_record(record))
-    assert recipe is not None
-    facts = facts_of_recipe(recipe)
-    if recipe.failures:
-        return LevelStep(level, "fails", recipe.failures[0], files, inputs, facts, recipe)
+    assert resolved is not None
+    facts = facts_of(resolved)
+    if resolved.recipe.failures:
+        return LevelStep(level, "fails", resolved.recipe.failures[0], files, inputs, facts, resolved)
     if foreign:
         why = f"{files[0].name} is there and was not made here; move it away to have it made"
-        return LevelStep(level, "fails", why, files, inputs, facts, recipe)
-    return LevelStep(level, "todo", _why_todo(record, inputs, intact), files, inputs, facts, recipe)
+        return LevelStep(level, "fails", why, files, inputs, facts, resolved)
+    return LevelStep(level, "todo", _why_todo(record, inputs, intact), files, inputs, facts, resolved)
 
 
 def _why_todo(record: Record | None, inputs: Mapping[str, str], intact: bool) -> str:
@@ -156,7 +159,8 @@ def _short(value: str | None) -> str:
     return value[:19] if value.startswith("sha256:") else value
 
 
-def facts_of_recipe(recipe: Recipe) -> LevelFacts:
+def facts_of(resolved: Resolved) -> LevelFacts:
+    recipe = resolved.recipe
     return LevelFacts(
         recipe.file_bytes,
         recipe.bits_per_weight,
@@ -164,6 +168,8 @@ def facts_of_recipe(recipe: Recipe) -> LevelFacts:
         recipe.fallbacks,
         recipe.fallback_share,
         recipe.weightless,
+        recipe.unseen,
+        resolved.pinned,
     )
 
 

@@ -32,13 +32,15 @@ class ImatrixRequest:
 
 @dataclass(frozen=True)
 class LevelsRequest:
-    """Which levels (by name, or a preset; both empty: the default set) and how."""
+    """Which levels (by name, or a preset; both empty: the default set) and how. ``uncovered``: what becomes of tensors for
+    which the imatrix has no data (``fail``, ``keep``, or a type)."""
 
     names: tuple[str, ...] = ()
     preset: str = ""
     options: QuantizeOptions = field(default_factory=QuantizeOptions)
     jobs: int | None = None
     threads: int | None = None
+    uncovered: str = "fail"
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,15 @@
-"""The command line in this process (quick) for what is said; the fixture ``runner`` runs the real one where that matters."""
+"""Fixtures of the command line's tests; ``runner`` (a real process) comes from the conftest above."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import Ran
-
-from imatrix_runner.cli.main import run_cli
-
-Cli = Callable[..., Ran]
+from in_process import CommandLine
 
 
 @pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run ``imatrix-runner ARGUMENTS`` in ``tmp_path``, in this process."""
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The command line in this process, in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> Ran:
-        capsys.readouterr()
-        code = run_cli([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return Ran(code, said.out, said.err)
-
-    return run
+    return CommandLine(capsys)

@@ -1,7 +1,8 @@
 """``python die_at.py N ARGUMENTS``: the command line, killed by SIGKILL right after it renamed its N-th file.
 
 Everything that lasts is a rename (of the journal, of a finished file), so the moments between two renames are all the states
-that a kill can leave behind. Counted are those below the current directory, without owner files: they serve a living process only.
+that a kill can leave behind. Counted are renames below the current directory, but not those of owner files: they serve a
+living process only.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.toolchain.probe import Toolchain
 
 CONTEXT = 128
-_TRIES = 100
+_TRIES = 300
 _ANNOUNCED = re.compile(r"\((\d+) (tensors|layers)\)")
 
 Row = tuple[str, ...]
@@ -107,6 +108,38 @@ def test_a_mixture_of_experts_some_of_them_untouched(
     same(found, shown(toolchain, lacking))
     assert found.without_data == (emptied,)
     assert {item.name: item.without_tokens for item in found.experts if item.without_tokens} == {starved: 1}
+
+
+def as_phi3(llama: Path, path: Path) -> Path:
+    """The same weights as another architecture: phi3 has q, k, v in one tensor, and gate and up in another."""
+    from gguf import GGUFReader, GGUFWriter
+
+    reader, writer = GGUFReader(llama), GGUFWriter(path, "phi3")
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "general.architecture")):
+            kind, inner = (*field.types, None)[:2]
+            writer.add_key_value(key.replace("llama.", "phi3."), field.contents(), kind, inner)
+    joined = {"attn_q": "attn_qkv", "attn_k": "attn_qkv", "attn_v": "attn_qkv", "ffn_gate": "ffn_up"}
+    rows: dict[str, list[Any]] = {}
+    for tensor in reader.tensors:
+        name = re.sub(r"attn_[qkv]\b|ffn_gate\b", lambda found: joined[found[0]], tensor.name)
+        rows.setdefault(name, []).append(tensor)
+    for name, parts in rows.items():
+        writer.add_tensor(name, np.concatenate([part.data for part in parts]), raw_dtype=parts[0].tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_another_architecture(toolchain: Toolchain, tools: BareTools, text: Path, tmp_path: Path) -> None:
+    model = as_phi3(write_llama_gguf(tmp_path / "llama.gguf", layers=3), tmp_path / "phi3.gguf")
+    made = tmp_path / "made.gguf"
+    tools.imatrix(model, text, made, "-c", str(CONTEXT), "--chunks", "8")
+    found = statistics(read(made).matrix)
+    assert {item.tensor for item in found.tensors} == {"attn_qkv", "attn_output", "ffn_up", "ffn_down"}
+    same(found, shown(toolchain, made))
 
 
 def test_the_demo_model(toolchain: Toolchain, tools: BareTools, demo_model: Path, tmp_path: Path) -> None:

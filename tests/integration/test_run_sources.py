@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Ran, RunCommand
+from command_line import Ran, RunCommand
 from hub_server import HubServer, Trouble
 from tiny_models import sample_text, write_hf_directory, write_llama_gguf
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from values import DEMO_CHUNKS, DEMO_CONTEXT
 
 from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
@@ -17,8 +18,6 @@ from imatrix_runner.toolchain.probe import Toolchain
 # A loaded machine must not turn a slow example into a failure.
 settings.register_profile("tests", deadline=None, max_examples=60)
 settings.load_profile("tests")
-
-DEMO_CHUNKS, DEMO_CONTEXT = 12, 64
 
 
 @pytest.fixture(scope="session")

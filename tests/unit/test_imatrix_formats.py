@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DEMO_CHUNKS, DEMO_CONTEXT
 from hypothesis import given
 from hypothesis import strategies as st
-from values import entry, matrix, same_matrix
+from values import DEMO_CHUNKS, DEMO_CONTEXT, entry, matrix, same_matrix
 
 from imatrix_runner.engines.base import QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine

@@ -79,9 +79,7 @@ def test_a_changed_input_is_named_with_before_and_after() -> None:
     now = {**INPUTS, "options": "Q4_K_M --pure", "model file": "sha256:" + "b" * 64}
     step = plan(record(), inputs=now, intact=True)
     assert step.state == "todo"
-    assert step.reason == (
-        "changed: model file: sha256:aaaaaaaaaaaa -> sha256:bbbbbbbbbbbb; options: Q4_K_M -> Q4_K_M --pure"
-    )
+    assert step.reason == ("changed: model file: sha256:aaaaaaaaaaaa -> sha256:bbbbbbbbbbbb; options: Q4_K_M -> Q4_K_M --pure")
 
 
 def test_an_input_that_came_or_went_is_described_as_none() -> None:

@@ -1,5 +1,23 @@
-"""Hugging Face hubs: the only room that imports huggingface_hub. :func:`fetch_model` brings a model into its cache."""
+"""Hugging Face hubs: the only room that imports huggingface_hub.
 
+:func:`fetch_model` brings a model into its cache; a :class:`Hub` is searched for other files.
+"""
+
+from imatrix_runner.models.hub.choice import RepoFile
 from imatrix_runner.models.hub.fetch import Downloaded, fetch_model, hub_endpoint, reachability, token_source
+from imatrix_runner.models.hub.listing import Listing
+from imatrix_runner.models.hub.search import Hub, concerns_one_file
+from imatrix_runner.models.hub.transfer import is_offline
 
-__all__ = ["Downloaded", "fetch_model", "hub_endpoint", "reachability", "token_source"]
+__all__ = [
+    "Downloaded",
+    "Hub",
+    "Listing",
+    "RepoFile",
+    "concerns_one_file",
+    "fetch_model",
+    "hub_endpoint",
+    "is_offline",
+    "reachability",
+    "token_source",
+]

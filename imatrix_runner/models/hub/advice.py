@@ -56,7 +56,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Seconds the server wants us to wait: from ``Retry-After``, or what ``RateLimit`` says of the window (``"api";r=0;t=55``)."""
+    """Seconds the server wants us to wait: from ``Retry-After``, or from ``RateLimit`` (``"api";r=0;t=55``)."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
@@ -177,11 +177,11 @@ def _explain_status(status: int, asked: Asked, wait: float | None) -> DownloadEr
             "Check the spelling of org/name; a private repository needs HF_TOKEN.",
         )
     if status == 429:
+        pause = human_seconds(wait) if wait else "some minutes"
         return DownloadError(
             f"{asked.host} asks us to slow down",
-            "too many requests came from your address or account (HTTP 429)"
-            + (f"; it wants a pause of {human_seconds(wait)}" if wait else ""),
-            f"Wait {human_seconds(wait) if wait else 'some minutes'} and run the same command again; with HF_TOKEN set the limit is higher.",
+            f"too many requests came from your address or account (HTTP 429); it wants a pause of {pause}",
+            f"Wait {pause} and run the same command again; with HF_TOKEN set the limit is higher.",
         )
     return DownloadError(
         f"{asked.host} failed to answer",

@@ -14,6 +14,7 @@ from imatrix_runner.models.hub.choice import RepoFile
 
 LISTING_SECONDS = 30.0
 
+_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -75,6 +76,10 @@ def iso_date(moment: datetime | None) -> str | None:
 
 def is_commit(text: str | None) -> bool:
     return _COMMIT.fullmatch(text or "") is not None
+
+
+def is_repository(text: str) -> bool:
+    return _REPOSITORY.fullmatch(text) is not None
 
 
 def _is_plain_name(name: str) -> bool:

@@ -1,0 +1,197 @@
+"""Looking for files on a hub: which repositories were made from a model, what one holds, and one file out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urljoin, urlsplit
+
+import msgspec
+
+from imatrix_runner.errors import DownloadError
+from imatrix_runner.events import Sink
+from imatrix_runner.files import human_bytes
+from imatrix_runner.models.hub.advice import Asked, no_hub, offline_without
+from imatrix_runner.models.hub.choice import RepoFile
+from imatrix_runner.models.hub.fetch import default_cache, fetch_files, hub_endpoint, quiet_library, token_source
+from imatrix_runner.models.hub.listing import (
+    LISTING_SECONDS,
+    Listing,
+    is_commit,
+    is_repository,
+    list_cached,
+    list_repository,
+    plain_files,
+    quantised_from,
+    remember_revision,
+)
+from imatrix_runner.models.hub.transfer import cached_file, is_offline, patiently
+from imatrix_runner.models.sources import HubId
+from imatrix_runner.process import Stop
+
+RepoType = Literal["model", "dataset"]
+
+_MOST_PAGES = 20
+
+
+class _Sibling(msgspec.Struct):
+    rfilename: str
+    size: int | None = None
+
+
+class _Found(msgspec.Struct, rename="camel"):
+    """What a search says of a repository; of its files the names only."""
+
+    id: str
+    sha: str = ""
+    last_modified: str | None = None
+    tags: list[str] = []
+    siblings: list[_Sibling] = []
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A hub and the cache of what came from it. Offline, the cache alone is asked.
+
+    Every method raises :class:`DownloadError` when the hub cannot be used, and ``InterruptedRunError`` once stopped.
+    """
+
+    stop: Stop
+    sink: Sink
+    endpoint: str = field(default_factory=hub_endpoint)
+    cache: Path = field(default_factory=default_cache)
+    offline: bool = field(default_factory=is_offline)
+
+    def __post_init__(self) -> None:
+        quiet_library()
+
+    def repository(self, hub_id: HubId, repo_type: RepoType = "model") -> Listing:
+        """A repository's files, with their sizes, at its newest commit or the revision named."""
+        asked = self._asked(hub_id, repo_type)
+        if not self.offline:
+            return patiently(partial(list_repository, asked), asked, self.stop.check)
+        listing = list_cached(asked, self.cache)
+        if listing is None:
+            raise offline_without(asked)
+        return listing
+
+    def look_up(self, repo: str, repo_type: RepoType = "model") -> Listing | str:
+        """A repository's files; or, in a phrase, why this one cannot be read while the hub itself answers."""
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+        try:
+            return self.repository(HubId(repo), repo_type)
+        except DownloadError as error:
+            cause = error.__cause__
+            if self.offline:
+                return "not in the cache"
+            if isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError):
+                return "does not exist"
+            if isinstance(cause, HfHubHTTPError) and cause.response.status_code in (403, 404, 410, 451):
+                return "does not exist" if cause.response.status_code == 404 else error.why
+            if isinstance(cause, (GatedRepoError, HFValidationError)):
+                return error.why
+            raise
+
+    def made_from(self, repo: str) -> tuple[Listing, ...]:
+        """The repositories that say they were quantised from ``repo``, with their files' names but without sizes."""
+        if self.offline:
+            return ()
+        asked = self._asked(HubId(repo), "model")
+        fields = ("siblings", "sha", "lastModified", "tags")
+        params = [("filter", f"base_model:quantized:{repo}"), *(("expand", name) for name in fields)]
+        url: str | None = f"{self.endpoint}/api/models"
+        found: list[Listing] = []
+        for _ in range(_MOST_PAGES):
+            page, url = patiently(partial(_page, asked, url or "", params), asked, self.stop.check)
+            found += [_listing(entry) for entry in page if is_commit(entry.sha) and is_repository(entry.id)]
+            if url is None:
+                break
+            params = []  # the next address carries them
+        return tuple(found)
+
+    def cached(self, listing: Listing, file: RepoFile) -> Path | None:
+        """A file's whole copy in the cache."""
+        return cached_file(self._of(listing), file, listing.commit, self.cache)
+
+    def fetch(self, listing: Listing, file: RepoFile, *, limit: int) -> Path:
+        """A file in the cache, fetched if need be; what announces more than ``limit`` bytes is refused before."""
+        asked = self._of(listing)
+        if (path := self.cached(listing, file)) is not None:
+            return path
+        if self.offline:
+            raise offline_without(asked)
+        size = patiently(partial(_announced_size, asked, file, listing.commit), asked, self.stop.check)
+        for told in (file.size, size):
+            if told is not None and told > limit:
+                raise DownloadError(
+                    f"{file.name} of {listing.repo} is too large",
+                    f"{asked.host} announces {human_bytes(told)}, and no more than {human_bytes(limit)} are taken",
+                    "Nothing was downloaded. Choose another file with --from REPO:FILE.",
+                )
+        if size is None:
+            raise no_hub(asked)
+        if file.size is not None and size != file.size:
+            raise DownloadError(
+                f"{file.name} of {listing.repo} has two lengths",
+                f"{asked.host} lists it with {file.size} bytes and offers {size}",
+                "Run the same command again; if it stays so, look at your proxy and at HF_ENDPOINT.",
+            )
+        wanted = RepoFile(file.name, size)
+        (path,) = fetch_files(asked, [wanted], listing.commit, self.cache, self.stop, self.sink, impatient=True)
+        remember_revision(asked, listing.commit, self.cache)
+        return path
+
+    def _asked(self, hub_id: HubId, repo_type: RepoType) -> Asked:
+        return Asked(hub_id, self.endpoint, token_source() is not None, repo_type, perhaps_path=False)
+
+    def _of(self, listing: Listing) -> Asked:
+        return self._asked(HubId(listing.repo), "dataset" if listing.repo_type == "dataset" else "model")
+
+
+def concerns_one_file(error: DownloadError) -> bool:
+    """Whether it is this file or repository that cannot be had, and not the hub or the network: another may work."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cause = error.__cause__
+    if isinstance(cause, HfHubHTTPError):
+        answered = cause.response
+        return answered.status_code in (403, 404, 410, 451) or answered.headers.get("X-Error-Code") == "GatedRepo"
+    return cause is None or (isinstance(cause, OSError) and "Consistency check failed" in str(cause))
+
+
+def _page(asked: Asked, url: str, params: list[tuple[str, str]]) -> tuple[list[_Found], str | None]:
+    """One page of a search and the address of the next. The library's own paging would wait as long as a hub pleases, and
+    would send the token to whatever address a page names as the next."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    headers: dict[str, Any] = build_hf_headers(library_name="imatrix-runner")
+    answer = get_session().get(url, params=tuple(params) or None, headers=headers, timeout=LISTING_SECONDS)
+    hf_raise_for_status(answer)
+    try:
+        page = msgspec.json.decode(answer.content, type=list[_Found])
+    except msgspec.DecodeError as error:
+        raise no_hub(asked) from error
+    following = answer.links.get("next", {}).get("url")
+    if following is None:
+        return page, None
+    following = urljoin(url, following)
+    if urlsplit(following)[:2] != urlsplit(asked.endpoint)[:2]:
+        raise no_hub(asked)
+    return page, following
+
+
+def _listing(entry: _Found) -> Listing:
+    files = plain_files((sibling.rfilename, sibling.size) for sibling in entry.siblings)
+    return Listing(entry.id, "model", entry.sha, entry.last_modified, files, None, quantised_from(entry.tags))
+
+
+def _announced_size(asked: Asked, file: RepoFile, commit: str) -> int | None:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(asked.hub_id.repo, file.name, repo_type=asked.repo_type, revision=commit, endpoint=asked.endpoint)
+    size: int | None = get_hf_file_metadata(url, endpoint=asked.endpoint, timeout=LISTING_SECONDS).size
+    return size

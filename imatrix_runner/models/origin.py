@@ -1,0 +1,150 @@
+"""Whose weights a model is: the hub id under which it was first published, told by what the model says of itself.
+
+Publishers of quantised files and of imatrices name that id as their base. Nothing is guessed silently: an :class:`Origin` says
+where it was read and whether that is certain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from imatrix_runner.errors import UsageError
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_OWN_ADDRESS = (
+    "general.source.huggingface.repository",
+    "general.source.repo_url",
+    "general.source.url",
+    "general.repo_url",
+    "general.url",
+)
+_CARD_BASE = re.compile(
+    r"""^base_model:[ \t]*(?:\r?\n[ \t]*-[ \t]*|\[[ \t]*)?["']?([\w.-]+/[\w.-]+)""", re.MULTILINE | re.ASCII
+)
+_SMALL = 1 << 20
+
+
+@dataclass(frozen=True)
+class Origin:
+    """``repo``: ``ORG/NAME``; ``how``: where it was read; ``sure``: whether it can be anything but the model itself.
+
+    What is not sure may be the model that this one was fine-tuned from.
+    """
+
+    repo: str
+    how: str
+    sure: bool = True
+
+    @property
+    def organisation(self) -> str:
+        return self.repo.partition("/")[0]
+
+    @property
+    def name(self) -> str:
+        return self.repo.partition("/")[2]
+
+
+def given_origin(text: str) -> Origin:
+    """The origin a user names. Raises :class:`UsageError` for what cannot be a hub id."""
+    repo = repository_in(text)
+    if repo is None:
+        raise UsageError(
+            f"{text!r} is not a hub id", "a base model is named ORG/NAME", "For example: --base-model Qwen/Qwen3-0.6B"
+        )
+    return Origin(repo, "given with --base-model")
+
+
+def repository_in(text: object) -> str | None:
+    """``ORG/NAME`` of a hub id or of a repository's web address."""
+    if not isinstance(text, str):
+        return None
+    path = urlsplit(text).path.strip("/") if "://" in text else text
+    repo = path.removesuffix("/tree/main")
+    return repo if _REPO.fullmatch(repo) and ".." not in repo and "--" not in repo else None
+
+
+def origin_of_gguf(metadata: Mapping[str, Any]) -> Origin | None:
+    """From a GGUF's ``general.*`` keys.
+
+    ``base_model`` is what the converter found on the model card: of a quantiser's or a plain copy the model itself, of a
+    fine-tune another one. The two are told apart by the name.
+    """
+    for key in _OWN_ADDRESS:
+        repo = repository_in(metadata.get(key))
+        if repo is not None and not re.search(r"gguf", repo, re.IGNORECASE):
+            return Origin(repo, key)
+    name = metadata.get("general.name")
+    base = _base_model(metadata)
+    if base is not None:
+        return Origin(base[0], base[1], sure=same_name(name, base[0].partition("/")[2]))
+    organisation = metadata.get("general.organization")
+    spelled = _spelled(organisation, name)
+    return Origin(spelled, "general.organization and general.name", sure=False) if spelled else None
+
+
+def origin_of_directory(directory: Path) -> Origin | None:
+    """From where a checkpoint lies (the hub's cache), its configuration, or its model card."""
+    place = directory.absolute()
+    if place.parent.name == "snapshots" and (parts := place.parent.parent.name.split("--"))[0] == "models" and len(parts) == 3:
+        return Origin("/".join(parts[1:]), "the name of the folder in the hub's cache")
+    found = ((_configured(place / "config.json"), "_name_or_path in config.json"), (_card(place / "README.md"), "README.md"))
+    origins = [Origin(repo, how, sure=same_name(place.name, repo.partition("/")[2])) for repo, how in found if repo]
+    return next((origin for origin in origins if origin.sure), origins[0] if origins else None)
+
+
+def same_name(one: object, other: object) -> bool:
+    """Whether two spellings (``Qwen3 0.6B``, ``Qwen3-0.6B``) mean the same name."""
+    return isinstance(one, str) and isinstance(other, str) and _plain(one) == _plain(other) != ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _base_model(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The only base model's hub id and the keys that say it; of several none is the model."""
+    if metadata.get("general.base_model.count", 1) != 1:
+        return None
+    key = "general.base_model.0"
+    for part in ("repo_url", "url"):
+        if repo := repository_in(metadata.get(f"{key}.{part}")):
+            return repo, f"{key}.{part}"
+    spelled = _spelled(metadata.get(f"{key}.organization"), metadata.get(f"{key}.name"))
+    return (spelled, f"{key}.organization and .name") if spelled else None
+
+
+def _spelled(organisation: object, name: object) -> str | None:
+    """A hub id from names for people, whose spaces were hyphens."""
+    if not isinstance(organisation, str) or not isinstance(name, str):
+        return None
+    return repository_in(f"{organisation.strip().replace(' ', '-')}/{name.strip().replace(' ', '-')}")
+
+
+def _configured(path: Path) -> str | None:
+    try:
+        value = msgspec.json.decode(_start(path))
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return repository_in(value.get("_name_or_path")) if isinstance(value, dict) else None
+
+
+def _card(path: Path) -> str | None:
+    """``base_model`` in the front matter of a model card."""
+    front = re.match(r"---\s*\n(.*?)\n---", _start(path).decode("utf-8", "replace"), re.DOTALL)
+    match = _CARD_BASE.search(front[1]) if front else None
+    return repository_in(match[1]) if match else None
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as handle:
+            return handle.read(_SMALL)
+    except OSError:
+        return b""

@@ -1,0 +1,98 @@
+"""From a level to its recipe, asking llama.cpp; and pinning tensors that the imatrix does not cover."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from imatrix_runner.engines.base import Engine, QuantizeJob, QuantizeOptions
+from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, ToolchainError, UsageError
+from imatrix_runner.models.gguf_file import type_id, type_size
+from imatrix_runner.models.sources import Model
+from imatrix_runner.quantize.levels import Level
+from imatrix_runner.quantize.recipe import Recipe, Weights, make_recipe
+
+FAIL, KEEP = "fail", "keep"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe, and the options that llama-quantize must be given to follow it (with the pins, if any)."""
+
+    recipe: Recipe
+    options: QuantizeOptions
+    pinned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resolver:
+    """Asks for the recipes of one model with one imatrix.
+
+    ``imatrix`` is what llama-quantize is given (its presence changes the mixture), ``weights`` what is known to be in it;
+    ``pending``: it is only a stand-in. ``uncovered``: ``fail``, ``keep`` or a type for tensors without data.
+    """
+
+    model: Model
+    engine: Engine
+    options: QuantizeOptions
+    imatrix: Path | None
+    weights: Weights | None
+    pending: bool = False
+    uncovered: str = FAIL
+
+    def resolve(self, level: Level, log: Path | None) -> Resolved:
+        """The recipe of one level. What llama.cpp refuses to plan is a recipe that fails, with its reason."""
+        options = level.apply(self.options)
+        try:
+            recipe = self._ask(level, options, log)
+            pins = self._pins(recipe)
+            if not pins:
+                return Resolved(recipe, options)
+            # First match wins in llama-quantize: what the user asked for stays before ours.
+            pinned = replace(options, tensor_types=(*options.tensor_types, *pins.values()))
+            return Resolved(self._ask(level, pinned, log), pinned, tuple(pins))
+        except (EngineError, InvalidDataError, ToolchainError, UsageError) as error:
+            return Resolved(_impossible(level, error), options)
+
+    def _ask(self, level: Level, options: QuantizeOptions, log: Path | None) -> Recipe:
+        job = QuantizeJob(f"level-{level.name}", self.model.path, Path("unused"), level.ftype, options, self.imatrix, None, log)
+        dry = self.engine.dry_run(job)
+        return make_recipe(level, self.model.header, self.model.tensors, dry, self.weights, options, pending=self.pending)
+
+    def _pins(self, recipe: Recipe) -> dict[str, str]:
+        """``--tensor-type`` entries by tensor, for those without data that would become smaller than the safe type."""
+        if self.uncovered == FAIL or self.weights is None:
+            return {}
+        sources = {tensor.name: tensor.type_name for tensor in self.model.tensors}
+        uncovered = {*recipe.weightless, *recipe.unseen, *recipe.starved}
+        pins: dict[str, str] = {}
+        for tensor in recipe.tensors:
+            if tensor.name not in uncovered:
+                continue
+            safe = sources.get(tensor.name, "") if self.uncovered == KEEP else self.uncovered.upper()
+            if bits(tensor.type) < bits(safe):
+                pins[tensor.name] = f"^{re.escape(tensor.name)}$={safe.lower()}"
+        return pins
+
+
+def bits(type_name: str) -> float:
+    """Bits per weight of a ggml type; 0 for one we do not know (a fork's)."""
+    number = type_id(type_name)
+    size = type_size(number) if number is not None else None
+    return 8 * size[1] / size[0] if size is not None else 0.0
+
+
+def check_uncovered(value: str) -> str:
+    """``fail``, ``keep`` or a known ggml type. Raises :class:`UsageError`."""
+    if value.lower() in (FAIL, KEEP):
+        return value.lower()
+    if bits(value) == 0:
+        raise UsageError(
+            f"--uncovered {value} is no type", "it takes fail, keep or a ggml type", "For example: --uncovered q4_k"
+        )
+    return value
+
+
+def _impossible(level: Level, error: RunnerError) -> Recipe:
+    return Recipe(level, (), (), (), (error.why,), False, None)

@@ -1,0 +1,82 @@
+"""``imatrix check``: a matrix against a model, and one verdict per level, all before any work."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from imatrix_runner.imatrix.coverage import Coverage, examine
+from imatrix_runner.imatrix.formats import MatrixFile, read
+from imatrix_runner.models.sources import Model, open_gguf
+from imatrix_runner.quantize.levels import Level
+from imatrix_runner.quantize.recipe import usable_weights
+from imatrix_runner.quantize.resolve import Resolved, Resolver
+from imatrix_runner.workflow.context import Context, find_toolchain, make_engine
+from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest
+from imatrix_runner.workflow.run import choose_levels
+
+Verdict = Literal["fine", "weaker", "fails"]
+
+
+@dataclass(frozen=True)
+class LevelVerdict:
+    """What the matrix means for one level. ``reason`` names the tensor and the type, or what is weaker."""
+
+    level: Level
+    verdict: Verdict
+    reason: str
+    resolved: Resolved
+
+
+@dataclass(frozen=True)
+class Checked:
+    file: MatrixFile
+    model: Model
+    coverage: Coverage
+    verdicts: tuple[LevelVerdict, ...]
+
+    @property
+    def failing(self) -> tuple[LevelVerdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if verdict.verdict == "fails")
+
+
+def check(path: Path, model_path: Path, levels: LevelsRequest, environment: EnvironmentRequest, context: Context) -> Checked:
+    """Examine an imatrix for a GGUF model. Only the recipes need llama.cpp; nothing is written."""
+    file = read(path.expanduser().absolute())
+    model = open_gguf(model_path.expanduser().absolute(), allow_requantize=True)
+    coverage = examine(file.matrix, {tensor.name: tensor.shape for tensor in model.tensors})
+    toolchain = find_toolchain(environment)
+    engine = make_engine(environment, toolchain, context.runner(environment))
+    weights = usable_weights(file.matrix, file.path, levels.options)
+    resolver = Resolver(
+        model, engine, levels.options, file.path, weights if weights.sizes else None, uncovered=levels.uncovered
+    )
+    chosen = choose_levels(levels, toolchain, context.sink)
+    with ThreadPoolExecutor(max_workers=max(1, psutil.cpu_count() or 1)) as pool:
+        verdicts = tuple(pool.map(lambda level: _judge(level, resolver.resolve(level, None), coverage), chosen))
+    return Checked(file, model, coverage, verdicts)
+
+
+def _judge(level: Level, resolved: Resolved, coverage: Coverage) -> LevelVerdict:
+    recipe = resolved.recipe
+    if recipe.failures:
+        return LevelVerdict(level, "fails", recipe.failures[0], resolved)
+    broken = next((finding for finding in coverage.findings if finding.kind == "nan-or-infinite"), None)
+    if broken is not None:
+        return LevelVerdict(level, "fails", broken.text, resolved)
+    changed = {tensor.name for tensor in recipe.tensors if tensor.changes}
+    partly = [entry for entry in coverage.experts if entry.unseen and entry.tensor in changed]
+    reasons = [
+        f"{len(recipe.weightless)} tensors are quantised without weights, first {recipe.weightless[0]}"
+        if recipe.weightless
+        else "",
+        f"{len(recipe.unseen)} entries counted no token, first {recipe.unseen[0]}" if recipe.unseen else "",
+        f"experts without data in {len(partly)} tensors, first {partly[0].tensor}" if partly else "",
+    ]
+    told = "; ".join(filter(None, reasons))
+    pinned = f"{len(resolved.pinned)} tensors pinned" if resolved.pinned else ""
+    return LevelVerdict(level, "weaker" if told else "fine", "; ".join(filter(None, (told, pinned))), resolved)

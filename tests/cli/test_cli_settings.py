@@ -1,0 +1,92 @@
+"""Where a setting comes from: flag, environment, file, default, in this order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from in_process import CommandLine
+
+from imatrix_runner.cli.invocation import Invocation
+from imatrix_runner.cli.main import cli as root
+from imatrix_runner.config import FILE
+
+
+def shown(cli: CommandLine, *arguments: str) -> dict[str, tuple[str, str]]:
+    """What ``run --show-config`` tells: setting -> (value, origin)."""
+    ran = cli("run", *arguments, "--show-config")
+    assert (ran.code, ran.err) == (0, "")
+    rows = (line.split(maxsplit=2) for line in ran.out.splitlines()[1:])
+    return {name: (value, origin.strip()) for name, value, origin in rows}
+
+
+def test_without_anything_all_is_default(cli: CommandLine) -> None:
+    settings = shown(cli)
+    assert settings["work-dir"] == ("work", "default")
+    assert settings["ctx-size"] == ("512", "default")
+    assert settings["levels"] == ("-", "default")
+    assert settings["ppl"] == ("yes", "default")
+    assert {origin for _, origin in settings.values()} == {"default"}
+
+
+def test_each_origin_is_named_and_the_nearest_to_the_user_wins(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / FILE).write_text(
+        'work-dir = "/from/file"\nctx-size = 256\nbatch-size = 1024\nlevels = ["Q4_K_M", "Q8_0"]\nppl = false\n'
+        'tensor-type = ["a=q8_0", "b=q6_k"]\n'
+    )
+    monkeypatch.setenv("IMATRIX_RUNNER_CTX_SIZE", "128")
+    monkeypatch.setenv("IMATRIX_RUNNER_BATCH_SIZE", "512")
+    settings = shown(cli, "-b", "64")
+    assert settings["work-dir"] == ("/from/file", str(tmp_path / FILE))
+    assert settings["ctx-size"] == ("128", "environment IMATRIX_RUNNER_CTX_SIZE")
+    assert settings["batch-size"] == ("64", "command line")
+    assert settings["levels"] == ("Q4_K_M,Q8_0", str(tmp_path / FILE))
+    assert settings["tensor-type"] == ("a=q8_0,b=q6_k", str(tmp_path / FILE))
+    assert settings["ppl"] == ("no", str(tmp_path / FILE))
+
+
+def test_the_table_of_pyproject_is_named_as_origin(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.imatrix-runner]\njobs = 3\n")
+    assert shown(cli)["jobs"] == ("3", str(tmp_path / "pyproject.toml"))
+
+
+def test_a_pattern_is_shown_as_it_was_typed(cli: CommandLine) -> None:
+    assert shown(cli, "--tensor-type", "attn_[qk]:x:=q8_0")["tensor-type"] == ("attn_[qk]:x:=q8_0", "command line")
+
+
+def test_a_file_s_value_is_checked_like_a_typed_one(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("ctx-size = 3\n")
+    ran = cli("run", "m")
+    assert ran.code == 2
+    assert "not in the range" in ran.err
+
+
+def test_settings_reach_subcommands_too(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('work-dir = "elsewhere"\n')
+    ran = cli("imatrix", "generate", "--show-config")
+    assert ran.code == 0
+    assert "elsewhere" in ran.out
+    assert "elsewhere" in cli("status").out
+
+
+def test_what_is_dangerous_cannot_be_set_by_a_file(cli: CommandLine, tmp_path: Path) -> None:
+    """A file in the current folder may come with a download: it must not allow code from the model's directory."""
+    (tmp_path / FILE).write_text("trust-remote-code = true\n")
+    assert cli("run", "m").code == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(cli: CommandLine, shell: str) -> None:
+    ran = cli("completion", shell)
+    assert ran.code == 0
+    assert "_IMATRIX_RUNNER_COMPLETE" in ran.out
+
+
+def test_level_names_complete_after_a_comma() -> None:
+    typed = {"COMP_WORDS": "imatrix-runner run --levels Q8_0,iq2_x", "COMP_CWORD": "3"}
+    env = {"_IMATRIX_RUNNER_COMPLETE": "bash_complete", **typed}
+    completed = CliRunner().invoke(root, env=env, prog_name="imatrix-runner", obj=Invocation((), ()))
+    assert completed.output.split() == ["plain,Q8_0,IQ2_XS", "plain,Q8_0,IQ2_XXS"]
