@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 if TYPE_CHECKING:
+    import pytest
     from typing_extensions import Self
 
 _API = re.compile(r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
@@ -322,3 +323,21 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _etag(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def be_quick_and_anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No token of this machine is used, and pauses between retries (ours and the library's) take no time."""
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    # The library keeps of a broken transfer only whole pieces of this size.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    impatient = SimpleNamespace(
+        **{name: getattr(time, name) for name in dir(time) if name != "sleep"}, sleep=lambda _seconds: None
+    )
+    monkeypatch.setattr(file_download, "time", impatient)
+    monkeypatch.setattr(_http, "time", impatient)
+    monkeypatch.setattr("tenacity.nap.time", impatient)

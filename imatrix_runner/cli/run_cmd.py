@@ -122,9 +122,9 @@ def demo(invocation: Invocation, /, **options: Any) -> int:
 
 def perform(request: RunRequest, options: dict[str, Any]) -> int:
     """Run a request and show plan and result; the exit code is 0, or 100 when levels failed."""
-    from imatrix_runner.cli.console import stdout_console
+    from imatrix_runner.cli.console import stderr_console, stdout_console
     from imatrix_runner.cli.documents import print_document, run_document
-    from imatrix_runner.cli.tables import print_plan, print_result
+    from imatrix_runner.cli.tables import print_failures, print_plan, print_result
     from imatrix_runner.process import stop_on_signals
     from imatrix_runner.workflow.context import Context
     from imatrix_runner.workflow.plan import Plan
@@ -147,6 +147,8 @@ def perform(request: RunRequest, options: dict[str, Any]) -> int:
         print_document(run_document(result, code))
     elif dry_run:
         print_plan(result.plan, out)
-    elif not options["quiet"]:
+    elif options["quiet"]:
+        print_failures(result, stderr_console())
+    else:
         print_result(result, out)
     return code

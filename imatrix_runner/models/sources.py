@@ -236,7 +236,7 @@ def _why_no_source(text: str) -> str:
     path = Path(text).expanduser()
     if path.parent.is_dir():
         near = _near(path)
-        return f"no such file or directory{f'; {path.parent} holds {near}' if near else ''}; and it is no hub id either"
+        return f"no such file or directory{f' (is {near} meant?)' if near else ''}, and it is no hub id either"
     return f"neither a path that exists (there is no directory {path.parent}) nor a hub id"
 
 

@@ -10,6 +10,9 @@ from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 
 OutType = Literal["auto", "f16", "bf16", "f32"]
 
+MODES = ("auto", "there", "none", "generate", "published")
+"""What ``ImatrixRequest.mode`` can be besides a file's path."""
+
 
 @dataclass(frozen=True)
 class ImatrixRequest:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from imatrix_runner.calibration.corpus import open_corpus
 from imatrix_runner.errors import InvalidDataError, NoSpaceError
 from imatrix_runner.events import Sink, info, warning
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
 from imatrix_runner.imatrix.formats import MatrixFile
+from imatrix_runner.imatrix.formats import read as read_matrix
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.sources import Model, Source, parse_source
 from imatrix_runner.process import Runner
@@ -23,7 +25,7 @@ from imatrix_runner.workflow import imatrix as imatrix_flow
 from imatrix_runner.workflow.context import Context, Session, find_toolchain, make_engine
 from imatrix_runner.workflow.levels import LevelPlanner, LevelResult, refused, skipped
 from imatrix_runner.workflow.plan import ImatrixStep, LevelStep, Plan
-from imatrix_runner.workflow.request import LevelsRequest, RunRequest
+from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
 from imatrix_runner.workflow.source import announce, freeze, name_of, open_source
 from imatrix_runner.workspace import Workspace, hold
 
@@ -62,8 +64,9 @@ def run(
         if not dry_run:
             shutil.rmtree(workspace.partial, ignore_errors=True)  # half files of a run that was killed
         job = _Job(request, session)
-        model = job.open_model(source)
         levels = job.levels()
+        job.check_inputs()
+        model = job.open_model(source)
         frozen = freeze(model, session)
         chosen = imatrix_flow.choose(request.imatrix, frozen, session)
         planner = LevelPlanner(request.levels, frozen, session) if request.levels is not None else None
@@ -108,6 +111,14 @@ class _Job:
         announce(model, self.session.sink)
         self._warn_about_gpu()
         return model
+
+    def check_inputs(self) -> None:
+        """What can be seen to be wrong before a model is fetched or converted."""
+        text, mode = self.request.imatrix.text, self.request.imatrix.mode
+        if text is not None and mode in ("auto", "generate"):
+            open_corpus(text)
+        elif mode not in MODES:
+            read_matrix(Path(mode).expanduser())
 
     def levels(self) -> tuple[Level, ...]:
         request = self.request.levels

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from hub_server import HubServer, Trouble
+from hub_server import HubServer, Trouble, be_quick_and_anonymous
 from tiny_models import write_hf_directory, write_llama_gguf
 
 from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, NoSpaceError, UsageError
@@ -39,22 +37,8 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quick_and_anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No token of this machine is used, and the library's own pauses between retries take no time."""
-    from huggingface_hub import constants, file_download
-    from huggingface_hub.utils import _http
-
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    # The library keeps of a broken transfer only whole pieces of this size, by default 10 MB.
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
-    impatient = SimpleNamespace(
-        **{name: getattr(time, name) for name in dir(time) if name != "sleep"}, sleep=lambda _seconds: None
-    )
-    monkeypatch.setattr(file_download, "time", impatient)
-    monkeypatch.setattr(_http, "time", impatient)
-    monkeypatch.setattr("tenacity.nap.time", impatient)
+def _quick_and_anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    be_quick_and_anonymous(monkeypatch, tmp_path)
 
 
 class Listener:

@@ -160,18 +160,19 @@ def explain(outcome: Outcome, what: str, *, writes: Path | None = None) -> Runne
         for known in KNOWN:
             if match := known.pattern.search(text):
                 groups = [group or "" for group in (match[0], *match.groups())]
-                return known.error(what, known.why.format(*groups), known.todo.format(*groups) + _log_hint(outcome))
+                return known.error(what, known.why.format(*groups), _with_log(known.todo.format(*groups), outcome))
     last = " / ".join(relevant_lines(outcome.tail, 3)) or "it said nothing"
     todo = "Offload less to the GPU or close other programs, then run the same command again: it continues."
     if outcome.hung:
         todo = "Run the same command again: it continues. A slow machine may need a longer --timeout."
     elif outcome.returncode >= 0:
         todo = "Read the log."
-    return EngineError(what, f"{outcome.ending()}; {last}", todo + _log_hint(outcome))
+    return EngineError(what, f"{outcome.ending()}; {last}", _with_log(todo, outcome))
 
 
-def _log_hint(outcome: Outcome) -> str:
-    return f" Full log: {outcome.log}" if outcome.log else ""
+def _with_log(todo: str, outcome: Outcome) -> str:
+    stop = "" if todo.endswith(".") else "."
+    return f"{todo}{stop} Full log: {outcome.log}" if outcome.log else todo
 
 
 def _disk_full(text: str, what: str, writes: Path) -> NoSpaceError | None:
