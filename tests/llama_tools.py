@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 import stat
 import subprocess
 from collections.abc import Sequence
@@ -65,28 +63,31 @@ class BareTools:
         return done.stdout.decode()
 
 
-def fake_quantize(toolchain: Toolchain, folder: Path, script: str) -> Path:
-    """A toolchain whose ``llama-quantize`` is ours and whose other programs are links to the real ones.
+WORK_ONLY = """
+case " $* " in *" --help "*|*" --version "*|*" --list-devices "*|*" --dry-run "*) exec "$real" "$@";; esac
+for word in "$@"; do
+    if [ "$last" = "$out" ]; then type=$word; fi
+    case "$word" in *.gguf) out=$word;; esac
+    last=$word
+done
+"""
+"""For :func:`fake_tools`: questions and dry runs go to the real program; sets ``$out`` (output file) and ``$type`` (ftype)."""
 
-    ``script`` (of ``sh``) runs for real work only, questions and dry runs go to the real program. It may use ``$real``,
-    ``$out`` (the output file) and ``$type`` (the ftype), and ends by itself or falls through to the real program.
+
+def fake_tools(toolchain: Toolchain, folder: Path, **scripts: str) -> Path:
+    """A toolchain of links to real programs, but for those that are replaced by an ``sh`` script (``llama_quantize="…"``).
+
+    The script finds the program it stands for in ``$real``, and ends in that if it does not end before.
     """
     folder.mkdir(parents=True)
     for tool in NEEDED:
         (folder / tool).symlink_to(toolchain.tool(tool))
-    program = folder / "llama-quantize"
-    program.unlink()
-    lines = [
-        "#!/bin/sh",
-        f"real='{toolchain.tool('llama-quantize')}'",
-        'case " $* " in *" --help "*|*" --version "*|*" --dry-run "*) exec "$real" "$@";; esac',
-        'for word in "$@"; do case "$word" in *.gguf) out=$word;; esac; done',
-        'for type in "$@"; do if [ -n "$next" ]; then break; fi; if [ "$type" = "$out" ]; then next=1; fi; done',
-        script,
-        'exec "$real" "$@"',
-    ]
-    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+    for name, script in scripts.items():
+        program = folder / name.replace("_", "-")
+        real = program.readlink()
+        program.unlink()
+        program.write_text(f'#!/bin/sh\nreal=\'{real}\'\n{script}\nexec "$real" "$@"\n', encoding="utf-8")
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return folder
 
 
@@ -110,13 +111,3 @@ def leftovers(workspace: Path) -> list[str]:
 
 def times(paths: Sequence[Path]) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in paths}
-
-
-def copy_of(file: Path, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return Path(shutil.copy(file, folder / file.name))
-
-
-def can_mount() -> bool:
-    """Whether this process may mount file systems (root outside a locked-down container)."""
-    return os.name == "posix" and os.geteuid() == 0 and shutil.which("mount") is not None

@@ -103,7 +103,8 @@ def _summary(result: RunResult) -> str:
     if not result.levels:
         return "Imatrix ready"
     counts = {status: sum(level.status == status for level in result.levels) for status in _STATUSES}
-    words = [f"{counts['done']} made", f"{counts['skipped']} were up to date", f"{counts['failed']} failed"]
+    kept = "was" if counts["skipped"] == 1 else "were"
+    words = [f"{counts['done']} made", f"{counts['skipped']} {kept} up to date", f"{counts['failed']} failed"]
     return ", ".join(word for word, count in zip(words, counts.values(), strict=True) if count)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from imatrix_runner.calibration.corpus import Corpus, stage
 from imatrix_runner.engines.base import ChunkRange, Collected, CollectJob, CollectOptions, Engine
-from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.errors import InvalidDataError, NoSpaceError
 from imatrix_runner.events import Event, Finished, Metric, Notice, Progress, Saved, Sink, Started, warning
 from imatrix_runner.files import human_seconds, require_space, sha256, stamp, sync_file
 from imatrix_runner.imatrix.formats import read, write_gguf
@@ -160,7 +160,11 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
             if not text.exists() or sha256(text) != request.corpus.sha256:
                 stage(request.corpus, text)
             job = CollectJob(step, request.model, text, part, piece, request.options, workspace.log(STEP))
-            collected = engine.collect(job, _relay(sink, done, plan.n_chunks, perplexity))
+            try:
+                collected = engine.collect(job, _relay(sink, done, plan.n_chunks, perplexity))
+            except NoSpaceError:
+                require_space(part, request.n_bytes, "the imatrix")  # the same, with figures
+                raise
             request.check_unchanged()
             matrix, ppl = _check(part, piece, request), collected.ppl
             _record(step, part, request, workspace, journal, collected)

@@ -1,0 +1,142 @@
+"""Disks that are full, become full, or cannot be written to: real small file systems."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from command_line import RunCommand
+from llama_tools import WORK_ONLY, BareTools, digest, fake_tools, leftovers, levels_in
+
+NUMBER = r"[\d.]+ (?:B|KiB|MiB)"
+
+
+@contextmanager
+def mounted(point: Path, *options: str) -> Iterator[Path]:
+    """A mount for the time of a test. Skips where mounting is not permitted."""
+    point.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command")
+    done = subprocess.run(["mount", *options, point], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", "--lazy", point], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A tmpfs; its size is the test's parameter."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs") as point:
+        yield point
+
+
+@pytest.mark.parametrize("small_disk", ["2m"], indirect=True)
+def test_levels_that_do_not_fit_are_refused_before_anything_runs(
+    small_disk: Path, tiny_model: Path, tiny_imatrix: Path, runner: RunCommand
+) -> None:
+    arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--work-dir", small_disk, "--levels")
+    done = runner(*arguments, "Q8_0,Q6_K,Q4_0")
+    assert done.code == 8
+    assert "Error: The 3 levels do not fit on the disk." in done.err
+    assert " needed, " in done.err
+    assert f" free at {small_disk}" in done.err
+    assert levels_in(small_disk / "tiny") == {}
+    assert runner(*arguments, "Q4_0").code == 0  # what fits is made
+
+
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+def test_an_imatrix_that_does_not_fit_is_refused_before_it_is_computed(
+    small_disk: Path, tiny_model: Path, tiny_text: Path, runner: RunCommand
+) -> None:
+    out = small_disk / "tiny" / "imatrix.gguf"
+    done = runner(
+        *("imatrix", "generate", tiny_model, "-f", tiny_text, "-c", "128", "--output-frequency", "10"),
+        *("--work-dir", small_disk),
+    )
+    assert done.code == 8
+    assert "Error: The imatrix does not fit on the disk." in done.err
+    assert not out.exists()
+    assert "imatrix, " not in done.err
+
+
+@pytest.mark.parametrize("small_disk", ["6m"], indirect=True)
+def test_a_disk_that_becomes_full_ends_the_run_and_the_same_command_continues(
+    small_disk: Path, tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tools: BareTools, tmp_path: Path
+) -> None:
+    """Another program takes all that is left just before llama-quantize writes the second level."""
+    filler = small_disk / "filler"
+    fill = f'if [ "$type" = Q4_0 ]; then dd if=/dev/zero of={filler} bs=4k 2>/dev/null; fi'
+    fake = fake_tools(tools.toolchain, tmp_path / "fake", llama_quantize=WORK_ONLY + fill)
+    arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "Q8_0,Q4_0", "--jobs", "1")
+    arguments += ("--work-dir", small_disk)
+    done = runner(*arguments, "--llama-cpp", fake)
+    assert done.code == 8
+    assert "Error: The disk became full while Q4_0 was made." in done.err
+    assert "KiB needed, 0 B free at" in done.err.replace("MiB", "KiB")
+    assert "Free some space" in done.err
+    assert "Traceback" not in done.err
+    workspace = small_disk / "tiny"
+    assert levels_in(workspace).keys() == {"Q8_0"}
+    assert leftovers(workspace) == []
+    filler.unlink()
+    again = runner(*arguments)
+    assert again.code == 0, again.err
+    assert "1 made, 1 were up to date" in again.out
+    bare = {name: digest(tools.quantize(tiny_model, tmp_path / name, name, imatrix=tiny_imatrix)) for name in ("Q8_0", "Q4_0")}
+    assert levels_in(workspace) == bare
+
+
+@pytest.mark.parametrize("small_disk", ["2m"], indirect=True)
+def test_a_disk_that_becomes_full_under_the_imatrix(
+    small_disk: Path, tiny_model: Path, tiny_text: Path, runner: RunCommand, tools: BareTools, tmp_path: Path
+) -> None:
+    """llama-imatrix ignores that it cannot write and ends with 0; its torn file must not count."""
+    filler = small_disk / "filler"
+    fill = f'case "$out" in *-000008.gguf) dd if=/dev/zero of={filler} bs=4k 2>/dev/null;; esac'
+    fake = fake_tools(tools.toolchain, tmp_path / "fake", llama_imatrix=WORK_ONLY + fill)
+    arguments = ("imatrix", "generate", tiny_model, "-f", tiny_text, "-c", "128", "--chunks", "12")
+    arguments += ("--output-frequency", "4", "--work-dir")
+    done = runner(*arguments, small_disk, "--llama-cpp", fake)
+    assert done.code == 8
+    assert "Not enough disk space for the imatrix" in done.err
+    assert " needed, 0 B free at" in done.err
+    assert not (small_disk / "tiny" / "imatrix.gguf").exists()
+    filler.unlink()
+    again = runner(*arguments, small_disk)
+    assert again.code == 0, again.err
+    assert "4 chunks kept" in again.err
+    assert runner(*arguments, "work").code == 0
+    assert digest(small_disk / "tiny" / "imatrix.gguf") == digest(tmp_path / "work" / "tiny" / "imatrix.gguf")
+
+
+def test_a_work_directory_that_is_read_only(tiny_model: Path, runner: RunCommand, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with mounted(tmp_path / "read-only", "--bind", str(source)) as point:
+        subprocess.run(["mount", "-o", "remount,ro,bind", point], check=True)
+        done = runner("quantize", tiny_model, "--levels", "Q4_0", "--work-dir", point)
+        assert done.code == 6
+        assert "Read-only file system" in done.err
+        assert "choose a writable place with --work-dir" in done.err
+        assert "Traceback" not in done.err
+        dry = runner("quantize", tiny_model, "--levels", "Q4_0", "--work-dir", point, "--dry-run")
+        assert dry.code == 0
+
+
+@pytest.mark.parametrize("place", ["work", "work/tiny", "work/tiny/logs", "work/tiny/.partial", "work/tiny/journal.json"])
+def test_something_lies_where_we_must_write(place: str, tiny_model: Path, runner: RunCommand, tmp_path: Path) -> None:
+    way = tmp_path / place
+    way.parent.mkdir(parents=True, exist_ok=True)
+    way.write_text("mine")
+    done = runner("quantize", tiny_model, "--levels", "Q4_0")
+    assert done.code == (2 if place == "work" else 6)
+    assert "Traceback" not in done.err
+    assert way.read_text() == "mine"
+    assert not list(tmp_path.rglob("*.gguf"))

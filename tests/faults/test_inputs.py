@@ -1,0 +1,91 @@
+"""Inputs that are wrong, change, or are wanted by two at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import RunCommand, started
+from llama_tools import levels_in
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b" \n\t\n", "it is empty"),
+        (b"text\0with a hole" * 100, "it is a binary file (it holds NUL bytes)"),
+        ("Ein schöner Tag".encode("latin-1") * 100, "byte 8 is not valid UTF-8"),
+        (None, "No such file or directory"),
+    ],
+    ids=["empty", "blank", "binary", "latin-1", "missing"],
+)
+def test_a_bad_calibration_text(content: bytes | None, why: str, tiny_model: Path, runner: RunCommand, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    done = runner("run", tiny_model, "-f", text, "--levels", "Q4_0")
+    assert done.code == 6
+    assert why in done.err
+    assert "\n  Do:  " in done.err
+    assert levels_in(tmp_path / "work" / "tiny") == {}
+
+
+def test_two_runs_at_once(tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tmp_path: Path) -> None:
+    arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "IQ3_S")
+    with started(*arguments, cwd=tmp_path) as first:
+        first.wait_for(lambda: (tmp_path / "work" / "tiny" / ".partial").exists())
+        second = runner(*arguments)
+        assert second.code == 7
+        assert f"process {first.pid} on " in second.err
+        assert "imatrix-runner quantize" in second.err  # what the other is doing
+        dry = runner(*arguments, "--dry-run")  # writes nothing, so it may look
+        assert dry.code == 0
+        elsewhere = runner("quantize", tiny_model, "--levels", "Q4_0", "--work-dir", "elsewhere")
+        assert elsewhere.code == 0
+        assert first.finish().code == 0
+    assert "1 were up to date" in runner(*arguments).out
+
+
+@pytest.mark.parametrize("stage", ["imatrix", "levels"])
+def test_a_model_that_changes_while_it_is_used(
+    stage: str, tiny_model: Path, tiny_text: Path, runner: RunCommand, tmp_path: Path
+) -> None:
+    model = Path(shutil.copy(tiny_model, tmp_path))
+    workspace = tmp_path / "work" / "tiny"
+    arguments = ("run", model, "-f", tiny_text, "-c", "128", "--chunks", "12", "--output-frequency", "4", "--levels", "IQ3_S")
+    with started(*arguments, cwd=tmp_path) as running:
+        if stage == "imatrix":
+            running.wait_for(lambda: any((workspace / ".imatrix-parts").glob("imatrix-000000-*.gguf")))
+        else:
+            running.wait_for(lambda: any((workspace / ".partial").rglob("*.gguf")))
+        os.utime(model)
+        done = running.finish()
+    assert done.code == 6
+    assert "The model file tiny-BF16.gguf changed while it was in use" in done.err
+    assert levels_in(workspace) == {}
+    again = runner(*arguments)
+    assert again.code == 0, again.err
+    if stage == "levels":
+        assert "made before from the same inputs" in again.err  # the content is the same
+
+
+def test_a_journal_that_cannot_be_read(tiny_model: Path, runner: RunCommand, tmp_path: Path) -> None:
+    journal = tmp_path / "work" / "tiny" / "journal.json"
+    journal.parent.mkdir(parents=True)
+    journal.write_bytes(b'{"version": 1, "steps": {"lev')
+    done = runner("quantize", tiny_model, "--levels", "Q4_0")
+    assert done.code == 6
+    assert f"{journal} cannot be read" in done.err
+    assert "Move it away" in done.err
+
+
+def test_layers_for_a_gpu_that_is_not_there(tiny_model: Path, runner: RunCommand, toolchain: object) -> None:
+    if getattr(toolchain, "devices", ()):
+        pytest.skip("these tools see a GPU")
+    done = runner("run", tiny_model, "-ngl", "99", "--levels", "Q4_0", "--dry-run")
+    assert done.code == 0
+    assert re.search(r"Warning: -ngl 99 has no effect: these llama.cpp tools see no GPU", done.err)
