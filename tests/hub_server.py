@@ -80,7 +80,7 @@ class Trouble:
     bare_404: bool = False
     """404 without the header that says what is missing."""
     status_for: str = ""
-    """``status`` only for paths that hold this."""
+    """``status`` only for requests (``GET /path``) that hold this."""
     head_length: int | None = None
     """The length of files to tell on HEAD, whatever the listing says."""
     get_length: int | None = None
@@ -174,6 +174,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     server_hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes; each answer would wait 40 ms for an acknowledgement
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
         """Tests read ``hub.requests`` instead."""
@@ -189,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         hub.record(Request(self.command, path, {name.lower(): value for name, value in self.headers.items()}))
         time.sleep(trouble.silence)
-        if trouble.status and trouble.status_for in path and hub.spend("status_times"):
+        if trouble.status and trouble.status_for in f"{self.command} {path}" and hub.spend("status_times"):
             extra = {"Retry-After": str(trouble.retry_after)} if trouble.retry_after is not None else {}
             self._send(trouble.status, b"trouble", extra)
         elif trouble.html:

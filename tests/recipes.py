@@ -10,7 +10,7 @@ from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.events import ignore
 from imatrix_runner.imatrix.formats import read
-from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.quantize.levels import Level, resolve_levels
 from imatrix_runner.quantize.recipe import Recipe, Weights, make_recipe, usable_weights
 
@@ -36,11 +36,11 @@ def predict(
 ) -> tuple[Recipe, Weights | None]:
     """The recipe of a level, from a dry run with the real imatrix."""
     options = level.apply(options)
-    header = read_header(model)
+    source = open_gguf(model, allow_requantize=True)
     weights = usable_weights(read(imatrix).matrix, imatrix, options) if imatrix is not None else None
     weights = weights if weights is not None and weights.sizes else None
     dry = engine.dry_run(QuantizeJob("", model, model, level.ftype, options, imatrix, None, None))
-    return make_recipe(level, header, header.tensors, dry, weights, options), weights
+    return make_recipe(level, source.header, source.tensors, dry, weights, options), weights
 
 
 def make(

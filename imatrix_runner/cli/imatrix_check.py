@@ -74,7 +74,8 @@ def _print(checked: Checked) -> None:
     for verdict in checked.verdicts:
         table.add_row(verdict.level.name, Text(verdict.verdict, style=_VERDICTS[verdict.verdict]), Text(verdict.reason))
     console.print(table)
-    if checked.failing or any(verdict.verdict == "weaker" for verdict in checked.verdicts):
+    recipes = [verdict.resolved.recipe for verdict in checked.verdicts]
+    if any(recipe.starved or recipe.weightless or recipe.unseen for recipe in recipes):
         console.print(
             Text("Tensors without data can be kept at a safe type: --uncovered keep, or for example --uncovered q4_k")
         )

@@ -42,7 +42,7 @@ def merge(files: tuple[Path, ...], out: Path, weight: str | None, kind: Format |
     from imatrix_runner.imatrix import formats
     from imatrix_runner.imatrix import merge as merging
 
-    weights = merging.parse_weights(weight, len(files)) if weight else None
+    weights = merging.parse_weights(weight, len(files)) if weight is not None else None
     made = merging.merge([formats.read(path) for path in files], weights)
     return _write(made, out, _kind(out, kind), files, options, force=force)
 

@@ -110,6 +110,7 @@ source_options = together(
     click.option(
         "--trust-remote-code", is_flag=True, help="Allow the converter to run Python code from the model's directory."
     ),
+    click.option("--offline", is_flag=True, help="Never use the network: only what is here or in the hub's cache."),
 )
 
 collect_options = together(

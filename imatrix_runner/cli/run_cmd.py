@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
@@ -32,8 +33,8 @@ from imatrix_runner.workflow.request import ImatrixRequest, RunRequest
     "--imatrix",
     default="auto",
     show_default=True,
-    metavar="auto|none|generate|PATH",
-    help="auto: what lies in the workspace, else generate.",
+    metavar="auto|published|generate|none|PATH",
+    help="auto: what lies in the workspace, else for a hub's model a published one, else generate.",
 )
 @level_options
 @collect_options
@@ -131,6 +132,8 @@ def perform(request: RunRequest, options: dict[str, Any]) -> int:
     from imatrix_runner.workflow.run import run as run_workflow
 
     dry_run, as_json = options["dry_run"], options["as_json"]
+    if options.get("offline"):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
     with listening(quiet=options["quiet"], verbose=options["verbose"]) as listener:
         context = Context(listener.sink)
 

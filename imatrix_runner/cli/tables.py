@@ -113,6 +113,8 @@ def _imatrix_line(step: ImatrixStep) -> str:
         return f"Imatrix: none, {step.reason}"
     if step.action == "generate":
         return f"Imatrix: generate {step.path}, {step.n_chunks} chunks ({step.reason})"
+    if step.action == "fetch":
+        return f"Imatrix: fetch ({step.reason})"
     return f"Imatrix: {step.path} ({step.reason})"
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from imatrix_runner.imatrix.matrix import Entry, Matrix
+from imatrix_runner.imatrix.matrix import TOKEN_EMBEDDINGS, Entry, Matrix
 
 Severity = Literal["error", "warning", "info"]
 
@@ -21,8 +21,12 @@ FEW_TOKENS = 64
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 # Never quantised, whatever they are called elsewhere: llama.cpp src/llama-quant.cpp, tensor_allows_quantization().
-_NOT_QUANTISED = re.compile(r"_norm\.weight$|ffn_gate_inp|altup|laurel|per_layer_model_proj|ssm_conv1d|shortconv")
-_NO_ACTIVATIONS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+_NOT_QUANTISED = re.compile(
+    r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj|ssm_conv1d"
+    r"|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight|attn_rel_b\.weight|^position_embd\.weight|^token_types\.weight"
+    r"|time_mix_(first|[wva][012]|g[12]|decay_w[12]|lerp_fused)\.weight"
+)
+_NO_ACTIVATIONS = (*TOKEN_EMBEDDINGS, "output.weight")
 _FEW_NAMES = 3
 
 
@@ -71,7 +75,7 @@ def examine(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> Coverage:
 
 def wants_weights(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is one that llama-imatrix collects and llama-quantize quantises."""
-    quantised = len(shape) > 1 and name.endswith(".weight") and _NOT_QUANTISED.search(name) is None
+    quantised = len(shape) > 1 and name.endswith("weight") and _NOT_QUANTISED.search(name) is None
     return quantised and name not in _NO_ACTIVATIONS
 
 
@@ -85,9 +89,9 @@ def _names(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> list[Findin
     bare = _bare_blocks(wanted, missing)
     if bare:
         named = ", ".join(map(str, bare))
-        text = (
-            f"block{'s' if len(bare) > 1 else ''} {named} without any data: MTP / NextN layers are never run while collecting"
-        )
+        text = f"block{'s' if len(bare) > 1 else ''} {named} without any data"
+        if any(".nextn." in name and _block(name) in bare for name in shapes):
+            text += ": MTP / NextN layers are never run while collecting"
         findings.append(Finding("warning", "block-without-data", text, tuple(n for n in missing if _block(n) in bare)))
     single = tuple(name for name in missing if _block(name) not in bare)
     if single:
@@ -114,7 +118,7 @@ def _sizes(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> list[Findin
     for name in matrix.entries:
         shape = (*shapes.get(name, ()), 1, 1, 1)
         have, want = matrix.values_per_entry(name), shape[0] * shape[2]
-        if name not in shapes or have == want or name == "token_embd.weight":
+        if name not in shapes or have == want or name in TOKEN_EMBEDDINGS:
             continue
         text = f"{name} has {have} values, the model needs {want}: {_why_size(name, have, shape)}"
         findings.append(Finding("error", "size", text, (name,)))

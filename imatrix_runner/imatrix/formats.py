@@ -6,17 +6,21 @@ Both are untrusted input: every length is checked against the file's size before
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.files import discard, part_path, publish
-from imatrix_runner.imatrix.matrix import Matrix
+from imatrix_runner.imatrix.matrix import Matrix, Sums
 from imatrix_runner.imatrix.stored import OpenFile, Place, StoredEntries
-from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, read_header
+from imatrix_runner.models.bounded import printable
+from imatrix_runner.models.gguf_file import MAX_NAME, GgufHeader, TensorInfo, read_header
 
 Format = Literal["gguf", "dat"]
 
@@ -27,7 +31,7 @@ CHUNK_COUNT = "imatrix.chunk_count"
 CHUNK_SIZE = "imatrix.chunk_size"
 
 _MAX_ENTRIES = 1 << 20
-_MAX_NAME = 1 << 10
+_MAX_LEGACY_NAME = 1 << 10
 _MAX_COUNT = 1 << 53
 
 
@@ -73,7 +77,7 @@ def _read_gguf(path: Path) -> Matrix:
     sums = {tensor.name[: -len(SUMS)]: tensor for tensor in header.tensors if tensor.name.endswith(SUMS)}
     counts = {tensor.name[: -len(COUNTS)]: tensor for tensor in header.tensors if tensor.name.endswith(COUNTS)}
     if not sums:
-        kind = header.metadata.get("general.architecture")
+        kind = header.text("general.architecture")
         raise _bad(path, f"it is a GGUF of model weights ({kind})" if kind else "it is a GGUF without imatrix data")
     if sums.keys() != counts.keys():
         odd = sorted(sums.keys() ^ counts.keys())[0]
@@ -90,13 +94,13 @@ def _read_gguf(path: Path) -> Matrix:
         StoredEntries(file, places),
         _whole(path, header, CHUNK_SIZE),
         _whole(path, header, CHUNK_COUNT),
-        tuple(str(name) for name in datasets),
+        tuple(printable(str(name)) for name in datasets),
     )
 
 
 def _whole(path: Path, header: GgufHeader, key: str) -> int:
     value = header.metadata[key]
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value < 1 << 32:
         raise _bad(path, f"{key} is {value!r}, not a number of chunks or tokens")
     return value
 
@@ -149,12 +153,14 @@ def _read_dat(path: Path) -> Matrix:
         raise _bad(path, f"neither a GGUF nor a legacy imatrix: it would have {n_entries} entries")
     for index in range(n_entries):
         length = cursor.integer(f"the name of entry {index}")
-        if not 0 < length <= _MAX_NAME:
+        if not 0 < length <= _MAX_LEGACY_NAME:
             raise _bad(path, f"neither a GGUF nor a legacy imatrix: a name of {length} bytes")
         try:
             name = cursor.take(length, f"the name of entry {index}").decode("utf-8")
         except UnicodeDecodeError as error:
             raise _bad(path, "neither a GGUF nor a legacy imatrix: a tensor's name is not text") from error
+        if not name.isprintable():
+            raise _bad(path, "neither a GGUF nor a legacy imatrix: a tensor's name holds control characters")
         calls, n_values = cursor.integer(f"{name}'s calls"), cursor.integer(f"{name}'s size")
         if calls < 0 or n_values <= 0:
             raise _bad(path, f"{name} has {n_values} values from {calls} calls")
@@ -167,7 +173,8 @@ def _read_dat(path: Path) -> Matrix:
             raise _bad(path, f"it would have seen {chunks} chunks")
         if cursor.left >= 4:
             length = cursor.integer("the dataset's name")
-            datasets = (cursor.take(length, "the dataset's name").decode("utf-8", "replace"),)
+            dataset = cursor.take(length, "the dataset's name").decode("utf-8", "replace")
+            datasets = (printable(dataset),) if dataset else ()
     return Matrix(StoredEntries(file, places), 0, chunks, datasets)
 
 
@@ -189,15 +196,15 @@ def prepare_gguf(matrix: Matrix, path: Path) -> Path:
         def add_architecture(self) -> None:
             """An imatrix has none."""
 
-    part = part_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _growing(path) as part:
         writer = Writer(part, "")
         writer.add_type("imatrix")
         writer.add_array(DATASETS, list(matrix.datasets) or [""])  # llama-quantize wants the key, no list may be empty
         writer.add_uint32(CHUNK_COUNT, matrix.chunk_count)
         writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
         for name in sorted(matrix.entries):
+            if len((name + SUMS).encode()) > MAX_NAME:
+                raise _not_written(f"the name {name} is longer than a GGUF imatrix can hold")
             n_mat, n_columns = matrix.shape(name)
             writer.add_tensor_info(name + SUMS, (n_mat, n_columns), np.dtype(np.float32), 4 * n_mat * n_columns)
             writer.add_tensor_info(name + COUNTS, (n_mat, 1), np.dtype(np.float32), 4 * n_mat)
@@ -207,13 +214,10 @@ def prepare_gguf(matrix: Matrix, path: Path) -> Path:
             writer.write_ti_data_to_file()
             for name in sorted(matrix.entries):
                 entry = matrix.entries[name]
-                writer.write_tensor_data(entry.sums.astype(np.float32))
+                writer.write_tensor_data(_float32(name, entry.sums))
                 writer.write_tensor_data(entry.counts.astype(np.float32).reshape(-1, 1))
         finally:
             writer.close()
-    except OSError as error:
-        discard(part)
-        raise from_os_error(error, f"writing {path.name}", path) from error
     return part
 
 
@@ -222,23 +226,50 @@ def _prepare_dat(matrix: Matrix, path: Path) -> Path:
     without data, entries without any data left out."""
     size = matrix.chunk_size or 1
     names = [name for name in sorted(matrix.entries) if matrix.counts(name).any()]
+    if not names:
+        raise _not_written("not one of its entries counted a token, and a legacy file leaves such entries out")
+    with _growing(path) as part, part.open("wb") as out:
+        out.write(struct.pack("<i", len(names)))
+        for name in names:
+            entry = matrix.entries[name]
+            calls = -(-int(entry.counts.max()) // size)
+            counts = entry.counts.astype(np.float32).reshape(-1, 1)
+            sums = _float32(name, entry.sums)
+            values = np.where(counts == 0, np.float32(1), sums) / np.maximum(counts, np.float32(1))
+            encoded = name.encode()
+            out.write(struct.pack("<i", len(encoded)) + encoded + struct.pack("<ii", calls, values.size))
+            out.write((values * np.float32(calls)).astype("<f4").tobytes())
+        dataset = (matrix.datasets[-1] if matrix.datasets else "").encode()
+        out.write(struct.pack("<ii", matrix.chunk_count, len(dataset)) + dataset)
+    return part
+
+
+@contextmanager
+def _growing(path: Path) -> Iterator[Path]:
+    """Where what shall become ``path`` is written; on any trouble nothing stays there."""
     part = part_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as out:
-            out.write(struct.pack("<i", len(names)))
-            for name in names:
-                entry = matrix.entries[name]
-                calls = -(-int(entry.counts.max()) // size)
-                counts = entry.counts.astype(np.float32).reshape(-1, 1)
-                sums = entry.sums.astype(np.float32)
-                values = np.where(counts == 0, np.float32(1), sums) / np.maximum(counts, np.float32(1))
-                encoded = name.encode()
-                out.write(struct.pack("<i", len(encoded)) + encoded + struct.pack("<ii", calls, values.size))
-                out.write((values * np.float32(calls)).astype("<f4").tobytes())
-            dataset = (matrix.datasets[-1] if matrix.datasets else "").encode()
-            out.write(struct.pack("<ii", matrix.chunk_count, len(dataset)) + dataset)
+        yield part
     except OSError as error:
         discard(part)
         raise from_os_error(error, f"writing {path.name}", path) from error
-    return part
+    except struct.error as error:
+        discard(part)
+        raise _not_written("its counts are larger than the format can hold") from error
+    except BaseException:
+        discard(part)
+        raise
+
+
+def _float32(name: str, sums: Sums) -> npt.NDArray[np.float32]:
+    """``sums`` as files hold them; what llama-quantize would refuse is not written."""
+    with np.errstate(over="ignore"):
+        narrow = sums.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise _not_written(f"{name} holds NaN, infinite values or sums beyond float32, and llama-quantize would refuse it")
+    return narrow
+
+
+def _not_written(why: str) -> InvalidDataError:
+    return InvalidDataError("The imatrix was not written", why, "Check the inputs with: imatrix-runner imatrix stats FILE")

@@ -128,6 +128,7 @@ def add(parts: Sequence[Matrix], weights: Sequence[int] | None = None) -> Matrix
             shape = part.shape(name)
             if not _addable(shapes.setdefault(name, shape), shape):
                 raise _cannot_add(f"{name} has {shapes[name]} values in one and {shape} in another")
+            shapes[name] = max(shapes[name], shape)  # the one with counts per expert
     chunks = sum(weight * part.chunk_count for part, weight in zip(parts, weights, strict=True))
     return Matrix(_Summed(parts, weights), first.chunk_size, chunks, tuple(datasets))
 
@@ -138,24 +139,24 @@ def _addable(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 class _InTokens(Entries):
-    def __init__(self, entries: Entries, chunk_size: int) -> None:
-        self._entries, self._chunk_size = entries, chunk_size
+    def __init__(self, matrix: Matrix, chunk_size: int) -> None:
+        self._matrix, self._chunk_size = matrix, chunk_size
 
     def __getitem__(self, name: str) -> Entry:
-        entry = self._entries[name]
+        entry = self._matrix.entries[name]
         return Entry(entry.sums * self._chunk_size, entry.counts * self._chunk_size)
 
     def shape(self, name: str) -> tuple[int, int]:
-        return self._entries.shape(name)
+        return self._matrix.shape(name)
 
     def counts(self, name: str) -> Counts:
-        return self._entries.counts(name) * self._chunk_size
+        return self._matrix.counts(name) * self._chunk_size
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._matrix.entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._matrix.entries)
 
 
 def in_tokens(matrix: Matrix, chunk_size: int) -> Matrix:
@@ -163,9 +164,9 @@ def in_tokens(matrix: Matrix, chunk_size: int) -> Matrix:
 
     The same factor for sums and counts, as llama-imatrix restores a legacy file; means do not change.
     """
-    if matrix.chunk_size or not isinstance(matrix.entries, Entries):
+    if matrix.chunk_size:
         return matrix
-    return Matrix(_InTokens(matrix.entries, chunk_size), chunk_size, matrix.chunk_count, matrix.datasets)
+    return Matrix(_InTokens(matrix, chunk_size), chunk_size, matrix.chunk_count, matrix.datasets)
 
 
 def held(matrix: Matrix) -> Matrix:

@@ -10,6 +10,8 @@ from fractions import Fraction
 from math import lcm
 from pathlib import Path
 
+import numpy as np
+
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.imatrix.formats import Format, MatrixFile
 from imatrix_runner.imatrix.matrix import Matrix, add, in_tokens
@@ -44,7 +46,8 @@ def merge(files: Sequence[MatrixFile], weights: Sequence[int] | None = None) -> 
         remarks.append(f"{', '.join(legacy)} (legacy) counted in chunks of {chunk_size} tokens, {how}")
     if len(set(told)) > 1:
         remarks.append(f"the chunk sizes differ ({', '.join(map(str, told))}); the result says {chunk_size}")
-    twice = [name for name, count in Counter(name for file in files for name in file.matrix.datasets).items() if count > 1]
+    counted = Counter(name for file in files for name in file.matrix.datasets if name)
+    twice = [name for name, count in counted.items() if count > 1]
     if twice:
         remarks.append(f"the same dataset counts more than once: {', '.join(twice)}")
     names = {name for file in files for name in file.matrix.entries}
@@ -54,8 +57,17 @@ def merge(files: Sequence[MatrixFile], weights: Sequence[int] | None = None) -> 
     # Sums do not depend on how the text was cut; one size for all keeps the chunk count honest.
     parts = [replace(in_tokens(file.matrix, chunk_size), chunk_size=chunk_size) for file in files]
     total = add(parts, weights)
+    _refuse_overflow(parts, weights)
     chunks = max(int(total.counts(name).max()) for name in total.entries) // chunk_size
     return Made(replace(total, chunk_count=chunks), tuple(remarks))
+
+
+def _refuse_overflow(parts: Sequence[Matrix], weights: Sequence[int] | None) -> None:
+    most = [max(int(np.abs(part.counts(name)).max()) for name in part.entries) for part in parts]
+    if sum(count * weight for count, weight in zip(most, weights or [1] * len(most), strict=True)) >= 1 << 63:
+        raise InvalidDataError(
+            "These imatrices cannot be merged", "their counts add up to more than 64 bits hold", "Leave out the damaged one."
+        )
 
 
 def parse_weights(text: str, count: int) -> list[int]:

@@ -112,16 +112,15 @@ def places(origin: Origin) -> tuple[Place, ...]:
 
 
 def parse_wanted(text: str) -> HubId:
-    """``REPO[@REVISION][:FILE]`` of ``--from``. Raises :class:`UsageError`."""
-    place, _, file = text.partition(":")
-    repo, _, revision = place.partition("@")
+    """``REPO[:FILE]`` of ``--from``. Raises :class:`UsageError`."""
+    repo, _, file = text.partition(":")
     if repository_in(repo) != repo:
         raise UsageError(
             f"{text!r} is no repository of a hub",
             "it is written ORG/NAME or ORG/NAME:FILE",
             f"For example: --from bartowski/MODEL-GGUF, or a publisher: {', '.join(known.name for known in PUBLISHERS)}",
         )
-    return HubId(repo, revision or None, file or None)
+    return HubId(repo, file=file or None)
 
 
 def told_format(file: str) -> Format:

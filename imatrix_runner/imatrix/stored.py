@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.imatrix.matrix import Counts, Entries, Entry
 
 
@@ -36,8 +37,12 @@ class OpenFile:
         return b"".join(pieces)
 
     def floats(self, offset: int, count: int) -> npt.NDArray[np.float64]:
-        """``count`` little-endian float32 as float64."""
-        return np.frombuffer(self.read(offset, 4 * count), "<f4").astype(np.float64)
+        """``count`` little-endian float32 as float64. Raises :class:`InvalidDataError` if the file was cut meanwhile."""
+        data = self.read(offset, 4 * count)
+        if len(data) < 4 * count:
+            why = f"it was {self.size} bytes long and now ends earlier"
+            raise InvalidDataError(f"{self.path} changed while it was read", why, "Run the same command again.")
+        return np.frombuffer(data, "<f4").astype(np.float64)
 
 
 @dataclass(frozen=True)

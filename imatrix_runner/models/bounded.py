@@ -93,11 +93,14 @@ class BoundedReader:
         return count
 
     def string(self) -> str:
-        """A key or a name; these must be UTF-8."""
+        """A key or a name; these must be UTF-8, and harmless on a terminal."""
         try:
-            return self.raw_string().decode("utf-8")
+            name = self.raw_string().decode("utf-8")
         except UnicodeDecodeError as error:
             raise damaged(self.path, "holds a name that is not UTF-8", f"it ends at byte {self.position}") from error
+        if not name.isprintable():
+            raise damaged(self.path, "holds a name with control characters", f"{name[:80]!r} ends at byte {self.position}")
+        return name
 
     def raw_string(self) -> bytes:
         """A text behind its u64 length, in bytes as they are."""
@@ -118,6 +121,11 @@ def opened(path: Path) -> Iterator[BoundedReader]:
             yield BoundedReader(handle, path, path.stat().st_size)
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}", path) from error
+
+
+def printable(text: str) -> str:
+    """A stranger's text without the characters that could command a terminal."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def damaged(path: Path, what: str, why: str) -> InvalidDataError:

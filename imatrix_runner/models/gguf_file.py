@@ -16,12 +16,13 @@ from types import MappingProxyType
 from typing import Any
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.models.bounded import BoundedReader, damaged, opened
+from imatrix_runner.models.bounded import BoundedReader, damaged, opened, printable
 from imatrix_runner.models.ggml_types import is_plain, tensor_bytes, type_id, type_name, type_size
 from imatrix_runner.models.sniff import HEAD_BYTES, foreign_format
 
 __all__ = [
     "LONG",
+    "MAX_NAME",
     "GgufHeader",
     "LongArray",
     "TensorInfo",
@@ -42,7 +43,7 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_ALIGNMENT = 1 << 20
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 17
-_MAX_NAME = 63  # GGML_MAX_NAME counts the terminating NUL
+MAX_NAME = 63  # GGMLMAX_NAME counts the terminating NUL
 _MAX_DIMS = 4
 
 _STRING, _ARRAY = 8, 9
@@ -122,9 +123,9 @@ class GgufHeader:
         return sum(self.kv_sizes.values())
 
     def text(self, key: str) -> str | None:
-        """A metadata value if it is there and a string."""
+        """A metadata value if it is there and a string, fit to be shown on a terminal."""
         value = self.metadata.get(key)
-        return value if isinstance(value, str) else None
+        return printable(value) if isinstance(value, str) else None
 
     def integer(self, key: str) -> int | None:
         """A metadata value if it is there and a whole number."""
@@ -270,8 +271,8 @@ def _tensor(reader: BoundedReader) -> TensorInfo:
     start = reader.position
     name = reader.string()
     n_dims = int(reader.number("I"))
-    if len(name.encode()) > _MAX_NAME or n_dims > _MAX_DIMS:
-        why = f"at byte {start}; llama.cpp allows names of {_MAX_NAME} bytes and {_MAX_DIMS} dimensions"
+    if len(name.encode()) > MAX_NAME or n_dims > _MAX_DIMS:
+        why = f"at byte {start}; llama.cpp allows names of {MAX_NAME} bytes and {_MAX_DIMS} dimensions"
         raise damaged(reader.path, f"has the impossible tensor {name[:80]!r} with {n_dims} dimensions", why)
     shape = struct.unpack(f"<{n_dims}Q", reader.take(8 * n_dims))
     number, offset = int(reader.number("I")), int(reader.number("Q"))

@@ -51,7 +51,10 @@ class Resolver:
                 return Resolved(recipe, options)
             # First match wins in llama-quantize: what the user asked for stays before ours.
             pinned = replace(options, tensor_types=(*options.tensor_types, *pins.values()))
-            return Resolved(self._ask(level, pinned, log), pinned, tuple(pins))
+            final = self._ask(level, pinned, log)
+            before = {tensor.name: tensor.type for tensor in recipe.tensors}
+            held = tuple(row.name for row in final.tensors if row.name in pins and row.type != before[row.name])
+            return Resolved(final, pinned, held)
         except (EngineError, InvalidDataError, ToolchainError, UsageError) as error:
             return Resolved(_impossible(level, error), options)
 
@@ -91,7 +94,7 @@ def check_uncovered(value: str) -> str:
         raise UsageError(
             f"--uncovered {value} is no type", "it takes fail, keep or a ggml type", "For example: --uncovered q4_k"
         )
-    return value
+    return value.lower()
 
 
 def _impossible(level: Level, error: RunnerError) -> Recipe:

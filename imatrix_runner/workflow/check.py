@@ -65,11 +65,8 @@ def _judge(level: Level, resolved: Resolved, coverage: Coverage) -> LevelVerdict
     recipe = resolved.recipe
     if recipe.failures:
         return LevelVerdict(level, "fails", recipe.failures[0], resolved)
-    broken = next((finding for finding in coverage.findings if finding.kind == "nan-or-infinite"), None)
-    if broken is not None:
-        return LevelVerdict(level, "fails", broken.text, resolved)
     changed = {tensor.name for tensor in recipe.tensors if tensor.changes}
-    partly = [entry for entry in coverage.experts if entry.unseen and entry.tensor in changed]
+    partly = [entry for entry in coverage.experts if 0 < len(entry.unseen) < entry.n_experts and entry.tensor in changed]
     reasons = [
         f"{len(recipe.weightless)} tensors are quantised without weights, first {recipe.weightless[0]}"
         if recipe.weightless

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -61,19 +62,13 @@ def find(source: Source, model: Model | None, request: PublishedRequest, hub: Hu
     if "/" in request.wanted:
         findings = _in_repository(request.wanted, hub)
     else:
-        publisher = _publisher(request.wanted)
         origin = _origin(source, model, request.base_model, hub)
         _announce(origin, hub.sink, guess=guess)
-        findings = _search(origin, publisher, hub)
+        findings = _search(origin, request.wanted, hub)
     findings = _look_into_cache(findings, hub)
     if not findings.candidates:
         raise _nothing(findings, request, hub)
     return findings
-
-
-def _publisher(wanted: str) -> str:
-    """A publisher's name as it is spelled on the hub; one unknown to us may still have tagged repositories."""
-    return next((known.name for known in PUBLISHERS if known.name.lower() == wanted.lower()), wanted)
 
 
 def _origin(source: Source, model: Model | None, base_model: str | None, hub: Hub) -> Origin:
@@ -84,17 +79,16 @@ def _origin(source: Source, model: Model | None, base_model: str | None, hub: Hu
         listing = hub.look_up(source.repo)
         base = listing.quantised_from if isinstance(listing, Listing) else ()
         return Origin(base[0], f"the tags of {source.repo}") if base else Origin(source.repo, "the hub id given")
-    where = "its GGUF metadata (general.base_model.*, general.source.*, general.name)"
-    origin: Origin | None
     if isinstance(source, LocalDirectory):
-        where = "its config.json (_name_or_path) nor its README.md (base_model)"
         origin = origin_of_directory(source.path)
+        why = "neither its config.json (_name_or_path) nor its README.md (base_model) names a repository of a hub"
     else:
         origin = origin_of_gguf(model.header.metadata) if model is not None else None
+        why = "its metadata (general.source.*, general.base_model.*, general.organization) names no repository of a hub"
     if origin is None:
         raise UsageError(
             f"Nobody can tell which published model {source.path} is",
-            f"{where} names no repository of a hub" if "nor" not in where else f"neither {where} names one",
+            why,
             "Name it with --base-model ORG/NAME, as its page on the hub is called.",
         )
     return origin
@@ -142,9 +136,7 @@ def _candidates(listing: Listing, origin: Origin, place: Place) -> tuple[list[Ca
     refused: list[Refused] = []
     stranger = None if place.shared else made_from_another(listing.repo, listing.base_model, listing.quantised_from, origin)
     for file in listing.files:
-        if not is_named_imatrix(file.name) and not (place.shared and file.name.endswith(".imatrix")):
-            continue
-        if place.shared and not names_model(file.name, origin.name):
+        if not is_named_imatrix(file.name) or (place.shared and not names_model(file.name, origin.name)):
             continue
         why = refusal(file.name, file.size, origin.name) or stranger
         if why is not None:
@@ -164,7 +156,7 @@ def _in_repository(wanted: str, hub: Hub) -> Findings:
     """What one repository offers, or the one file in it that was named (whatever its name says)."""
     hub_id = parse_wanted(wanted)
     repo_type: RepoType = next((known.repo_type for known in PUBLISHERS if hub_id.repo in known.repos), "model")
-    listing = hub.repository(hub_id, repo_type)
+    listing = hub.repository(hub_id.repo, repo_type)
     if hub_id.file is None:
         named = [file for file in listing.files if is_named_imatrix(file.name)]
     else:
@@ -195,6 +187,11 @@ def _look_into_cache(findings: Findings, hub: Hub) -> Findings:
     return replace(findings, candidates=rank(candidates), refused=tuple(refused))
 
 
+def compute_one(request: PublishedRequest) -> str:
+    """What to do when nothing published serves."""
+    return f"Compute one with: imatrix-runner imatrix generate {shlex.quote(request.model)}"
+
+
 def checked(candidate: Candidate, file: MatrixFile) -> Candidate:
     return replace(candidate, format=file.format, chunks=file.matrix.chunk_count, checked=True)
 
@@ -209,5 +206,5 @@ def _nothing(findings: Findings, request: PublishedRequest, hub: Hub) -> Downloa
     return DownloadError(
         f"No imatrix of {of} is in the cache" if hub.offline else f"No imatrix of {of} is published",
         f"tried {'; '.join(looked)}",
-        f"Compute one with: imatrix-runner imatrix generate {request.model}",
+        compute_one(request),
     )

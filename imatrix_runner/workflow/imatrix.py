@@ -14,11 +14,12 @@ from imatrix_runner.imatrix.collect import ChunkPlan, CollectRequest, clean_part
 from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.journal import Output, Record, differences, outputs_intact
-from imatrix_runner.models.sources import Model
+from imatrix_runner.models.sources import HubId, Model, Source
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import ImatrixStep, describe_change
-from imatrix_runner.workflow.request import ImatrixRequest
+from imatrix_runner.workflow.published import obtain_published
+from imatrix_runner.workflow.request import MODES, ImatrixRequest
 from imatrix_runner.workflow.source import Frozen, hash_files
 from imatrix_runner.workspace import Workspace
 
@@ -34,22 +35,53 @@ class Chosen:
     file: MatrixFile | None = None
 
 
-def choose(request: ImatrixRequest, frozen: Frozen, session: Session) -> Chosen:
-    """Decide where the imatrix comes from. Raises :class:`InvalidDataError` for one that cannot be used with the model."""
-    workspace, journal, sink = session.workspace, session.journal, session.sink
+def choose(request: ImatrixRequest, source: Source, frozen: Frozen, session: Session) -> Chosen:
+    """Decide where the imatrix comes from; a published one is fetched here, for the plan is made with what is in it.
+
+    Raises :class:`InvalidDataError` for one that cannot be used with the model.
+    """
     if request.mode == "none":
         return Chosen(ImatrixStep("none", None, "not wanted (--imatrix none)"))
-    if request.mode not in ("auto", "generate", "there"):
-        return _use(Path(request.mode), frozen.model, sink, "given with --imatrix")
+    if request.mode not in MODES:
+        return _use(Path(request.mode), frozen.model, session.sink, "given with --imatrix")
+    here = session.workspace.find_imatrix() if request.mode != "generate" else None
     if request.mode == "there":
-        here = workspace.find_imatrix()
         if here is not None:
-            return _use(here, frozen.model, sink, "found in the workspace")
+            return _use(here, frozen.model, session.sink, "found in the workspace")
         return Chosen(ImatrixStep("none", None, "there is none in the workspace"))
+    if request.mode == "published":
+        return _published(source, frozen, session, here)
+    if request.mode == "auto" and here is None and _worth_searching(request, source, session):
+        obtained = obtain_published(session.workspace, frozen.model, source, sink=session.sink, stop=session.stop)
+        if obtained.file is not None:
+            return _use(obtained.file.path, frozen.model, session.sink, obtained.reason)
+        session.sink(info(f"No published imatrix is used: {obtained.reason}. One is generated."))
+    return _made_here(request, frozen, session, here)
+
+
+def _worth_searching(request: ImatrixRequest, source: Source, session: Session) -> bool:
+    """Only a hub's model is looked up unasked; not when a text was given, nor when a generation waits to go on."""
+    return isinstance(source, HubId) and request.text is None and not session.workspace.parts.is_dir() and not session.dry_run
+
+
+def _published(source: Source, frozen: Frozen, session: Session, here: Path | None) -> Chosen:
+    if here is not None:
+        return _use(here, frozen.model, session.sink, "found in the workspace")
+    if session.dry_run:
+        return Chosen(ImatrixStep("fetch", session.workspace.imatrix, "published ones are looked for"))
+    obtained = obtain_published(session.workspace, frozen.model, source, sink=session.sink, stop=session.stop, guess=True)
+    if obtained.error is not None:
+        raise obtained.error
+    assert obtained.file is not None
+    return _use(obtained.file.path, frozen.model, session.sink, obtained.reason)
+
+
+def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found: Path | None) -> Chosen:
+    """What lies in the workspace (``found``), else one generated there, now or before."""
+    workspace, journal, sink = session.workspace, session.journal, session.sink
     out = request.out or workspace.imatrix
     record = journal.get(_step(out, workspace))
     ours = record is not None and record.outputs[0].name == _name(out, workspace) and outputs_intact(record, workspace.root)
-    found = workspace.find_imatrix() if request.mode == "auto" else None
     if found is not None and not (ours and found == out):
         if request.text is not None:
             sink(

@@ -94,9 +94,13 @@ class LevelPlanner:
 
     def _plan(self, level: Level, resolver: Resolver, fingerprint: str, further: str) -> LevelStep:
         workspace, journal, name = self.session.workspace, self.session.journal, step_name(level)
+        resolved, options = None, self.request.options
+        if resolver.uncovered != FAIL:  # pins are options like any other: who has none is not made again
+            resolved = self._resolve(level, resolver)
+            options = resolved.options
         inputs = level_inputs(
             level,
-            self.request.options,
+            options,
             source=self.frozen.fingerprint,
             imatrix=fingerprint,
             engine=self.session.engine.identity(),
@@ -105,14 +109,16 @@ class LevelPlanner:
         files = final_files(workspace, level, self.frozen, keep_split=self.request.options.keep_split)
         record = journal.get(name)
         intact = record is not None and _still_there(record, workspace, journal, name, save=not self.session.dry_run)
-        resolved = None
-        if needs_dry_run(record, inputs, intact=intact):
-            self.session.stop.check()
-            resolved = resolver.resolve(level, self.session.log(name))
+        if resolved is None and needs_dry_run(record, inputs, intact=intact):
+            resolved = self._resolve(level, resolver)
         foreign = _foreign(files, record, workspace, intact=intact)
         step = plan_level(level, files, inputs, record, intact=intact, resolved=resolved, foreign=bool(foreign))
         hopeless = resolved is not None and resolved.recipe.failures
         return replace(step, reason=foreign) if foreign and step.state == "fails" and not hopeless else step
+
+    def _resolve(self, level: Level, resolver: Resolver) -> Resolved:
+        self.session.stop.check()
+        return resolver.resolve(level, self.session.log(step_name(level)))
 
     def run(self, steps: Sequence[LevelStep], matrix: MatrixFile | None, sink: Sink) -> list[LevelResult]:
         """Make the levels, several at once where memory allows. A failed level does not stop the others; a full disk, a
@@ -289,8 +295,6 @@ def _real_or_stand_in(matrix: MatrixFile | None, fingerprint: str) -> Iterator[P
 
 
 def _further(request: LevelsRequest) -> str:
-    """What else decides a level's bytes: the content of the file of types, and what becomes of uncovered tensors."""
+    """What else decides a level's bytes: the content of the file of types."""
     path = request.options.tensor_type_file
-    file = f"--tensor-type-file sha256:{sha256(path)}" if path is not None else ""
-    uncovered = f"--uncovered {request.uncovered}" if request.uncovered != FAIL else ""
-    return " ".join(filter(None, (file, uncovered)))
+    return f"--tensor-type-file sha256:{sha256(path)}" if path is not None else ""

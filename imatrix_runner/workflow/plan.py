@@ -15,14 +15,15 @@ from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.resolve import Resolved
 
 State = Literal["todo", "up-to-date", "fails"]
-ImatrixAction = Literal["none", "use", "generate", "up-to-date"]
+ImatrixAction = Literal["none", "use", "fetch", "generate", "up-to-date"]
 
 MOST_JOBS = 4
 
 
 @dataclass(frozen=True)
 class ImatrixStep:
-    """``generate`` makes ``path``; ``use`` and ``up-to-date`` read it; ``none`` quantises without. ``reason`` is for people;
+    """``generate`` makes ``path``; ``fetch`` (told by a dry run only) downloads it;
+    ``use`` and ``up-to-date`` read it; ``none`` quantises without. ``reason`` is for people;
     ``n_bytes`` is about what making it writes, its ranges and snapshots too."""
 
     action: ImatrixAction
@@ -102,7 +103,7 @@ def level_inputs(
     level: Level, options: QuantizeOptions, *, source: str, imatrix: str, engine: str, further: str
 ) -> dict[str, str]:
     """The named fingerprints of one level. Threads and the buffer's size are left out: they do not change a byte.
-    ``further`` stands for what the options do not tell (the content of a file, what becomes of uncovered tensors)."""
+    ``further`` stands for what the options do not tell (the content of a file)."""
     flags = quantize_options(
         QuantizeOptions(**{**vars(level.apply(options)), "max_buffer_size": None, "tensor_type_file": None})
     )

@@ -14,10 +14,10 @@ from imatrix_runner.imatrix.formats import Format, MatrixFile, read
 from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.imatrix.published import MOST_BYTES, Candidate, RepoType
 from imatrix_runner.models.hub import Hub, RepoFile, concerns_one_file, is_offline
-from imatrix_runner.models.sources import LocalFile, Model, Source, open_gguf, parse_source
+from imatrix_runner.models.sources import HubId, LocalFile, Model, Source, open_gguf, parse_source
 from imatrix_runner.process import Stop
 from imatrix_runner.workflow.context import Context
-from imatrix_runner.workflow.find_published import Findings, PublishedRequest, checked, find, listing_of
+from imatrix_runner.workflow.find_published import Findings, PublishedRequest, checked, compute_one, find, listing_of
 from imatrix_runner.workflow.source import name_of
 from imatrix_runner.workspace import Workspace, hold
 
@@ -52,7 +52,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Obtained:
-    """For ``run``: the placed matrix, or the ``error`` that tells why there is none (``reason``: the same as a phrase)."""
+    """For ``run``: the placed matrix, or the ``error`` that tells why there is none (``reason``: in short)."""
 
     placed: Placed | None
     error: RunnerError | None = None
@@ -65,7 +65,7 @@ class Obtained:
     def reason(self) -> str:
         if self.placed is not None:
             return f"published by {self.placed.source.repo}"
-        return str(self.error)
+        return self.error.what if self.error is not None else ""
 
 
 def find_published(request: PublishedRequest, context: Context) -> Findings:
@@ -107,7 +107,8 @@ def obtain_published(
     Unless ``guess``, a base model that may be another one's (see :class:`Origin`) is not good enough. Only what has nothing to
     do with publishing is raised: a stop, a full disk, a matrix that lies there already.
     """
-    request = PublishedRequest(str(source), workspace.root.parent, base_model, wanted, offline=offline)
+    named = str(source if isinstance(source, HubId) else source.path)
+    request = PublishedRequest(named, workspace.root.parent, base_model, wanted, offline=offline)
     _refuse_taken(workspace, request)
     try:
         found = _fetch(source, model, request, _hub(request, stop, sink), guess=guess)
@@ -151,7 +152,7 @@ def _fetch(source: Source, model: Model | None, request: PublishedRequest, hub: 
     raise DownloadError(
         f"None of the {len(candidates)} published imatrices can be used" if many else f"{candidates[0]} cannot be used",
         "; ".join(_printable(line) for line in skipped) if many else _printable(skipped[0].removeprefix(f"{candidates[0]}: ")),
-        f"Compute one with: imatrix-runner imatrix generate {request.model}",
+        compute_one(request),
     )
 
 

@@ -16,8 +16,8 @@ MODES = ("auto", "there", "none", "generate", "published")
 
 @dataclass(frozen=True)
 class ImatrixRequest:
-    """``mode``: ``auto`` (what lies in the workspace, else generate), ``there`` (what lies there, else none), ``none``,
-    ``generate``, or a file's path.
+    """``mode``: ``auto`` (what lies in the workspace, else for a hub's model a published one, else generate), ``there`` (what
+    lies there, else none), ``published``, ``generate``, ``none``, or a file's path.
 
     ``text`` None means the shipped calibration text. ``chunks`` limits, ``first_chunk`` skips;
     ``output_frequency`` None lets the size of ranges follow from the model; ``save_frequency`` 0 leaves no snapshots.

@@ -68,7 +68,7 @@ def run(
         job.check_inputs()
         model = job.open_model(source)
         frozen = freeze(model, session)
-        chosen = imatrix_flow.choose(request.imatrix, frozen, session)
+        chosen = imatrix_flow.choose(request.imatrix, source, frozen, session)
         planner = LevelPlanner(request.levels, frozen, session) if request.levels is not None else None
         plan = job.plan(model, chosen.step, planner, levels, chosen.file)
         if on_plan is not None:

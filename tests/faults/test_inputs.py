@@ -18,7 +18,7 @@ from llama_tools import levels_in
         (b"", "it is empty"),
         (b" \n\t\n", "it is empty"),
         (b"text\0with a hole" * 100, "it is a binary file (it holds NUL bytes)"),
-        ("Ein schöner Tag".encode("latin-1") * 100, "byte 8 is not valid UTF-8"),
+        ("Ein schöner Tag".encode("latin-1") * 100, "byte 7 is not valid UTF-8"),
         (None, "No such file or directory"),
     ],
     ids=["empty", "blank", "binary", "latin-1", "missing"],
@@ -47,7 +47,7 @@ def test_two_runs_at_once(tiny_model: Path, tiny_imatrix: Path, runner: RunComma
         elsewhere = runner("quantize", tiny_model, "--levels", "Q4_0", "--work-dir", "elsewhere")
         assert elsewhere.code == 0
         assert first.finish().code == 0
-    assert "1 were up to date" in runner(*arguments).out
+    assert "1 was up to date" in runner(*arguments).out
 
 
 @pytest.mark.parametrize("stage", ["imatrix", "levels"])

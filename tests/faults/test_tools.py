@@ -23,7 +23,6 @@ IOSTREAM = "llama_model_quantize: failed to quantize: basic_ios::clear: iostream
         pytest.param('head -c 300000 /dev/zero > "$out"; exit 0', "invalid-data", "zero", id="NUL-filled"),
         pytest.param('"$real" "$@"; truncate -s -4096 "$out"; exit 0', "invalid-data", "a complete one has", id="truncated"),
         pytest.param("exit 0", "invalid-data", "it left nothing", id="writes nothing"),
-        pytest.param('"$real" "$@" 2>&1 | sed s/Q4_0/Q8_0/; cp "$1" "$out"; exit 0', "invalid-data", "", id="copies a file"),
         pytest.param(
             'shift 2; exec "$real" "$@"', "invalid-data", "it was made with no imatrix entries instead of 14", id="blind"
         ),
@@ -69,7 +68,7 @@ def test_the_same_command_heals_once_the_tools_work(
     assert (status["state"], status["detail"]) == ("resumable", "missing: Q4_0")
     healed = runner(*arguments)
     assert healed.code == 0
-    assert "1 made, 1 were up to date" in healed.out
+    assert "1 made, 1 was up to date" in healed.out
 
 
 def test_a_hung_child_is_really_gone(

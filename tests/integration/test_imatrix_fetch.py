@@ -1,17 +1,17 @@
-"""Published matrices through a real local hub: every publisher's names, every trouble on the way, and where the file ends up."""
+"""Published matrices through a real local hub: every publisher's names, every trouble, and where the file ends up."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import RunCommand
-from hub_server import HubServer, Repository, Trouble, be_quick_and_anonymous
-from tiny_models import write_llama_gguf
+from command_line import Ran
+from hub_server import HubServer, Trouble, be_quick_and_anonymous
+from tiny_models import write_hf_directory, write_llama_gguf
 
 from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, UsageError, WorkspaceLockedError
 from imatrix_runner.events import Event, Notice, Progress, ignore
@@ -252,9 +252,13 @@ def test_the_base_model_is_said_and_doubt_too(hub: HubServer, gguf: bytes, local
     assert "may be" in doubtful.told
     assert "--base-model" in doubtful.told
     silent = write_llama_gguf(tmp_path / "silent.gguf", layers=1)
-    with pytest.raises(UsageError, match="Nobody can tell") as caught:
-        find(silent)
-    assert "--base-model ORG/NAME" in caught.value.todo
+    directory = write_hf_directory(tmp_path / "Qwen3-0.6B", layers=1)
+    for nameless in (silent, directory):
+        with pytest.raises(UsageError, match="Nobody can tell") as caught:
+            find(nameless)
+        assert "--base-model ORG/NAME" in caught.value.todo
+    (directory / "README.md").write_text(f"---\nbase_model: {BASE}\n---\n")
+    assert find(directory).candidates
     assert find(silent, base_model=BASE).candidates
 
 
@@ -275,18 +279,15 @@ def test_nothing_published(hub: HubServer) -> None:
 
 def test_quantised_weights_are_refused_by_size_and_content(hub: HubServer, local: Path, dat: bytes) -> None:
     weights = {"Qwen3-imatrix.gguf": local, "other-imatrix.gguf": local}
-    repository = hub.add(BARTOWSKI, weights, tags=QUANTISED, announced={"other-imatrix.gguf": 100_000_000_000})
+    hub.add(BARTOWSKI, weights, tags=QUANTISED, announced={"other-imatrix.gguf": 100_000_000_000})
     error = refusal()
     assert "model weights (llama)" in error.why
     assert "cannot be used" in error.what
-    (refused,) = find("x/y", base_model=BASE, wanted="").refused if False else _refused(hub, repository, dat)
-    assert "93.13 GiB" in refused
-    assert "other-imatrix.gguf" not in hub.downloads()
-
-
-def _refused(hub: HubServer, repository: Repository, dat: bytes) -> list[str]:
     hub.add("ubergarm/Qwen3-0.6B-GGUF", {"imatrix.dat": dat})
-    return [refused.why for refused in find().refused if refused.file == "other-imatrix.gguf"]
+    refused = {refused.file: refused.why for refused in find().refused}
+    assert "model weights (llama)" in refused["Qwen3-imatrix.gguf"]  # known since it was fetched
+    assert "93.13 GiB" in refused["other-imatrix.gguf"]
+    assert "other-imatrix.gguf" not in hub.downloads()
 
 
 def test_the_next_candidate_is_tried(hub: HubServer, local: Path, matrix: Matrix, dat: bytes) -> None:
@@ -397,21 +398,15 @@ def test_a_file_that_is_gone(offered: HubServer) -> None:
 def test_asked_to_slow_down(offered: HubServer, where: str) -> None:
     offered.trouble = Trouble(status=429, status_times=2, retry_after=2, status_for=where)
     assert fetch(out=Path("a.gguf")).source.repo == BARTOWSKI
+
+
+@pytest.mark.parametrize("where", ["/api/models", "/resolve/", f"GET /{BARTOWSKI}/resolve/"])
+def test_a_pause_too_long_to_wait_for_is_told_at_once(offered: HubServer, where: str) -> None:
     offered.trouble = Trouble(status=429, retry_after=3600, status_for=where)
-    before = len(offered.requests)
-    error = (
-        refusal("someone/else", wanted=f"{BARTOWSKI}:other" if False else "", base_model=BASE) if where != "/resolve/" else None
-    )
-    if error is not None:
-        assert "asks us to slow down" in error.what
-        assert "1:00:00" in error.todo
-        assert len(offered.requests) == before + 1
-
-
-def test_a_long_wait_in_the_middle_of_a_download_is_told(offered: HubServer) -> None:
-    offered.trouble = Trouble(status=429, retry_after=3600, status_for="/resolve/")
-    assert "1:00:00" in refusal().todo
-    assert len(offered.downloads()) == 0
+    error = refusal()
+    assert "asks us to slow down" in error.what
+    assert "1:00:00" in error.todo
+    assert len([request for request in offered.requests if where in f"{request.method} {request.path}"]) == 1
 
 
 def test_a_server_error_is_tried_again_and_then_told(offered: HubServer) -> None:
@@ -563,7 +558,7 @@ def test_run_on_a_hub_id(offered: HubServer, local: Path) -> None:
 # The commands. -------------------------------------------------------------------------------------------------------
 
 
-def test_the_commands(offered: HubServer, runner: RunCommand, local: Path, tmp_path: Path, gguf: bytes) -> None:
+def test_the_commands(offered: HubServer, runner: Callable[..., Ran], local: Path, tmp_path: Path, gguf: bytes) -> None:
     offered.add("someone/quants", {"x-imatrix-IQ2_M.gguf": b"x" * 100, "imatrix.dat": b"x" * 100}, tags=QUANTISED)
     env = {"HF_ENDPOINT": offered.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
     ran = runner("imatrix", "find", local, "--json", env=env)

@@ -44,7 +44,7 @@ def test_tensor_types_from_a_file(
     assert runner(*arguments).code == 0
     bare = tools.quantize(tiny_model, tmp_path / "bare.gguf", "Q4_K_M", "--tensor-type-file", str(types), imatrix=tiny_imatrix)
     assert levels_in(tmp_path / "work" / "tiny") == {"Q4_K_M": digest(bare)}
-    assert "1 were up to date" in runner(*arguments).out
+    assert "1 was up to date" in runner(*arguments).out
     types.write_text("ffn_down=q8_0\n", encoding="utf-8")
     changed = runner(*arguments)
     assert "Q4_K_M made again, changed: options: Q4_K_M --tensor-type-file sha256:" in changed.err
@@ -99,7 +99,7 @@ def test_a_split_source_gives_one_file_or_as_many_shards(
         (level,) = done.document["levels"]
         assert [Path(file).name for file in level["files"]] == sorted(expected)
         assert level["bytes"] == sum(path.stat().st_size for path in workspace.glob("*.gguf"))
-        assert "1 were up to date" in runner(*arguments, *options).out
+        assert "1 was up to date" in runner(*arguments, *options).out
 
 
 def test_a_quantised_source_needs_permission(

@@ -138,8 +138,8 @@ def test_ranking() -> None:
 
 def test_what_from_takes() -> None:
     assert parse_wanted("org/name") == HubId("org/name")
-    assert parse_wanted("org/name@v1:deep/imatrix.dat") == HubId("org/name", "v1", "deep/imatrix.dat")
-    for wrong in ("org/", "a/b/c", "https://example.org/a/b", "org/../x:f"):
+    assert parse_wanted("org/name:deep/imatrix.dat") == HubId("org/name", file="deep/imatrix.dat")
+    for wrong in ("org/", "a/b/c", "https://example.org/a/b", "org/../x:f", "org/name@v1"):
         with pytest.raises(UsageError, match="no repository"):
             parse_wanted(wrong)
 

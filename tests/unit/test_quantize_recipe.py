@@ -236,6 +236,14 @@ def test_a_legacy_imatrix_counts_like_any_other(
     assert made.recipe.file_bytes == made.out.stat().st_size
 
 
+def test_a_split_source_becomes_one_file_of_the_size_foretold(engine: BinariesEngine, demo_model: Path, tmp_path: Path) -> None:
+    tool = str(engine.toolchain.tool("llama-gguf-split"))
+    split = Command((tool, "--split", "--split-max-tensors", "20", str(demo_model), str(tmp_path / "split")))
+    assert Runner().run(split).ok
+    made = make(engine, tmp_path / "split-00001-of-00002.gguf", "Q4_K_M", tmp_path / "o.gguf", None)
+    assert made.recipe.file_bytes == made.out.stat().st_size
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_a_quantised_source_is_judged_by_what_would_change(engine: BinariesEngine, tmp_path: Path, allowed: bool) -> None:
     source = make(engine, write_llama_gguf(tmp_path / "m.gguf", layers=1), "Q8_0", tmp_path / "q8.gguf", None).out

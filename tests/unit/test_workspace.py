@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from children import eventually, is_running, python
+from children import is_running, python
 
 from imatrix_runner.errors import InvalidDataError, WorkspaceLockedError
 from imatrix_runner.files import write_json
@@ -21,16 +20,16 @@ from imatrix_runner.workspace import Owner, Workspace, hold, read_owner
 
 COMMAND = "imatrix-runner run m.gguf"
 
-# Holds the workspace argv[1] and a child that would run for ever; says both pids; waits for its stdin to close.
+# Holds the workspace argv[1] and a child that would run for ever; says its pid; waits for its stdin to close.
 HOLDER = f"""
-    import os, sys, threading
+    import sys, threading
     from pathlib import Path
     from imatrix_runner.process import Command, Runner
     from imatrix_runner.workspace import Workspace, hold
     with hold(Workspace(Path(sys.argv[1]), "m"), {COMMAND!r}) as held:
         def on_child(pid, alive):
             held.on_child(pid, alive)
-            print(os.getpid(), pid, flush=True)
+            print(pid, flush=True)
         sleep = Command((sys.executable, "-c", "import time; time.sleep(600)"))
         runner = Runner(on_child=on_child)
         threading.Thread(target=runner.run, args=(sleep,), daemon=True).start()
@@ -44,13 +43,13 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 @contextmanager
-def held_elsewhere(workspace: Workspace) -> Iterator[tuple[int, int]]:
-    """The workspace is held by another process; its pid and that of its child."""
+def held_elsewhere(workspace: Workspace) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The workspace is held by another process: that process, and its child's pid."""
     with subprocess.Popen(python(HOLDER, workspace.root).argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
-        pid, child = map(int, holder.stdout.readline().split())
+        child = int(holder.stdout.readline())
         try:
-            yield pid, child
+            yield holder, child
         finally:
             holder.kill()
             if is_running(child):
@@ -101,10 +100,10 @@ def test_a_workspace_can_be_held_again_after_an_error(workspace: Workspace) -> N
 
 
 def test_a_held_workspace_is_refused_and_its_owner_named(workspace: Workspace) -> None:
-    with held_elsewhere(workspace) as (pid, _):
+    with held_elsewhere(workspace) as (holder, _):
         with pytest.raises(WorkspaceLockedError) as caught, hold(workspace, "another"):
             pytest.fail("two held it")
-        assert f"process {pid} on {socket.gethostname()}" in caught.value.why
+        assert f"process {holder.pid} on {socket.gethostname()}" in caught.value.why
         assert COMMAND in caught.value.why
         told = read_owner(workspace)
         assert told is not None
@@ -117,9 +116,9 @@ def test_one_process_cannot_hold_twice(workspace: Workspace) -> None:
 
 
 def test_a_killed_owner_is_succeeded_and_its_children_ended(workspace: Workspace) -> None:
-    with held_elsewhere(workspace) as (pid, child):
-        os.kill(pid, signal.SIGKILL)
-        assert eventually(lambda: not is_running(pid))
+    with held_elsewhere(workspace) as (holder, child):
+        holder.kill()
+        holder.wait()
         assert is_running(child)
         with hold(workspace, COMMAND) as held:
             assert held.orphans == 1
@@ -128,13 +127,25 @@ def test_a_killed_owner_is_succeeded_and_its_children_ended(workspace: Workspace
             assert held.orphans == 0
 
 
-@pytest.mark.parametrize("left", [{"children": {str(os.getpid()): 1.0}}, {"host": "elsewhere"}])
-def test_a_reused_pid_and_another_machine_are_left_alone(workspace: Workspace, left: dict[str, object]) -> None:
-    """Our own pid stands for a process that merely has the number of an orphan: it must survive."""
-    children = {str(os.getpid()): psutil.Process().create_time()}
-    write_json(workspace.owner, owner(**{"children": children, **left}))
+@pytest.fixture
+def stranger() -> Iterator[psutil.Process]:
+    """A process that has nothing to do with us."""
+    with subprocess.Popen(python("import time; time.sleep(600)").argv) as child:
+        try:
+            yield psutil.Process(child.pid)
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize(("host", "born"), [(socket.gethostname(), 1.0), ("elsewhere", None)])
+def test_a_reused_pid_and_another_machine_are_left_alone(
+    workspace: Workspace, stranger: psutil.Process, host: str, born: float | None
+) -> None:
+    """The stranger merely has the number of an orphan: born at another time, or on a machine that is not this one."""
+    write_json(workspace.owner, owner(host=host, children={str(stranger.pid): born or stranger.create_time()}))
     with hold(workspace, COMMAND) as held:
         assert held.orphans == 0
+    assert is_running(stranger.pid)
 
 
 def test_an_owner_is_alive_only_as_the_same_process_on_this_machine() -> None:

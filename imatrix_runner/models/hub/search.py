@@ -45,10 +45,10 @@ class _Found(msgspec.Struct, rename="camel"):
     """What a search says of a repository; of its files the names only."""
 
     id: str
-    sha: str = ""
+    sha: str | None = None
     last_modified: str | None = None
-    tags: list[str] = []
-    siblings: list[_Sibling] = []
+    tags: list[str] | None = None
+    siblings: list[_Sibling] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Hub:
     def __post_init__(self) -> None:
         quiet_library()
 
-    def repository(self, hub_id: HubId, repo_type: RepoType = "model") -> Listing:
-        """A repository's files, with their sizes, at its newest commit or the revision named."""
-        asked = self._asked(hub_id, repo_type)
+    def repository(self, repo: str, repo_type: RepoType = "model") -> Listing:
+        """A repository's files, with their sizes, at its newest commit."""
+        asked = self._asked(repo, repo_type)
         if not self.offline:
             return patiently(partial(list_repository, asked), asked, self.stop.check)
         listing = list_cached(asked, self.cache)
@@ -82,7 +82,7 @@ class Hub:
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
         try:
-            return self.repository(HubId(repo), repo_type)
+            return self.repository(repo, repo_type)
         except DownloadError as error:
             cause = error.__cause__
             if self.offline:
@@ -99,7 +99,7 @@ class Hub:
         """The repositories that say they were quantised from ``repo``, with their files' names but without sizes."""
         if self.offline:
             return ()
-        asked = self._asked(HubId(repo), "model")
+        asked = self._asked(repo, "model")
         fields = ("siblings", "sha", "lastModified", "tags")
         params = [("filter", f"base_model:quantized:{repo}"), *(("expand", name) for name in fields)]
         url: str | None = f"{self.endpoint}/api/models"
@@ -144,11 +144,11 @@ class Hub:
         remember_revision(asked, listing.commit, self.cache)
         return path
 
-    def _asked(self, hub_id: HubId, repo_type: RepoType) -> Asked:
-        return Asked(hub_id, self.endpoint, token_source() is not None, repo_type, perhaps_path=False)
+    def _asked(self, repo: str, repo_type: RepoType) -> Asked:
+        return Asked(HubId(repo), self.endpoint, token_source() is not None, repo_type, perhaps_path=False)
 
     def _of(self, listing: Listing) -> Asked:
-        return self._asked(HubId(listing.repo), "dataset" if listing.repo_type == "dataset" else "model")
+        return self._asked(listing.repo, "dataset" if listing.repo_type == "dataset" else "model")
 
 
 def concerns_one_file(error: DownloadError) -> bool:
@@ -185,8 +185,8 @@ def _page(asked: Asked, url: str, params: list[tuple[str, str]]) -> tuple[list[_
 
 
 def _listing(entry: _Found) -> Listing:
-    files = plain_files((sibling.rfilename, sibling.size) for sibling in entry.siblings)
-    return Listing(entry.id, "model", entry.sha, entry.last_modified, files, None, quantised_from(entry.tags))
+    files = plain_files((sibling.rfilename, sibling.size) for sibling in entry.siblings or ())
+    return Listing(entry.id, "model", entry.sha or "", entry.last_modified, files, None, quantised_from(entry.tags or ()))
 
 
 def _announced_size(asked: Asked, file: RepoFile, commit: str) -> int | None:

@@ -167,6 +167,7 @@ class Meter:
 
     def expect(self, file: RepoFile) -> None:
         """A new file, or another try of the same."""
+        self._go_on()
         self._file = file
         self._moved = time.monotonic()
 
@@ -176,10 +177,14 @@ class Meter:
             raise _wrong_length(self._asked, self._file, total or 0)
         self._current = initial
 
-    def add(self, count: int) -> None:
+    def _go_on(self) -> None:
+        """For the thread that works: raise if the one that waits has left."""
         self._stop.check()
         if self._gave_up is not None:
             raise self._gave_up
+
+    def add(self, count: int) -> None:
+        self._go_on()
         if count < 0:
             # The server forgot where we were. The library would start over for ever, for each time some bytes arrive.
             self._restarts += 1
