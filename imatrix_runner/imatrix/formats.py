@@ -238,7 +238,9 @@ def _prepare_dat(matrix: Matrix, path: Path) -> Path:
             values = np.where(counts == 0, np.float32(1), sums) / np.maximum(counts, np.float32(1))
             encoded = name.encode()
             out.write(struct.pack("<i", len(encoded)) + encoded + struct.pack("<ii", calls, values.size))
-            out.write((values * np.float32(calls)).astype("<f4").tobytes())
+            with np.errstate(over="ignore"):
+                values *= np.float32(calls)
+            out.write(_float32(name, values).astype("<f4").tobytes())
         dataset = (matrix.datasets[-1] if matrix.datasets else "").encode()
         out.write(struct.pack("<ii", matrix.chunk_count, len(dataset)) + dataset)
     return part
@@ -262,7 +264,7 @@ def _growing(path: Path) -> Iterator[Path]:
         raise
 
 
-def _float32(name: str, sums: Sums) -> npt.NDArray[np.float32]:
+def _float32(name: str, sums: Sums | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """``sums`` as files hold them; what llama-quantize would refuse is not written."""
     with np.errstate(over="ignore"):
         narrow = sums.astype(np.float32)

@@ -42,7 +42,8 @@ class OpenFile:
         if len(data) < 4 * count:
             why = f"it was {self.size} bytes long and now ends earlier"
             raise InvalidDataError(f"{self.path} changed while it was read", why, "Run the same command again.")
-        return np.frombuffer(data, "<f4").astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN, which whoever looks at the values will name
+            return np.frombuffer(data, "<f4").astype(np.float64)
 
 
 @dataclass(frozen=True)

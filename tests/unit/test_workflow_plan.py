@@ -14,13 +14,14 @@ from imatrix_runner.engines.base import Fallback, QuantizeOptions
 from imatrix_runner.journal import Record
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.recipe import Recipe, RecipeTensor
+from imatrix_runner.quantize.resolve import Resolved
 from imatrix_runner.workflow.plan import (
     MOST_JOBS,
     ImatrixStep,
     LevelStep,
     Plan,
     describe_change,
-    facts_of_recipe,
+    facts_of,
     level_inputs,
     needs_dry_run,
     order_levels,
@@ -33,11 +34,12 @@ FILES = (Path("/w/m/m-Q4_K_M.gguf"),)
 INPUTS = {"model file": "sha256:" + "a" * 64, "imatrix": "none", "options": "Q4_K_M", "engine": "llama.cpp 1"}
 TENSOR = RecipeTensor("blk.0.attn_q.weight", (256, 2), "BF16", "Q5_0", 352)
 RECIPE = Recipe(LEVEL, (TENSOR,), (Fallback(TENSOR.name, "q4_K", "q5_0"),), (), (), False, 1000)
+RESOLVED = Resolved(RECIPE, QuantizeOptions(), pinned=(TENSOR.name,))
 GIB = 1 << 30
 
 
 def record(inputs: dict[str, str] | None = None) -> Record:
-    facts: dict[str, object] = {"level": msgspec.to_builtins(facts_of_recipe(RECIPE))}
+    facts: dict[str, object] = {"level": msgspec.to_builtins(facts_of(RESOLVED))}
     return Record.now(inputs or INPUTS, [], "not made yet", 1.0, facts=facts)
 
 
@@ -46,10 +48,10 @@ def plan(
     *,
     inputs: dict[str, str] | None = None,
     intact: bool = False,
-    recipe: Recipe | None = RECIPE,
+    resolved: Resolved | None = RESOLVED,
     foreign: bool = False,
 ) -> LevelStep:
-    return plan_level(LEVEL, FILES, inputs or INPUTS, made, intact=intact, recipe=recipe, foreign=foreign)
+    return plan_level(LEVEL, FILES, inputs or INPUTS, made, intact=intact, resolved=resolved, foreign=foreign)
 
 
 def step_of(name: str, n_bytes: int | None, state: str = "todo") -> LevelStep:
@@ -61,13 +63,13 @@ def step_of(name: str, n_bytes: int | None, state: str = "todo") -> LevelStep:
 def test_what_was_never_made_is_to_do() -> None:
     step = plan()
     assert (step.state, step.reason, step.step) == ("todo", "not made yet", "level-Q4_K_M")
-    assert step.facts == facts_of_recipe(RECIPE)
+    assert step.facts == facts_of(RESOLVED)
 
 
 def test_what_is_there_from_the_same_inputs_is_up_to_date_and_needs_no_recipe() -> None:
-    step = plan(record(), intact=True, recipe=None)
+    step = plan(record(), intact=True, resolved=None)
     assert (step.state, step.reason) == ("up-to-date", "made before from the same inputs")
-    assert step.facts == facts_of_recipe(RECIPE)
+    assert step.facts == facts_of(RESOLVED)
 
 
 def test_a_file_that_is_gone_is_made_again() -> None:
@@ -94,7 +96,8 @@ def test_a_foreign_file_is_never_replaced() -> None:
 
 
 def test_what_cannot_be_made_fails_with_the_first_reason() -> None:
-    step = plan(recipe=replace(RECIPE, failures=("it needs an importance matrix and there is none", "more")), foreign=True)
+    failing = replace(RECIPE, failures=("it needs an importance matrix and there is none", "more"))
+    step = plan(resolved=replace(RESOLVED, recipe=failing), foreign=True)
     assert (step.state, step.reason) == ("fails", "it needs an importance matrix and there is none")
 
 
@@ -109,13 +112,13 @@ def test_a_dry_run_is_asked_for_exactly_where_the_plan_needs_its_recipe(
     assert needs_dry_run(made, inputs, intact=intact) is not up_to_date
 
 
-def inputs_with(options: QuantizeOptions, level: Level = LEVEL, file: str = "") -> dict[str, str]:
-    return level_inputs(level, options, source="s", imatrix="i", engine="e", tensor_type_file=file)
+def inputs_with(options: QuantizeOptions, level: Level = LEVEL, further: str = "") -> dict[str, str]:
+    return level_inputs(level, options, source="s", imatrix="i", engine="e", further=further)
 
 
 def test_inputs_name_everything_that_decides_the_bytes() -> None:
     options = QuantizeOptions(pure=True, exclude_weights=("ffn",), tensor_type_file=Path("/t.txt"))
-    assert inputs_with(options, file="--tensor-type-file sha256:1") == {
+    assert inputs_with(options, further="--tensor-type-file sha256:1") == {
         "model file": "s",
         "imatrix": "i",
         "options": "Q4_K_M --pure --exclude-weights ffn --tensor-type-file sha256:1",
