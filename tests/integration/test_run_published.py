@@ -77,7 +77,7 @@ def test_auto_takes_the_published_one_and_then_what_lies_there(
 
 
 def test_auto_generates_when_nothing_is_published_and_says_so(on_hub: RunCommand, tmp_path: Path) -> None:
-    ran = on_hub(REPO, "-c", "64")
+    ran = on_hub(REPO, "-c", "64", "--chunks", "8")
     assert ran.code == 0, ran.err
     assert "No published imatrix is used" in ran.err
     assert ran.document["plan"]["imatrix"]["action"] == "generate"
@@ -89,7 +89,7 @@ def test_auto_generates_when_the_published_one_does_not_fit(
     name = next(iter(matrix.entries))
     wide = Entry(np.tile(matrix.entries[name].sums, 2), matrix.entries[name].counts)
     publish(hub, replace(matrix, entries={**matrix.entries, name: wide}), tmp_path)
-    ran = on_hub(REPO, "-c", "64")
+    ran = on_hub(REPO, "-c", "64", "--chunks", "8")
     assert ran.code == 0, ran.err
     assert ran.document["plan"]["imatrix"]["action"] == "generate"
 
@@ -104,13 +104,13 @@ def test_offline_never_asks_the_hub(on_hub: RunCommand, hub: HubServer, matrix: 
     publish(hub, matrix, tmp_path)
     assert on_hub(REPO, "--imatrix", "none").code == 0
     asked = len(hub.requests)
-    ran = on_hub(REPO, "--offline", "-c", "64")
+    ran = on_hub(REPO, "--offline", "-c", "64", "--chunks", "8")
     assert ran.code == 0, ran.err
     assert ran.document["plan"]["imatrix"]["action"] == "generate"
     assert len(hub.requests) == asked
 
 
 def test_a_local_model_is_not_looked_up_unasked(on_hub: RunCommand, hub: HubServer, model: Path) -> None:
-    ran = on_hub(model, "-c", "64")
+    ran = on_hub(model, "-c", "64", "--chunks", "8")
     assert ran.code == 0, ran.err
     assert hub.requests == []

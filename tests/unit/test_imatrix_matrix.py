@@ -54,7 +54,7 @@ def test_another_chunk_size_is_refused() -> None:
         add([matrix(), matrix(chunk_size=512)])
 
 
-@pytest.mark.parametrize("other", [entry([1, 2, 3], 1), entry([[1, 2], [3, 4]], [1, 1])])
+@pytest.mark.parametrize("other", [entry([1, 2, 3], 1), entry([[1, 2], [3, 4], [5, 6]], [1, 1, 1])])
 def test_another_shape_is_refused(other: object) -> None:
     with pytest.raises(InvalidDataError, match=QUERY):
         add([matrix(), matrix({QUERY: other})])  # type: ignore[dict-item]
