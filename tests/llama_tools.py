@@ -43,6 +43,18 @@ class BareTools:
         final, chunks = _FINAL.search(told), _CHUNK.findall(told)
         return float(final[1] if final else chunks[-1][1]) if final or chunks else None
 
+    def merge(self, files: Sequence[Path], out: Path, *options: str) -> Path:
+        """llama-imatrix's own sum of imatrices; it wants a model's name, but opens none."""
+        given = [argument for file in files for argument in ("--in-file", str(file))]
+        self._run("llama-imatrix", *given, "-m", "unused", "-o", str(out), *options)
+        return out
+
+    def try_quantize(self, model: Path, out: Path, ftype: str, *options: str, imatrix: Path) -> tuple[int, str]:
+        """How llama-quantize ends and what it says, good or bad; called in the imatrix's directory like :meth:`quantize`."""
+        arguments = [*options, "--imatrix", imatrix.name, str(model), str(out), ftype]
+        done = self._call("llama-quantize", *arguments, cwd=imatrix.parent)
+        return done.returncode, (done.stdout + done.stderr).decode()
+
     def split(self, model: Path, prefix: Path, max_tensors: int) -> list[Path]:
         """Shards of a model, in order."""
         prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +62,12 @@ class BareTools:
         return sorted(prefix.parent.glob(f"{prefix.name}-*-of-*.gguf"))
 
     def _run(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:
-        done = subprocess.run(
+        done = self._call(tool, *arguments, cwd=cwd)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+    def _call(self, tool: str, *arguments: str, cwd: Path | None) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
             [self.toolchain.tool(tool), *arguments],
             cwd=cwd,
             env=clean_environment(),
@@ -59,8 +76,6 @@ class BareTools:
             timeout=300,
             check=False,
         )
-        assert done.returncode == 0, done.stderr.decode()
-        return done.stdout.decode()
 
 
 WORK_ONLY = """

@@ -64,11 +64,13 @@ def write_llama_gguf(
     odd: bool = False,
     context: int = 2048,
     metadata: Mapping[str, str | float | bool] | None = None,
+    extra: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
     """A llama GGUF with random weights and a byte-level BPE tokenizer (model gpt2, pre gpt-2, BOS added).
 
     ``experts`` > 0 makes every layer a mixture with two experts used; ``tied`` leaves out ``output.weight``; ``odd`` makes the
-    feed-forward width no multiple of 256, so that K- and IQ-types fall back there. ``metadata`` adds keys. Returns ``path``.
+    feed-forward width no multiple of 256, so that K- and IQ-types fall back there. ``metadata`` adds keys, ``extra``
+    tensors (name -> shape with ne0 last; such a model is quantised, but does not run). Returns ``path``.
     """
     from gguf import GGUFWriter, TokenType
 
@@ -103,6 +105,9 @@ def write_llama_gguf(
         _add_value(writer, key, value)
     for name, array in _gguf_weights(hidden, layers, ff, len(tokens), experts, tied, seed):
         _add_tensor(writer, name, array, dtype)
+    draw = _Draw(seed + 1)
+    for name, shape in (extra or {}).items():
+        _add_tensor(writer, name, draw(*shape), dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

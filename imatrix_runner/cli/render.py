@@ -88,12 +88,16 @@ class _Plain:
         self._verbose = verbose
         self._steps: dict[str, _Step] = {}
         self._lock = threading.Lock()
+        self._unheard = False
 
     def __call__(self, event: Event) -> None:
         with self._lock:
             line = self._line(event)
-        if line:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the one place that talks
+        if line and not self._unheard:
+            try:
+                print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the one place that talks
+            except BrokenPipeError:
+                self._unheard = True  # whoever read it went away (``| head``): the work goes on in silence
 
     def _line(self, event: Event) -> str:
         if isinstance(event, Started):

@@ -94,13 +94,27 @@ class SettingsCommand(click.Command):
 
 
 def print_settings(ctx: click.Context) -> None:
-    """One line per setting of the command at hand."""
+    """One line per setting of the command at hand, or with ``--json`` one document."""
+    rows = list(_rows(ctx))
+    if ctx.params.get("as_json"):
+        from imatrix_runner.cli.documents import document, print_document
+
+        settings = [{"name": name, "value": value, "from": origin} for name, value, origin in rows]
+        print_document(document("config", exit_code=0, settings=settings))
+        return
     from rich.table import Table
 
     from imatrix_runner.cli.console import stdout_console
 
-    settings: FileSettings = ctx.find_root().meta["imatrix_runner.settings"]
     table = Table("Setting", "Value", "From", box=None, pad_edge=False, header_style="bold")
+    for name, value, origin in rows:
+        table.add_row(name, _shown(value), origin)
+    stdout_console().print(table)
+
+
+def _rows(ctx: click.Context) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and origin of every setting."""
+    settings: FileSettings = ctx.find_root().meta["imatrix_runner.settings"]
     for option in ctx.command.params:
         if not isinstance(option, Setting) or option.name is None:
             continue
@@ -110,8 +124,8 @@ def print_settings(ctx: click.Context) -> None:
             origin = str(settings.path)
         elif source is ParameterSource.ENVIRONMENT:
             origin = f"environment {option.envvar}"
-        table.add_row(option.name.replace("_", "-"), _shown(ctx.params.get(option.name)), origin)
-    stdout_console().print(table)
+        value = ctx.params.get(option.name)
+        yield option.name.replace("_", "-"), str(value) if isinstance(value, Path) else value, origin
 
 
 def _shown(value: Any) -> str:

@@ -90,3 +90,11 @@ def test_level_names_complete_after_a_comma() -> None:
     env = {"_IMATRIX_RUNNER_COMPLETE": "bash_complete", **typed}
     completed = CliRunner().invoke(root, env=env, prog_name="imatrix-runner", obj=Invocation((), ()))
     assert completed.output.split() == ["plain,Q8_0,IQ2_XS", "plain,Q8_0,IQ2_XXS"]
+
+
+def test_show_config_as_a_document(cli: CommandLine) -> None:
+    document = cli("run", "--show-config", "--json", "-c", "256").document
+    assert document["schema"] == "imatrix-runner/config"
+    found = {entry["name"]: (entry["value"], entry["from"]) for entry in document["settings"]}
+    assert found["ctx-size"] == (256, "command line")
+    assert found["work-dir"] == ("work", "default")
