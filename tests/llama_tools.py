@@ -14,7 +14,6 @@ from command_line import clean_environment
 
 from imatrix_runner.toolchain.probe import NEEDED, Toolchain
 
-_FINAL = re.compile(r"Final estimate: PPL = ([\d.]+)")
 _CHUNK = re.compile(r"\[(\d+)\]([\d.]+),")
 
 
@@ -34,14 +33,13 @@ class BareTools:
         self._run("llama-quantize", *options, *given, str(model), str(out), ftype, cwd=cwd)
         return out
 
-    def imatrix(self, model: Path, text: Path, out: Path, *options: str) -> float | None:
-        """llama-imatrix in one run without mid-run saves; returns its perplexity (the last chunk's, if the tool's
-        asynchronous log lost the final line)."""
+    def imatrix(self, model: Path, text: Path, out: Path, *options: str) -> dict[int, str]:
+        """llama-imatrix in one run without mid-run saves; returns the perplexities it printed after each number of chunks
+        (not of the last ones, where its asynchronous log lost those lines)."""
         out.parent.mkdir(parents=True, exist_ok=True)
         files = ("-m", str(model), "-f", str(text), "-o", str(out))
         told = self._run("llama-imatrix", *files, "--output-frequency", "1000000000", *options)
-        final, chunks = _FINAL.search(told), _CHUNK.findall(told)
-        return float(final[1] if final else chunks[-1][1]) if final or chunks else None
+        return {int(chunks): ppl for chunks, ppl in _CHUNK.findall(told)}
 
     def merge(self, files: Sequence[Path], out: Path, *options: str) -> Path:
         """llama-imatrix's own sum of imatrices; it wants a model's name, but opens none."""

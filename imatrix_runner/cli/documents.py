@@ -85,6 +85,8 @@ def _planned(step: LevelStep) -> dict[str, Any]:
         "fallbacks": [msgspec.to_builtins(fallback) for fallback in facts.fallbacks],
         "fallback_share": facts.fallback_share,
         "without_weights": list(facts.weightless),
+        "unseen": list(facts.unseen),
+        "pinned": list(facts.pinned),
     }
 
 

@@ -57,14 +57,16 @@ def _remarks(plan: Plan) -> list[Text]:
                     style="yellow",
                 )
             )
-        if step.facts.weightless:
-            lines.append(
-                Text(
-                    f"{step.level.name}: {len(step.facts.weightless)} tensors are quantised without weights, "
-                    f"the first is {step.facts.weightless[0]}",
-                    style="yellow",
-                )
-            )
+        told = {
+            "are quantised without weights": step.facts.weightless,
+            "weigh all columns alike, because their entries counted no token": step.facts.unseen,
+            "without data are pinned by --uncovered": step.facts.pinned,
+        }
+        lines += [
+            Text(f"{step.level.name}: {len(names)} tensors {what}, the first is {names[0]}", style="yellow")
+            for what, names in told.items()
+            if names
+        ]
     return lines
 
 

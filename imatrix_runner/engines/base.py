@@ -56,11 +56,13 @@ class CollectJob:
 
 @dataclass(frozen=True)
 class Collected:
-    """What a finished :class:`CollectJob` measured. ``ppl`` is the range's perplexity (None when not asked for)."""
+    """What a finished :class:`CollectJob` measured. ``ppl`` is the perplexity (None when not asked for) of the range's first
+    ``ppl_chunks``: llama-imatrix may lose its last lines, and the rest of the range with them."""
 
     seconds: float
     load_seconds: float
     ppl: float | None
+    ppl_chunks: int
 
 
 @dataclass(frozen=True)

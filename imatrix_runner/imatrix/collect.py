@@ -113,34 +113,39 @@ class CollectRequest:
 
 @dataclass(frozen=True)
 class CollectResult:
-    """The finished matrix, and what making it measured in this run."""
+    """The finished matrix, and what making it measured; ``ppl`` is the perplexity of ``ppl_chunks`` of its chunks."""
 
     matrix: Matrix
     seconds: float
     load_seconds: float
     reused_chunks: int
     ppl: float | None
+    ppl_chunks: int
 
 
 class _RunningPerplexity:
     """Joins the perplexities of ranges: each chunk counts equally many tokens, so their logarithms average."""
 
     def __init__(self) -> None:
-        self._chunks, self._nll = 0, 0.0
+        self.chunks, self._nll = 0, 0.0
 
     def with_range(self, chunks: int, ppl: float | None) -> float | None:
         if ppl is None or not chunks or not ppl > 0:
             return None
-        return math.exp((self._nll + chunks * math.log(ppl)) / (self._chunks + chunks))
+        return math.exp((self._nll + chunks * math.log(ppl)) / (self.chunks + chunks))
 
     def close_range(self, chunks: int, ppl: float | None) -> None:
         if ppl is not None and ppl > 0:
-            self._chunks += chunks
+            self.chunks += chunks
             self._nll += chunks * math.log(ppl)
 
     @property
     def value(self) -> float | None:
-        return math.exp(self._nll / self._chunks) if self._chunks else None
+        return math.exp(self._nll / self.chunks) if self.chunks else None
+
+    def summary(self, n_chunks: int) -> list[str]:
+        """``PPL 114.4703``, and of how many chunks where that is not all of them."""
+        return [_note(self.value) + (f" over {self.chunks} chunks" if self.chunks < n_chunks else "")] if self.chunks else []
 
 
 def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journal: Journal, sink: Sink) -> CollectResult:
@@ -155,8 +160,11 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
     for piece in plan.ranges:
         step = f"{STEP}-{piece.first:06d}-{piece.end:06d}"
         part = workspace.parts / f"{step}.gguf"
-        matrix, ppl = _kept(step, part, request, workspace, journal, piece)
-        if matrix is None:
+        kept = _kept(step, part, request, workspace, journal, piece)
+        if kept is not None:
+            matrix, collected = kept
+            reused += piece.count
+        else:
             if not text.exists() or sha256(text) != request.corpus.sha256:
                 stage(request.corpus, text)
             job = CollectJob(step, request.model, text, part, piece, request.options, workspace.log(STEP))
@@ -166,13 +174,11 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
                 require_space(part, request.n_bytes, "the imatrix")  # the same, with figures
                 raise
             request.check_unchanged()
-            matrix, ppl = _check(part, piece, request), collected.ppl
+            matrix = _check(part, piece, request)
             _record(step, part, request, workspace, journal, collected)
-            seconds += collected.seconds
-            load_seconds += collected.load_seconds
-        else:
-            reused += piece.count
-        perplexity.close_range(piece.count, ppl)
+        seconds += collected.seconds
+        load_seconds += collected.load_seconds
+        perplexity.close_range(collected.ppl_chunks, collected.ppl)
         done += piece.count
         parts.append(matrix)
         if len(parts) == _MOST_OPEN:
@@ -186,9 +192,9 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
     _advise(plan, seconds, load_seconds, sink)
     told = [f"{plan.n_chunks} chunks", f"{len(result.entries)} entries"]
     told += [f"{reused} chunks kept"] if reused else []
-    told += [_note(perplexity.value)] if perplexity.value is not None else []
+    told += perplexity.summary(plan.n_chunks)
     sink(Finished(STEP, "done", ", ".join(told), seconds))
-    return CollectResult(result, seconds, load_seconds, reused, perplexity.value)
+    return CollectResult(result, seconds, load_seconds, reused, perplexity.value, perplexity.chunks)
 
 
 def clean_parts(workspace: Workspace, journal: Journal) -> None:
@@ -203,12 +209,15 @@ def clean_parts(workspace: Workspace, journal: Journal) -> None:
 
 def _kept(
     step: str, part: Path, request: CollectRequest, workspace: Workspace, journal: Journal, piece: ChunkRange
-) -> tuple[Matrix | None, float | None]:
+) -> tuple[Matrix, Collected] | None:
+    """A range that an earlier run finished, and what it measured; it took no time of this run."""
     record = journal.get(step)
     if record is None or differences(record, request.inputs) or not outputs_intact(record, workspace.root):
-        return None, None
-    ppl = record.facts.get("ppl")
-    return _check(part, piece, request), ppl if isinstance(ppl, float) else None
+        return None
+    ppl, chunks = record.facts.get("ppl"), record.facts.get("ppl_chunks")
+    if not isinstance(ppl, float) or not isinstance(chunks, int):
+        ppl, chunks = None, 0
+    return _check(part, piece, request), Collected(0.0, 0.0, ppl, chunks)
 
 
 def _record(
@@ -216,7 +225,7 @@ def _record(
 ) -> None:
     sync_file(part)
     name = str(part.relative_to(workspace.root))
-    facts: dict[str, object] = {"ppl": collected.ppl}
+    facts: dict[str, object] = {"ppl": collected.ppl, "ppl_chunks": collected.ppl_chunks}
     journal.record(
         step, Record.now(request.inputs, [Output(name, stamp(part))], "part of the imatrix", collected.seconds, facts=facts)
     )

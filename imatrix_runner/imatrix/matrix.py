@@ -35,7 +35,11 @@ class Entry:
 
 
 class Entries(Mapping[str, Entry]):
-    """Entries that are made when looked up, and whose shapes are known without."""
+    """Entries that are made when looked up, and whose names and shapes are known without."""
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether it is there; Mapping's own way would make it."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, int]:
@@ -92,6 +96,9 @@ class _Summed(Entries):
             sums += weight * part.entries[name].sums.reshape(sums.shape)
         return Entry(sums, self.counts(name))
 
+    def __contains__(self, name: object) -> bool:
+        return any(name in part.entries for part, _ in self._parts)
+
     def shape(self, name: str) -> tuple[int, int]:
         return max(part.shape(name) for part, _ in self._parts if name in part.entries)
 
@@ -145,6 +152,9 @@ class _InTokens(Entries):
     def __getitem__(self, name: str) -> Entry:
         entry = self._matrix.entries[name]
         return Entry(entry.sums * self._chunk_size, entry.counts * self._chunk_size)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._matrix.entries
 
     def shape(self, name: str) -> tuple[int, int]:
         return self._matrix.shape(name)

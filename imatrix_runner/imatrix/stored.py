@@ -67,6 +67,9 @@ class StoredEntries(Entries):
         n_mat = len(place.counts)
         return Entry(self._file.floats(place.offset, n_mat * place.n_columns).reshape(n_mat, -1), place.counts)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
     def shape(self, name: str) -> tuple[int, int]:
         """``(n_mat, n_columns)`` without reading."""
         place = self._places[name]

@@ -73,12 +73,14 @@ def convert(
     sink: Sink,
     log: Path,
     name: str | None = None,
+    conclude: Callable[[Path, Path], None] = publish,
 ) -> Path:
     """Convert a checkpoint to the GGUF ``out`` (the projector alone with ``mmproj``) and return ``out``.
 
     ``name`` becomes ``general.name``; without it the converter takes the directory's, which in a hub cache is a commit. The
-    file grows under a temporary name, is verified, then renamed. Raises :class:`InvalidDataError` for what cannot be
-    converted, :class:`ToolchainError` for missing packages, :class:`NoSpaceError`, and :class:`EngineError` for a failure.
+    file grows under a temporary name, is verified, then renamed by ``conclude(part, out)``. Raises
+    :class:`InvalidDataError` for what cannot be converted, :class:`ToolchainError` for missing packages,
+    :class:`NoSpaceError`, and :class:`EngineError` for a failure.
     """
     _require_tools(converter)
     if not trust_remote_code:
@@ -98,7 +100,7 @@ def convert(
     try:
         seconds = _run(_command(directory, part, converter, kind, mmproj, trust_remote_code, name), runner, sink, log)
         _verify(part, mmproj)
-        publish(part, out)
+        conclude(part, out)
     except RunnerError as error:
         sink(Finished(STEP, "failed", str(error)))
         raise

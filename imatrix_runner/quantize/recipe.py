@@ -27,13 +27,15 @@ _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 @dataclass(frozen=True)
 class RecipeTensor:
-    """One tensor of the output. ``shape`` in ggml order; ``n_bytes`` is None for a type only the tools know."""
+    """One tensor of the output. ``shape`` in ggml order; ``n_bytes`` is None for a type only the tools know; ``original``: its
+    name in the model, another one where ``--prune-layers`` renumbers."""
 
     name: str
     shape: tuple[int, ...]
     source_type: str
     type: str
     n_bytes: int | None
+    original: str = ""
 
     @property
     def n_elements(self) -> int:
@@ -135,11 +137,8 @@ def make_recipe(
         source = sources[original]
         kind = type_name.upper()
         number = type_id(kind)
-        rows.append(
-            RecipeTensor(
-                name, source.shape, source.type_name, kind, tensor_bytes(source.shape, number) if number is not None else None
-            )
-        )
+        n_bytes = tensor_bytes(source.shape, number) if number is not None else None
+        rows.append(RecipeTensor(name, source.shape, source.type_name, kind, n_bytes, original))
         if kind == source.type_name.upper():
             continue
         required = _requires_imatrix(name, kind, level.ftype)

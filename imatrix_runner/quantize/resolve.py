@@ -11,7 +11,7 @@ from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, To
 from imatrix_runner.models.gguf_file import type_id, type_size
 from imatrix_runner.models.sources import Model
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import Recipe, Weights, make_recipe
+from imatrix_runner.quantize.recipe import Recipe, RecipeTensor, Weights, make_recipe
 
 FAIL, KEEP = "fail", "keep"
 
@@ -44,17 +44,17 @@ class Resolver:
     def resolve(self, level: Level, log: Path | None) -> Resolved:
         """The recipe of one level. What llama.cpp refuses to plan is a recipe that fails, with its reason."""
         options = level.apply(self.options)
+        before: dict[str, str] = {}
         try:
             recipe = self._ask(level, options, log)
-            pins = self._pins(recipe)
-            if not pins:
-                return Resolved(recipe, options)
-            # First match wins in llama-quantize: what the user asked for stays before ours.
-            pinned = replace(options, tensor_types=(*options.tensor_types, *pins.values()))
-            final = self._ask(level, pinned, log)
-            before = {tensor.name: tensor.type for tensor in recipe.tensors}
-            held = tuple(row.name for row in final.tensors if row.name in pins and row.type != before[row.name])
-            return Resolved(final, pinned, held)
+            # A pin shifts llama.cpp's choice for other tensors: look again until none without data is too small.
+            while pins := {tensor: pin for tensor, pin in self._pins(recipe).items() if tensor.name not in before}:
+                before |= {tensor.name: tensor.type for tensor in pins}
+                # First match wins in llama-quantize: what the user asked for stays before ours.
+                options = replace(options, tensor_types=(*options.tensor_types, *pins.values()))
+                recipe = self._ask(level, options, log)
+            pinned = tuple(tensor.original for tensor in recipe.tensors if before.get(tensor.name, tensor.type) != tensor.type)
+            return Resolved(recipe, options, pinned)
         except (EngineError, InvalidDataError, ToolchainError, UsageError) as error:
             return Resolved(_impossible(level, error), options)
 
@@ -63,19 +63,16 @@ class Resolver:
         dry = self.engine.dry_run(job)
         return make_recipe(level, self.model.header, self.model.tensors, dry, self.weights, options, pending=self.pending)
 
-    def _pins(self, recipe: Recipe) -> dict[str, str]:
-        """``--tensor-type`` entries by tensor, for those without data that would become smaller than the safe type."""
+    def _pins(self, recipe: Recipe) -> dict[RecipeTensor, str]:
+        """``--tensor-type`` entries for the tensors without data that would become smaller than the safe type."""
         if self.uncovered == FAIL or self.weights is None:
             return {}
-        sources = {tensor.name: tensor.type_name for tensor in self.model.tensors}
         uncovered = {*recipe.weightless, *recipe.unseen, *recipe.starved}
-        pins: dict[str, str] = {}
+        pins: dict[RecipeTensor, str] = {}
         for tensor in recipe.tensors:
-            if tensor.name not in uncovered:
-                continue
-            safe = sources.get(tensor.name, "") if self.uncovered == KEEP else self.uncovered.upper()
-            if bits(tensor.type) < bits(safe):
-                pins[tensor.name] = f"^{re.escape(tensor.name)}$={safe.lower()}"
+            safe = tensor.source_type if self.uncovered == KEEP else self.uncovered.upper()
+            if tensor.original in uncovered and bits(tensor.type) < bits(safe):
+                pins[tensor] = f"^{re.escape(tensor.name)}$={safe.lower()}"
         return pins
 
 

@@ -65,7 +65,7 @@ def _judge(level: Level, resolved: Resolved, coverage: Coverage) -> LevelVerdict
     recipe = resolved.recipe
     if recipe.failures:
         return LevelVerdict(level, "fails", recipe.failures[0], resolved)
-    changed = {tensor.name for tensor in recipe.tensors if tensor.changes}
+    changed = {tensor.original for tensor in recipe.tensors if tensor.changes}
     partly = [entry for entry in coverage.experts if 0 < len(entry.unseen) < entry.n_experts and entry.tensor in changed]
     reasons = [
         f"{len(recipe.weightless)} tensors are quantised without weights, first {recipe.weightless[0]}"

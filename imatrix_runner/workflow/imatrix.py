@@ -11,6 +11,7 @@ from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Saved, Sink, info, warning
 from imatrix_runner.files import stamp
 from imatrix_runner.imatrix.collect import ChunkPlan, CollectRequest, clean_parts, collect, plan_chunks, range_chunks
+from imatrix_runner.imatrix.coverage import examine
 from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.journal import Output, Record, differences, outputs_intact
@@ -195,6 +196,7 @@ def generate(chosen: Chosen, session: Session) -> MatrixFile:
         "tokens": request.plan.n_tokens,
         "dataset": request.corpus.name,
         "ppl": result.ppl,
+        "ppl_chunks": result.ppl_chunks,
         "load_seconds": result.load_seconds,
     }
     record = Record.now(request.inputs, [output], chosen.step.reason, result.seconds, facts=facts)
@@ -222,8 +224,16 @@ def _use(path: Path, model: Model, sink: Sink, how: str, *, action: str = "use")
             "Give the one made from this model, or have one made with --imatrix generate.",
         )
     sink(info(f"Imatrix {path} ({how}): {file.describe()}"))
+    tell_weaknesses(file, model, sink)
     step = ImatrixStep("up-to-date" if action == "up-to-date" else "use", file.path, how, file.matrix.chunk_count)
     return Chosen(step, file=file)
+
+
+def tell_weaknesses(file: MatrixFile, model: Model, sink: Sink) -> None:
+    """What ``imatrix check`` would warn of."""
+    for finding in examine(file.matrix, {tensor.name: tensor.shape for tensor in model.tensors}).findings:
+        if finding.severity == "warning":
+            sink(warning(f"{file.path.name}: {finding.text}"))
 
 
 def fingerprint(file: MatrixFile | None, session: Session) -> str:

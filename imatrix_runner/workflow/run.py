@@ -80,6 +80,7 @@ def run(
             job.begin(model, levels)
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, session)
+                imatrix_flow.tell_weaknesses(matrix, model, session.sink)
                 plan = job.plan(model, chosen.step, planner, levels, matrix)
             if planner is not None:
                 results = make_levels(plan, planner, matrix, session)

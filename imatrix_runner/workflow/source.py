@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, info
-from imatrix_runner.files import Stamp, human_bytes, sha256, stamp
+from imatrix_runner.files import Stamp, human_bytes, publish, sha256, stamp
 from imatrix_runner.journal import Output, Record, differences, outputs_intact
 from imatrix_runner.models.sources import (
     HubId,
@@ -89,26 +89,30 @@ def _converted(source: LocalDirectory, provenance: Provenance, request: SourceRe
         "outtype": outtype,
         "engine": session.toolchain.identity(),
     }
-    record = journal.get("convert")
-    if record is None or differences(record, inputs) or not outputs_intact(record, workspace.root):
+    step = f"convert {outtype}"
+    record = journal.get(step)
+    ours = record is not None and outputs_intact(record, workspace.root)
+    if record is None or differences(record, inputs) or not ours:
         if session.dry_run:
             raise UsageError(
                 f"{source.path} cannot be planned before it is converted",
                 "the plan is made from the tensors of its GGUF",
                 "Run without --dry-run, or convert it first and name the GGUF.",
             )
-        if out.exists() and (record is None or not any(output.name == out.name for output in record.outputs)):
+        if out.exists() and not ours:
             raise InvalidDataError(
                 f"{out} is in the way",
-                "it was not converted by this workspace, and files of yours are never overwritten",
+                "it was not converted here (or was changed since), and files of yours are never overwritten",
                 f"Use it as the model (imatrix-runner run {out}), or move it away.",
             )
         began = time.monotonic()
-        _convert(source, out, outtype, request, session, mmproj=False)
-        made = Record.now(
-            inputs, [Output(out.name, stamp(out))], "the model is a Hugging Face directory", time.monotonic() - began
-        )
-        journal.record("convert", made)
+
+        def conclude(part: Path, final: Path) -> None:
+            outputs = [Output(final.name, stamp(part))]
+            made = Record.now(inputs, outputs, "the model is a Hugging Face directory", time.monotonic() - began)
+            journal.conclude(step, made, [(part, final)])
+
+        _convert(source, out, outtype, request, session, mmproj=False, conclude=conclude)
     projector = workspace.root / f"mmproj-{workspace.model}-{outtype.upper()}.gguf"
     if request.mmproj and not projector.exists() and not session.dry_run:
         _convert(source, projector, outtype, request, session, mmproj=True)
@@ -117,7 +121,14 @@ def _converted(source: LocalDirectory, provenance: Provenance, request: SourceRe
 
 
 def _convert(
-    source: LocalDirectory, out: Path, outtype: OutType, request: SourceRequest, session: Session, *, mmproj: bool
+    source: LocalDirectory,
+    out: Path,
+    outtype: OutType,
+    request: SourceRequest,
+    session: Session,
+    *,
+    mmproj: bool,
+    conclude: Callable[[Path, Path], None] = publish,
 ) -> None:
     from imatrix_runner.models.convert import convert
 
@@ -137,6 +148,7 @@ def _convert(
         runner=session.runner,
         sink=session.sink,
         log=session.workspace.log("convert-mmproj" if mmproj else "convert"),
+        conclude=conclude,
     )
 
 

@@ -16,6 +16,7 @@ import pytest
 from children import is_running
 from command_line import Ran, Running, run_command, started, wait_gone
 from llama_tools import digest, leftovers, levels_in
+from tiny_models import write_hf_directory
 
 from imatrix_runner.imatrix.formats import read
 
@@ -108,6 +109,19 @@ def test_killed_between_any_two_renames(mode: str, tiny_model: Path, tiny_text: 
     after = run_command(*arguments, "--json", cwd=tmp_path).document
     assert after["plan"]["imatrix"]["action"] == "up-to-date"
     assert [level["status"] for level in after["levels"]] == ["skipped", "skipped"]
+
+
+@pytest.mark.convert
+def test_a_conversion_survives_kills_between_any_two_renames(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    source = write_hf_directory(tmp_path / "source")
+    arguments = ("run", source, "--imatrix", "none", "--levels", "Q4_0")
+    assert die_and_go_on(tmp_path, *arguments) > 4
+    other = tmp_path / "other"
+    other.mkdir()
+    assert run_command(*arguments, cwd=other).code == 0
+    assert levels_in(tmp_path / "work" / "source") == levels_in(other / "work" / "source")
+    assert levels_in(tmp_path / "work" / "source").keys() == {"BF16", "Q4_0"}
 
 
 def test_a_level_made_again_survives_kills_too(tiny_model: Path, tiny_imatrix: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import RunCommand
+from command_line import RunCommand
 from llama_tools import BareTools, digest, levels_in
 from tiny_models import write_llama_gguf
 

@@ -136,7 +136,7 @@ def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     assert plan["new_bytes"] == 0
     assert plan["levels"][0].keys() == {
         *("level", "ftype", "state", "reason", "files", "bytes", "bits_per_weight", "needs_imatrix", "fallbacks"),
-        *("fallback_share", "without_weights"),
+        *("fallback_share", "without_weights", "unseen", "pinned"),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Ran, RunCommand
+from command_line import Ran, RunCommand
 from hub_server import HubServer
 from tiny_models import write_llama_gguf
 

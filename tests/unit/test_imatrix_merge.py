@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.imatrix.formats import MatrixFile, read, write
 from imatrix_runner.imatrix.matrix import Entry, Matrix, held
 from imatrix_runner.imatrix.merge import Made, convert, merge, parse_weights
+from imatrix_runner.imatrix.stored import StoredEntries
 
 QUERY, EXPERTS = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"
 
@@ -45,7 +47,7 @@ ROWS = st.lists(WHOLE, min_size=3, max_size=3)
 REAL_ROWS = st.lists(st.floats(0, float(np.finfo(np.float32).max), width=32), min_size=3, max_size=3)
 
 
-def matrices(rows: st.SearchStrategy[list[int]] | st.SearchStrategy[list[float]]) -> st.SearchStrategy[list[Matrix]]:
+def matrices(rows: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Matrix]]:
     """Matrices of one model: every one has the query, some have more."""
     more = st.dictionaries(st.sampled_from([f"blk.{number}.ffn_up.weight" for number in range(3)]), st.tuples(rows, WHOLE))
     one = st.tuples(st.tuples(rows, WHOLE), more).map(
@@ -97,6 +99,27 @@ class TestSums:
         total = merge([read(tmp_path / "a.gguf")] * 2).matrix
         assert total.entries[QUERY].sums is not total.entries[QUERY].sums
         assert total.entries[QUERY].sums.tolist() == [[2, 4, 6, 8]]
+
+    def test_each_file_s_entry_is_read_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Asking for names, shapes and counts, and merging, reads nothing; writing reads every entry of every file once."""
+        reads: list[str] = []
+        read_entry = StoredEntries.__getitem__
+
+        def counted(self: StoredEntries, name: str) -> Entry:
+            reads.append(name)
+            return read_entry(self, name)
+
+        monkeypatch.setattr(StoredEntries, "__getitem__", counted)
+        files = []
+        for number, kind in enumerate(("gguf", "dat", "gguf")):
+            write(matrix(), tmp_path / str(number), kind)  # type: ignore[arg-type]
+            files.append(read(tmp_path / str(number)))
+        total = merge(files).matrix
+        assert QUERY in total.entries
+        assert "nothing" not in total.entries
+        assert reads == []
+        write(total, tmp_path / "out", "gguf")
+        assert reads == [QUERY] * 3
 
 
 class TestLegacy:

@@ -75,7 +75,7 @@ class BinariesEngine:
                 "the calibration text is shorter than it was when it was counted",
                 "Run the same command again.",
             )
-        return Collected(outcome.seconds, loaded_at - began, output.ppl)
+        return Collected(outcome.seconds, loaded_at - began, output.ppl, output.ppl_chunks)
 
     def dry_run(self, job: QuantizeJob) -> DryRun:
         output = QuantizeOutput()

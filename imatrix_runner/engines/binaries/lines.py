@@ -43,10 +43,11 @@ class Lines:
 
 @dataclass
 class ImatrixOutput:
-    """Follows one llama-imatrix run. ``done`` counts finished chunks; ``ppl`` is the running perplexity of this run."""
+    """Follows one llama-imatrix run. ``done`` counts finished chunks; ``ppl`` is the perplexity of its first ``ppl_chunks``."""
 
     done: int = 0
     ppl: float | None = None
+    ppl_chunks: int = 0
     loaded: bool = False
     n_chunks: int | None = None
     _stdout: str = ""
@@ -58,7 +59,8 @@ class ImatrixOutput:
         if stream == "stdout":
             self._stdout += text
             for match in _CHUNK.finditer(self._stdout):
-                self.done, self.ppl = int(match[1]), _number(match[2])
+                self.done = self.ppl_chunks = int(match[1])
+                self.ppl = _number(match[2])
             # Keep what may be the beginning of the next "[n]ppl,".
             self._stdout = self._stdout[self._stdout.rfind("[") :] if "[" in self._stdout else ""
             if len(self._stdout) > 256 or _CHUNK.match(self._stdout):
