@@ -255,11 +255,16 @@ class _Tail:
     def feed(self, text: str) -> list[str]:
         *whole, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
         self._rest = self._rest[-4096:]
-        return [line.rstrip() for line in whole if line.strip()]
+        return [_printable(line) for line in whole if line.strip()]
 
     def rest(self) -> list[str]:
-        rest, self._rest = self._rest.rstrip(), ""
+        rest, self._rest = _printable(self._rest), ""
         return [rest] if rest else []
+
+
+def _printable(line: str) -> str:
+    """Without what could move the terminal's cursor: these lines are shown in errors, and may quote a stranger's file."""
+    return "".join(letter if letter.isprintable() else " " for letter in line).rstrip()
 
 
 class _HangWatch:

@@ -63,6 +63,10 @@ class Workspace:
     def level_file(self, level: str) -> Path:
         return self.root / f"{self.model}-{level}.gguf"
 
+    def name_of(self, path: Path) -> str:
+        """A file as the journal names it: relative where it lies in the workspace, so that the folder can be moved."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
     def find_imatrix(self) -> Path | None:
         """The imatrix that lies here, by the documented order of names; its format is told by content, not by name."""
         names = ("imatrix.dat", "imatrix.gguf", f"{self.model}.imatrix", f"{self.model}-imatrix.gguf")

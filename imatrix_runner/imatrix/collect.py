@@ -17,7 +17,7 @@ from imatrix_runner.engines.base import ChunkRange, Collected, CollectJob, Colle
 from imatrix_runner.errors import InvalidDataError, NoSpaceError
 from imatrix_runner.events import Event, Finished, Metric, Notice, Progress, Saved, Sink, Started, warning
 from imatrix_runner.files import human_seconds, require_space, sha256, stamp, sync_file
-from imatrix_runner.imatrix.formats import read, write_gguf
+from imatrix_runner.imatrix.formats import prepare_gguf, read
 from imatrix_runner.imatrix.matrix import Matrix, add, held, problems
 from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
 from imatrix_runner.workspace import Workspace
@@ -185,9 +185,7 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
             parts = [held(add(parts))]
         sink(Progress(STEP, done, plan.n_chunks, _note(perplexity.value)))
         if done in plan.snapshots:
-            snapshot = request.out.with_name(f"{request.out.name}.at_{done}")
-            write_gguf(_named(add(parts), request), snapshot)
-            sink(Saved(str(snapshot), f"imatrix of the first {done} chunks", snapshot.stat().st_size))
+            _snapshot(_named(add(parts), request), done, request, workspace, journal, sink)
     result = _named(add(parts), request)
     _advise(plan, seconds, load_seconds, sink)
     told = [f"{plan.n_chunks} chunks", f"{len(result.entries)} entries"]
@@ -195,6 +193,19 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
     told += perplexity.summary(plan.n_chunks)
     sink(Finished(STEP, "done", ", ".join(told), seconds))
     return CollectResult(result, seconds, load_seconds, reused, perplexity.value, perplexity.chunks)
+
+
+def _snapshot(matrix: Matrix, done: int, request: CollectRequest, workspace: Workspace, journal: Journal, sink: Sink) -> None:
+    """Leave the whole matrix of the first ``done`` chunks beside the final file; one of ours may be replaced, no other."""
+    final = request.out.with_name(f"{request.out.name}.at_{done}")
+    step = f"snapshot {final}"
+    record = journal.get(step)
+    if record is not None and not differences(record, request.inputs) and outputs_intact(record, workspace.root):
+        return
+    part = prepare_gguf(matrix, final)
+    output = Output(workspace.name_of(final), stamp(part))
+    journal.conclude(step, Record.now(request.inputs, [output], f"a snapshot after {done} chunks", 0.0), [(part, final)])
+    sink(Saved(str(final), f"imatrix of the first {done} chunks", output.stamp.size))
 
 
 def clean_parts(workspace: Workspace, journal: Journal) -> None:

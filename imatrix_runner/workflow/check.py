@@ -13,7 +13,7 @@ from imatrix_runner.imatrix.coverage import Coverage, examine
 from imatrix_runner.imatrix.formats import MatrixFile, read
 from imatrix_runner.models.sources import Model, open_gguf
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import usable_weights
+from imatrix_runner.quantize.recipe import IGNORE_WEIGHTS, usable_weights
 from imatrix_runner.quantize.resolve import Resolved, Resolver
 from imatrix_runner.workflow.context import Context, find_toolchain, make_engine
 from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest
@@ -65,15 +65,18 @@ def _judge(level: Level, resolved: Resolved, coverage: Coverage) -> LevelVerdict
     recipe = resolved.recipe
     if recipe.failures:
         return LevelVerdict(level, "fails", recipe.failures[0], resolved)
-    changed = {tensor.original for tensor in recipe.tensors if tensor.changes}
-    partly = [entry for entry in coverage.experts if 0 < len(entry.unseen) < entry.n_experts and entry.tensor in changed]
-    reasons = [
-        f"{len(recipe.weightless)} tensors are quantised without weights, first {recipe.weightless[0]}"
-        if recipe.weightless
-        else "",
-        f"{len(recipe.unseen)} entries counted no token, first {recipe.unseen[0]}" if recipe.unseen else "",
-        f"experts without data in {len(partly)} tensors, first {partly[0].tensor}" if partly else "",
-    ]
-    told = "; ".join(filter(None, reasons))
+    weighed = {tensor.original for tensor in recipe.tensors if tensor.changes and tensor.type not in IGNORE_WEIGHTS}
+    weightless = [name for name in recipe.weightless if name in weighed]
+    unseen = [name for name in recipe.unseen if name in weighed]
+    partly = [e.tensor for e in coverage.experts if 0 < len(e.unseen) < e.n_experts and e.tensor in weighed]
+    told = "; ".join(
+        text.format(len(names), names[0])
+        for text, names in (
+            ("{} tensors are quantised without weights, first {}", weightless),
+            ("{} entries counted no token, first {}", unseen),
+            ("experts without data in {} tensors, first {}", partly),
+        )
+        if names
+    )
     pinned = f"{len(resolved.pinned)} tensors pinned" if resolved.pinned else ""
     return LevelVerdict(level, "weaker" if told else "fine", "; ".join(filter(None, (told, pinned))), resolved)

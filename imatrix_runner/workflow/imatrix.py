@@ -82,7 +82,7 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
     workspace, journal, sink = session.workspace, session.journal, session.sink
     out = request.out or workspace.imatrix
     record = journal.get(_step(out, workspace))
-    ours = record is not None and record.outputs[0].name == _name(out, workspace) and outputs_intact(record, workspace.root)
+    ours = record is not None and record.outputs[0].name == workspace.name_of(out) and outputs_intact(record, workspace.root)
     if found is not None and not (ours and found == out):
         if request.text is not None:
             sink(
@@ -189,7 +189,7 @@ def generate(chosen: Chosen, session: Session) -> MatrixFile:
     request, workspace, journal = chosen.request, session.workspace, session.journal
     result = collect(request, session.engine, workspace, journal, session.sink)
     part = prepare_gguf(result.matrix, request.out)
-    output = Output(_name(request.out, workspace), stamp(part))
+    output = Output(workspace.name_of(request.out), stamp(part))
     facts: dict[str, object] = {
         "chunks": request.plan.n_chunks,
         "ranges": request.plan.describe(),
@@ -246,8 +246,3 @@ def fingerprint(file: MatrixFile | None, session: Session) -> str:
 def _step(out: Path, workspace: Workspace) -> str:
     """One record for each place an imatrix was written to: another ``-o`` does not make the first file a stranger."""
     return STEP if out == workspace.imatrix else f"{STEP} {out}"
-
-
-def _name(path: Path, workspace: Workspace) -> str:
-    """Outputs are recorded relative to the workspace where they lie in it, so that it can be moved."""
-    return str(path.relative_to(workspace.root)) if path.is_relative_to(workspace.root) else str(path)

@@ -166,6 +166,10 @@ def really(tools: BareTools, model: Path, matrix: Path, folder: Path) -> Mapping
         return dict(zip(types, pool.map(one, types), strict=True))
 
 
+UNWEIGHED = ("F16", "F32", "Q8_0", "MXFP4_MOE", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
+"""Levels whose types are rounded without a look at the weights: what the matrix lacks costs them nothing."""
+
+
 def prediction_is_right(document: dict[str, Any], happened: Mapping[str, Happened]) -> None:
     """Fails, weaker or fine, each with exactly the right tensors. (llama-quantize loses the last lines it says now and then:
     where it stopped is compared when it tells.)"""
@@ -201,7 +205,8 @@ def test_every_type_does_what_was_foretold(mixture: Mixture, tools: BareTools, c
         else:
             assert set(level["without_weights"]) == bare, name
             assert level["unseen"] == [UNCOUNTED], name
-            assert f"experts without data in 1 tensors, first {PARTLY}" in level["reason"], name
+            said = f"experts without data in 1 tensors, first {PARTLY}" in level["reason"]
+            assert (level["verdict"], said) == (("fine", False) if name in UNWEIGHED else ("weaker", True)), name
 
 
 def test_a_wrong_size_is_foretold_for_every_type(mixture: Mixture, tools: BareTools, cli: CommandLine, tmp_path: Path) -> None:
