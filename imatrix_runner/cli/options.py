@@ -115,29 +115,52 @@ source_options = together(
 
 collect_options = together(
     setting("-f", "--file", "text", type=_FILE, metavar="TEXT", help="Calibration text (default: the shipped one)."),
-    setting("-c", "--ctx-size", type=click.IntRange(min=16), default=512, show_default=True, help="Tokens per chunk."),
-    setting("-b", "--batch-size", type=click.IntRange(min=1), default=2048, show_default=True, help="Tokens per batch."),
     setting(
-        "-ub", "--ubatch-size", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens computed at once."
+        "-c", "--ctx-size", type=click.IntRange(min=16), metavar="N", default=512, show_default=True, help="Tokens per chunk."
+    ),
+    setting(
+        "-b", "--batch-size", type=click.IntRange(min=1), metavar="N", default=2048, show_default=True, help="Tokens per batch."
+    ),
+    setting(
+        "-ub",
+        "--ubatch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=512,
+        show_default=True,
+        help="Tokens computed at once.",
     ),
     setting("-ngl", "--n-gpu-layers", default="", metavar="N", help="Layers on the GPU: a number, auto or all."),
-    setting("--chunks", type=click.IntRange(min=1), help="Compute at most so many chunks (default: all)."),
-    setting("--chunk", "--from-chunk", "first_chunk", type=click.IntRange(min=0), default=0, help="Skip so many chunks first."),
+    setting("--chunks", type=click.IntRange(min=1), metavar="N", help="Compute at most so many chunks (default: all)."),
+    setting(
+        "--chunk",
+        "--from-chunk",
+        "first_chunk",
+        type=click.IntRange(min=0),
+        metavar="N",
+        default=0,
+        help="Skip so many chunks first.",
+    ),
     setting(
         "--output-frequency",
         "-ofreq",
         type=click.IntRange(min=1),
+        metavar="N",
         help="Save every N chunks: what an interruption can cost (default: so that saving costs about 3 % of the time).",
     ),
     setting(
-        "--save-frequency", type=click.IntRange(min=0), default=0, help="Leave a whole imatrix of chunks 0..N every N chunks."
+        "--save-frequency",
+        type=click.IntRange(min=0),
+        metavar="N",
+        default=0,
+        help="Leave a whole imatrix of chunks 0..N every N chunks.",
     ),
     setting("--parse-special", is_flag=True, help="Parse special tokens in the text, for chat transcripts."),
     setting("--process-output", is_flag=True, help="Also collect data for output.weight."),
     setting("--ppl/--no-ppl", default=True, show_default=True, help="Measure the perplexity on the way."),
 )
 
-threads_option = setting("-t", "--threads", type=click.IntRange(min=1), help="CPU threads (default: all).")
+threads_option = setting("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads (default: all).")
 
 level_options = together(
     setting("--levels", type=LevelNames(), default="", help="Levels to make, for example Q4_K_M,IQ3_XXS."),
