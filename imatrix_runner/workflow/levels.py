@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Semaphore
 from typing import Literal
 
 import msgspec
@@ -129,8 +130,12 @@ class LevelPlanner:
         jobs = plan_jobs(self.request.jobs, len(todo), memory, psutil.virtual_memory().available, cores)
         threads = self.request.threads or max(1, cores // jobs)
         try:
-            with ThreadPoolExecutor(max_workers=jobs) as pool:
-                waiting: list[Future[LevelResult]] = [pool.submit(self._make, step, matrix, threads, sink) for step in todo]
+            # One worker more than programs at once: while it verifies and names a level, the next is computed already.
+            slots = Semaphore(jobs)
+            with ThreadPoolExecutor(max_workers=jobs + 1) as pool:
+                waiting: list[Future[LevelResult]] = [
+                    pool.submit(self._make, step, matrix, threads, slots, sink) for step in todo
+                ]
                 try:
                     return [future.result() for future in as_completed(waiting)]
                 except BaseException:
@@ -141,13 +146,17 @@ class LevelPlanner:
         finally:
             shutil.rmtree(self.session.workspace.partial, ignore_errors=True)
 
-    def _make(self, step: LevelStep, matrix: MatrixFile | None, threads: int, sink: Sink) -> LevelResult:
-        self.session.stop.check()
+    def _make(self, step: LevelStep, matrix: MatrixFile | None, threads: int, slots: Semaphore, sink: Sink) -> LevelResult:
         assert step.resolved is not None
         began = time.monotonic()
-        sink(Started(step.step, step.level.name, step.resolved.recipe.n_elements, "weights"))
         try:
-            quantized, n_bytes = self._write(step, step.resolved, matrix, threads, sink)
+            with slots:
+                self.session.stop.check()
+                began = time.monotonic()
+                sink(Started(step.step, step.level.name, step.resolved.recipe.n_elements, "weights"))
+                job = self._job(step, step.resolved, matrix, threads)
+                quantized = self.session.engine.quantize(job, sink)
+            n_bytes = self._finish(step, step.resolved, matrix, job, quantized)
         except InterruptedRunError:
             raise
         except NoSpaceError as error:
@@ -158,13 +167,14 @@ class LevelPlanner:
             self.frozen.check_unchanged()  # then every other level would fail too, and for this reason
             return LevelResult(step, "failed", None, seconds, error)
         seconds = time.monotonic() - began
+        for file in step.files:
+            sink(Saved(str(file), step.level.name, file.stat().st_size))
         sink(Finished(step.step, "done", human_bytes(n_bytes), seconds))
         expected = tuple(name for name in quantized.without_weights if name not in NEVER_WEIGHED)
         return LevelResult(step, "done", n_bytes, seconds, without_weights=expected)
 
-    def _write(
-        self, step: LevelStep, resolved: Resolved, matrix: MatrixFile | None, threads: int, sink: Sink
-    ) -> tuple[Quantized, int]:
+    def _job(self, step: LevelStep, resolved: Resolved, matrix: MatrixFile | None, threads: int) -> QuantizeJob:
+        """What llama-quantize is told, with an empty folder of the level's own to write to."""
         folder = self.session.workspace.partial / step.level.name
         try:
             shutil.rmtree(folder, ignore_errors=True)
@@ -172,7 +182,7 @@ class LevelPlanner:
         except OSError as error:
             raise from_os_error(error, f"preparing {step.level.name}", folder) from error
         name = f"{self.session.workspace.model}-{step.level.name}.gguf"
-        job = QuantizeJob(
+        return QuantizeJob(
             step.step,
             self.frozen.model.path,
             folder / name,
@@ -182,9 +192,13 @@ class LevelPlanner:
             threads,
             self.session.log(step.step),
         )
-        quantized = self.session.engine.quantize(job, sink)
+
+    def _finish(
+        self, step: LevelStep, resolved: Resolved, matrix: MatrixFile | None, job: QuantizeJob, quantized: Quantized
+    ) -> int:
+        """Verify what was written and give it its name; its bytes."""
         self.frozen.check_unchanged()
-        parts = sorted(folder.glob("*.gguf"))
+        parts = sorted(job.out.parent.glob("*.gguf"))
         if [part.name for part in parts] != [file.name for file in step.files]:
             raise InvalidDataError(
                 f"llama-quantize did not write {step.files[0].name}",
@@ -195,9 +209,7 @@ class LevelPlanner:
         hashes = [sha256(part, lambda _bytes: self.session.stop.check()) for part in parts]
         facts = replace(facts_of(resolved), n_bytes=n_bytes)
         self._conclude(step, job, parts, hashes, quantized, msgspec.to_builtins(facts))
-        for file in step.files:
-            sink(Saved(str(file), step.level.name, file.stat().st_size))
-        return quantized, n_bytes
+        return n_bytes
 
     def _conclude(
         self,
