@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from imatrix_runner.imatrix.formats import MatrixFile
-    from imatrix_runner.imatrix.statistics import ExpertCoverage, LayerStatistics, Statistics, TensorStatistics
+    from imatrix_runner.imatrix.statistics import ExpertStatistics, LayerStatistics, Statistics, TensorStatistics
 
-    Item = TensorStatistics | LayerStatistics | ExpertCoverage
+    Item = TensorStatistics | LayerStatistics | ExpertStatistics
 
 
 @dataclass(frozen=True)

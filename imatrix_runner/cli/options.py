@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.settings import setting
 from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 from imatrix_runner.errors import UsageError
+from imatrix_runner.quantize.levels import PRESETS
 from imatrix_runner.workflow.request import EnvironmentRequest, ImatrixRequest, LevelsRequest, SourceRequest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -164,9 +164,7 @@ threads_option = setting("-t", "--threads", type=click.IntRange(min=1), metavar=
 
 level_options = together(
     setting("--levels", type=LevelNames(), default="", help="Levels to make, for example Q4_K_M,IQ3_XXS."),
-    setting(
-        "--preset", type=click.Choice(["bartowski", "mradermacher-i1", "k-quants", "all"]), help="A publisher's set of levels."
-    ),
+    setting("--preset", type=click.Choice(PRESETS), help="A publisher's set of levels."),
     setting(
         "--jobs", "-j", default="auto", metavar="N|auto", help="Levels made side by side (auto: as memory and cores allow)."
     ),
@@ -193,15 +191,6 @@ level_options = together(
 )
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Plan only: sizes, fallbacks, what will fail. Writes nothing.")
-
-
-@dataclass(frozen=True)
-class Talk:
-    """How a command speaks."""
-
-    as_json: bool
-    quiet: bool
-    verbose: bool
 
 
 def environment_request(options: dict[str, Any], invocation: Invocation) -> EnvironmentRequest:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from imatrix_runner.files import human_bytes, human_seconds
-from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, LevelStep, Plan
+from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, Plan
 from imatrix_runner.workflow.run import RunResult
 
 _STATES = {"todo": ("to do", ""), "up-to-date": ("up to date", "green"), "fails": ("will fail", "bold red")}
@@ -138,8 +138,3 @@ def _fallback_cell(facts: LevelFacts) -> Text:
     if not facts.fallbacks:
         return Text("-")
     return Text(f"{len(facts.fallbacks)} ({facts.fallback_share:.0%})", style="yellow")
-
-
-def step_row(step: LevelStep) -> str:
-    """One level as one line, for plain logs."""
-    return f"{step.level.name}: {_STATES[step.state][0]}, {step.reason}"

@@ -118,7 +118,6 @@ class CollectResult:
     matrix: Matrix
     seconds: float
     load_seconds: float
-    reused_chunks: int
     ppl: float | None
     ppl_chunks: int
 
@@ -192,7 +191,7 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
     told += [f"{reused} chunks kept"] if reused else []
     told += perplexity.summary(plan.n_chunks)
     sink(Finished(STEP, "done", ", ".join(told), seconds))
-    return CollectResult(result, seconds, load_seconds, reused, perplexity.value, perplexity.chunks)
+    return CollectResult(result, seconds, load_seconds, perplexity.value, perplexity.chunks)
 
 
 def _snapshot(matrix: Matrix, done: int, request: CollectRequest, workspace: Workspace, journal: Journal, sink: Sink) -> None:

@@ -103,7 +103,7 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
-class ExpertCoverage:
+class ExpertStatistics:
     """How the calibration's tokens fell on one tensor's experts; figures are tokens per expert, over all experts."""
 
     name: str
@@ -123,7 +123,7 @@ class Statistics:
 
     tensors: tuple[TensorStatistics, ...]
     layers: tuple[LayerStatistics, ...]
-    experts: tuple[ExpertCoverage, ...]
+    experts: tuple[ExpertStatistics, ...]
     without_data: tuple[str, ...]
     """Tensors whose every count is zero; they have no figures."""
 
@@ -135,7 +135,7 @@ def statistics(matrix: Matrix) -> Statistics:
     anything.
     """
     tensors: list[TensorStatistics] = []
-    experts: list[ExpertCoverage] = []
+    experts: list[ExpertStatistics] = []
     without_data: list[str] = []
     for family in _families(matrix.entries):
         previous: tuple[int, Sums] | None = None
@@ -169,7 +169,7 @@ def locate(name: str) -> tuple[int | None, str]:
     return int(layer) if re.fullmatch("[0-9]+", layer) else None, tensor or name
 
 
-def _by_layer(item: TensorStatistics | ExpertCoverage) -> tuple[float, str]:
+def _by_layer(item: TensorStatistics | ExpertStatistics) -> tuple[float, str]:
     return (math.inf if item.layer is None else item.layer), item.name
 
 
@@ -194,9 +194,9 @@ def _require_numbers(name: str, entry: Entry) -> None:
         )
 
 
-def _coverage(name: str, counts: Counts) -> ExpertCoverage:
+def _coverage(name: str, counts: Counts) -> ExpertStatistics:
     layer, tensor = locate(name)
-    return ExpertCoverage(
+    return ExpertStatistics(
         name,
         layer,
         tensor,

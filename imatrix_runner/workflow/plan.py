@@ -79,7 +79,6 @@ class Plan:
     imatrix: ImatrixStep
     levels: tuple[LevelStep, ...]
     free_bytes: int
-    notices: tuple[str, ...] = ()
 
     @property
     def todo(self) -> tuple[LevelStep, ...]:

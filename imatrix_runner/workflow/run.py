@@ -211,9 +211,3 @@ def choose_levels(request: LevelsRequest, toolchain: Toolchain, sink: Sink) -> t
         return (*levels, *(resolve_levels(request.names, toolchain.types) if request.names else ()))
     names = request.names or tuple(name for name in DEFAULT_LEVELS if name in offered(toolchain.types))
     return resolve_levels(names, toolchain.types)
-
-
-def workspace_of(work_dir: Path, model: str) -> Workspace:
-    """The workspace a model would have."""
-    name = name_of(parse_source(model), model)
-    return Workspace(work_dir.expanduser().absolute() / name, name)
