@@ -67,7 +67,8 @@ class Collected:
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """llama-quantize's own options, the same for every level of a run."""
+    """llama-quantize's own options, the same for every level of a run; but ``pins``, which are ours and a level's: further
+    ``--tensor-type`` entries that come after all the user gave, because in llama-quantize the first match wins."""
 
     allow_requantize: bool = False
     leave_output_tensor: bool = False
@@ -78,6 +79,7 @@ class QuantizeOptions:
     token_embedding_type: str = ""
     tensor_types: tuple[str, ...] = ()
     tensor_type_file: Path | None = None
+    pins: tuple[str, ...] = ()
     prune_layers: str = ""
     keep_split: bool = False
     override_kv: tuple[str, ...] = ()

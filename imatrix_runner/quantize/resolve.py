@@ -50,8 +50,7 @@ class Resolver:
             # A pin shifts llama.cpp's choice for other tensors: look again until none without data is too small.
             while pins := {tensor: pin for tensor, pin in self._pins(recipe).items() if tensor.name not in before}:
                 before |= {tensor.name: tensor.type for tensor in pins}
-                # First match wins in llama-quantize: what the user asked for stays before ours.
-                options = replace(options, tensor_types=(*options.tensor_types, *pins.values()))
+                options = replace(options, pins=(*options.pins, *pins.values()))
                 recipe = self._ask(level, options, log)
             pinned = tuple(tensor.original for tensor in recipe.tensors if before.get(tensor.name, tensor.type) != tensor.type)
             return Resolved(recipe, options, pinned)

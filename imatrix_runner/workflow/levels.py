@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Semaphore
 from typing import Literal
 
 import msgspec
@@ -130,12 +129,8 @@ class LevelPlanner:
         jobs = plan_jobs(self.request.jobs, len(todo), memory, psutil.virtual_memory().available, cores)
         threads = self.request.threads or max(1, cores // jobs)
         try:
-            # One worker more than programs at once: while it verifies and names a level, the next is computed already.
-            slots = Semaphore(jobs)
-            with ThreadPoolExecutor(max_workers=jobs + 1) as pool:
-                waiting: list[Future[LevelResult]] = [
-                    pool.submit(self._make, step, matrix, threads, slots, sink) for step in todo
-                ]
+            with ThreadPoolExecutor(max_workers=jobs) as pool:
+                waiting: list[Future[LevelResult]] = [pool.submit(self._make, step, matrix, threads, sink) for step in todo]
                 try:
                     return [future.result() for future in as_completed(waiting)]
                 except BaseException:
@@ -146,16 +141,14 @@ class LevelPlanner:
         finally:
             shutil.rmtree(self.session.workspace.partial, ignore_errors=True)
 
-    def _make(self, step: LevelStep, matrix: MatrixFile | None, threads: int, slots: Semaphore, sink: Sink) -> LevelResult:
+    def _make(self, step: LevelStep, matrix: MatrixFile | None, threads: int, sink: Sink) -> LevelResult:
+        self.session.stop.check()
         assert step.resolved is not None
         began = time.monotonic()
+        sink(Started(step.step, step.level.name, step.resolved.recipe.n_elements, "weights"))
         try:
-            with slots:
-                self.session.stop.check()
-                began = time.monotonic()
-                sink(Started(step.step, step.level.name, step.resolved.recipe.n_elements, "weights"))
-                job = self._job(step, step.resolved, matrix, threads)
-                quantized = self.session.engine.quantize(job, sink)
+            job = self._job(step, step.resolved, matrix, threads)
+            quantized = self.session.engine.quantize(job, sink)
             n_bytes = self._finish(step, step.resolved, matrix, job, quantized)
         except InterruptedRunError:
             raise

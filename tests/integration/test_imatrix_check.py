@@ -365,9 +365,12 @@ class TestUncovered:
         assert [level["status"] for level in again.document["levels"]] == ["skipped"] * 3
         assert times(files) == after
 
-    def test_a_user_s_own_type_wins(self, mixture: Mixture, cli: CommandLine) -> None:
-        own = ("--tensor-type", r"blk\.0\.attn_k\.weight=q5_k", "--uncovered", "q8_0")
-        (level,) = check(cli, mixture.flawed, mixture.model, "IQ2_XXS", *own)["levels"]
+    @pytest.mark.parametrize("by_file", [False, True])
+    def test_a_user_s_own_type_wins(self, by_file: bool, mixture: Mixture, cli: CommandLine, tmp_path: Path) -> None:
+        own = r"blk\.0\.attn_k\.weight=q5_k"
+        (tmp_path / "types.txt").write_text(own)
+        asked = ("--tensor-type-file", str(tmp_path / "types.txt")) if by_file else ("--tensor-type", own)
+        (level,) = check(cli, mixture.flawed, mixture.model, "IQ2_XXS", *asked, "--uncovered", "q8_0")["levels"]
         assert set(level["pinned"]) == (of_block(mixture.model, BARE) | {UNCOUNTED}) - {"blk.0.attn_k.weight"}
         assert level["verdict"] == "weaker"
 

@@ -124,6 +124,7 @@ def test_every_quantize_option_in_a_fixed_order_before_the_positionals() -> None
         prune_layers="1,3",
         override_kv=("general.name=str:a b",),
         max_buffer_size=512,
+        pins=("^output.weight$=q8_0",),
     )
     expected = [
         *("--allow-requantize", "--leave-output-tensor", "--pure", "--keep-split"),
@@ -131,6 +132,7 @@ def test_every_quantize_option_in_a_fixed_order_before_the_positionals() -> None
         *("--tensor-type", "ffn_down=q6_k", "--tensor-type", r"attn_.*=q5_k", "--override-kv", "general.name=str:a b"),
         *("--output-tensor-type", "q8_0", "--token-embedding-type", "q6_k", "--tensor-type-file", "/types.txt"),
         *("--prune-layers", "1,3", "--max-buffer-size", "512"),
+        *("--tensor-type", "^output.weight$=q8_0"),  # ours come last: the first match wins
     ]
     assert quantize_options(options) == expected
     argv = quantize_command(replace(QUANTIZE, options=options, threads=2), CPU).argv

@@ -107,4 +107,6 @@ def quantize_options(options: QuantizeOptions) -> list[str]:
     ):
         if single:
             argv += [name, single]
+    for pin in options.pins:
+        argv += ["--tensor-type", pin]
     return argv
