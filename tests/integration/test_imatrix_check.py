@@ -311,7 +311,7 @@ class TestUncovered:
         for step in plan.levels:
             assert step.resolved is not None
             types = {tensor.name: tensor.type for tensor in step.resolved.recipe.tensors}
-            told[step.level.name] = (types, step.resolved.pinned, step.resolved.options.tensor_types)
+            told[step.level.name] = (types, step.resolved.pinned, step.resolved.options.pins)
         return told
 
     def run(self, mixture: Mixture, runner: RunCommand, *more: str) -> Ran:
