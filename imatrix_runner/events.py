@@ -42,9 +42,9 @@ class Finished(msgspec.Struct, frozen=True, tag_field="type", tag="finished"):
 
 
 class Notice(msgspec.Struct, frozen=True, tag_field="type", tag="notice"):
-    """One line worth reading now."""
+    """One line worth reading now; a ``detail`` is for those who asked for more (``-v``)."""
 
-    level: Literal["info", "warning"]
+    level: Literal["detail", "info", "warning"]
     text: str
 
 
@@ -66,6 +66,10 @@ class Saved(msgspec.Struct, frozen=True, tag_field="type", tag="saved"):
 
 Event = Started | Progress | Finished | Notice | Metric | Saved
 Sink = Callable[[Event], None]
+
+
+def detail(text: str) -> Notice:
+    return Notice("detail", text)
 
 
 def info(text: str) -> Notice:

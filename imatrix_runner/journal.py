@@ -123,11 +123,6 @@ class Journal:
         for part, final in files:
             publish(part, final)
 
-    def forget(self, step: str) -> None:
-        with self._lock:
-            if self._steps.pop(step, None) is not None:
-                self._save()
-
     def known_hash(self, path: Path) -> str | None:
         """The hash recorded for ``path``, if the file still carries the stamp it had then."""
         entry = self._hashes.get(str(path.absolute()))
@@ -153,8 +148,28 @@ class Journal:
 
 def differences(record: Record, inputs: Mapping[str, str]) -> list[str]:
     """The names of the inputs that are no longer what they were, in the order of ``inputs``."""
-    names = [*inputs, *(name for name in record.inputs if name not in inputs)]
-    return [name for name in names if record.inputs.get(name) != inputs.get(name)]
+    return _changed(record.inputs, inputs)
+
+
+def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    names = [*now, *(name for name in before if name not in now)]
+    return [name for name in names if before.get(name) != now.get(name)]
+
+
+def describe_change(name: str, before: str | None, now: str | None) -> str:
+    """``options: Q4_K_M -> Q4_K_M --pure``, with hashes shortened."""
+    return f"{name}: {_short(before)} -> {_short(now)}"
+
+
+def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Every input that is no longer what it was, by name, with both values."""
+    return [describe_change(name, before.get(name), now.get(name)) for name in _changed(before, now)]
+
+
+def _short(value: str | None) -> str:
+    if not value:
+        return "none"
+    return value[:19] if value.startswith("sha256:") else value
 
 
 def outputs_intact(record: Record, directory: Path) -> bool:

@@ -190,17 +190,28 @@ class Runner:
         self._hang_seconds = hang_seconds
         self._on_child = on_child
 
-    def run(self, command: Command, *, log: Path | None = None, on_text: OnText | None = None) -> Outcome:
-        """Run to the end. A non-zero exit is an :class:`Outcome`, not an exception; a requested stop raises."""
+    def run(
+        self,
+        command: Command,
+        *,
+        log: Path | None = None,
+        on_text: OnText | None = None,
+        enough: threading.Event | None = None,
+    ) -> Outcome:
+        """Run to the end. A non-zero exit is an :class:`Outcome`, not an exception; a requested stop raises.
+
+        A child that is ours is given ``enough``: its stdin stays open until the event is set, a stop is requested or we die;
+        then it finishes what it is at and ends by itself. Any other child is ended at a stop.
+        """
         self.stop.check()
         began = time.monotonic()
         ooms = _oom_kills()
         with _open_log(log, command) as sink:
-            child = _start(command)
+            child = _start(command, listens=enough is not None)
             try:
                 if self._on_child:
                     self._on_child(child.pid, True)
-                tail, hung = self._watch(child, sink, on_text)
+                tail, hung = self._watch(child, sink, on_text, enough)
             finally:
                 _end(child)
                 if self._on_child:
@@ -211,7 +222,9 @@ class Runner:
             command, child.returncode, time.monotonic() - began, tail, log, hung, out_of_memory=killed and _oom_kills() > ooms
         )
 
-    def _watch(self, child: subprocess.Popen[bytes], log: IO[bytes], on_text: OnText | None) -> tuple[tuple[str, ...], bool]:
+    def _watch(
+        self, child: subprocess.Popen[bytes], log: IO[bytes], on_text: OnText | None, enough: threading.Event | None
+    ) -> tuple[tuple[str, ...], bool]:
         pieces: queue.SimpleQueue[tuple[Stream, bytes]] = queue.SimpleQueue()
         streams = _pipes(child)
         for name, pipe in streams:
@@ -221,7 +234,13 @@ class Runner:
         lines: deque[str] = deque(maxlen=_TAIL_LINES)
         watch = _HangWatch(child.pid, self._hang_seconds)
         still_open, hung = len(streams), False
-        while still_open and not hung and not self.stop.requested:
+
+        def must_end() -> bool:
+            if enough is not None and (enough.is_set() or self.stop.requested):
+                _hang_up(child)
+            return enough is None and self.stop.requested
+
+        while still_open and not hung and not must_end():
             try:
                 name, data = pieces.get(timeout=_POLL_SECONDS)
             except queue.Empty:
@@ -240,7 +259,7 @@ class Runner:
                 on_text(name, text)
         for tail in tails.values():
             lines.extend(tail.rest())
-        while not hung and not self.stop.requested and child.poll() is None:
+        while not hung and not must_end() and child.poll() is None:
             hung = watch.hung()
             time.sleep(0.01)
         return tuple(lines), hung
@@ -302,9 +321,9 @@ def _pump(name: Stream, pipe: IO[bytes], pieces: queue.SimpleQueue[tuple[Stream,
     pieces.put((name, b""))
 
 
-def _start(command: Command) -> subprocess.Popen[bytes]:
+def _start(command: Command, *, listens: bool) -> subprocess.Popen[bytes]:
     try:
-        return _open(command)
+        return _open(command, listens=listens)
     except OSError as error:
         raise EngineError(
             f"{Path(command.argv[0]).name} could not be started",
@@ -313,13 +332,13 @@ def _start(command: Command) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _open(command: Command) -> subprocess.Popen[bytes]:
+def _open(command: Command, *, listens: bool = False) -> subprocess.Popen[bytes]:
     # A session of its own: the terminal's Ctrl-C reaches us alone, and we can end the child with all it started.
     return subprocess.Popen(
         command.argv,
         cwd=command.cwd,
         env=child_environment(command.env),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if listens else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=os.name == "posix",
@@ -333,10 +352,17 @@ def _pipes(child: subprocess.Popen[bytes]) -> tuple[tuple[Stream, IO[bytes]], ..
     return ("stdout", child.stdout), ("stderr", child.stderr)
 
 
+def _hang_up(child: subprocess.Popen[bytes]) -> None:
+    """Close the child's stdin: it sees the end of it and takes it as a wish to stop."""
+    if child.stdin is not None and not child.stdin.closed:
+        child.stdin.close()
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
     """Make sure the child and everything it started are gone."""
     if child.poll() is None:
         end_tree(child.pid)
+    _hang_up(child)
     child.wait()
 
 

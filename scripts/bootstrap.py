@@ -1,4 +1,4 @@
-"""Set-up shared by demo, test, lint and bench: a ``.venv`` of the checkout's own, and llama.cpp's programs.
+"""Set-up shared by demo, test, lint and bench: a ``.venv`` of the checkout's own, and one native build of llama.cpp.
 
 Standard library only. Every step is skipped when its result is there; what cannot be made here is named.
 """
@@ -18,7 +18,8 @@ VENV = ROOT / ".venv"
 _BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = _BIN / ("python.exe" if os.name == "nt" else "python")
 
-# The bindings without a native build of their own: they load the libraries of the toolchain built below.
+# The bindings without a native build of their own: the embedded engine has them load the libraries of the toolchain that is
+# built below from the same version, so that the minutes of compiling are spent once.
 _BINDINGS = "llama-cpp-python==0.3.36"
 _NO_NATIVE_BUILD = {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}
 _TORCH = "torch==2.13.0"
@@ -59,17 +60,16 @@ def ensure_venv(*extras: str) -> None:
     quiet = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     if "convert" in extras:
         run(PYTHON, *quiet, _TORCH)
-    if "embedded" in extras:
-        # Not from, and not into, pip's cache of built wheels: one without libraries must not reach other projects.
-        run(PYTHON, *quiet, "--no-cache-dir", "--no-binary", "llama-cpp-python", _BINDINGS, **_NO_NATIVE_BUILD)
+    # Not from, and not into, pip's cache of built wheels: one without libraries must not reach other projects.
+    run(PYTHON, *quiet, "--no-cache-dir", "--no-binary", "llama-cpp-python", _BINDINGS, **_NO_NATIVE_BUILD)
     run(PYTHON, *quiet, "--editable", f".[{','.join(extras)}]" if extras else ".")
     with stamp.open("a") as handle:
         handle.write(wanted + "\n")
 
 
 def ensure_tools() -> None:
-    """llama.cpp's programs where every command finds them; a build takes about 4 minutes, once."""
+    """llama.cpp's programs and libraries where every command finds them; a build takes about 4 minutes, once."""
     located = subprocess.run([PYTHON, "-m", "imatrix_runner", "tools", "locate"], cwd=ROOT, capture_output=True, check=False)
     if located.returncode:
-        say("building llama.cpp's programs (once, about 4 minutes on two cores)")
+        say("building llama.cpp (once, about 4 minutes on two cores)")
         run(PYTHON, "-m", "imatrix_runner", "tools", "build")

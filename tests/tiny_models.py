@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,10 +72,11 @@ def write_llama_gguf(
     feed-forward width no multiple of 256, so that K- and IQ-types fall back there. ``metadata`` adds keys, ``extra``
     tensors (name -> shape with ne0 last; such a model is quantised, but does not run). Returns ``path``.
     """
-    from gguf import GGUFWriter, TokenType
+    from gguf import GGUFWriter
 
     ff += 32 if odd else 0
-    tokens, merges = _byte_level_bpe(vocab)
+    tokens, merges = byte_level_bpe(min(vocab, 1024))
+    tokens += [f"<unused{number}>" for number in range(vocab - 1024)]  # as large as models' vocabularies are, for speed
     writer = GGUFWriter(path, "llama")
     writer.add_name("tiny llama")
     writer.add_type("model")
@@ -93,21 +94,14 @@ def write_llama_gguf(
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(2)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.CONTROL if token in (_BOS, _EOS) else TokenType.NORMAL for token in tokens])
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(tokens.index(_BOS))
-    writer.add_eos_token_id(tokens.index(_EOS))
-    writer.add_add_bos_token(True)
+    add_tokenizer(writer, tokens, merges)
     for key, value in (metadata or {}).items():
-        _add_value(writer, key, value)
+        add_value(writer, key, value)
     for name, array in _gguf_weights(hidden, layers, ff, len(tokens), experts, tied, seed):
-        _add_tensor(writer, name, array, dtype)
-    draw = _Draw(seed + 1)
+        add_tensor(writer, name, array, dtype)
+    draw = Draw(seed + 1)
     for name, shape in (extra or {}).items():
-        _add_tensor(writer, name, draw(*shape), dtype)
+        add_tensor(writer, name, draw(*shape), dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -152,14 +146,13 @@ def write_hf_directory(
     }
     _write_json(path / "config.json", config)
     weights = dict(_hf_weights(hidden, layers, ff, tokens, tied, seed))
-    names = list(weights)
     if shards == 1:
         write_safetensors(path / "model.safetensors", weights, dtype)
         return path
     index: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: weights[name] for name in names[number::shards]}
+        part = {name: weights[name] for name in list(weights)[number::shards]}
         write_safetensors(path / file, part, dtype)
         index.update(dict.fromkeys(part, file))
     _write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
@@ -187,7 +180,7 @@ def _gguf_weights(
     hidden: int, layers: int, ff: int, vocab: int, experts: int, tied: bool, seed: int
 ) -> Iterator[tuple[str, Array]]:
     """Names and arrays in numpy order (rows first: the transpose of ggml's shape)."""
-    draw = _Draw(seed)
+    draw = Draw(seed)
     yield "token_embd.weight", draw(vocab, hidden)
     for layer in range(layers):
         blk = f"blk.{layer}"
@@ -212,7 +205,7 @@ def _gguf_weights(
 
 
 def _hf_weights(hidden: int, layers: int, ff: int, vocab: int, tied: bool, seed: int) -> Iterator[tuple[str, Array]]:
-    draw = _Draw(seed)
+    draw = Draw(seed)
     yield "model.embed_tokens.weight", draw(vocab, hidden)
     for layer in range(layers):
         block = f"model.layers.{layer}"
@@ -230,7 +223,7 @@ def _hf_weights(hidden: int, layers: int, ff: int, vocab: int, tied: bool, seed:
         yield "lm_head.weight", draw(vocab, hidden)
 
 
-class _Draw:
+class Draw:
     """Random weights of standard deviation ``1/sqrt(row length)``, as a fresh network has them."""
 
     def __init__(self, seed: int) -> None:
@@ -251,7 +244,21 @@ class _Draw:
         return np.ones(size, dtype=np.float32)
 
 
-def _add_tensor(writer: Any, name: str, array: Array, dtype: DType) -> None:
+def add_tokenizer(writer: Any, tokens: Sequence[str], merges: Sequence[str]) -> None:
+    """What :func:`byte_level_bpe` made, as metadata; a BOS token is put before each text."""
+    from gguf import TokenType
+
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in (_BOS, _EOS) else TokenType.NORMAL for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(tokens.index(_BOS))
+    writer.add_eos_token_id(tokens.index(_EOS))
+    writer.add_add_bos_token(True)
+
+
+def add_tensor(writer: Any, name: str, array: Array, dtype: DType) -> None:
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
@@ -264,7 +271,7 @@ def _add_tensor(writer: Any, name: str, array: Array, dtype: DType) -> None:
         writer.add_tensor(name, quantize(array, GGMLQuantizationType.BF16), raw_dtype=GGMLQuantizationType.BF16)
 
 
-def _add_value(writer: Any, key: str, value: str | float | bool) -> None:
+def add_value(writer: Any, key: str, value: str | float | bool) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -287,7 +294,7 @@ def _bytes_of(array: Array, dtype: DType) -> bytes:
     return (rounded >> 16).astype(np.uint16).tobytes()
 
 
-def _byte_level_bpe(size: int) -> tuple[list[str], list[str]]:
+def byte_level_bpe(size: int) -> tuple[list[str], list[str]]:
     """Tokens and merges of a GPT-2 style tokenizer of up to ``size`` entries: BOS, EOS, 256 bytes, then merges."""
     alphabet = _byte_alphabet()
     words = Counter(tuple(alphabet[byte] for byte in word.encode()) for word in _WORD.findall(TEXT))

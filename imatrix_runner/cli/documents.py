@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -47,9 +48,11 @@ def run_document(result: RunResult, exit_code: int) -> dict[str, Any]:
             "files": [str(path) for path in model.files],
             "source": msgspec.to_builtins(model.source),
         },
+        engine=result.engine,
         toolchain=result.toolchain,
         plan=plan_content(result.plan),
         imatrix=imatrix_content(result.imatrix) if result.imatrix is not None else None,
+        collected=collected_content(result.collected) if result.collected is not None else None,
         levels=[_level(level) for level in result.levels],
         seconds=round(result.seconds, 3),
     )
@@ -100,6 +103,13 @@ def imatrix_content(file: MatrixFile) -> dict[str, Any]:
         "chunk_size": matrix.chunk_size,
         "datasets": list(matrix.datasets),
     }
+
+
+def collected_content(facts: Mapping[str, object]) -> dict[str, Any]:
+    """How a matrix was made here; ``stopped`` is ``chunks``, ``converged``, ``covered`` or ``text``, and each point of the
+    ``curve`` has ``chunks``, ``worst``, ``tensor`` and ``median``."""
+    names = ("chunks", "ranges", "tokens", "dataset", "ppl", "ppl_error", "ppl_chunks", "stopped", "curve")
+    return {name: facts.get(name) for name in names}
 
 
 def _level(level: LevelResult) -> dict[str, Any]:

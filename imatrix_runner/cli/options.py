@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,15 @@ from imatrix_runner.cli.settings import setting
 from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 from imatrix_runner.errors import UsageError
 from imatrix_runner.quantize.levels import PRESETS
-from imatrix_runner.workflow.request import EnvironmentRequest, ImatrixRequest, LevelsRequest, SourceRequest
+from imatrix_runner.workflow.request import (
+    DEFAULT_TOLERANCE,
+    EnvironmentRequest,
+    ImatrixRequest,
+    LevelsRequest,
+    SourceRequest,
+)
+
+SPLIT_MODES = ("none", "layer", "row", "tensor")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -131,6 +140,12 @@ collect_options = together(
         help="Tokens computed at once.",
     ),
     setting("-ngl", "--n-gpu-layers", default="", metavar="N", help="Layers on the GPU: a number, auto or all."),
+    setting("-ts", "--tensor-split", default="", metavar="N0,N1,…", help="Proportions of the model on several GPUs."),
+    setting("-sm", "--split-mode", type=click.Choice(SPLIT_MODES), help="How the model is split across GPUs (default: layer)."),
+    setting("-mg", "--main-gpu", type=click.IntRange(min=0), metavar="N", help="The GPU to use, or for what is not split."),
+    setting("-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFFER", help="Where matching tensors lie."),
+    setting("-fa", "--flash-attn", type=click.Choice(("on", "off", "auto")), help="Flash attention (default: auto)."),
+    setting("--mmap/--no-mmap", default=True, show_default=True, help="Map the model's file into memory."),
     setting("--chunks", type=click.IntRange(min=1), metavar="N", help="Compute at most so many chunks (default: all)."),
     setting(
         "--chunk",
@@ -154,6 +169,22 @@ collect_options = together(
         metavar="N",
         default=0,
         help="Leave a whole imatrix of chunks 0..N every N chunks.",
+    ),
+    setting(
+        "--until-converged",
+        type=click.FloatRange(min=0, min_open=True, max=1),
+        is_flag=False,
+        flag_value=DEFAULT_TOLERANCE,
+        metavar="[TOL]",
+        help="Stop when the matrix no longer moves: less than TOL of every tensor's importance is estimated to lie in the "
+        f"wrong columns (without TOL: {DEFAULT_TOLERANCE}). The text is then visited in a spread order.",
+    ),
+    setting(
+        "--min-expert-tokens",
+        type=click.IntRange(min=0),
+        metavar="N",
+        default=0,
+        help="Go on past --chunks until every expert saw N tokens, or the text ends.",
     ),
     setting("--parse-special", is_flag=True, help="Parse special tokens in the text, for chat transcripts."),
     setting("--process-output", is_flag=True, help="Also collect data for output.weight."),
@@ -205,6 +236,7 @@ def source_request(model: str, options: dict[str, Any]) -> SourceRequest:
 
 def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: Any) -> ImatrixRequest:
     layers = options["n_gpu_layers"]
+    _check_placement(options)
     if layers and layers not in ("auto", "all") and not layers.isdecimal():
         raise UsageError(
             f"-ngl {layers} is no number of layers", "llama.cpp takes a number, auto or all", "For example: -ngl 99"
@@ -221,6 +253,12 @@ def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: 
         n_ubatch=options["ubatch_size"],
         threads=options["threads"],
         n_gpu_layers=layers,
+        tensor_split=options["tensor_split"],
+        split_mode=options["split_mode"] or "",
+        main_gpu=options["main_gpu"],
+        override_tensors=tuple(options["override_tensor"]),
+        flash_attn=options["flash_attn"] or "",
+        mmap=options["mmap"],
         parse_special=options["parse_special"],
         process_output=options["process_output"],
         ppl=options["ppl"],
@@ -233,8 +271,29 @@ def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: 
         "first_chunk": options["first_chunk"],
         "output_frequency": options["output_frequency"],
         "save_frequency": options["save_frequency"],
+        "until_converged": options["until_converged"],
+        "min_expert_tokens": options["min_expert_tokens"],
     }
     return ImatrixRequest(**{**values, **changes})
+
+
+def _check_placement(options: dict[str, Any]) -> None:
+    """``-ts`` and ``-ot`` as llama.cpp reads them, before a model is opened."""
+    shares = [part.strip() for part in re.split("[,/]", options["tensor_split"])] if options["tensor_split"] else []
+    if any(not re.fullmatch(r"\d+(\.\d*)?|\.\d+", share) for share in shares):
+        raise UsageError(
+            f"-ts {options['tensor_split']} is no list of proportions",
+            "each GPU gets a number, separated by commas",
+            "For example: -ts 3,1",
+        )
+    for override in options["override_tensor"]:
+        name, equals, place = override.partition("=")
+        if not (name and equals and place):
+            raise UsageError(
+                f"-ot {override} names no place",
+                "it is written REGEX=BUFFER",
+                "For example: -ot 'ffn_.*_exps=CPU'",
+            )
 
 
 def levels_request(options: dict[str, Any]) -> LevelsRequest:

@@ -120,6 +120,8 @@ def _told(event: Event, steps: dict[str, _Step], *, verbose: bool) -> str:
         took = f" in {human_seconds(event.seconds)}" if event.seconds else ""
         return f"{title}: {event.status}{took}" + (f" ({event.detail})" if event.detail else "")
     if isinstance(event, Notice):
+        if event.level == "detail" and not verbose:
+            return ""
         return f"Warning: {event.text}" if event.level == "warning" else event.text
     if isinstance(event, Saved) and verbose:
         return f"Saved {event.path} ({event.what}, {human_bytes(event.bytes)})"

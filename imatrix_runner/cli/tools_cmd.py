@@ -20,7 +20,7 @@ _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 @click.group()
 def tools() -> None:
-    """llama.cpp's programs: locate, build, install."""
+    """llama.cpp's programs: locate, build, install. They convert Hugging Face models and serve --engine binaries."""
 
 
 @tools.command(cls=SettingsCommand)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from imatrix_runner.events import Sink
+from imatrix_runner.toolchain.probe import QuantType
 
 
 @dataclass(frozen=True)
 class CollectOptions:
     """How chunks are computed; names and defaults are llama-imatrix's.
 
-    ``n_gpu_layers`` is llama.cpp's ``-ngl`` as typed (a number, ``auto`` or ``all``; empty: its default).
-    ``extra`` are further llama.cpp options, passed through unread.
+    ``n_gpu_layers`` is llama.cpp's ``-ngl`` as typed (a number, ``auto`` or ``all``), ``tensor_split`` its ``-ts``,
+    ``split_mode`` its ``-sm``, ``main_gpu`` its ``-mg``, ``override_tensors`` its ``-ot`` (each ``REGEX=BUFFER``),
+    ``flash_attn`` its ``-fa`` (``on``, ``off``, ``auto``); empty or None: llama.cpp's default.
+    ``extra`` are further llama-imatrix options, passed through unread.
     """
 
     n_ctx: int = 512
@@ -23,10 +27,26 @@ class CollectOptions:
     n_ubatch: int = 512
     threads: int | None = None
     n_gpu_layers: str = ""
+    tensor_split: str = ""
+    split_mode: str = ""
+    main_gpu: int | None = None
+    override_tensors: tuple[str, ...] = ()
+    flash_attn: str = ""
+    mmap: bool = True
     parse_special: bool = False
     process_output: bool = False
     ppl: bool = True
     extra: tuple[str, ...] = ()
+
+    @property
+    def chunks_at_once(self) -> int:
+        """llama-imatrix computes so many chunks side by side, as sequences of one batch."""
+        return max(1, self.n_batch // self.n_ctx)
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of a chunk that count for the perplexity: the second half's predictions."""
+        return self.n_ctx - 1 - self.n_ctx // 2
 
 
 @dataclass(frozen=True)
@@ -40,29 +60,72 @@ class ChunkRange:
     def end(self) -> int:
         return self.first + self.count
 
+    @property
+    def file_name(self) -> str:
+        """``000012-000024.gguf``"""
+        return f"{self.first:06d}-{self.end:06d}.gguf"
+
 
 @dataclass(frozen=True)
 class CollectJob:
-    """Collect one range of chunks into one complete imatrix file ``out``."""
+    """Collect ``ranges`` of chunks in the order given, each into one complete imatrix file ``folder / range.file_name``.
+
+    ``fingerprint`` stands for everything the sums depend on: an engine may leave unfinished work in ``folder`` and continue
+    from it, exactly, when the same fingerprint comes again.
+    """
 
     step: str
     model: Path
     text: Path
-    out: Path
-    chunks: ChunkRange
+    ranges: tuple[ChunkRange, ...]
+    folder: Path
     options: CollectOptions
+    fingerprint: str
     log: Path | None
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What a finished :class:`CollectJob` measured. ``ppl`` is the perplexity (None when not asked for) of the range's first
-    ``ppl_chunks``: llama-imatrix may lose its last lines, and the rest of the range with them."""
+class Perplexity:
+    """Negative log-likelihoods of scored tokens, summed: ``nll`` and their squares (None where the tool does not tell)."""
 
+    nll: float = 0.0
+    nll2: float | None = 0.0
+    tokens: int = 0
+
+    def __add__(self, other: Perplexity) -> Perplexity:
+        squares = None if self.nll2 is None or other.nll2 is None else self.nll2 + other.nll2
+        return Perplexity(self.nll + other.nll, squares, self.tokens + other.tokens)
+
+    @property
+    def value(self) -> float | None:
+        """exp(mean nll); None when nothing was scored."""
+        return math.exp(min(self.nll / self.tokens, 700.0)) if self.tokens else None
+
+    @property
+    def error(self) -> float | None:
+        """llama-imatrix's ``+/-``: the standard error of the mean nll times the perplexity."""
+        if self.nll2 is None or self.tokens < 2 or self.value is None:
+            return None
+        variance = self.nll2 / self.tokens - (self.nll / self.tokens) ** 2
+        return math.sqrt(variance / (self.tokens - 1)) * self.value if variance > 0 else None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One finished range: its file (sums and counts of just these chunks) and what was measured on the way.
+
+    ``perplexity`` may cover fewer chunks than the range: llama-imatrix loses its last lines now and then.
+    """
+
+    chunks: ChunkRange
+    path: Path
     seconds: float
     load_seconds: float
-    ppl: float | None
-    ppl_chunks: int
+    perplexity: Perplexity
+
+
+OnPiece = Callable[[Piece], bool]
+"""Hears of every finished range, in order; false ends the job: what it has is enough."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +208,24 @@ class Engine(Protocol):
         """Tokens of ``text`` as the model's own tokenizer and the collector see them (BOS included)."""
         ...
 
-    def collect(self, job: CollectJob, sink: Sink) -> Collected: ...
+    @property
+    def types(self) -> tuple[QuantType, ...]:
+        """Every quantisation type that can be made, with llama-quantize's names."""
+        ...
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The GPUs it sees, one line each."""
+        ...
+
+    def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:
+        """Compute the job's ranges. Progress counts the chunks done of the whole job; a stop ends it after what can be kept."""
+        ...
 
     def dry_run(self, job: QuantizeJob) -> DryRun: ...
 
     def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized: ...
+
+    def command(self, job: QuantizeJob) -> str:
+        """A line that whoever has llama.cpp's programs could type to get the same file: for the journal."""
+        ...

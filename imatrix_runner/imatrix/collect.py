@@ -1,105 +1,52 @@
 """Collecting an imatrix in chunk ranges that add up exactly, whichever engine computes them.
 
-llama-imatrix's own mid-run saves are torn, so a range is only ever taken from a run that ended well; each is a complete
-file of its own. The final matrix is their sum in float64, in order: an interrupted collection and an undisturbed one go
-through the same ranges and therefore end with the same bytes.
+The engine gives a complete file for every range; here each is checked and added, in float64 and in order, to the one
+checkpoint, and what comes next is decided from that checkpoint alone. So a collection that was killed and one that nobody
+disturbed go through the same ranges, add the same numbers in the same order, stop at the same chunk, and end with the same
+bytes.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.calibration.corpus import Corpus, stage
-from imatrix_runner.engines.base import ChunkRange, Collected, CollectJob, CollectOptions, Engine
-from imatrix_runner.errors import InvalidDataError, NoSpaceError
-from imatrix_runner.events import Event, Finished, Metric, Notice, Progress, Saved, Sink, Started, warning
-from imatrix_runner.files import human_seconds, require_space, sha256, stamp, sync_file
+from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Engine, Perplexity, Piece
+from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError
+from imatrix_runner.events import Event, Finished, Metric, Notice, Progress, Saved, Sink, Started, info, warning
+from imatrix_runner.files import human_seconds, publish, require_space, sha256, stamp
+from imatrix_runner.imatrix import checkpoint as checkpoints
+from imatrix_runner.imatrix.checkpoint import Checkpoint
+from imatrix_runner.imatrix.chunks import RELOAD_SHARE, ChunkPlan, count_chunks, counted_tokens
+from imatrix_runner.imatrix.convergence import Point, Uncovered, converged, estimate, point, uncovered
 from imatrix_runner.imatrix.formats import prepare_gguf, read
-from imatrix_runner.imatrix.matrix import Matrix, add, held, problems
+from imatrix_runner.imatrix.matrix import Entry, Matrix, add, entry_problem
 from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
 from imatrix_runner.workspace import Workspace
 
 STEP = "imatrix"
 
-# For the size of ranges only, where it must be the same in every run and so may not be measured: what starting and reading
-# cost, and what machines compute, in orders of magnitude.
-_START_SECONDS = 0.3
-_LOAD_BYTES_PER_SECOND = 1.5e9
-_CPU_FLOPS = 2e11
-_GPU_FLOPS = 2e13
-_RELOAD_SHARE = 0.03
-_LEAST_RANGE = 10
+_TEXT = "calibration.txt"
+_CHECKPOINT = "checkpoint.gguf"
 
-# Files of ranges read at once; beyond that their sum so far is kept in memory.
-_MOST_OPEN = 64
+CHEAP_CURVE_BYTES = 256 << 20
+"""Up to this size of a matrix the curve of convergence is kept even if nobody asked for it."""
 
-
-@dataclass(frozen=True)
-class ChunkPlan:
-    """The ranges to compute, in order; ``snapshots``: after how many chunks a whole intermediate file is left."""
-
-    ranges: tuple[ChunkRange, ...]
-    snapshots: tuple[int, ...]
-    n_tokens: int
-
-    @property
-    def n_chunks(self) -> int:
-        return sum(piece.count for piece in self.ranges)
-
-    def describe(self) -> str:
-        return ",".join(f"{piece.first}-{piece.end}" for piece in self.ranges)
-
-
-def range_chunks(n_params: int, n_bytes: int, options: CollectOptions, *, gpu: bool) -> int:
-    """How many chunks a range should have so that loading the model costs about 3 % of computing it.
-
-    Depends only on the model and the options, never on a clock. ``n_params`` are those active per token.
-    """
-    load = _START_SECONDS + n_bytes / _LOAD_BYTES_PER_SECOND
-    chunk = 2 * n_params * options.n_ctx / (_GPU_FLOPS if gpu else _CPU_FLOPS)
-    at_once = max(1, options.n_batch // options.n_ctx)
-    return math.ceil(max(_LEAST_RANGE, load / _RELOAD_SHARE / chunk) / at_once) * at_once
-
-
-def plan_chunks(
-    n_tokens: int, n_ctx: int, *, first: int = 0, limit: int | None = None, range_size: int, save_frequency: int = 0
-) -> ChunkPlan:
-    """Cut the text into ranges.
-
-    ``first`` chunks are skipped, at most ``limit`` computed. llama-imatrix starts at chunk K > 0 only if
-    ``(K + 2) * n_ctx < n_tokens``, so the tail joins the range before it. Raises :class:`InvalidDataError` if the text is
-    too short.
-    """
-    in_text = n_tokens // n_ctx
-
-    def can_start(chunk: int) -> bool:
-        return chunk == 0 or (chunk + 2) * n_ctx < n_tokens
-
-    if in_text < 2 or not can_start(first):
-        skipped = f", of which {first} are to be skipped" if first else ""
-        raise InvalidDataError(
-            "The calibration text is too short",
-            f"it has {n_tokens} tokens, {in_text} chunks of {n_ctx}{skipped}; at least 2 must remain",
-            "Give a longer text with -f, a smaller context with -c, or a smaller --chunk.",
-        )
-    count = in_text - first if limit is None else min(limit, in_text - first)
-    marks = set(range(range_size, count, range_size))
-    snapshots = (
-        [done for done in range(save_frequency, count, save_frequency) if can_start(first + done)] if save_frequency else []
-    )
-    starts = sorted({0, *(mark for mark in marks if can_start(first + mark)), *snapshots})
-    ends = [*starts[1:], count]
-    ranges = tuple(ChunkRange(first + begin, end - begin) for begin, end in zip(starts, ends, strict=True))
-    return ChunkPlan(ranges, tuple(snapshots), n_tokens)
+_TOLD = 5
 
 
 @dataclass(frozen=True)
 class CollectRequest:
-    """A matrix to make: of which model and text, how, cut how, and where it goes. ``n_bytes``: about the size of its file;
-    ``check_unchanged`` raises when the model is no longer the one of ``inputs``."""
+    """A matrix to make: of which model and text, how, cut how, and where it goes.
+
+    ``inputs`` name everything it depends on; ``n_bytes`` is about the size of its file; ``check_unchanged`` raises when the
+    model is no longer the one of ``inputs``. ``tolerance`` ends it before the plan's chunks once the matrix no longer moves
+    by more; with ``least_tokens`` it goes on after that until every expert saw so many, or the text ends.
+    """
 
     model: Path
     corpus: Corpus
@@ -109,192 +56,312 @@ class CollectRequest:
     inputs: Mapping[str, str]
     n_bytes: int
     check_unchanged: Callable[[], None]
+    tolerance: float | None = None
+    least_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class CollectResult:
-    """The finished matrix, and what making it measured; ``ppl`` is the perplexity of ``ppl_chunks`` of its chunks."""
+    """The finished matrix, and what making it measured. ``stopped`` tells why it has the ranges it has: ``chunks`` (all that
+    were asked for), ``converged``, ``covered`` (every expert met after that) or ``text`` (which ended before they were)."""
 
     matrix: Matrix
+    ranges: tuple[ChunkRange, ...]
+    stopped: str
     seconds: float
     load_seconds: float
-    ppl: float | None
-    ppl_chunks: int
-
-
-class _RunningPerplexity:
-    """Joins the perplexities of ranges: each chunk counts equally many tokens, so their logarithms average."""
-
-    def __init__(self) -> None:
-        self.chunks, self._nll = 0, 0.0
-
-    def with_range(self, chunks: int, ppl: float | None) -> float | None:
-        if ppl is None or not chunks or not ppl > 0:
-            return None
-        return math.exp((self._nll + chunks * math.log(ppl)) / (self.chunks + chunks))
-
-    def close_range(self, chunks: int, ppl: float | None) -> None:
-        if ppl is not None and ppl > 0:
-            self.chunks += chunks
-            self._nll += chunks * math.log(ppl)
+    perplexity: Perplexity
+    curve: tuple[Point, ...]
 
     @property
-    def value(self) -> float | None:
-        return math.exp(self._nll / self.chunks) if self.chunks else None
-
-    def summary(self, n_chunks: int) -> list[str]:
-        """``PPL 114.4703``, and of how many chunks where that is not all of them."""
-        return [_note(self.value) + (f" over {self.chunks} chunks" if self.chunks < n_chunks else "")] if self.chunks else []
+    def chunks(self) -> int:
+        return count_chunks(self.ranges)
 
 
 def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journal: Journal, sink: Sink) -> CollectResult:
-    """Compute every range not yet there, verify each and sum them; writing ``request.out`` is the caller's."""
-    plan = request.plan
-    text = workspace.parts / "calibration.txt"
-    sink(Started(STEP, f"imatrix, {plan.n_chunks} chunks", plan.n_chunks, "chunks"))
-    perplexity = _RunningPerplexity()
-    seconds = load_seconds = 0.0
-    done = reused = 0
-    parts: list[Matrix] = []
-    for piece in plan.ranges:
-        step = f"{STEP}-{piece.first:06d}-{piece.end:06d}"
-        part = workspace.parts / f"{step}.gguf"
-        kept = _kept(step, part, request, workspace, journal, piece)
-        if kept is not None:
-            matrix, collected = kept
-            reused += piece.count
-        else:
-            if not text.exists() or sha256(text) != request.corpus.sha256:
-                stage(request.corpus, text)
-            job = CollectJob(step, request.model, text, part, piece, request.options, workspace.log(STEP))
-            try:
-                collected = engine.collect(job, _relay(sink, done, plan.n_chunks, perplexity))
-            except NoSpaceError:
-                require_space(part, request.n_bytes, "the imatrix")  # the same, with figures
-                raise
-            request.check_unchanged()
-            matrix = _check(part, piece, request)
-            _record(step, part, request, workspace, journal, collected)
-        seconds += collected.seconds
-        load_seconds += collected.load_seconds
-        perplexity.close_range(collected.ppl_chunks, collected.ppl)
-        done += piece.count
-        parts.append(matrix)
-        if len(parts) == _MOST_OPEN:
-            parts = [held(add(parts))]
-        sink(Progress(STEP, done, plan.n_chunks, _note(perplexity.value)))
-        if done in plan.snapshots:
-            _snapshot(_named(add(parts), request), done, request, workspace, journal, sink)
-    result = _named(add(parts), request)
-    _advise(plan, seconds, load_seconds, sink)
-    told = [f"{plan.n_chunks} chunks", f"{len(result.entries)} entries"]
-    told += [f"{reused} chunks kept"] if reused else []
-    told += perplexity.summary(plan.n_chunks)
-    sink(Finished(STEP, "done", ", ".join(told), seconds))
-    return CollectResult(result, seconds, load_seconds, perplexity.value, perplexity.chunks)
+    """Compute every range that is not in the checkpoint yet; writing ``request.out`` is the caller's.
 
-
-def _snapshot(matrix: Matrix, done: int, request: CollectRequest, workspace: Workspace, journal: Journal, sink: Sink) -> None:
-    """Leave the whole matrix of the first ``done`` chunks beside the final file; one of ours may be replaced, no other."""
-    final = request.out.with_name(f"{request.out.name}.at_{done}")
-    step = f"snapshot {final}"
-    record = journal.get(step)
-    if record is not None and not differences(record, request.inputs) and outputs_intact(record, workspace.root):
-        return
-    part = prepare_gguf(matrix, final)
-    output = Output(workspace.name_of(final), stamp(part))
-    journal.conclude(step, Record.now(request.inputs, [output], f"a snapshot after {done} chunks", 0.0), [(part, final)])
-    sink(Saved(str(final), f"imatrix of the first {done} chunks", output.stamp.size))
-
-
-def clean_parts(workspace: Workspace, journal: Journal) -> None:
-    """Forget the ranges once the final file is recorded: they have served."""
-    for step in [name for name in journal.steps() if name.startswith(f"{STEP}-")]:
-        journal.forget(step)
-    if workspace.parts.is_dir():
-        for path in workspace.parts.iterdir():
-            path.unlink()
-        workspace.parts.rmdir()
-
-
-def _kept(
-    step: str, part: Path, request: CollectRequest, workspace: Workspace, journal: Journal, piece: ChunkRange
-) -> tuple[Matrix, Collected] | None:
-    """A range that an earlier run finished, and what it measured; it took no time of this run."""
-    record = journal.get(step)
-    if record is None or differences(record, request.inputs) or not outputs_intact(record, workspace.root):
-        return None
-    ppl, chunks = record.facts.get("ppl"), record.facts.get("ppl_chunks")
-    if not isinstance(ppl, float) or not isinstance(chunks, int):
-        ppl, chunks = None, 0
-    return _check(part, piece, request), Collected(0.0, 0.0, ppl, chunks)
-
-
-def _record(
-    step: str, part: Path, request: CollectRequest, workspace: Workspace, journal: Journal, collected: Collected
-) -> None:
-    sync_file(part)
-    name = str(part.relative_to(workspace.root))
-    facts: dict[str, object] = {"ppl": collected.ppl, "ppl_chunks": collected.ppl_chunks}
-    journal.record(
-        step, Record.now(request.inputs, [Output(name, stamp(part))], "part of the imatrix", collected.seconds, facts=facts)
+    The entries of the result are read from the checkpoint, so it must stay until they were written.
+    """
+    n_chunks = request.plan.n_chunks
+    sink(Started(STEP, f"imatrix, {n_chunks} chunks", n_chunks, "chunks"))
+    work = _Collection(request, workspace, journal, sink)
+    kept = work.checkpoint.chunks
+    if not work.over:
+        work.compute(engine)
+    state = work.checkpoint
+    assert state.matrix is not None
+    if engine.name == "binaries":
+        _advise(state, sink)
+    work.tell_uncovered()
+    result = CollectResult(
+        work.named(state.matrix),
+        state.done,
+        work.stopped,
+        state.seconds,
+        state.load_seconds,
+        state.perplexity,
+        state.curve,
     )
+    sink(Finished(STEP, "done", ", ".join(_summary(result, request, kept)), state.seconds))
+    return result
 
 
-def _check(part: Path, piece: ChunkRange, request: CollectRequest) -> Matrix:
-    """A range counts only if its file is whole: the tool ignores write errors and still exits with 0."""
-    try:
-        matrix = read(part).matrix
-        bad = problems(matrix)
-    except InvalidDataError as error:
-        bad = [error.why]
-    # A weight used twice in one graph counts twice, so whole multiples are right too.
-    if not bad and (matrix.chunk_count < piece.count or matrix.chunk_count % piece.count):
-        bad = [f"it holds {matrix.chunk_count} chunks instead of {piece.count}"]
-    if not bad and matrix.chunk_size != request.options.n_ctx:
-        bad = [f"its chunks have {matrix.chunk_size} tokens instead of {request.options.n_ctx}"]
-    if bad:
-        require_space(part, request.n_bytes, "the imatrix")
-        part.unlink(missing_ok=True)
-        raise InvalidDataError(
-            f"The imatrix of chunks {piece.first} to {piece.end - 1} is not usable",
-            "; ".join(bad[:3]),
-            "If it holds NaN, the model overflows: try its BF16 file. Otherwise check the disk and run the same command again.",
+def clean_parts(workspace: Workspace) -> None:
+    """Remove the checkpoint and all beside it once the final file is recorded: they have served."""
+    if workspace.parts.is_dir():
+        shutil.rmtree(workspace.parts)
+
+
+class _Collection:
+    """One collection on its way: the checkpoint as it lies on the disk, and what follows from it."""
+
+    def __init__(self, request: CollectRequest, workspace: Workspace, journal: Journal, sink: Sink) -> None:
+        self._request, self._workspace, self._journal, self._sink = request, workspace, journal, sink
+        self._path = workspace.parts / _CHECKPOINT
+        self._inputs = dict(request.inputs)
+        if request.plan.snapshots:
+            # They are left on the way: a collection that began for another place has left them there.
+            self._inputs["snapshots"] = workspace.name_of(request.out)
+        self.checkpoint, trouble = checkpoints.resume(self._path, self._inputs, request.plan.ranges)
+        if trouble:
+            sink(info(f"The unfinished imatrix in the workspace cannot be continued, it starts anew ({trouble})"))
+        self._tidy(everything=bool(trouble))
+        if self.checkpoint.done:
+            self._leave_snapshot()  # a kill may have come between the checkpoint and it
+
+    def _tidy(self, *, everything: bool) -> None:
+        """Remove the pieces that are in the checkpoint, or, with it, everything of another collection."""
+        if everything:
+            clean_parts(self._workspace)
+        for chunks in self.checkpoint.done:
+            (self._workspace.parts / chunks.file_name).unlink(missing_ok=True)
+
+    @property
+    def over(self) -> bool:
+        return bool(self.stopped)
+
+    @property
+    def stopped(self) -> str:
+        """Why the collection is over (see :class:`CollectResult`); empty while it is not. Follows from the checkpoint."""
+        plan, state = self._request.plan, self.checkpoint
+        tolerance = self._request.tolerance
+        chunks = converged(state.curve, tolerance) if tolerance is not None else None
+        enough = plan.n_chunks if chunks is None else min(chunks, plan.n_chunks)
+        if state.chunks < enough:
+            return ""
+        if self.uncovered():
+            return "text" if len(state.done) == len(plan.ranges) else ""
+        if state.chunks > enough:
+            return "covered"
+        return "chunks" if chunks is None else "converged"
+
+    def uncovered(self) -> list[Uncovered]:
+        matrix, least = self.checkpoint.matrix, self._request.least_tokens
+        return uncovered(matrix, least) if matrix is not None and least else []
+
+    def compute(self, engine: Engine) -> None:
+        """Have the engine do what is left, until it is enough."""
+        request, parts = self._request, self._workspace.parts
+        text = parts / _TEXT
+        if not text.exists() or sha256(text) != request.corpus.sha256:
+            stage(request.corpus, text)
+        left = request.plan.ranges[len(self.checkpoint.done) :]
+        fingerprint = checkpoints.fingerprint(self._inputs)
+        log = self._workspace.log(STEP)
+        job = CollectJob(STEP, request.model, text, left, parts, request.options, fingerprint, log)
+        try:
+            engine.collect(job, self._relay(), self._take)
+        except NoSpaceError:
+            require_space(self._path, 2 * request.n_bytes, "the imatrix")  # the same, with figures
+            raise
+        if not self.over:
+            raise EngineError(
+                f"The {engine.name} engine ended early",
+                f"{self.checkpoint.chunks} of {request.plan.n_chunks} chunks are done",
+                f"Run the same command again: it continues. Full log: {log}",
+            )
+
+    def _take(self, piece: Piece) -> bool:
+        """Check a finished range and put it into the checkpoint; false when it is enough."""
+        request = self._request
+        request.check_unchanged()
+        expected = request.plan.ranges[len(self.checkpoint.done)]
+        if piece.chunks != expected:
+            raise EngineError(
+                "The engine mixed up its ranges",
+                f"chunks {piece.chunks.first} to {piece.chunks.end - 1} came where {expected.first} should have begun",
+                "Run the same command again: it continues.",
+            )
+        self._include(piece)
+        piece.path.unlink(missing_ok=True)
+        chunks, total = self.checkpoint.chunks, request.plan.n_chunks
+        self._sink(Progress(STEP, chunks, max(chunks, total), _note(self.checkpoint.perplexity)))
+        self._leave_snapshot()
+        return not self.over
+
+    def _include(self, piece: Piece) -> None:
+        """The next checkpoint replaces the old one; nothing of either stays open, as Windows wants it."""
+        matrix, errors = self._examine(piece)
+        chunks = self.checkpoint.chunks + piece.chunks.count
+        following = self.checkpoint.with_piece(piece, matrix, point(chunks, errors))
+        part = checkpoints.prepare(following, self._path)
+        self.checkpoint = replace(following, matrix=None)
+        del following, matrix
+        publish(part, self._path)
+        self.checkpoint = replace(self.checkpoint, matrix=read(self._path, exact=True).matrix)
+
+    def _examine(self, piece: Piece) -> tuple[Matrix, list[tuple[str, float]]]:
+        """A range counts only if its file is whole: llama-imatrix ignores write errors and still exits with 0.
+
+        In the same pass over its entries the estimated errors of the sum with it (:mod:`imatrix_runner.imatrix.convergence`).
+        """
+        request, before = self._request, self.checkpoint.matrix
+        watched = before is not None and (request.tolerance is not None or request.n_bytes <= CHEAP_CURVE_BYTES)
+        chunks = self.checkpoint.chunks + piece.chunks.count
+        bad: list[str] = []
+        errors: list[tuple[str, float]] = []
+        matrix: Matrix | None = None
+        try:
+            matrix = read(piece.path, exact=True).matrix
+            foreign = _miscounted(matrix, piece.chunks, request.options)
+            if before is not None and not foreign:
+                add([before, matrix])  # for what it refuses
+            for name in matrix.entries:
+                entry = matrix.entries[name]
+                if problem := entry_problem(name, entry):
+                    bad.append(problem)
+                elif watched and not foreign and before is not None and name in before.entries:
+                    old = before.entries[name]
+                    new = Entry(old.sums + entry.sums, old.counts + entry.counts)
+                    errors.append((name, estimate(old, new, chunks, piece.chunks.count)))
+            bad += foreign
+        except InvalidDataError as error:
+            bad.append(error.why)
+        if bad or matrix is None:
+            require_space(piece.path, request.n_bytes, "the imatrix")
+            piece.path.unlink(missing_ok=True)
+            raise InvalidDataError(
+                f"The imatrix of chunks {piece.chunks.first} to {piece.chunks.end - 1} is not usable",
+                "; ".join(bad[:3]),
+                "If it holds NaN, the model overflows: try its BF16 file. Otherwise check the disk and run the same command "
+                "again.",
+            )
+        return matrix, errors
+
+    def _leave_snapshot(self) -> None:
+        """Leave the whole matrix so far beside the final file, where the plan wants one; one of ours may be replaced, no
+        other."""
+        request, state = self._request, self.checkpoint
+        if state.chunks not in request.plan.snapshots or state.matrix is None:
+            return
+        final = request.out.with_name(f"{request.out.name}.at_{state.chunks}")
+        step = f"snapshot {final}"
+        record = self._journal.get(step)
+        root = self._workspace.root
+        if record is not None and not differences(record, request.inputs) and outputs_intact(record, root):
+            return
+        part = prepare_gguf(self.named(state.matrix), final)
+        output = Output(self._workspace.name_of(final), stamp(part))
+        reason = f"a snapshot after {state.chunks} chunks"
+        self._journal.conclude(step, Record.now(request.inputs, [output], reason, 0.0), [(part, final)])
+        self._sink(Saved(str(final), f"imatrix of the first {state.chunks} chunks", output.stamp.size))
+
+    def named(self, matrix: Matrix) -> Matrix:
+        """With the text's own name: ranges were read from a staged copy, and a user's folders are nobody's business."""
+        return replace(matrix, datasets=(self._request.corpus.name,))
+
+    def _relay(self) -> Sink:
+        """Turns the events of the engine's job into those of the whole collection, which may have begun before."""
+        base, before = self.checkpoint.chunks, self.checkpoint.perplexity
+        total, scored = self._request.plan.n_chunks, self._request.options.scored_tokens
+        ppl = Perplexity()
+        last: float | None = None
+
+        def relay(event: Event) -> None:
+            nonlocal last, ppl
+            if isinstance(event, Metric) and event.name == "ppl":
+                last = event.value
+            elif isinstance(event, Progress):
+                if last is not None:
+                    ppl = before + _as_sums(last, int(event.done) * scored)
+                done = base + event.done
+                self._sink(Progress(STEP, done, max(done, total), _note(ppl)))
+            elif isinstance(event, (Notice, Saved)):
+                self._sink(event)
+
+        return relay
+
+    def tell_uncovered(self) -> None:
+        """Which experts the text was too short for."""
+        found = self.uncovered()
+        if not found:
+            return
+        # The tensors of one layer's experts are routed together: the first tells for all that are alike.
+        alike = {(item.tensor.rpartition(".")[0], item.experts, item.tokens): item for item in reversed(found)}
+        told = sorted(alike.values(), key=lambda item: found.index(item))
+        more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+        self._sink(
+            warning(
+                f"The text ended before every expert saw {self._request.least_tokens} tokens: "
+                + "; ".join(item.describe() for item in told[:_TOLD])
+                + more
+            )
         )
-    return matrix
 
 
-def _named(matrix: Matrix, request: CollectRequest) -> Matrix:
-    """With the text's own name: ranges were read from a staged copy, and a user's folders are nobody's business."""
-    return Matrix(matrix.entries, matrix.chunk_size, matrix.chunk_count, (request.corpus.name,))
+def _miscounted(matrix: Matrix, chunks: ChunkRange, options: CollectOptions) -> list[str]:
+    """Whether a range's file tells of other chunks than its own."""
+    if matrix.chunk_size != options.n_ctx:
+        return [f"its chunks have {matrix.chunk_size} tokens instead of {options.n_ctx}"]
+    # Experts see what is routed to them; every token goes through the others.
+    dense = [int(matrix.counts(name)[0]) for name in matrix.entries if matrix.counts(name).size == 1]
+    expected = counted_tokens(chunks.count, options)
+    if dense and not any(max(dense) and max(dense) % tokens == 0 for tokens in expected):
+        return [f"it counted {max(dense)} tokens instead of {max(expected, default=0)}"]
+    return [] if matrix.entries else ["it has no entries"]
 
 
-def _relay(sink: Sink, base: int, total: int, perplexity: _RunningPerplexity) -> Sink:
-    """Turns the events of one range into those of the whole collection."""
-    last: float | None = None
-
-    def relay(event: Event) -> None:
-        nonlocal last
-        if isinstance(event, Metric) and event.name == "ppl":
-            last = event.value
-        elif isinstance(event, Progress):
-            sink(Progress(STEP, base + event.done, total, _note(perplexity.with_range(int(event.done), last))))
-        elif isinstance(event, (Notice, Saved)):
-            sink(event)
-
-    return relay
+def _as_sums(ppl: float, tokens: int) -> Perplexity:
+    return Perplexity(math.log(ppl) * tokens, None, tokens) if 0 < ppl < math.inf else Perplexity()
 
 
-def _note(ppl: float | None) -> str:
-    return f"PPL {ppl:.4f}" if ppl is not None else ""
+def _note(perplexity: Perplexity) -> str:
+    return f"PPL {perplexity.value:.4f}" if perplexity.value is not None else ""
 
 
-def _advise(plan: ChunkPlan, seconds: float, load_seconds: float, sink: Sink) -> None:
-    if len(plan.ranges) > 1 and seconds > 60 and load_seconds > _RELOAD_SHARE * seconds:
-        share = 100 * load_seconds / seconds
+def _summary(result: CollectResult, request: CollectRequest, kept: int) -> list[str]:
+    """The phrases of the line that ends it."""
+    told = [f"{result.chunks} chunks", f"{len(result.matrix.entries)} entries"]
+    told += [f"{kept} chunks kept"] if kept else []
+    told += _perplexity(result.perplexity, result.chunks, request.options)
+    if request.tolerance is not None:
+        chunks = converged(result.curve, request.tolerance)
+        how = f"converged after {chunks} of {request.plan.n_chunks} chunks" if chunks is not None else "not converged"
+        for last in [item for item in result.curve if chunks is None or item.chunks == chunks][-1:]:
+            how += f": worst {last.worst:.3f} ({last.tensor}), median {last.median:.3f}"
+        told.append(how)
+    if request.least_tokens and result.stopped != "text":
+        told.append(f"every expert saw at least {request.least_tokens} tokens")
+    return told
+
+
+def _perplexity(perplexity: Perplexity, n_chunks: int, options: CollectOptions) -> list[str]:
+    """``PPL 10.5300 +/- 0.0123``, and of how many chunks where that is not all of them."""
+    if perplexity.value is None:
+        return []
+    error = f" +/- {perplexity.error:.4f}" if perplexity.error is not None else ""
+    chunks = perplexity.tokens // options.scored_tokens
+    return [_note(perplexity) + error + (f" over {chunks} chunks" if chunks < n_chunks else "")]
+
+
+def _advise(state: Checkpoint, sink: Sink) -> None:
+    if len(state.done) > 1 and state.seconds > 60 and state.load_seconds > RELOAD_SHARE * state.seconds:
+        share = 100 * state.load_seconds / state.seconds
         sink(
             warning(
-                f"Loading the model for each of {len(plan.ranges)} ranges took {human_seconds(load_seconds)}, {share:.0f} % of "
-                "the time; a larger --output-frequency saves most of it, at the price of losing more when interrupted."
+                f"Loading the model for each of {len(state.done)} ranges took {human_seconds(state.load_seconds)}, "
+                f"{share:.0f} % of the time; a larger --output-frequency saves most of it, at the price of losing more when "
+                "interrupted."
             )
         )

@@ -6,7 +6,7 @@ Both are untrusted input: every length is checked against the file's size before
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,15 +52,18 @@ class MatrixFile:
         return f"{kind}, {len(matrix.entries)} entries, {matrix.chunk_count} chunks{size}, {names}"
 
 
-def read(path: Path) -> MatrixFile:
-    """Read an imatrix of either format. Raises :class:`InvalidDataError`, which says what the file is instead."""
+def read(path: Path, *, exact: bool = False) -> MatrixFile:
+    """Read an imatrix of either format. Raises :class:`InvalidDataError`, which says what the file is instead.
+
+    ``exact`` also admits F64 sums with I64 counts: what our own checkpoints hold, and llama-quantize refuses.
+    """
     try:
         with path.open("rb") as handle:
             magic = handle.read(4)
     except OSError as error:
         raise _bad(path, error.strerror or str(error), "Give the path of an imatrix file.") from error
     if magic == b"GGUF":
-        return MatrixFile(path, "gguf", _read_gguf(path))
+        return MatrixFile(path, "gguf", _read_gguf(path, exact=exact))
     if not magic.strip(b"\0"):
         raise _bad(path, "the file is empty or filled with zeros: an interrupted download or save left it")
     return MatrixFile(path, "dat", _read_dat(path))
@@ -72,7 +75,7 @@ def _bad(
     return InvalidDataError(f"{path} is not a usable imatrix", why, todo)
 
 
-def _read_gguf(path: Path) -> Matrix:
+def _read_gguf(path: Path, *, exact: bool) -> Matrix:
     header = read_header(path)
     sums = {tensor.name[: -len(SUMS)]: tensor for tensor in header.tensors if tensor.name.endswith(SUMS)}
     counts = {tensor.name[: -len(COUNTS)]: tensor for tensor in header.tensors if tensor.name.endswith(COUNTS)}
@@ -89,7 +92,7 @@ def _read_gguf(path: Path) -> Matrix:
     if not isinstance(datasets, (list, tuple)):
         raise _bad(path, f"{DATASETS} is not a list of names")
     file = OpenFile(path)
-    places = {name: _gguf_place(file, header, name, sums[name], counts[name]) for name in sums}
+    places = {name: _gguf_place(file, header, name, sums[name], counts[name], exact=exact) for name in sums}
     return Matrix(
         StoredEntries(file, places),
         _whole(path, header, CHUNK_SIZE),
@@ -105,16 +108,20 @@ def _whole(path: Path, header: GgufHeader, key: str) -> int:
     return value
 
 
-def _gguf_place(file: OpenFile, header: GgufHeader, name: str, sums: TensorInfo, counts: TensorInfo) -> Place:
-    if sums.type_name != "F32" or counts.type_name != "F32":
+def _gguf_place(file: OpenFile, header: GgufHeader, name: str, sums: TensorInfo, counts: TensorInfo, *, exact: bool) -> Place:
+    kinds = (sums.type_name, counts.type_name)
+    if kinds != ("F32", "F32") and not (exact and kinds == ("F64", "I64")):
         raise _bad(file.path, f"{name} is stored as {sums.type_name}, not F32")
     n_mat = counts.n_elements
     if n_mat == 0 or sums.n_elements == 0 or sums.n_elements % n_mat:
         raise _bad(file.path, f"{name} has {sums.n_elements} sums for {n_mat} counts")
-    tokens = file.floats(header.data_offset + counts.offset, n_mat)
-    if len(tokens) < n_mat or not (np.abs(tokens) <= _MAX_COUNT).all():
+    whole = kinds[1] == "I64"
+    at = header.data_offset + counts.offset
+    tokens = file.integers(at, n_mat) if whole else file.floats(at, n_mat)
+    if not ((tokens >= -_MAX_COUNT) & (tokens <= _MAX_COUNT)).all():
         raise _bad(file.path, f"{name} has a count that is NaN, infinite or absurd")
-    return Place(header.data_offset + sums.offset, sums.n_elements // n_mat, np.rint(tokens).astype(np.int64))
+    found = np.rint(tokens).astype(np.int64)
+    return Place(header.data_offset + sums.offset, sums.n_elements // n_mat, found, "<f8" if whole else "<f4")
 
 
 class _Cursor:
@@ -188,34 +195,40 @@ def write_gguf(matrix: Matrix, path: Path) -> None:
     publish(prepare_gguf(matrix, path), path)
 
 
-def prepare_gguf(matrix: Matrix, path: Path) -> Path:
-    """Write what shall become ``path`` beside it, and say where; :func:`publish` gives it its name."""
+def prepare_gguf(matrix: Matrix, path: Path, *, exact: bool = False, facts: Mapping[str, str] | None = None) -> Path:
+    """Write what shall become ``path`` beside it, and say where; :func:`publish` gives it its name.
+
+    ``exact``: F64 sums and I64 counts, for ourselves. ``facts`` are further metadata.
+    """
     from gguf import GGUFWriter
 
     class Writer(GGUFWriter):
         def add_architecture(self) -> None:
             """An imatrix has none."""
 
+    kinds = (np.dtype(np.float64), np.dtype(np.int64)) if exact else (np.dtype(np.float32), np.dtype(np.float32))
     with _growing(path) as part:
         writer = Writer(part, "")
         writer.add_type("imatrix")
         writer.add_array(DATASETS, list(matrix.datasets) or [""])  # llama-quantize wants the key, no list may be empty
         writer.add_uint32(CHUNK_COUNT, matrix.chunk_count)
         writer.add_uint32(CHUNK_SIZE, matrix.chunk_size)
+        for key, value in (facts or {}).items():
+            writer.add_string(key, value)
         for name in sorted(matrix.entries):
             if len((name + SUMS).encode()) > MAX_NAME:
                 raise _not_written(f"the name {name} is longer than a GGUF imatrix can hold")
             n_mat, n_columns = matrix.shape(name)
-            writer.add_tensor_info(name + SUMS, (n_mat, n_columns), np.dtype(np.float32), 4 * n_mat * n_columns)
-            writer.add_tensor_info(name + COUNTS, (n_mat, 1), np.dtype(np.float32), 4 * n_mat)
+            writer.add_tensor_info(name + SUMS, (n_mat, n_columns), kinds[0], kinds[0].itemsize * n_mat * n_columns)
+            writer.add_tensor_info(name + COUNTS, (n_mat, 1), kinds[1], kinds[1].itemsize * n_mat)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name in sorted(matrix.entries):
                 entry = matrix.entries[name]
-                writer.write_tensor_data(_float32(name, entry.sums))
-                writer.write_tensor_data(entry.counts.astype(np.float32).reshape(-1, 1))
+                writer.write_tensor_data(entry.sums if exact else _float32(name, entry.sums))
+                writer.write_tensor_data(entry.counts.astype(kinds[1]).reshape(-1, 1))
         finally:
             writer.close()
     return part

@@ -196,12 +196,17 @@ def problems(matrix: Matrix) -> list[str]:
     found: list[str] = []
     if not matrix.entries:
         found.append("it has no entries")
-    for name, entry in matrix.entries.items():
-        if not np.isfinite(entry.sums).all():
-            found.append(f"{name} holds NaN or infinite values")
-        elif (entry.sums < 0).any() or (entry.counts < 0).any():
-            found.append(f"{name} holds negative values")
+    found += filter(None, (entry_problem(name, entry) for name, entry in matrix.entries.items()))
     return found
+
+
+def entry_problem(name: str, entry: Entry) -> str:
+    """What of :func:`problems` concerns one entry; empty when it is well."""
+    if not np.isfinite(entry.sums).all():
+        return f"{name} holds NaN or infinite values"
+    if (entry.sums < 0).any() or (entry.counts < 0).any():
+        return f"{name} holds negative values"
+    return ""
 
 
 def misfits(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

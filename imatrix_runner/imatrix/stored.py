@@ -8,12 +8,15 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.imatrix.matrix import Counts, Entries, Entry
+
+Kind = Literal["<f4", "<f8"]
 
 
 class OpenFile:
@@ -36,23 +39,32 @@ class OpenFile:
                 size -= len(piece)
         return b"".join(pieces)
 
-    def floats(self, offset: int, count: int) -> npt.NDArray[np.float64]:
-        """``count`` little-endian float32 as float64. Raises :class:`InvalidDataError` if the file was cut meanwhile."""
-        data = self.read(offset, 4 * count)
-        if len(data) < 4 * count:
+    def floats(self, offset: int, count: int, kind: Kind = "<f4") -> npt.NDArray[np.float64]:
+        """``count`` little-endian numbers as float64. Raises :class:`InvalidDataError` if the file was cut meanwhile."""
+        return self._numbers(offset, count, kind).astype(np.float64)
+
+    def integers(self, offset: int, count: int) -> npt.NDArray[np.int64]:
+        """``count`` little-endian int64; raises like :meth:`floats`."""
+        return self._numbers(offset, count, "<i8").astype(np.int64)
+
+    def _numbers(self, offset: int, count: int, kind: str) -> npt.NDArray[Any]:
+        size = np.dtype(kind).itemsize * count
+        data = self.read(offset, size)
+        if len(data) < size:
             why = f"it was {self.size} bytes long and now ends earlier"
             raise InvalidDataError(f"{self.path} changed while it was read", why, "Run the same command again.")
         with np.errstate(invalid="ignore"):  # a signalling NaN, which whoever looks at the values will name
-            return np.frombuffer(data, "<f4").astype(np.float64)
+            return np.frombuffer(data, kind)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an entry's sums lie, how many columns each has, and its counts (one per row of sums)."""
+    """Where an entry's sums lie, how many columns each has, its counts (one per row of sums), and how sums are stored."""
 
     offset: int
     n_columns: int
     counts: Counts
+    kind: Kind = "<f4"
 
 
 class StoredEntries(Entries):
@@ -65,7 +77,8 @@ class StoredEntries(Entries):
     def __getitem__(self, name: str) -> Entry:
         place = self._places[name]
         n_mat = len(place.counts)
-        return Entry(self._file.floats(place.offset, n_mat * place.n_columns).reshape(n_mat, -1), place.counts)
+        sums = self._file.floats(place.offset, n_mat * place.n_columns, place.kind)
+        return Entry(sums.reshape(n_mat, -1), place.counts)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

@@ -71,7 +71,7 @@ def resolve_levels(names: Sequence[str], types: Sequence[QuantType]) -> tuple[Le
             near = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.5)
             raise UsageError(
                 f"Unknown level {name!r}",
-                "the llama.cpp tools in use do not offer it" + (f"; near names are {', '.join(near)}" if near else ""),
+                "the llama.cpp in use does not offer it" + (f"; near names are {', '.join(near)}" if near else ""),
                 f"Choose among: {', '.join(sorted(known))}.",
             )
         chosen[level.name] = level

@@ -15,7 +15,8 @@ from imatrix_runner.models.sources import Model, open_gguf
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.recipe import IGNORE_WEIGHTS, usable_weights
 from imatrix_runner.quantize.resolve import Resolved, Resolver
-from imatrix_runner.workflow.context import Context, find_toolchain, make_engine
+from imatrix_runner.workflow.choice import Needs
+from imatrix_runner.workflow.context import Context, settle
 from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest
 from imatrix_runner.workflow.run import choose_levels
 
@@ -49,13 +50,13 @@ def check(path: Path, model_path: Path, levels: LevelsRequest, environment: Envi
     file = read(path.expanduser().absolute())
     model = open_gguf(model_path.expanduser().absolute(), allow_requantize=True)
     coverage = examine(file.matrix, {tensor.name: tensor.shape for tensor in model.tensors})
-    toolchain = find_toolchain(environment)
-    engine = make_engine(environment, toolchain, context.runner(environment))
+    _, choice = settle(environment, Needs(levels.names, n_gpu_layers="0"), context.sink)  # dry runs need no GPU
+    engine = choice.make(context.runner(environment))
     weights = usable_weights(file.matrix, file.path, levels.options)
     resolver = Resolver(
         model, engine, levels.options, file.path, weights if weights.sizes else None, uncovered=levels.uncovered
     )
-    chosen = choose_levels(levels, toolchain, context.sink)
+    chosen = choose_levels(levels, engine.types, context.sink)
     with ThreadPoolExecutor(max_workers=max(1, psutil.cpu_count() or 1)) as pool:
         verdicts = tuple(pool.map(lambda level: _judge(level, resolver.resolve(level, None), coverage), chosen))
     return Checked(file, model, coverage, verdicts)

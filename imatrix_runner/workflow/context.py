@@ -1,20 +1,15 @@
-"""What every workflow needs at hand: the tools, a way to run children, someone to tell."""
+"""What every workflow needs at hand: the engine, a way to run children, someone to tell."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from imatrix_runner.engines.base import Engine
-from imatrix_runner.engines.binaries.engine import BinariesEngine
-from imatrix_runner.errors import ToolchainError
 from imatrix_runner.events import Sink
 from imatrix_runner.journal import Journal
 from imatrix_runner.process import Runner, Stop
-from imatrix_runner.toolchain.locate import locate, require
-from imatrix_runner.toolchain.probe import Toolchain
-from imatrix_runner.toolchain.store import cache_dir
+from imatrix_runner.workflow.choice import Choice, Machine, Needs, choose
 from imatrix_runner.workflow.request import EnvironmentRequest
 from imatrix_runner.workspace import Workspace
 
@@ -32,11 +27,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Session:
-    """One open workspace and everything that works in it. A dry run writes nothing: no journal, no logs, no lock."""
+    """One open workspace and everything that works in it. A dry run writes nothing: no journal, no logs, no lock.
+
+    ``machine`` finds llama.cpp's programs for what no engine does (conversion), when they are first asked for.
+    """
 
     workspace: Workspace
     journal: Journal
-    toolchain: Toolchain
+    machine: Machine
     engine: Engine
     runner: Runner
     sink: Sink
@@ -50,23 +48,10 @@ class Session:
         return None if self.dry_run else self.workspace.log(step)
 
 
-def find_toolchain(request: EnvironmentRequest) -> Toolchain:
-    """The llama.cpp tools to use. Raises :class:`ToolchainError` with every candidate that was turned down."""
-    return require(locate(request.llama_cpp, env=os.environ, cache=cache_dir(os.environ)))
-
-
-def make_engine(request: EnvironmentRequest, toolchain: Toolchain, runner: Runner) -> Engine:
-    """The engine asked for. ``auto`` is the binaries engine."""
-    if request.engine == "embedded":
-        raise ToolchainError(
-            "The embedded engine is not part of this version",
-            f"imatrix-runner {_version()} computes with llama.cpp's own programs only",
-            "Leave --engine out, or use --engine binaries.",
-        )
-    return BinariesEngine(toolchain, runner)
-
-
-def _version() -> str:
-    from imatrix_runner import __version__
-
-    return __version__
+def settle(request: EnvironmentRequest, needs: Needs, sink: Sink) -> tuple[Machine, Choice]:
+    """Decide what computes, and say so where it is worth a line. Raises what :func:`choose` raises."""
+    machine = Machine(request.llama_cpp)
+    choice = choose(request.engine, needs, machine)
+    if choice.notice is not None:
+        sink(choice.notice)
+    return machine, choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +11,16 @@ from imatrix_runner.engines.base import Engine
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Saved, Sink, info, warning
 from imatrix_runner.files import stamp
-from imatrix_runner.imatrix.collect import ChunkPlan, CollectRequest, clean_parts, collect, plan_chunks, range_chunks
+from imatrix_runner.imatrix.chunks import ChunkPlan, describe_ranges, plan_chunks, range_chunks, watched_chunks, whole_batches
+from imatrix_runner.imatrix.collect import CollectRequest, CollectResult, clean_parts, collect
 from imatrix_runner.imatrix.coverage import examine
 from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
-from imatrix_runner.journal import Output, Record, differences, outputs_intact
+from imatrix_runner.journal import Output, Record, describe_changes, differences, outputs_intact
 from imatrix_runner.models.sources import HubId, Model, Source
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.workflow.context import Session
-from imatrix_runner.workflow.plan import ImatrixStep, describe_change
+from imatrix_runner.workflow.plan import ImatrixStep
 from imatrix_runner.workflow.published import obtain_published
 from imatrix_runner.workflow.request import MODES, ImatrixRequest
 from imatrix_runner.workflow.source import Frozen, hash_files
@@ -92,8 +94,8 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
     corpus = open_corpus(request.text or resource(CALIBRATION_TEXT))
     inputs = imatrix_inputs(request, corpus, frozen, session.engine)
     if record is not None and ours and not differences(record, inputs):
-        if workspace.parts.is_dir() and not session.dry_run:
-            clean_parts(workspace, journal)
+        if not session.dry_run:
+            clean_parts(workspace)
         return _use(out, frozen.model, sink, "made before from the same inputs", action="up-to-date")
     if out.exists() and not ours:
         raise InvalidDataError(
@@ -103,9 +105,7 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
         )
     reason = "there is none yet"
     if record is not None and ours:
-        changed = "; ".join(
-            describe_change(name, record.inputs.get(name), inputs.get(name)) for name in differences(record, inputs)
-        )
+        changed = "; ".join(describe_changes(record.inputs, inputs))
         reason = f"changed: {changed} (to keep the old one: --imatrix {out})"
     step, plan = _plan_generation(request, corpus, frozen.model, out, reason, session)
     collected = CollectRequest(
@@ -117,6 +117,8 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
         inputs,
         n_bytes=matrix_bytes(frozen.model),
         check_unchanged=frozen.check_unchanged,
+        tolerance=request.until_converged,
+        least_tokens=request.min_expert_tokens,
     )
     return Chosen(step, collected)
 
@@ -126,10 +128,17 @@ def imatrix_inputs(request: ImatrixRequest, corpus: Corpus, frozen: Frozen, engi
     options = request.options
     limit = request.chunks if request.chunks is not None else "all"
     how = [f"-b {options.n_batch} -ub {options.n_ubatch}", f"-ngl {options.n_gpu_layers}" if options.n_gpu_layers else ""]
+    how += [f"-ts {options.tensor_split}" if options.tensor_split else ""]
+    how += [f"-sm {options.split_mode}" if options.split_mode else ""]
+    how += [f"-mg {options.main_gpu}" if options.main_gpu is not None else ""]
+    how += [f"-ot {override}" for override in options.override_tensors]
+    how += [f"-fa {options.flash_attn}" if options.flash_attn else "", "" if options.mmap else "--no-mmap"]
     how += ["--parse-special" if options.parse_special else "", "--process-output" if options.process_output else ""]
     how += [" ".join(options.extra), f"name {corpus.name}"]
     ranges = [f"--output-frequency {request.output_frequency}" if request.output_frequency else ""]
     ranges += [f"--save-frequency {request.save_frequency}" if request.save_frequency else ""]
+    ranges += [f"--until-converged {request.until_converged:g}" if request.until_converged is not None else ""]
+    ranges += [f"--min-expert-tokens {request.min_expert_tokens}" if request.min_expert_tokens else ""]
     return {
         "model file": frozen.fingerprint,
         "calibration text": f"sha256:{corpus.sha256}",
@@ -147,16 +156,17 @@ def _plan_generation(
     n_tokens = session.engine.count_tokens(
         model.path, corpus.path, parse_special=options.parse_special, log=session.log("tokenize")
     )
-    gpu = bool(session.toolchain.devices) and options.n_gpu_layers != "0"
-    size = request.output_frequency or range_chunks(active_params(model), model.n_bytes, options, gpu=gpu)
     plan = plan_chunks(
         n_tokens,
-        options.n_ctx,
+        options,
         first=request.first_chunk,
         limit=request.chunks,
-        range_size=size,
+        range_size=_range_size(request, model, n_tokens, session.engine),
         save_frequency=request.save_frequency,
+        spread=request.until_converged is not None,
+        beyond=request.min_expert_tokens > 0,
     )
+    _tell_rounding(request, plan, session.sink)
     if plan.n_chunks < FEW_CHUNKS:
         session.sink(
             warning(
@@ -164,8 +174,35 @@ def _plan_generation(
                 f"fewer than {FEW_CHUNKS} give a noisy matrix. A longer text helps."
             )
         )
-    files = len(plan.ranges) + len(plan.snapshots) + 1
+    # The matrix itself, its snapshots, and in float64 a range's, the checkpoint and the one that replaces it.
+    files = 1 + len(plan.snapshots) + 3 * 2
     return ImatrixStep("generate", out, reason, plan.n_chunks, n_tokens, files * matrix_bytes(model)), plan
+
+
+def _range_size(request: ImatrixRequest, model: Model, n_tokens: int, engine: Engine) -> int:
+    """Chunks from one checkpoint to the next: as asked for, else what makes its cost small, and short enough to decide by."""
+    if request.output_frequency:
+        return request.output_frequency
+    options = request.options
+    gpu = bool(engine.devices) and options.n_gpu_layers != "0"
+    size = range_chunks(engine.name, active_params(model), model.n_bytes, matrix_bytes(model), options, gpu=gpu)
+    watched = request.until_converged is not None or request.min_expert_tokens > 0
+    return watched_chunks(size, n_tokens, options) if watched else size
+
+
+def _tell_rounding(request: ImatrixRequest, plan: ChunkPlan, sink: Sink) -> None:
+    """Where files are left after other numbers of chunks than asked for, once for both kinds."""
+    told: list[str] = []
+    size = request.output_frequency
+    if size and plan.ranges[0].count != min(size, plan.n_chunks):
+        told.append(f"saved every {whole_batches(size, request.options)} chunks")
+    if any(done % request.save_frequency for done in plan.snapshots):
+        some = ", ".join(map(str, plan.snapshots[:3])) + (", …" if len(plan.snapshots) > 3 else "")
+        told.append(f"snapshots are left after {some} chunks")
+    if told:
+        sink(
+            info(f"{request.options.chunks_at_once} chunks are computed at once, so the imatrix is " + " and ".join(told) + ".")
+        )
 
 
 def matrix_bytes(model: Model) -> int:
@@ -190,21 +227,39 @@ def generate(chosen: Chosen, session: Session) -> MatrixFile:
     result = collect(request, session.engine, workspace, journal, session.sink)
     part = prepare_gguf(result.matrix, request.out)
     output = Output(workspace.name_of(request.out), stamp(part))
-    facts: dict[str, object] = {
-        "chunks": request.plan.n_chunks,
-        "ranges": request.plan.describe(),
-        "tokens": request.plan.n_tokens,
-        "dataset": request.corpus.name,
-        "ppl": result.ppl,
-        "ppl_chunks": result.ppl_chunks,
-        "load_seconds": result.load_seconds,
-    }
+    facts = _facts(result, request)
     record = Record.now(request.inputs, [output], chosen.step.reason, result.seconds, facts=facts)
     journal.conclude(_step(request.out, workspace), record, [(part, request.out)])
-    del result  # it reads from the ranges' files
-    clean_parts(workspace, journal)
+    del result  # it reads from the checkpoint
+    clean_parts(workspace)
     session.sink(Saved(str(request.out), "imatrix", output.stamp.size))
     return read(request.out)
+
+
+def _facts(result: CollectResult, request: CollectRequest) -> dict[str, object]:
+    """What later steps and reports want to know of a collection; JSON values only."""
+    perplexity = result.perplexity
+    return {
+        "chunks": result.chunks,
+        "ranges": describe_ranges(result.ranges),
+        "tokens": request.plan.n_tokens,
+        "dataset": request.corpus.name,
+        "ppl": perplexity.value,
+        "ppl_error": perplexity.error,
+        "ppl_chunks": perplexity.tokens // max(1, request.options.scored_tokens),
+        "load_seconds": result.load_seconds,
+        "stopped": result.stopped,
+        "curve": [vars(point) for point in result.curve],
+    }
+
+
+def collected_facts(file: MatrixFile | None, session: Session) -> Mapping[str, object] | None:
+    """What the journal knows of how a matrix was collected; None for one that was not made here."""
+    if file is None:
+        return None
+    record = session.journal.get(_step(file.path, session.workspace))
+    made = record is not None and outputs_intact(record, session.workspace.root)
+    return dict(record.facts) if record is not None and made else None
 
 
 def _use(path: Path, model: Model, sink: Sink, how: str, *, action: str = "use") -> Chosen:

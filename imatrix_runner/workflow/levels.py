@@ -17,8 +17,6 @@ import numpy as np
 import psutil
 
 from imatrix_runner.engines.base import Quantized, QuantizeJob
-from imatrix_runner.engines.binaries.argv import quantize_command
-from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
 from imatrix_runner.events import Finished, Saved, Sink, Started
 from imatrix_runner.files import free_bytes, human_bytes, sha256, stamp
@@ -86,7 +84,7 @@ class LevelPlanner:
                 return tuple(pool.map(lambda level: self._plan(level, resolver, fingerprint, further), levels))
 
     def weights(self, matrix: MatrixFile | None) -> Weights | None:
-        """The entries llama-quantize will use; None where there are none."""
+        """The entries llama.cpp will use; None where there are none."""
         if matrix is None:
             return None
         weights = usable_weights(matrix.matrix, matrix.path, self.request.options)
@@ -167,7 +165,7 @@ class LevelPlanner:
         return LevelResult(step, "done", n_bytes, seconds, without_weights=expected)
 
     def _job(self, step: LevelStep, resolved: Resolved, matrix: MatrixFile | None, threads: int) -> QuantizeJob:
-        """What llama-quantize is told, with an empty folder of the level's own to write to."""
+        """What the engine is told, with an empty folder of the level's own to write to."""
         folder = self.session.workspace.partial / step.level.name
         try:
             shutil.rmtree(folder, ignore_errors=True)
@@ -194,8 +192,8 @@ class LevelPlanner:
         parts = sorted(job.out.parent.glob("*.gguf"))
         if [part.name for part in parts] != [file.name for file in step.files]:
             raise InvalidDataError(
-                f"llama-quantize did not write {step.files[0].name}",
-                f"it left {', '.join(part.name for part in parts) or 'nothing'}",
+                f"{step.files[0].name} was not written as planned",
+                f"the engine left {', '.join(part.name for part in parts) or 'nothing'}",
                 f"Read the log: {job.log}",
             )
         n_bytes = verify_output(parts, resolved.recipe, self.weights(matrix))
@@ -214,9 +212,7 @@ class LevelPlanner:
         facts: object,
     ) -> None:
         outputs = [Output(part.name, stamp(part), digest) for part, digest in zip(parts, hashes, strict=True)]
-        command = ""
-        if isinstance(self.session.engine, BinariesEngine):
-            command = str(quantize_command(replace(job, out=step.files[0]), self.session.engine.toolchain))
+        command = self.session.engine.command(replace(job, out=step.files[0]))
         record = Record.now(step.inputs, outputs, step.reason, quantized.seconds, command=command, facts={"level": facts})
         self.session.journal.conclude(step.step, record, list(zip(parts, step.files, strict=True)))
 

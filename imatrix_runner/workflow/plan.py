@@ -10,7 +10,7 @@ from typing import Literal
 
 from imatrix_runner.engines.base import Fallback, QuantizeOptions
 from imatrix_runner.engines.binaries.argv import quantize_options
-from imatrix_runner.journal import Record, differences
+from imatrix_runner.journal import Record, describe_changes, differences
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.resolve import Resolved
 
@@ -145,18 +145,7 @@ def _why_todo(record: Record | None, inputs: Mapping[str, str], intact: bool) ->
     if not changed:
         assert not intact
         return "the file is gone or was changed"
-    return "changed: " + "; ".join(describe_change(name, record.inputs.get(name), inputs.get(name)) for name in changed)
-
-
-def describe_change(name: str, before: str | None, now: str | None) -> str:
-    """``options: Q4_K_M -> Q4_K_M --pure``, with hashes shortened."""
-    return f"{name}: {_short(before)} -> {_short(now)}"
-
-
-def _short(value: str | None) -> str:
-    if not value:
-        return "none"
-    return value[:19] if value.startswith("sha256:") else value
+    return "changed: " + "; ".join(describe_changes(record.inputs, inputs))
 
 
 def facts_of(resolved: Resolved) -> LevelFacts:

@@ -10,6 +10,9 @@ from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 
 OutType = Literal["auto", "f16", "bf16", "f32"]
 
+DEFAULT_TOLERANCE = 0.02
+"""``--until-converged`` without a number: in no tensor more than an estimated 2 % of the importance lies in wrong columns."""
+
 MODES = ("auto", "there", "none", "generate", "published")
 """What ``ImatrixRequest.mode`` can be besides a file's path."""
 
@@ -21,6 +24,8 @@ class ImatrixRequest:
 
     ``text`` None means the shipped calibration text. ``chunks`` limits, ``first_chunk`` skips;
     ``output_frequency`` None lets the size of ranges follow from the model; ``save_frequency`` 0 leaves no snapshots.
+    ``until_converged``: the tolerance (:mod:`imatrix_runner.imatrix.convergence`) below which it stops before that;
+    ``min_expert_tokens``: it goes on after that until every expert saw so many tokens, or the text ends (0: it does not).
     """
 
     mode: str = "auto"
@@ -30,6 +35,8 @@ class ImatrixRequest:
     first_chunk: int = 0
     output_frequency: int | None = None
     save_frequency: int = 0
+    until_converged: float | None = None
+    min_expert_tokens: int = 0
     out: Path | None = None
 
 

@@ -26,6 +26,7 @@ from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.request import OutType, SourceRequest
 
 _QUICK_BYTES = 64 << 20
+_NO_CONVERTER = "it comes with llama.cpp's programs, which were not found; llama-cpp-python does not bring it"
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,13 @@ def _converted(source: LocalDirectory, provenance: Provenance, request: SourceRe
     inputs = {
         "model directory": directory_fingerprint(source.path),
         "outtype": outtype,
-        "engine": session.toolchain.identity(),
     }
     step = f"convert {outtype}"
     record = journal.get(step)
+    if (toolchain := session.machine.toolchain) is not None:
+        inputs["engine"] = toolchain.identity()
+    elif record is not None:  # its converter is gone, and what it made is as good as before
+        inputs["engine"] = record.inputs.get("engine", "")
     ours = record is not None and outputs_intact(record, workspace.root)
     if record is None or differences(record, inputs) or not ours:
         if session.dry_run:
@@ -132,16 +136,18 @@ def _convert(
 ) -> None:
     from imatrix_runner.models.convert import convert
 
-    if session.toolchain.converter is None:
+    toolchain = session.machine.toolchain
+    if toolchain is None or toolchain.converter is None:
+        only = f"{toolchain.directory} ({toolchain.origin}) has only programs" if toolchain is not None else _NO_CONVERTER
         raise ToolchainError(
             "The converter convert_hf_to_gguf.py is missing",
-            f"{session.toolchain.directory} ({session.toolchain.origin}) has only programs",
+            only,
             "Build a complete toolchain with: imatrix-runner tools build",
         )
     convert(
         source.path,
         out,
-        converter=session.toolchain.converter,
+        converter=toolchain.converter,
         outtype=outtype,
         trust_remote_code=request.trust_remote_code,
         mmproj=mmproj,

@@ -156,7 +156,10 @@ class TestDoctor:
         checks = {check["name"]: check for check in document["checks"]}
         assert ran.code == document["exit_code"] == 0
         assert document["schema"] == "imatrix-runner/doctor"
-        assert {"Python", "llama.cpp", "GPU", "Memory", "Disk, work", "Disk, cache", "Hub"} <= checks.keys()
+        expected = {"Python", "Engine", "llama-cpp-python", "llama.cpp", "GPU", "Memory", "Disk, work", "Disk, cache", "Hub"}
+        assert expected <= checks.keys()
+        assert checks["Engine"]["detail"].startswith("embedded: ")
+        assert "libraries " in checks["llama-cpp-python"]["detail"]
         assert checks["llama.cpp"]["verdict"] == "ok"
         assert toolchain.identity() in checks["llama.cpp"]["detail"]
         assert "not asked" in checks["Hub"]["detail"]

@@ -55,6 +55,14 @@ def model(tmp_path: Path, demo_model: Path) -> Path:
         (["run", "m", "--engine", "magic"], ["'magic' is not one of"]),
         (["run", "m", "-ngl", "x"], ["-ngl x is no number of layers", "-ngl 99"]),
         (["run", "m", "-ngl", "-1"], ["-ngl -1"]),
+        (["run", "m", "-ts", "3;1"], ["-ts 3;1 is no list of proportions", "-ts 3,1"]),
+        (["run", "m", "-ot", "exps"], ["-ot exps names no place", "REGEX=BUFFER", "_exps=CPU"]),
+        (["run", "m", "-sm", "diagonal"], ["'diagonal' is not one of"]),
+        (["run", "m", "-fa", "maybe"], ["'maybe' is not one of"]),
+        (["run", "m", "-mg", "-1"], ["not in the range"]),
+        (["run", "m", "--until-converged", "0"], ["not in the range"]),
+        (["run", "m", "--until-converged", "soon"], ["'soon' is not a valid float"]),
+        (["run", "m", "--min-expert-tokens", "-1"], ["not in the range"]),
         (["run", "m", "--jobs", "many"], ["--jobs many is no number of jobs", "--jobs 2"]),
         (["run", "m", "--jobs", "0"], ["--jobs 0"]),
         (["run", "m", "-j", "-3"], ["--jobs -3"]),
@@ -116,8 +124,20 @@ def test_no_toolchain_is_exit_3(cli: CommandLine, tmp_path: Path, model: Path) -
     assert_three_lines(cli("run", model, "--llama-cpp", "empty"), 3, "--llama-cpp", "tools build")
 
 
-def test_an_engine_that_is_not_there_is_exit_3(cli: CommandLine, model: Path) -> None:
-    assert_three_lines(cli("run", model, "--engine", "embedded", "--dry-run"), 3, "--engine binaries")
+def test_an_engine_that_cannot_be_used_is_exit_3(
+    cli: CommandLine, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
+    ran = cli("run", model, "--engine", "embedded")
+    assert_three_lines(ran, 3, f"{tmp_path} (LLAMA_CPP_LIB_PATH) holds no llama library", "Unset LLAMA_CPP_LIB_PATH")
+    assert not (tmp_path / "work").exists()
+
+
+def test_what_the_embedded_engine_cannot_do_is_exit_2(cli: CommandLine, model: Path) -> None:
+    ran = cli("run", model, "--engine", "embedded", "--dry-run", "--", "--rope-scaling", "yarn")
+    assert_three_lines(ran, 2, "--rope-scaling", "--engine binaries")
+    ran = cli("run", model, "--engine", "embedded", "--dry-run", "--levels", "Q3_K_HIFI")
+    assert_three_lines(ran, 2, "Unknown level 'Q3_K_HIFI'")
 
 
 def test_a_held_workspace_is_exit_7_and_names_the_owner(cli: CommandLine, tmp_path: Path, model: Path) -> None:

@@ -63,6 +63,7 @@ def test_the_documented_commands_are_there(cli: CommandLine) -> None:
     "option",
     [
         *("-ngl", "-c", "-b", "-ub", "-t", "--chunks", "--chunk", "--output-frequency", "--save-frequency", "--parse-special"),
+        *("-ts", "-sm", "-mg", "-ot", "-fa", "--no-mmap", "--until-converged", "--min-expert-tokens"),
         *("--process-output", "--no-ppl", "--include-weights", "--exclude-weights", "--tensor-type", "--tensor-type-file"),
         *("--output-tensor-type", "--token-embedding-type", "--pure", "--keep-split", "--leave-output-tensor", "--override-kv"),
         *("--prune-layers", "--allow-requantize", "--max-buffer-size", "--levels", "--preset", "--imatrix", "--jobs"),

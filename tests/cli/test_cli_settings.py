@@ -11,6 +11,7 @@ from in_process import CommandLine
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.main import cli as root
 from imatrix_runner.config import FILE
+from imatrix_runner.workflow.request import DEFAULT_TOLERANCE
 
 
 def shown(cli: CommandLine, *arguments: str) -> dict[str, tuple[str, str]]:
@@ -55,6 +56,15 @@ def test_the_table_of_pyproject_is_named_as_origin(cli: CommandLine, tmp_path: P
 
 def test_a_pattern_is_shown_as_it_was_typed(cli: CommandLine) -> None:
     assert shown(cli, "--tensor-type", "attn_[qk]:x:=q8_0")["tensor-type"] == ("attn_[qk]:x:=q8_0", "command line")
+
+
+def test_a_tolerance_may_be_left_to_the_default(cli: CommandLine, tmp_path: Path) -> None:
+    assert shown(cli)["until-converged"] == ("-", "default")
+    assert shown(cli, "--until-converged")["until-converged"] == (str(DEFAULT_TOLERANCE), "command line")
+    assert shown(cli, "--until-converged", "-q")["until-converged"] == (str(DEFAULT_TOLERANCE), "command line")
+    assert shown(cli, "--until-converged", "0.01")["until-converged"] == ("0.01", "command line")
+    (tmp_path / FILE).write_text("until-converged = 0.05\n")
+    assert shown(cli)["until-converged"] == ("0.05", str(tmp_path / FILE))
 
 
 def test_a_file_s_value_is_checked_like_a_typed_one(cli: CommandLine, tmp_path: Path) -> None:

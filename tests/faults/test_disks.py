@@ -75,7 +75,7 @@ def test_a_disk_that_becomes_full_ends_the_run_and_the_same_command_continues(
     fill = f'if [ "$type" = Q4_0 ]; then dd if=/dev/zero of={filler} bs=4k 2>/dev/null; fi'
     fake = fake_tools(tools.toolchain, tmp_path / "fake", llama_quantize=WORK_ONLY + fill)
     arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "Q8_0,Q4_0", "--jobs", "1")
-    arguments += ("--work-dir", small_disk)
+    arguments += ("--engine", "binaries", "--work-dir", small_disk)
     done = runner(*arguments, "--llama-cpp", fake)
     assert done.code == 8
     assert "Error: The disk became full while Q4_0 was made." in done.err
@@ -101,8 +101,8 @@ def test_a_disk_that_becomes_full_under_the_imatrix(
     filler = small_disk / "filler"
     fill = f'case "$out" in *-000008.gguf) dd if=/dev/zero of={filler} bs=4k 2>/dev/null;; esac'
     fake = fake_tools(tools.toolchain, tmp_path / "fake", llama_imatrix=WORK_ONLY + fill)
-    arguments = ("imatrix", "generate", tiny_model, "-f", tiny_text, "-c", "128", "--chunks", "12")
-    arguments += ("--output-frequency", "4", "--work-dir")
+    arguments = ("imatrix", "generate", tiny_model, "-f", tiny_text, "-c", "128", "-b", "512", "--chunks", "12")
+    arguments += ("--output-frequency", "4", "--engine", "binaries", "--work-dir")
     done = runner(*arguments, small_disk, "--llama-cpp", fake)
     assert done.code == 8
     assert "Not enough disk space for the imatrix" in done.err

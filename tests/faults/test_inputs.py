@@ -56,10 +56,11 @@ def test_a_model_that_changes_while_it_is_used(
 ) -> None:
     model = Path(shutil.copy(tiny_model, tmp_path))
     workspace = tmp_path / "work" / "tiny"
-    arguments = ("run", model, "-f", tiny_text, "-c", "128", "--chunks", "12", "--output-frequency", "4", "--levels", "IQ3_S")
+    arguments = ("run", model, "-f", tiny_text, "-c", "128", "-b", "128", "--chunks", "48", "--levels", "IQ3_S")
+    arguments += ("--output-frequency", "2")
     with started(*arguments, cwd=tmp_path) as running:
         if stage == "imatrix":
-            running.wait_for(lambda: any((workspace / ".imatrix-parts").glob("imatrix-000000-*.gguf")))
+            running.wait_for(lambda: (workspace / ".imatrix-parts" / "checkpoint.gguf").exists())
         else:
             running.wait_for(lambda: any((workspace / ".partial").rglob("*.gguf")))
         os.utime(model)

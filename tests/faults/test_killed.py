@@ -23,7 +23,8 @@ from imatrix_runner.imatrix.formats import read
 KILLS = 20
 DIE_AT = (sys.executable, str(Path(__file__).with_name("die_at.py")))
 LEVELS = "Q4_0,Q4_K_M,Q3_K_M,IQ4_XS"
-RANGES = ("-c", "64", "--chunks", "24", "--output-frequency", "8")
+RANGES = ("-c", "64", "-b", "512", "--chunks", "24", "--output-frequency", "8")
+ENGINES = ("binaries", "embedded")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,14 @@ def undisturbed(folder: Path, *arguments: str | Path) -> Undisturbed:
     return Undisturbed(tuple(map(str, arguments)), digest(workspace / "imatrix.gguf"), levels_in(workspace), seconds)
 
 
-@pytest.fixture(scope="module")
-def demo_run(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(tmp_path_factory.mktemp("undisturbed"), "run", demo_model, "--levels", LEVELS, *RANGES)
+@pytest.fixture(scope="module", params=ENGINES)
+def demo_run(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    folder, engine = tmp_path_factory.mktemp("undisturbed"), ("--engine", request.param)
+    return undisturbed(folder, "run", demo_model, "--levels", LEVELS, *RANGES, *engine)
+
+
+def _checkpoint(workspace: Path) -> bool:
+    return (workspace / ".imatrix-parts" / "checkpoint.gguf").exists()
 
 
 def test_killed_at_twenty_random_moments(demo_run: Undisturbed, tmp_path: Path) -> None:
@@ -98,14 +104,29 @@ def die_and_go_on(folder: Path, *arguments: str | Path) -> int:
     pytest.fail("it never got through")
 
 
-@pytest.mark.parametrize("mode", ["auto", "generate"])
-def test_killed_between_any_two_renames(mode: str, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "engine"), [("auto", "binaries"), ("generate", "binaries"), ("auto", "embedded")])
+def test_killed_between_any_two_renames(mode: str, engine: str, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     """Also where a random moment seldom falls: between a file's name and its record, between a record and the tidying."""
     arguments = ("run", tiny_model, "-f", tiny_text, "--imatrix", mode, "--levels", "Q4_K_M,Q4_0", "--jobs", "1")
-    arguments += ("-c", "128", "--chunks", "8", "--output-frequency", "4")
+    arguments += (
+        "-c",
+        "128",
+        "-b",
+        "512",
+        "--chunks",
+        "8",
+        "--output-frequency",
+        "4",
+        "--save-frequency",
+        "3",
+        "--engine",
+        engine,
+    )
     quiet = undisturbed(tmp_path / "quiet", *arguments)
     assert die_and_go_on(tmp_path, *arguments) > 8
     quiet.check(tmp_path / "work" / "tiny")
+    snapshots = [folder / "work" / "tiny" / "imatrix.gguf.at_4" for folder in (tmp_path, tmp_path / "quiet")]
+    assert len({digest(path) for path in snapshots}) == 1
     after = run_command(*arguments, "--json", cwd=tmp_path).document
     assert after["plan"]["imatrix"]["action"] == "up-to-date"
     assert [level["status"] for level in after["levels"]] == ["skipped", "skipped"]
@@ -173,6 +194,7 @@ def test_an_orphaned_llama_quantize_is_ended(tiny_model: Path, tiny_imatrix: Pat
     assert leftovers(workspace) == []
 
 
+@pytest.mark.parametrize("demo_run", ["binaries"], indirect=True)
 def test_an_orphan_that_does_not_listen_is_killed(demo_run: Undisturbed, tmp_path: Path) -> None:
     """A stopped llama-imatrix hears no SIGTERM: as one that hangs in a driver."""
     workspace = tmp_path / "work" / "demo-model"
@@ -194,7 +216,7 @@ def test_a_signal_ends_it_cleanly_and_the_same_command_continues(
     workspace = tmp_path / "work" / "demo-model"
     with started(*demo_run.arguments, cwd=tmp_path) as running:
         if stage == "imatrix":
-            running.wait_for(lambda: len(list((workspace / ".imatrix-parts").glob("imatrix-*.gguf"))) >= 2)
+            running.wait_for(lambda: _checkpoint(workspace))
         else:
             running.wait_for(lambda: _partial(workspace, "IQ4_XS"))
         children = running.descendants()
@@ -216,7 +238,7 @@ def test_a_signal_ends_it_cleanly_and_the_same_command_continues(
 def test_status_tells_what_is_resumable_and_how(demo_run: Undisturbed, tmp_path: Path) -> None:
     workspace = tmp_path / "work" / "demo-model"
     with started(*demo_run.arguments, cwd=tmp_path) as running:
-        running.wait_for(lambda: len(list((workspace / ".imatrix-parts").glob("imatrix-*.gguf"))) >= 2)
+        running.wait_for(lambda: _checkpoint(workspace))
         (entry,) = run_command("status", "--json", cwd=tmp_path).document["workspaces"]
         assert entry["state"] == "running"
         assert entry["owner"].startswith(f"process {running.pid} since")

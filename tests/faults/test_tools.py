@@ -22,7 +22,7 @@ IOSTREAM = "llama_model_quantize: failed to quantize: basic_ios::clear: iostream
         pytest.param(f"echo '{IOSTREAM}' >&2; exit 1", "engine", f"exit code 1; {IOSTREAM}", id="iostream error"),
         pytest.param('head -c 300000 /dev/zero > "$out"; exit 0', "invalid-data", "zero", id="NUL-filled"),
         pytest.param('"$real" "$@"; truncate -s -4096 "$out"; exit 0', "invalid-data", "a complete one has", id="truncated"),
-        pytest.param("exit 0", "invalid-data", "it left nothing", id="writes nothing"),
+        pytest.param("exit 0", "invalid-data", "the engine left nothing", id="writes nothing"),
         pytest.param(
             'shift 2; exec "$real" "$@"', "invalid-data", "it was made with no imatrix entries instead of 14", id="blind"
         ),
@@ -59,7 +59,7 @@ def test_the_same_command_heals_once_the_tools_work(
 ) -> None:
     script = f'{WORK_ONLY}\nif [ "$type" = Q4_0 ]; then echo "GGML_ASSERT(x) failed" >&2; kill -ABRT $$; fi'
     fake = fake_tools(tools.toolchain, tmp_path / "fake", llama_quantize=script)
-    arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "Q4_0,Q5_K_M")
+    arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "Q4_0,Q5_K_M", "--engine", "binaries")
     failed = runner(*arguments, "--llama-cpp", fake)
     assert failed.code == 100
     assert "Q4_0: llama-quantize failed on Q4_0; killed by SIGABRT; GGML_ASSERT(x) failed" in failed.out
@@ -90,7 +90,8 @@ def test_a_torn_range_of_the_imatrix_is_computed_again(
 ) -> None:
     script = f'{WORK_ONLY}\ncase "$out" in *-000008.gguf) "$real" "$@"; truncate -s 9000 "$out"; exit 0;; esac'
     fake = fake_tools(tools.toolchain, tmp_path / "fake", llama_imatrix=script)
-    arguments = ("imatrix", "generate", tiny_model, "-f", tiny_text, "-c", "128", "--chunks", "12", "--output-frequency", "4")
+    arguments = ("imatrix", "generate", tiny_model, "-f", tiny_text, "-c", "128", "-b", "512", "--chunks", "12")
+    arguments += ("--output-frequency", "4", "--engine", "binaries")
     torn = runner(*arguments, "--llama-cpp", fake)
     assert torn.code == 6
     assert "The imatrix of chunks 4 to 7 is not usable" in torn.err

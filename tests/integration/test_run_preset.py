@@ -25,6 +25,7 @@ VARIANTS = {
     "Q2_K_L": ("Q2_K", *EIGHT_BITS),
 }
 SHORT = ("-c", "128", "--chunks", "24")
+BINARIES = ("--engine", "binaries")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Preset:
 @pytest.fixture(scope="module")
 def preset(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Preset:
     folder = tmp_path_factory.mktemp("preset")
-    arguments = ("run", str(demo_model), "--preset", "bartowski", "--engine", "binaries", *SHORT)
+    arguments = ("run", str(demo_model), "--preset", "bartowski", *BINARIES, *SHORT)
     first = run_command(*arguments, cwd=folder)
     assert first.code == 0, first.err
     return Preset(folder, folder / "work" / "demo-model", first, arguments)
@@ -114,8 +115,10 @@ def test_a_copied_workspace_is_recognised_by_content(preset: Preset, tmp_path: P
 def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     document = preset.again("--json").document
     assert document.keys() == {
-        *("schema", "version", "program", "exit_code", "model", "toolchain", "plan", "imatrix", "levels", "seconds")
+        *("schema", "version", "program", "exit_code", "model", "engine", "toolchain", "plan", "imatrix", "levels", "seconds")
     }
+    assert document["engine"] == "binaries"
+    assert document["toolchain"].startswith("llama.cpp ")
     assert document["schema"] == "imatrix-runner/run"
     assert document["version"] == 1
     assert document["model"]["name"] == "demo-model"
@@ -155,7 +158,7 @@ def test_status_knows_what_is_done(preset: Preset) -> None:
 
 def test_levels_can_be_added_from_the_same_imatrix(preset: Preset) -> None:
     """Another request in the same workspace keeps what is there and makes only what is new."""
-    done = run_command("run", preset.arguments[1], "--levels", "Q4_K_M,Q5_0", *SHORT, "--json", cwd=preset.folder)
+    done = run_command("run", preset.arguments[1], "--levels", "Q4_K_M,Q5_0", *SHORT, *BINARIES, "--json", cwd=preset.folder)
     assert done.code == 0
     status = {level["level"]: level["status"] for level in done.document["levels"]}
     assert status == {"Q4_K_M": "skipped", "Q5_0": "done"}

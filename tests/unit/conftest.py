@@ -28,8 +28,9 @@ def engine(toolchain: Toolchain) -> BinariesEngine:
 @pytest.fixture(scope="session")
 def demo_imatrix(engine: BinariesEngine, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The imatrix of the demo model over the first 12 chunks of 64 tokens of the shipped text."""
-    out = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
+    folder = tmp_path_factory.mktemp("imatrix")
     options = CollectOptions(n_ctx=DEMO_CONTEXT, n_batch=512)
-    job = CollectJob("imatrix", demo_model, resource(CALIBRATION_TEXT), out, ChunkRange(0, DEMO_CHUNKS), options, None)
-    engine.collect(job, ignore)
-    return out
+    ranges = (ChunkRange(0, DEMO_CHUNKS),)
+    job = CollectJob("imatrix", demo_model, resource(CALIBRATION_TEXT), ranges, folder, options, "", None)
+    engine.collect(job, ignore, lambda piece: True)
+    return (folder / ranges[0].file_name).rename(folder / "imatrix.gguf")

@@ -10,22 +10,24 @@ from values import fake_toolchain
 
 from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, quantize_options, tokenize_command
-from imatrix_runner.errors import ToolchainError
+from imatrix_runner.errors import ToolchainError, UsageError
 from imatrix_runner.toolchain.probe import Toolchain
 
 CPU = fake_toolchain()
 GPU = fake_toolchain(devices=("CUDA0: a GPU",), backends=("cpu", "cuda"))
-COLLECT = CollectJob("imatrix", Path("/m.gguf"), Path("/t.txt"), Path("/o.gguf"), ChunkRange(10, 20), CollectOptions(), None)
+CHUNKS = ChunkRange(10, 20)
+COLLECT = CollectJob("imatrix", Path("/m.gguf"), Path("/t.txt"), (CHUNKS,), Path("/parts"), CollectOptions(), "", None)
+OUT = Path("/parts/o.gguf")
 QUANTIZE = QuantizeJob("level", Path("/m.gguf"), Path("/out/o.gguf"), "Q4_K_M", QuantizeOptions(), None, None, None)
 
 
 def collect_argv(options: CollectOptions, tools: Toolchain = CPU) -> list[str]:
-    return list(imatrix_command(replace(COLLECT, options=options), tools).argv)
+    return list(imatrix_command(replace(COLLECT, options=options), CHUNKS, OUT, tools).argv)
 
 
 def test_collecting_one_range() -> None:
     assert collect_argv(CollectOptions()) == [
-        *("/tools/llama-imatrix", "-m", "/m.gguf", "-f", "/t.txt", "-o", "/o.gguf"),
+        *("/tools/llama-imatrix", "-m", "/m.gguf", "-f", "/t.txt", "-o", "/parts/o.gguf"),
         *("--output-frequency", "1000000000", "--chunk", "10", "--chunks", "20"),
         *("-c", "512", "-b", "2048", "-ub", "512", "-fit", "off"),
     ]
@@ -80,6 +82,50 @@ def test_an_older_program_is_not_told_what_it_does_not_know() -> None:
 def test_a_fit_given_by_the_user_is_not_overruled() -> None:
     assert collect_argv(CollectOptions(extra=("-fit", "on")))[-2:] == ["-fit", "on"]
     assert collect_argv(CollectOptions(extra=("-fit", "on"))).count("-fit") == 1
+
+
+KNOWING = fake_toolchain(options={"llama-imatrix": frozenset(("-ts", "-sm", "-mg", "-ot", "-fa", "-lm", "--load-mode"))})
+
+
+def test_where_things_go_is_told_in_llama_cpps_words() -> None:
+    options = CollectOptions(
+        tensor_split="3,1",
+        split_mode="row",
+        main_gpu=0,
+        override_tensors=("ffn_.*_exps=CPU", r"blk\.1\.=CUDA1"),
+        flash_attn="off",
+        mmap=False,
+    )
+    assert collect_argv(options, KNOWING)[19:] == [
+        *("-ts", "3,1", "-sm", "row", "-mg", "0", "-ot", "ffn_.*_exps=CPU", "-ot", r"blk\.1\.=CUDA1", "-fa", "off"),
+        *("--load-mode", "none"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spellings", "argv"), [(("--no-mmap",), ["--no-mmap"]), (("--no-mmap", "--load-mode"), ["--no-mmap"])]
+)
+def test_an_older_program_is_told_in_its_own_words_not_to_map(spellings: tuple[str, ...], argv: list[str]) -> None:
+    tools = fake_toolchain(options={"llama-imatrix": frozenset(spellings)})
+    assert collect_argv(CollectOptions(mmap=False), tools)[-1:] == argv
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        CollectOptions(tensor_split="1,1"),
+        CollectOptions(split_mode="layer"),
+        CollectOptions(main_gpu=1),
+        CollectOptions(override_tensors=("a=CPU",)),
+        CollectOptions(flash_attn="on"),
+        CollectOptions(mmap=False),
+    ],
+    ids=str,
+)
+def test_an_option_that_a_fork_lacks_is_refused_before_anything_starts(options: CollectOptions) -> None:
+    with pytest.raises(UsageError, match="This llama-imatrix has no -") as caught:
+        collect_argv(options)
+    assert "1.2.3" in caught.value.why
 
 
 def test_tokenising_prints_ids_only() -> None:
@@ -149,4 +195,4 @@ def test_no_option_no_word() -> None:
 
 def test_a_missing_program_is_told_before_anything_starts() -> None:
     with pytest.raises(ToolchainError, match="llama-imatrix is not part"):
-        imatrix_command(COLLECT, fake_toolchain(tools={}))
+        imatrix_command(COLLECT, CHUNKS, OUT, fake_toolchain(tools={}))

@@ -66,7 +66,7 @@ class Recorder:
     def _collect(self, model: Path, folder: Path, options: CollectOptions) -> Command:
         text = resource(CALIBRATION_TEXT)
         return imatrix_command(
-            CollectJob("", model, text, folder / "i.gguf", ChunkRange(0, CHUNKS), options, None), self._tools
+            XX
         )
 
     def _quantize(self, model: Path, folder: Path, ftype: str, imatrix: Path | None, *, dry_run: bool = False) -> Command:

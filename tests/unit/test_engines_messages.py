@@ -40,6 +40,7 @@ EMBEDDING_SIZE = "====== llama_model_quantize_impl: imatrix size 512 is differen
 UNKNOWN_TOKENIZER = "error loading model vocabulary: unknown pre-tokenizer type: 'newbpe'"
 NOT_FINITE = "0.01.1 E collect_imatrix: non-finite values detected in blk.1.ffn_down.weight"
 NO_SUCH_FILE = "error while handling argument \"-f\": error: failed to open file 'x'"
+NO_TYPES_FILE = "parse_tensor_type_file: failed to open file 't.txt': No such file or directory"
 VULKAN = "ggml_vulkan: Device memory allocation of size 1 failed.\nvk::Device::allocateMemory: ErrorOutOfDeviceMemory"
 NO_GGUF = "gguf_init_from_file_impl: invalid magic characters: 'xxxx', expected 'GGUF'"
 TOO_SHORT = "0.00.039.042 E compute_imatrix: you need at least 1024 tokens for a context of 512 tokens"
@@ -59,6 +60,16 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (f"{LOAD}{UNKNOWN_TOKENIZER}", ToolchainError, "tokenizer newbpe", "build"),
     ("main: invalid ftype 'Q3_K_HIFI'", ToolchainError, "(Q3_K_HIFI)", "tools locate"),
     (f"{QUANTIZE}invalid output file type 39", ToolchainError, "(39)", "tools locate"),
+    ("parse_ggml_type: invalid ggml_type 'q9_k'", UsageError, "no tensor type q9_k", "q4_k"),
+    ("parse_tensor_type: malformed tensor type 'ffn_down'", UsageError, "malformed tensor type 'ffn_down'", "REGEX=TYPE"),
+    ("parse_tensor_type: missing quantization type", UsageError, "missing quantization type", "REGEX=TYPE"),
+    (NO_TYPES_FILE, UsageError, "t.txt cannot be read: No such file or directory", "--tensor-type-file"),
+    (f"{QUANTIZE}Mismatched '(' and ')' in regular expression", UsageError, "Mismatched '(' and ')'", r"blk\.[0-3]\."),
+    (f"{QUANTIZE}Invalid range in bracket expression.", UsageError, "Invalid range", "--tensor-type"),
+    (f"{QUANTIZE}The expression contained mismatched ( and ).", UsageError, "mismatched ( and )", "--tensor-type"),
+    ("parse_layer_prune: invalid layer id 'x'", UsageError, "'x' is no layer's number", "--prune-layers"),
+    ("string_parse_kv_override: malformed KV override 'a', value cannot", UsageError, "'a' is not KEY=TYPE:VALUE", "str:"),
+    ("string_parse_kv_override: invalid boolean value for KV override 'a=bool:x'", UsageError, "a=bool:x", "str:"),
     (NOT_FINITE, InvalidDataError, "reach blk.1.ffn_down.weight", "BF16"),
     (
         f"{QUANTIZE}tensor 'blk.0.attn_q.weight' has invalid data",

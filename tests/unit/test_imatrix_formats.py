@@ -15,7 +15,7 @@ from imatrix_runner.engines.base import QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import ignore
-from imatrix_runner.files import part_path
+from imatrix_runner.files import part_path, publish
 from imatrix_runner.imatrix.formats import prepare_gguf, read, write_gguf
 from imatrix_runner.imatrix.matrix import Matrix, add, problems
 from imatrix_runner.models.gguf_file import read_header
@@ -105,6 +105,19 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     found = read(path)
     assert found.format == "gguf"
     assert same_matrix(found.matrix, written)
+
+
+EXACT_ROWS = st.lists(st.lists(st.floats(0, allow_infinity=False), min_size=3, max_size=3), min_size=2, max_size=2)
+
+
+@given(EXACT_ROWS, st.lists(st.integers(0, 1 << 53), min_size=2, max_size=2))
+def test_an_exact_file_keeps_every_bit(tmp_path_factory: pytest.TempPathFactory, rows: object, counts: list[int]) -> None:
+    path = tmp_path_factory.mktemp("exact") / "imatrix.gguf"
+    written = matrix({"blk.0.ffn_down_exps.weight": entry(rows, counts)})  # type: ignore[arg-type]
+    publish(prepare_gguf(written, path, exact=True, facts={"imatrix_runner.note": "for us"}), path)
+    assert same_matrix(read(path, exact=True).matrix, written)
+    with pytest.raises(InvalidDataError, match="stored as F64, not F32"):
+        read(path)  # llama-quantize would refuse it
 
 
 def test_the_same_matrix_gives_the_same_bytes_under_any_name(tmp_path: Path) -> None:

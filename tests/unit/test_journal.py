@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import stamp
-from imatrix_runner.journal import VERSION, Journal, Output, Record, differences, is_intact, outputs_intact
+from imatrix_runner.journal import VERSION, Journal, Output, Record, describe_changes, differences, is_intact, outputs_intact
 
 INPUTS = {"model file": "sha256:1", "options": "Q4_K_M"}
 
@@ -44,13 +44,16 @@ def test_opening_a_journal_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_forgotten_step_is_gone_for_good(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal.json")
-    journal.record("a", record())
-    journal.record("b", record())
-    journal.forget("a")
-    journal.forget("never there")
-    assert list(Journal(journal.path).steps()) == ["b"]
+def test_changes_are_told_with_both_values() -> None:
+    before = {"model file": "sha256:" + "a" * 64, "options": "-b 1", "gone": "x"}
+    now = {"options": "-b 2", "model file": "sha256:" + "b" * 64, "new": "y"}
+    assert describe_changes(before, now) == [
+        "options: -b 1 -> -b 2",
+        "model file: sha256:aaaaaaaaaaaa -> sha256:bbbbbbbbbbbb",
+        "new: none -> y",
+        "gone: x -> none",
+    ]
+    assert describe_changes(now, dict(reversed(now.items()))) == []
 
 
 def test_facts_are_kept_and_an_unchanged_one_costs_no_write(tmp_path: Path) -> None:

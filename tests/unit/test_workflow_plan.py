@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imatrix_runner.engines.base import Fallback, QuantizeOptions
-from imatrix_runner.journal import Record
+from imatrix_runner.journal import Record, describe_change
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.recipe import Recipe, RecipeTensor
 from imatrix_runner.quantize.resolve import Resolved
@@ -20,7 +20,6 @@ from imatrix_runner.workflow.plan import (
     ImatrixStep,
     LevelStep,
     Plan,
-    describe_change,
     facts_of,
     level_inputs,
     needs_dry_run,

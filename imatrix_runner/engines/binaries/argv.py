@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from imatrix_runner.engines.base import CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
+from imatrix_runner.errors import UsageError
 from imatrix_runner.process import Command
 from imatrix_runner.toolchain.probe import Toolchain
 
@@ -17,13 +18,13 @@ NEVER = "1000000000"
 _VERBOSE = "5"
 
 
-def imatrix_command(job: CollectJob, tools: Toolchain) -> Command:
-    """llama-imatrix over one range of chunks."""
+def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolchain) -> Command:
+    """llama-imatrix over one range of a job's chunks, into ``out``. Raises :class:`UsageError` for an option it lacks."""
     options = job.options
     argv = [
         str(tools.tool("llama-imatrix")),
-        *("-m", str(job.model), "-f", str(job.text), "-o", str(job.out)),
-        *("--output-frequency", NEVER, "--chunk", str(job.chunks.first), "--chunks", str(job.chunks.count)),
+        *("-m", str(job.model), "-f", str(job.text), "-o", str(out)),
+        *("--output-frequency", NEVER, "--chunk", str(chunks.first), "--chunks", str(chunks.count)),
         *_compute(options, tools),
     ]
     if options.parse_special:
@@ -46,7 +47,39 @@ def _compute(options: CollectOptions, tools: Toolchain) -> list[str]:
     if explicit and tools.knows("llama-imatrix", "-fit") and "-fit" not in options.extra:
         # Fitting to free memory may place layers differently from one segment to the next; it also loads twice.
         argv += ["-fit", "off"]
+    return argv + _placement(options, tools)
+
+
+def _placement(options: CollectOptions, tools: Toolchain) -> list[str]:
+    """What goes where, in the spelling these tools know."""
+    argv: list[str] = []
+    main_gpu = str(options.main_gpu) if options.main_gpu is not None else ""
+    for names, values in (
+        (("-ts", "--tensor-split"), (options.tensor_split,)),
+        (("-sm", "--split-mode"), (options.split_mode,)),
+        (("-mg", "--main-gpu"), (main_gpu,)),
+        (("-ot", "--override-tensor"), options.override_tensors),
+        (("-fa", "--flash-attn"), (options.flash_attn,)),
+    ):
+        for value in filter(None, values):
+            argv += [_known(tools, *names), value]
+    if not options.mmap:
+        # Since 2026 loading has modes, and --no-mmap is gone.
+        name = _known(tools, "--no-mmap", "--load-mode")
+        argv += [name, "none"] if name == "--load-mode" else [name]
     return argv
+
+
+def _known(tools: Toolchain, *names: str) -> str:
+    """The first spelling that this llama-imatrix knows."""
+    for name in names:
+        if tools.knows("llama-imatrix", name):
+            return name
+    raise UsageError(
+        f"This llama-imatrix has no {names[0]}",
+        f"its help ({tools.identity()}, {tools.directory}) lists neither {' nor '.join(names)}",
+        "Leave the option out, or build the current tools with: imatrix-runner tools build",
+    )
 
 
 def tokenize_command(model: Path, text: Path, tools: Toolchain, *, parse_special: bool) -> Command:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from imatrix_runner.engines.base import Collected, CollectJob, DryRun, Quantized, QuantizeJob
+from imatrix_runner.engines.base import (
+    ChunkRange,
+    CollectJob,
+    CollectOptions,
+    DryRun,
+    OnPiece,
+    Perplexity,
+    Piece,
+    Quantized,
+    QuantizeJob,
+)
 from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, tokenize_command
 from imatrix_runner.engines.binaries.lines import ImatrixOutput, QuantizeOutput, parse_token_ids
 from imatrix_runner.engines.binaries.messages import explain
-from imatrix_runner.errors import EngineError, InvalidDataError
+from imatrix_runner.errors import EngineError, InvalidDataError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink
 from imatrix_runner.process import Runner
-from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.toolchain.probe import QuantType, Toolchain
 
 
 class BinariesEngine:
@@ -29,6 +40,14 @@ class BinariesEngine:
 
     def identity(self) -> str:
         return self.toolchain.identity()
+
+    @property
+    def types(self) -> tuple[QuantType, ...]:
+        return self.toolchain.types
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return self.toolchain.devices
 
     def count_tokens(self, model: Path, text: Path, *, parse_special: bool, log: Path | None) -> int:
         """Count with llama-tokenize, which reads the vocabulary only."""
@@ -50,7 +69,28 @@ class BinariesEngine:
                 "llama-tokenize gave no tokens", str(error), "Check the toolchain: imatrix-runner doctor"
             ) from error
 
-    def collect(self, job: CollectJob, sink: Sink) -> Collected:
+    def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:
+        """One llama-imatrix for each range: its own mid-run saves are torn, only a run that ended well can be trusted.
+
+        Told ``Metric("ppl")`` is the perplexity of the job's chunks so far.
+        """
+        done, total = 0, sum(chunks.count for chunks in job.ranges)
+        before = Perplexity()
+        for chunks in job.ranges:
+
+            def tell(within: int, ppl: Perplexity, done: int = done, before: Perplexity = before) -> None:
+                if (value := (before + ppl).value) is not None:
+                    sink(Metric(job.step, "ppl", value))
+                sink(Progress(job.step, done + within, total))
+
+            piece = self._collect_range(job, chunks, tell)
+            done, before = done + chunks.count, before + piece.perplexity
+            if not on_piece(piece):
+                return
+
+    def _collect_range(self, job: CollectJob, chunks: ChunkRange, tell: Callable[[int, Perplexity], None]) -> Piece:
+        path = job.folder / chunks.file_name
+        part = path.with_name(f"part-{path.name}")  # .gguf still: older builds choose the format by it
         output = ImatrixOutput()
         began = time.monotonic()
         loaded_at = began
@@ -62,20 +102,22 @@ class BinariesEngine:
                 return
             if output.loaded and not was_loaded:
                 loaded_at = time.monotonic()
-            if output.ppl is not None:
-                sink(Metric(job.step, "ppl", output.ppl))
-            sink(Progress(job.step, min(output.done, job.chunks.count), job.chunks.count))
+            tell(min(output.done, chunks.count), _perplexity(output, job.options))
 
-        outcome = self._runner.run(imatrix_command(job, self.toolchain), log=job.log, on_text=follow)
+        outcome = self._runner.run(imatrix_command(job, chunks, part, self.toolchain), log=job.log, on_text=follow)
         if not outcome.ok:
-            raise explain(outcome, "llama-imatrix failed", writes=job.out)
-        if output.n_chunks is not None and output.n_chunks != job.chunks.count:
+            raise explain(outcome, "llama-imatrix failed", writes=part)
+        if output.n_chunks is not None and output.n_chunks != chunks.count:
             raise InvalidDataError(
-                f"llama-imatrix computed {output.n_chunks} chunks instead of {job.chunks.count}",
+                f"llama-imatrix computed {output.n_chunks} chunks instead of {chunks.count}",
                 "the calibration text is shorter than it was when it was counted",
                 "Run the same command again.",
             )
-        return Collected(outcome.seconds, loaded_at - began, output.ppl, output.ppl_chunks)
+        try:
+            part.replace(path)
+        except OSError as error:  # it does not mind when it cannot write
+            raise from_os_error(error, "looking for what llama-imatrix wrote", part) from error
+        return Piece(chunks, path, outcome.seconds, loaded_at - began, _perplexity(output, job.options))
 
     def dry_run(self, job: QuantizeJob) -> DryRun:
         output = QuantizeOutput()
@@ -95,6 +137,17 @@ class BinariesEngine:
         if not outcome.ok:
             raise explain(outcome, f"llama-quantize failed on {job.ftype}", writes=job.out)
         return Quantized(outcome.seconds, tuple(output.fallbacks), tuple(output.without_weights))
+
+    def command(self, job: QuantizeJob) -> str:
+        return str(quantize_command(job, self.toolchain))
+
+
+def _perplexity(output: ImatrixOutput, options: CollectOptions) -> Perplexity:
+    """What the printed value says: the mean nll of the chunks it covers (to four decimals), not how it varies."""
+    if output.ppl is None or not 0 < output.ppl < math.inf:
+        return Perplexity()
+    tokens = output.ppl_chunks * options.scored_tokens
+    return Perplexity(math.log(output.ppl) * tokens, None, tokens)
 
 
 @contextmanager

@@ -89,6 +89,44 @@ KNOWN: tuple[Known, ...] = (
         "See what they offer with: imatrix-runner tools locate",
     ),
     _known(
+        r"parse_ggml_type: invalid ggml_type '([^']*)'",
+        UsageError,
+        "llama.cpp has no tensor type {1}",
+        "Name one of its types, such as q4_k, q6_k, q8_0, bf16 or f32.",
+    ),
+    _known(
+        r"parse_tensor_type: (malformed tensor type '[^']*'|missing tensor name|missing quantization type)",
+        UsageError,
+        "llama.cpp cannot read a tensor type: {1}",
+        "Write REGEX=TYPE, for example: --tensor-type ffn_down=q6_k",
+    ),
+    _known(
+        r"parse_tensor_type_file: failed to open file '([^']*)': (.*)",
+        UsageError,
+        "the list of tensor types {1} cannot be read: {2}",
+        "Check the path given with --tensor-type-file.",
+    ),
+    _known(
+        # What std::regex says, in libstdc++ and in libc++.
+        r"failed to quantize: (.*(?:[Rr]egular expression|regex|[Bb]racket expression|[Cc]haracter class|Back-reference).*"
+        r"|The expression contained.*)",
+        UsageError,
+        "a pattern of --tensor-type is no regular expression: {1}",
+        "Correct the pattern; it is searched for in tensors' names, for example: --tensor-type 'blk\\.[0-3]\\.ffn_down=q6_k'",
+    ),
+    _known(
+        r"parse_layer_prune: invalid layer id '([^']*)'",
+        UsageError,
+        "'{1}' is no layer's number",
+        "For example: --prune-layers 3,4",
+    ),
+    _known(
+        r"(?:malformed|invalid boolean value for|invalid type for) KV override '([^']*)'",
+        UsageError,
+        "the override '{1}' is not KEY=TYPE:VALUE with TYPE int, float, bool (true, false) or str (at most 127 bytes)",
+        "For example: --override-kv general.name=str:Mine",
+    ),
+    _known(
         r"non-finite values detected in (\S+)",
         InvalidDataError,
         "the activations that reach {1} are NaN or infinite: the model's weights are damaged or overflow in this type",
@@ -152,7 +190,22 @@ KNOWN: tuple[Known, ...] = (
 
 
 def explain(outcome: Outcome, what: str, *, writes: Path | None = None) -> RunnerError:
-    """The error for a failed child. ``writes`` is where it was writing: llama.cpp says a full disk as "iostream error"."""
+    """The error for a failed child: what is known about its words, else how it ended and what it said last."""
+    known = recognise(outcome, what, writes=writes)
+    if known is not None:
+        return known
+    last = " / ".join(relevant_lines(outcome.tail, 3)) or "it said nothing"
+    todo = "Offload less to the GPU or close other programs, then run the same command again: it continues."
+    if outcome.hung:
+        todo = "Run the same command again: it continues. A slow machine may need a longer --timeout."
+    elif outcome.returncode >= 0:
+        todo = "Read the log."
+    return EngineError(what, f"{outcome.ending()}; {last}", with_log(todo, outcome))
+
+
+def recognise(outcome: Outcome, what: str, *, writes: Path | None = None) -> RunnerError | None:
+    """The error for words of llama.cpp that we know. ``writes`` is where it was writing: it calls a full disk an
+    "iostream error"."""
     text = "\n".join(outcome.tail)
     if writes is not None and (full := _disk_full(text, what, writes)):
         return full
@@ -160,17 +213,11 @@ def explain(outcome: Outcome, what: str, *, writes: Path | None = None) -> Runne
         for known in KNOWN:
             if match := known.pattern.search(text):
                 groups = [group or "" for group in (match[0], *match.groups())]
-                return known.error(what, known.why.format(*groups), _with_log(known.todo.format(*groups), outcome))
-    last = " / ".join(relevant_lines(outcome.tail, 3)) or "it said nothing"
-    todo = "Offload less to the GPU or close other programs, then run the same command again: it continues."
-    if outcome.hung:
-        todo = "Run the same command again: it continues. A slow machine may need a longer --timeout."
-    elif outcome.returncode >= 0:
-        todo = "Read the log."
-    return EngineError(what, f"{outcome.ending()}; {last}", _with_log(todo, outcome))
+                return known.error(what, known.why.format(*groups), with_log(known.todo.format(*groups), outcome))
+    return None
 
 
-def _with_log(todo: str, outcome: Outcome) -> str:
+def with_log(todo: str, outcome: Outcome) -> str:
     stop = "" if todo.endswith(".") else "."
     return f"{todo}{stop} Full log: {outcome.log}" if outcome.log else todo
 

@@ -1,0 +1,47 @@
+"""The worker: one request as its argument, JSON lines on stdout, llama.cpp's own words on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from imatrix_runner.engines.embedded.protocol import Answer, Collect, Probe, Quantize, Tokenize, decode_request, encode
+from imatrix_runner.engines.embedded.refusal import Refusal
+
+
+def main() -> int:
+    # Native code may print to stdout: the answers get a descriptor of their own.
+    answers = os.dup(1)
+    os.dup2(2, 1)
+
+    def tell(answer: Answer) -> None:
+        line = encode(answer) + b"\n"
+        while line:
+            line = line[os.write(answers, line) :]
+
+    request = decode_request(sys.argv[1])
+    try:
+        if isinstance(request, Probe):
+            from imatrix_runner.engines.embedded.proof import prove
+
+            prove(tell)
+        elif isinstance(request, Tokenize):
+            from imatrix_runner.engines.embedded.tokens import count
+
+            count(request, tell)
+        elif isinstance(request, Collect):
+            from imatrix_runner.engines.embedded.collecting import collect
+
+            collect(request, tell)
+        elif isinstance(request, Quantize):
+            from imatrix_runner.engines.embedded.quantizing import quantize
+
+            quantize(request, tell)
+    except Refusal as refusal:
+        tell(refusal.answer)
+        return refusal.answer.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""llama-cpp-python behind the :class:`~imatrix_runner.engines.base.Engine` contract: one worker process per job."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from imatrix_runner.engines.base import (
+    ChunkRange,
+    CollectJob,
+    DryRun,
+    OnPiece,
+    Perplexity,
+    Piece,
+    Quantized,
+    QuantizeJob,
+)
+from imatrix_runner.engines.binaries.argv import quantize_options
+from imatrix_runner.engines.binaries.messages import explain, recognise, with_log
+from imatrix_runner.engines.embedded import protocol
+from imatrix_runner.engines.embedded.find import Bindings, worker_command
+from imatrix_runner.engines.embedded.levels import quant_types
+from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError
+from imatrix_runner.events import Metric, Notice, Progress, Sink
+from imatrix_runner.process import Outcome, Runner
+from imatrix_runner.toolchain.probe import QuantType
+
+_ERRORS: dict[int, type[RunnerError]] = {3: ToolchainError, 6: InvalidDataError, 8: NoSpaceError}
+
+
+class EmbeddedEngine:
+    """Computes inside the libraries that ``bindings`` describe."""
+
+    name = "embedded"
+
+    def __init__(self, bindings: Bindings, runner: Runner) -> None:
+        self.bindings = bindings
+        self._runner = runner
+
+    def identity(self) -> str:
+        return self.bindings.identity()
+
+    @property
+    def types(self) -> tuple[QuantType, ...]:
+        return quant_types(self.bindings.ftypes)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return self.bindings.devices
+
+    def command(self, job: QuantizeJob) -> str:
+        """The llama-quantize line that writes the same bytes."""
+        words = ["llama-quantize", *quantize_options(job.options)]
+        words += ["--imatrix", job.imatrix.name] if job.imatrix is not None else []
+        line = shlex.join([*words, str(job.source), str(job.out), job.ftype, *([str(job.threads)] if job.threads else [])])
+        return f"cd {shlex.quote(str(job.imatrix.parent))} && {line}" if job.imatrix is not None else line
+
+    def count_tokens(self, model: Path, text: Path, *, parse_special: bool, log: Path | None) -> int:
+        answers = _Answers()
+        request = protocol.Tokenize(model.absolute(), text.absolute(), parse_special)
+        self._ask(request, answers, log, f"The calibration text {text.name} could not be tokenised")
+        return answers.only(protocol.Counted).n_tokens
+
+    def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:
+        enough = threading.Event()
+
+        def hear(answer: protocol.Answer) -> None:
+            if isinstance(answer, protocol.Collected) and not enough.is_set() and not on_piece(_piece(answer)):
+                enough.set()
+            elif isinstance(answer, (Progress, Metric, Notice)):
+                sink(answer)
+
+        request = protocol.Collect(
+            job.step,
+            job.model.absolute(),
+            job.text.absolute(),
+            tuple((piece.first, piece.count) for piece in job.ranges),
+            job.folder.absolute(),
+            job.options,
+            job.fingerprint,
+        )
+        self._ask(request, _Answers(hear), job.log, "The imatrix could not be computed", writes=job.folder, enough=enough)
+
+    def dry_run(self, job: QuantizeJob) -> DryRun:
+        answers = _Answers()
+        self._ask(_quantize(job, dry_run=True), answers, job.log, f"llama.cpp cannot plan {job.ftype}")
+        planned = answers.only(protocol.Planned)
+        return DryRun(planned.types, planned.fallbacks, planned.needs_imatrix)
+
+    def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized:
+        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
+        request = _quantize(job, dry_run=False)
+        outcome = self._ask(request, answers, job.log, f"llama.cpp failed on {job.ftype}", writes=job.out)
+        written = answers.only(protocol.Written)
+        return Quantized(outcome.seconds, written.fallbacks, written.without_weights)
+
+    def _ask(
+        self,
+        request: protocol.Request,
+        answers: _Answers,
+        log: Path | None,
+        what: str,
+        *,
+        writes: Path | None = None,
+        enough: threading.Event | None = None,
+    ) -> Outcome:
+        """Run a worker to its end. What it says went wrong, or how it died, becomes an error of ours."""
+        command = worker_command(request, self.bindings.library)
+        outcome = self._runner.run(command, log=log, on_text=answers.feed, enough=enough)
+        if outcome.ok:
+            return outcome
+        # Only what llama.cpp wrote: our own lines say nothing about the reason.
+        outcome = replace(outcome, tail=tuple(line for line in outcome.tail if not line.startswith('{"type":')))
+        failed = answers.failed
+        if failed is None:
+            raise explain(outcome, what, writes=writes)
+        if failed.exit_code == EngineError.exit_code:
+            known = recognise(outcome, failed.what, writes=writes)
+            raise known or EngineError(failed.what, failed.why, with_log(failed.todo, outcome))
+        raise _ERRORS[failed.exit_code](failed.what, failed.why, failed.todo)
+
+
+class _Answers:
+    """Cuts a worker's stdout into answers; keeps what is not told on."""
+
+    def __init__(self, hear: Callable[[protocol.Answer], object] | None = None) -> None:
+        self._hear = hear
+        self._rest = ""
+        self._kept: list[protocol.Answer] = []
+        self.failed: protocol.Failed | None = None
+
+    def feed(self, stream: str, text: str) -> None:
+        if stream != "stdout":
+            return
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            try:
+                answer = protocol.decode_answer(line)
+            except msgspec.MsgspecError as error:
+                raise EngineError(
+                    "The worker said something that is no answer", f"{line[:200]!r}", "Report it; use --engine binaries."
+                ) from error
+            if isinstance(answer, protocol.Failed):
+                self.failed = answer
+            elif self._hear is not None:
+                self._hear(answer)
+            self._kept.append(answer)
+
+    def only(self, kind: type[protocol.AnswerT]) -> protocol.AnswerT:
+        """The one answer of a kind that the worker owes."""
+        found = [answer for answer in self._kept if isinstance(answer, kind)]
+        if len(found) != 1:
+            raise EngineError(
+                "The worker ended without an answer", f"{len(found)} instead of one", "Report it; use --engine binaries."
+            )
+        return found[0]
+
+
+def _piece(answer: protocol.Collected) -> Piece:
+    perplexity = Perplexity(answer.nll, answer.nll2, answer.scored)
+    return Piece(ChunkRange(answer.first, answer.count), answer.path, answer.seconds, answer.load_seconds, perplexity)
+
+
+def _quantize(job: QuantizeJob, *, dry_run: bool) -> protocol.Quantize:
+    imatrix = job.imatrix.absolute() if job.imatrix is not None else None
+    out = job.out.absolute()
+    return protocol.Quantize(job.step, job.source.absolute(), out, job.ftype, job.options, imatrix, job.threads, dry_run)

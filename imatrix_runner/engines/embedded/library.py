@@ -1,0 +1,164 @@
+"""llama.cpp's libraries as llama-cpp-python binds them, plus the ggml functions it leaves out.
+
+Only a worker process imports this: loading native code may end the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from imatrix_runner.engines.embedded.refusal import Refusal
+
+
+class InitParams(ctypes.Structure):
+    """ggml.h, ``struct ggml_init_params``, passed by value."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+# ggml.h; the bindings declare no ggml function. name -> (result, arguments)
+_VOID, _INT, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
+_TEXT, _BOOL = ctypes.c_char_p, ctypes.c_bool
+_GGML: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_version": (_TEXT, ()),
+    "ggml_commit": (_TEXT, ()),
+    "ggml_init": (_VOID, (InitParams,)),
+    "ggml_free": (None, (_VOID,)),
+    "ggml_new_tensor_4d": (_VOID, (_VOID, _INT, _I64, _I64, _I64, _I64)),
+    "ggml_set_name": (_VOID, (_VOID, _TEXT)),
+    "ggml_get_name": (_TEXT, (_VOID,)),
+    "ggml_get_data": (_VOID, (_VOID,)),
+    "ggml_nbytes": (_SIZE, (_VOID,)),
+    "ggml_nelements": (_I64, (_VOID,)),
+    "ggml_op_name": (_TEXT, (_INT,)),
+    "ggml_type_name": (_TEXT, (_INT,)),
+    "ggml_tensor_overhead": (_SIZE, ()),
+    "ggml_mul_mat": (_VOID, (_VOID, _VOID, _VOID)),
+    "ggml_backend_buffer_is_host": (_BOOL, (_VOID,)),
+    "ggml_backend_tensor_get": (None, (_VOID, _VOID, _SIZE, _SIZE)),
+    "ggml_backend_dev_count": (_SIZE, ()),
+    "ggml_backend_dev_get": (_VOID, (_SIZE,)),
+    "ggml_backend_dev_name": (_TEXT, (_VOID,)),
+    "ggml_backend_dev_description": (_TEXT, (_VOID,)),
+    "ggml_backend_dev_type": (_INT, (_VOID,)),
+    "ggml_backend_dev_memory": (None, (_VOID, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE))),
+    "ggml_backend_dev_buffer_type": (_VOID, (_VOID,)),
+    "ggml_backend_buft_name": (_TEXT, (_VOID,)),
+    "ggml_backend_buft_get_device": (_VOID, (_VOID,)),
+    "ggml_backend_buffer_get_type": (_VOID, (_VOID,)),
+    "ggml_backend_dev_init": (_VOID, (_VOID, _TEXT)),
+    "ggml_backend_dev_supports_op": (_BOOL, (_VOID, _VOID)),
+    "ggml_backend_free": (None, (_VOID,)),
+    "ggml_backend_graph_compute": (_INT, (_VOID, _VOID)),
+    "ggml_gallocr_new": (_VOID, (_VOID,)),
+    "ggml_gallocr_alloc_graph": (_BOOL, (_VOID, _VOID)),
+    "ggml_gallocr_free": (None, (_VOID,)),
+    "ggml_new_graph_custom": (_VOID, (_VOID, _SIZE, _BOOL)),
+    "ggml_build_forward_expand": (None, (_VOID, _VOID)),
+    "ggml_sqr": (_VOID, (_VOID, _VOID)),
+    "ggml_transpose": (_VOID, (_VOID, _VOID)),
+    "ggml_cont": (_VOID, (_VOID, _VOID)),
+    "ggml_sum_rows": (_VOID, (_VOID, _VOID)),
+}
+
+
+class Library:
+    """The loaded libraries: ``llama`` is the bindings' module, ``ggml(name)`` a declared ggml function."""
+
+    def __init__(self) -> None:
+        if sys.platform.startswith("linux"):
+            # Before numpy's BLAS makes its threads: ours is the only numpy work, and llama.cpp has threads of its own.
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        try:
+            import llama_cpp
+            import llama_cpp.llama_cpp as llama
+        except ModuleNotFoundError as error:
+            raise Refusal.missing(f"{error.name} is not installed") from error
+        except (FileNotFoundError, OSError, RuntimeError) as error:
+            raise Refusal.missing(f"its libraries do not load: {error}") from error
+        self.llama: Any = llama
+        self.version = str(llama_cpp.__version__)
+        override = os.environ.get("LLAMA_CPP_LIB_PATH")
+        self.directory = Path(override) if override else Path(llama_cpp.__file__).parent / "lib"
+        self._handles = [llama._lib, *_further_libraries(self.directory)]
+        # The bindings' own log callback swallows errors (its table of levels is stale). NULL: llama.cpp writes to stderr.
+        llama.llama_log_set(llama.llama_log_callback(0), None)
+        llama.llama_backend_init()
+        self._declared: dict[str, Any] = {}
+
+    def ggml(self, name: str) -> Any:
+        """A function of ggml by its C name. Raises :class:`Refusal` when the library does not have it."""
+        function = self._declared.get(name)
+        if function is None:
+            result, arguments = _GGML[name]
+            function = self.symbol(name)
+            function.restype, function.argtypes = result, arguments
+            self._declared[name] = function
+        return function
+
+    def symbol(self, name: str) -> Any:
+        """An exported function, its types undeclared."""
+        for handle in self._handles:
+            try:
+                return handle[name]
+            except AttributeError:
+                continue
+        raise Refusal.mismatch(f"its library has no function {name}")
+
+    def devices(self) -> list[Device]:
+        """Everything ggml can compute on, in its order."""
+        count = self.ggml("ggml_backend_dev_count")()
+        return [Device.of(self, self.ggml("ggml_backend_dev_get")(index)) for index in range(count)]
+
+
+class Device:
+    """One ggml device. ``kind``: 0 CPU, 1 GPU, 2 integrated GPU, 3 accelerator (ggml-backend.h)."""
+
+    def __init__(self, name: str, description: str, kind: int, total: int, free: int, buffer: int) -> None:
+        self.name, self.description, self.kind, self.total, self.free, self.buffer = (
+            name,
+            description,
+            kind,
+            total,
+            free,
+            buffer,
+        )
+
+    @classmethod
+    def of(cls, library: Library, pointer: int) -> Device:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        library.ggml("ggml_backend_dev_memory")(pointer, ctypes.byref(free), ctypes.byref(total))
+        return cls(
+            library.ggml("ggml_backend_dev_name")(pointer).decode(),
+            library.ggml("ggml_backend_dev_description")(pointer).decode(),
+            library.ggml("ggml_backend_dev_type")(pointer),
+            total.value,
+            free.value,
+            library.ggml("ggml_backend_dev_buffer_type")(pointer),
+        )
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in (1, 2)
+
+    def __str__(self) -> str:
+        """As ``--list-devices`` prints it: ``CUDA0: NVIDIA H200 (143771 MiB, 143041 MiB free)``."""
+        return f"{self.name}: {self.description} ({self.total >> 20} MiB, {self.free >> 20} MiB free)"
+
+
+def _further_libraries(directory: Path) -> list[ctypes.CDLL]:
+    """On Windows a symbol is found in its own library only."""
+    if sys.platform != "win32":
+        return []
+    return [ctypes.CDLL(str(path)) for path in sorted(directory.glob("*ggml*.dll"))]
+
+
+@lru_cache(maxsize=1)
+def load() -> Library:
+    """The libraries, loaded once per process."""
+    return Library()

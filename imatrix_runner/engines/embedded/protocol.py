@@ -1,0 +1,127 @@
+"""What the parent asks of a worker (one JSON argument) and what the worker answers (JSON lines on stdout)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from imatrix_runner.engines.base import CollectOptions, Fallback, QuantizeOptions
+from imatrix_runner.events import Metric, Notice, Progress
+
+
+class Probe(msgspec.Struct, frozen=True, tag_field="ask", tag="probe"):
+    """Load the library, prove that it is what we take it for, and say what it can do."""
+
+
+class Tokenize(msgspec.Struct, frozen=True, tag_field="ask", tag="tokenize"):
+    """Count the tokens of a text."""
+
+    model: Path
+    text: Path
+    parse_special: bool
+
+
+class Collect(msgspec.Struct, frozen=True, tag_field="ask", tag="collect"):
+    """Collect ranges of chunks, ``(first, count)`` each; see :class:`~imatrix_runner.engines.base.CollectJob`."""
+
+    step: str
+    model: Path
+    text: Path
+    ranges: tuple[tuple[int, int], ...]
+    folder: Path
+    options: CollectOptions
+    fingerprint: str
+
+
+class Quantize(msgspec.Struct, frozen=True, tag_field="ask", tag="quantize"):
+    """Write (or with ``dry_run`` only plan) one level; see :class:`~imatrix_runner.engines.base.QuantizeJob`."""
+
+    step: str
+    source: Path
+    out: Path
+    ftype: str
+    options: QuantizeOptions
+    imatrix: Path | None
+    threads: int | None
+    dry_run: bool
+
+
+Request = Probe | Tokenize | Collect | Quantize
+
+
+class Proven(msgspec.Struct, frozen=True, tag_field="type", tag="proven"):
+    """The answer to a probe. ``library`` is the directory the libraries were loaded from, ``features`` llama.cpp's own line
+    about the processor, ``ftypes`` the numbers of the file types the bindings name."""
+
+    version: str
+    library: Path
+    ggml: str
+    features: str
+    devices: tuple[str, ...]
+    backends: tuple[str, ...]
+    ftypes: dict[str, int]
+
+
+class Counted(msgspec.Struct, frozen=True, tag_field="type", tag="counted"):
+    """The answer to a tokenisation."""
+
+    n_tokens: int
+
+
+class Collected(msgspec.Struct, frozen=True, tag_field="type", tag="collected"):
+    """A range is complete in ``path``. ``seconds`` it took, ``watching_seconds`` of them in the evaluation callback; the sums
+    of the scored tokens' nll and its square."""
+
+    first: int
+    count: int
+    path: Path
+    seconds: float
+    load_seconds: float
+    nll: float
+    nll2: float
+    scored: int
+    watching_seconds: float
+
+
+class Planned(msgspec.Struct, frozen=True, tag_field="type", tag="planned"):
+    """The answer to a dry run."""
+
+    types: dict[str, str]
+    fallbacks: tuple[Fallback, ...]
+    needs_imatrix: bool
+
+
+class Written(msgspec.Struct, frozen=True, tag_field="type", tag="written"):
+    """A level is written."""
+
+    fallbacks: tuple[Fallback, ...]
+    without_weights: tuple[str, ...]
+
+
+class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
+    """The worker knows what is wrong; ``exit_code`` picks the error (3 no engine, 5 it failed, 6 invalid data, 8 no space)."""
+
+    what: str
+    why: str
+    todo: str
+    exit_code: int
+
+
+AnswerT = TypeVar("AnswerT", Counted, Planned, Written)
+
+Answer = Proven | Counted | Collected | Planned | Written | Failed | Progress | Metric | Notice
+
+encode = msgspec.json.Encoder(enc_hook=str).encode
+_answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer, dec_hook=lambda kind, value: kind(value))
+_requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request, dec_hook=lambda kind, value: kind(value))
+
+
+def decode_answer(line: str) -> Answer:
+    """Raises ``msgspec.MsgspecError`` for a line that is none."""
+    return _answers.decode(line)
+
+
+def decode_request(text: str) -> Request:
+    return _requests.decode(text)

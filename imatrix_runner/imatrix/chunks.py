@@ -1,0 +1,199 @@
+"""Which chunks are computed, in which ranges and in which order, and how many of their tokens llama.cpp's batches count.
+
+Pure: everything follows from the text's tokens, the model and the options, never from a clock, so that the same command
+always goes through the same ranges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from imatrix_runner.engines.base import ChunkRange, CollectOptions
+from imatrix_runner.errors import InvalidDataError
+
+# For the size of ranges only, where it must be the same in every run and so may not be measured: what starting, reading and
+# saving cost, and what machines compute, in orders of magnitude.
+_START_SECONDS = 0.3
+_LOAD_BYTES_PER_SECOND = 1.5e9
+_SAVE_SECONDS = 0.02
+_SAVE_BYTES_PER_SECOND = 1.5e8
+"""Of the float32 matrix: its float64 piece is written once and read twice, the checkpoint likewise."""
+_CPU_FLOPS = 2e11
+_GPU_FLOPS = 2e13
+RELOAD_SHARE = 0.03
+_SAVE_SHARE = 0.02
+_LEAST_RANGE = 10
+"""llama-imatrix's own --output-frequency."""
+_WATCHED_RANGES = 16
+
+_LEAST_ROWS = 16
+"""llama-imatrix does not look at a multiplication of fewer rows (tools/imatrix/imatrix.cpp, ``src1->ne[1] < 16``)."""
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The ranges in the order they are computed. The first ``n_asked`` are what was asked for; the rest is what remains of
+    the text, for who goes on until every expert was met. ``snapshots``: after how many chunks a whole file is left."""
+
+    ranges: tuple[ChunkRange, ...]
+    n_asked: int
+    snapshots: tuple[int, ...]
+    n_tokens: int
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks asked for."""
+        return count_chunks(self.ranges[: self.n_asked])
+
+
+def count_chunks(ranges: Sequence[ChunkRange]) -> int:
+    return sum(piece.count for piece in ranges)
+
+
+def describe_ranges(ranges: Sequence[ChunkRange]) -> str:
+    """``0-12,12-24``"""
+    return ",".join(f"{piece.first}-{piece.end}" for piece in ranges)
+
+
+def range_chunks(engine: str, n_params: int, n_bytes: int, matrix_bytes: int, options: CollectOptions, *, gpu: bool) -> int:
+    """How many chunks a range should have, in whole batches.
+
+    Such that what comes with every range is a small part of computing it: for the binaries engine loading the model
+    (``n_bytes``; 3 %), for the embedded one saving ``matrix_bytes`` (2 %), but never less than llama-imatrix's 10.
+    ``n_params`` are those active per token.
+    """
+    chunk = 2 * n_params * options.n_ctx / (_GPU_FLOPS if gpu else _CPU_FLOPS)
+    if engine == "embedded":
+        least = (_SAVE_SECONDS + matrix_bytes / _SAVE_BYTES_PER_SECOND) / _SAVE_SHARE / chunk
+    else:
+        least = (_START_SECONDS + n_bytes / _LOAD_BYTES_PER_SECOND) / RELOAD_SHARE / chunk
+    return whole_batches(math.ceil(max(_LEAST_RANGE, least)), options)
+
+
+def watched_chunks(size: int, n_tokens: int, options: CollectOptions) -> int:
+    """The size of ranges where something is decided after each: small enough that a text has at least 16 of them."""
+    return min(size, whole_batches(max(_LEAST_RANGE, n_tokens // options.n_ctx // _WATCHED_RANGES), options))
+
+
+def whole_batches(chunks: int, options: CollectOptions) -> int:
+    """``chunks`` rounded up: a batch that is cut is rounded otherwise by llama.cpp's kernels."""
+    return math.ceil(chunks / options.chunks_at_once) * options.chunks_at_once
+
+
+def plan_chunks(
+    n_tokens: int,
+    options: CollectOptions,
+    *,
+    first: int = 0,
+    limit: int | None = None,
+    range_size: int,
+    save_frequency: int = 0,
+    spread: bool = False,
+    beyond: bool = False,
+) -> ChunkPlan:
+    """Cut the text into ranges of whole batches.
+
+    ``first`` chunks are skipped, at most ``limit`` asked for; ``beyond`` plans the rest of the text too. ``spread`` visits
+    the ranges such that those done are always scattered over the whole text. llama-imatrix starts at chunk K > 0 only if
+    ``(K + 2) * n_ctx < n_tokens``, so the tail joins the range before it. Raises :class:`InvalidDataError` if the text is
+    too short.
+    """
+    n_ctx = options.n_ctx
+    in_text = n_tokens // n_ctx
+
+    def can_start(chunk: int) -> bool:
+        return chunk == 0 or (chunk + 2) * n_ctx < n_tokens
+
+    if in_text < 2 or not can_start(first):
+        skipped = f", of which {first} are to be skipped" if first else ""
+        raise InvalidDataError(
+            "The calibration text is too short",
+            f"it has {n_tokens} tokens, {in_text} chunks of {n_ctx}{skipped}; at least 2 must remain",
+            "Give a longer text with -f, a smaller context with -c, or a smaller --chunk.",
+        )
+    available = in_text - first
+    count = available if limit is None else min(limit, available)
+    size = whole_batches(range_size, options)
+    snapshots = _snapshot_marks(save_frequency, available if beyond else count, options)
+    marks = {*range(0, count, size), *(() if spread else (mark for mark in snapshots if mark < count))}
+    asked = _between(first, sorted(mark for mark in marks if can_start(first + mark)), count)
+    rest: list[ChunkRange] = []
+    if beyond and count < available and can_start(first + count):
+        marks = {*range(count, available, size), *(() if spread else (mark for mark in snapshots if mark > count))}
+        rest = _between(first, sorted(mark for mark in marks if can_start(first + mark)), available)
+    if spread:
+        asked, rest = ([ranges[place] for place in spread_order(len(ranges))] for ranges in (asked, rest))
+    ranges = (*asked, *rest)
+    return ChunkPlan(ranges, len(asked), _reached(snapshots, ranges), n_tokens)
+
+
+def _between(first: int, starts: Sequence[int], end: int) -> list[ChunkRange]:
+    return [ChunkRange(first + begin, stop - begin) for begin, stop in zip(starts, [*starts[1:], end], strict=True)]
+
+
+def _snapshot_marks(frequency: int, count: int, options: CollectOptions) -> list[int]:
+    return [whole_batches(mark, options) for mark in range(frequency, count, frequency)] if frequency else []
+
+
+def _reached(marks: Sequence[int], ranges: Sequence[ChunkRange]) -> tuple[int, ...]:
+    """How many chunks are done at the first end of a range at or after each mark, but for the last range's."""
+    done, ends = 0, list[int]()
+    for piece in ranges[:-1]:
+        done += piece.count
+        ends.append(done)
+    reached = (next((end for end in ends if end >= mark), None) for mark in marks)
+    return tuple(dict.fromkeys(end for end in reached if end is not None))
+
+
+def spread_order(count: int) -> list[int]:
+    """``0 .. count - 1`` in van der Corput order (bits reversed): 0, 4, 2, 6, 1, 5, 3, 7 for eight.
+
+    However early one stops, what was visited lies scattered evenly over the whole: calibration texts are often sorted by
+    topic, and their beginning alone is no sample of them.
+    """
+    bits = max(0, count - 1).bit_length()
+    turned = (sum(((place >> bit) & 1) << (bits - 1 - bit) for bit in range(bits)) for place in range(1 << bits))
+    return [place for place in turned if place < count]
+
+
+def counted_tokens(n_chunks: int, options: CollectOptions) -> frozenset[int]:
+    """The numbers of tokens that llama-imatrix may count for a weight that every token of ``n_chunks`` chunks meets.
+
+    Not all: a batch of several chunks is computed in pieces of as many tokens of each chunk as fit (src/llama-batch.cpp,
+    ``split_equal``), and the last piece may be one of the multiplications of under 16 rows that the collector skips. 7
+    chunks of 512 end with a batch of three: 3 x 170 tokens a piece, and 3 x 2 = 6 that are lost. Recurrent layers multiply
+    each sequence by itself, so that 16 tokens of each are needed; older builds, and ``-kvu``, cut a batch without regard to
+    its chunks and lose less. A count may also be a whole multiple of these: a weight used twice in a graph counts twice.
+    """
+    batches = [options.chunks_at_once] * (n_chunks // options.chunks_at_once)
+    batches += [n_chunks % options.chunks_at_once] if n_chunks % options.chunks_at_once else []
+    n_batch = min(options.n_batch, options.chunks_at_once * options.n_ctx)
+    n_ubatch = min(options.n_ubatch, n_batch)
+    by_rows = by_sequence = simple = 0
+    for n_seq in batches:
+        for begin in range(0, options.n_ctx, n_batch):
+            n_tokens = min(options.n_ctx - begin, n_batch)
+            pieces = _equal_pieces(n_seq, n_tokens, n_ubatch)
+            by_rows += sum(seqs * tokens for seqs, tokens in pieces if seqs * tokens >= _LEAST_ROWS)
+            by_sequence += sum(seqs * tokens for seqs, tokens in pieces if tokens >= _LEAST_ROWS)
+            whole, rest = divmod(n_seq * n_tokens, n_ubatch)
+            simple += whole * n_ubatch * (n_ubatch >= _LEAST_ROWS) + rest * (rest >= _LEAST_ROWS)
+    return frozenset((by_rows, by_sequence, simple)) - {0}
+
+
+def _equal_pieces(n_seq: int, n_tokens: int, n_ubatch: int) -> list[tuple[int, int]]:
+    """``(sequences, tokens of each)`` of every piece that a batch of ``n_seq`` sequences of ``n_tokens`` is computed in."""
+    pieces: list[tuple[int, int]] = []
+    left = [n_tokens] * n_seq
+    while any(left):
+        begin = next(seq for seq in range(n_seq) if left[seq])
+        # Neighbours only, and llama.cpp stops one sequence after the piece is full.
+        seqs = next((seq for seq in range(begin, n_seq) if not left[seq]), n_seq) - begin
+        seqs = min(seqs, n_ubatch + 1)
+        tokens = min(max(1, n_ubatch // seqs), *left[begin : begin + seqs])
+        pieces.append((seqs, tokens))
+        for seq in range(begin, begin + seqs):
+            left[seq] -= tokens
+    return pieces
