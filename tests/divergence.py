@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,18 +37,28 @@ class Divergence:
 def save_logits(tools: BareTools, model: Path, text: Path, out: Path, *, n_ctx: int = 512, threads: int = 1) -> Path:
     """What the source says of the text: the base that :func:`divergence` compares with."""
     told = _perplexity(tools, "-m", model, "-f", text, "-c", n_ctx, "-t", threads, "--kl-divergence-base", out)
-    n_chunks = re.search(r"over (\d+) chunks", told)
-    assert n_chunks is not None, told
+    vocab, chunks = _sizes(out)
+    row = 2 * (2 * ((vocab + 1) // 2) + 4)
+    assert out.stat().st_size == 20 + 4 * chunks * n_ctx + chunks * (n_ctx - 1 - n_ctx // 2) * row, told[-1000:]
     return out
+
+
+def _sizes(base: Path) -> tuple[int, int]:
+    """Tokens in the vocabulary and chunks of text."""
+    with base.open("rb") as file:
+        magic, _, vocab, chunks = struct.unpack("<8siii", file.read(20))
+    assert magic == b"_logits_"
+    return vocab, chunks
 
 
 def divergence(tools: BareTools, model: Path, base: Path, *, n_ctx: int = 512, threads: int = 1) -> Divergence:
     """Asks again while llama-perplexity's asynchronous log loses a line that is needed (it often does at its end)."""
+    _, chunks = _sizes(base)
     for _ in range(_TRIES):
         told = _perplexity(tools, "-m", model, "-c", n_ctx, "-t", threads, "--kl-divergence", "--kl-divergence-base", base)
         mean, rows = _MEAN.search(told), _ROW.findall(told)
         # Each row is the mean of all chunks up to its own.
-        if mean and [int(number) for number, _ in rows] == list(range(1, len(rows) + 1)):
+        if mean and [int(number) for number, _ in rows] == list(range(1, chunks + 1)):
             sums = np.array([int(number) * float(value) for number, value in rows])
             return Divergence(float(mean[1]), float(mean[2]), np.diff(sums, prepend=0.0))
     raise AssertionError(f"llama-perplexity told no result in {_TRIES} runs: {told[-1000:]}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from imatrix_runner.errors import InterruptedRunError, RunnerError
 from imatrix_runner.events import Sink
 from imatrix_runner.toolchain.probe import QuantType
 
@@ -194,6 +195,16 @@ class Quantized:
     without_weights: tuple[str, ...] = field(default=())
 
 
+def attempt(engine: Engine, job: QuantizeJob) -> DryRun | RunnerError:
+    """One dry run, its error as a value; but a stop stops."""
+    try:
+        return engine.dry_run(job)
+    except InterruptedRunError:
+        raise
+    except RunnerError as error:
+        return error
+
+
 class Engine(Protocol):
     """Computes in child processes. Failures are :class:`~imatrix_runner.errors.EngineError` or a more exact error of ours."""
 
@@ -223,6 +234,10 @@ class Engine(Protocol):
         ...
 
     def dry_run(self, job: QuantizeJob) -> DryRun: ...
+
+    def dry_runs(self, jobs: Sequence[QuantizeJob], log: Path | None) -> list[DryRun | RunnerError]:
+        """Several at once, for less than one by one: for each job its answer, or the error it alone would have raised."""
+        ...
 
     def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized: ...
 

@@ -41,7 +41,8 @@ class OpenFile:
 
     def floats(self, offset: int, count: int, kind: Kind = "<f4") -> npt.NDArray[np.float64]:
         """``count`` little-endian numbers as float64. Raises :class:`InvalidDataError` if the file was cut meanwhile."""
-        return self._numbers(offset, count, kind).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN, which whoever looks at the values will name
+            return self._numbers(offset, count, kind).astype(np.float64)
 
     def integers(self, offset: int, count: int) -> npt.NDArray[np.int64]:
         """``count`` little-endian int64; raises like :meth:`floats`."""
@@ -53,8 +54,7 @@ class OpenFile:
         if len(data) < size:
             why = f"it was {self.size} bytes long and now ends earlier"
             raise InvalidDataError(f"{self.path} changed while it was read", why, "Run the same command again.")
-        with np.errstate(invalid="ignore"):  # a signalling NaN, which whoever looks at the values will name
-            return np.frombuffer(data, kind)
+        return np.frombuffer(data, kind)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ MAX_TEXT = 127  # llama_model_kv_override.val_str
 
 # src/llama-quant.cpp, tensor_requires_imatrix(): these types are garbage without one ...
 _REQUIRE_IMATRIX = frozenset(("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"))
-# ... except for these tensors, which never have activations to weigh.
+# ... except for these tensors, which never have activations to weigh; but ggml_quantize_chunk() of ggml.c aborts without
+# weights for these types, whatever the tensor.
 NEVER_WEIGHED = (*TOKEN_EMBEDDINGS, "output.weight")
+_ABORT_WITHOUT_WEIGHTS = frozenset(("IQ2_XXS", "IQ2_XS", "IQ1_S"))
 
 # ggml-quants.c: these are rounded without a look at the weights, so lacking them costs nothing.
 IGNORE_WEIGHTS = frozenset(("F32", "F16", "BF16", "Q8_0", "Q1_0", "Q2_0", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0"))
@@ -152,6 +154,8 @@ def make_recipe(
             )
         if bad := _shape_problem(name, source.shape, kind, number):
             failures.append(bad)
+        if pending and required and name in TOKEN_EMBEDDINGS:
+            failures.append(f"{name} becomes {kind}, and an imatrix has no weights for embeddings")
         if weights is not None:
             lacks.judge(original, source.shape, kind, weights, required=required)
     if weights is None and needs and not pending:
@@ -194,7 +198,7 @@ class _Lacks:
 
 def _requires_imatrix(name: str, kind: str, ftype: str) -> bool:
     if name in NEVER_WEIGHED:
-        return False
+        return kind in _ABORT_WITHOUT_WEIGHTS
     return kind in _REQUIRE_IMATRIX or (kind == "Q2_K" and ftype.upper() == "Q2_K_S")
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from imatrix_runner.engines.base import Engine, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.base import DryRun, Engine, QuantizeJob, QuantizeOptions
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, ToolchainError, UsageError
 from imatrix_runner.models.gguf_file import type_id, type_size
 from imatrix_runner.models.sources import Model
@@ -30,7 +31,8 @@ class Resolver:
     """Asks for the recipes of one model with one imatrix.
 
     ``imatrix`` is what llama-quantize is given (its presence changes the mixture), ``weights`` what is known to be in it;
-    ``pending``: it is only a stand-in. ``uncovered``: ``fail``, ``keep`` or a type for tensors without data.
+    ``pending``: it is only a stand-in. ``uncovered``: ``fail``, ``keep`` or a type for tensors without data. ``known``:
+    what llama.cpp has answered already, by level.
     """
 
     model: Model
@@ -40,6 +42,14 @@ class Resolver:
     weights: Weights | None
     pending: bool = False
     uncovered: str = FAIL
+    known: Mapping[str, DryRun | RunnerError] = field(default_factory=dict)
+
+    def asked(self, levels: Sequence[Level], log: Path | None) -> Resolver:
+        """The same, knowing llama.cpp's answers for these levels: asked all at once, which is quicker than one by one."""
+        if not levels:
+            return self
+        answers = self.engine.dry_runs([self._job(level, level.apply(self.options), None) for level in levels], log)
+        return replace(self, known={level.name: answer for level, answer in zip(levels, answers, strict=True)})
 
     def resolve(self, level: Level, log: Path | None) -> Resolved:
         """The recipe of one level. What llama.cpp refuses to plan is a recipe that fails, with its reason."""
@@ -58,9 +68,16 @@ class Resolver:
             return Resolved(_impossible(level, error), options)
 
     def _ask(self, level: Level, options: QuantizeOptions, log: Path | None) -> Recipe:
-        job = QuantizeJob(f"level-{level.name}", self.model.path, Path("unused"), level.ftype, options, self.imatrix, None, log)
-        dry = self.engine.dry_run(job)
+        dry = self.known.get(level.name) if options == level.apply(self.options) else None
+        if isinstance(dry, RunnerError):
+            raise dry
+        if dry is None:
+            dry = self.engine.dry_run(self._job(level, options, log))
         return make_recipe(level, self.model.header, self.model.tensors, dry, self.weights, options, pending=self.pending)
+
+    def _job(self, level: Level, options: QuantizeOptions, log: Path | None) -> QuantizeJob:
+        step = f"level-{level.name}"
+        return QuantizeJob(step, self.model.path, Path("unused"), level.ftype, options, self.imatrix, None, log)
 
     def _pins(self, recipe: Recipe) -> dict[RecipeTensor, str]:
         """``--tensor-type`` entries for the tensors without data that would become smaller than the safe type."""

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import psutil
 
-from imatrix_runner.engines.base import Quantized, QuantizeJob
+from imatrix_runner.engines.base import Quantized, QuantizeJob, QuantizeOptions
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
 from imatrix_runner.events import Finished, Saved, Sink, Started
 from imatrix_runner.files import free_bytes, human_bytes, sha256, stamp
@@ -59,6 +59,17 @@ class LevelResult:
 
 
 @dataclass(frozen=True)
+class _Draft:
+    """A level before llama.cpp was asked: what it is made from, what the journal knows of it, and whether that is enough."""
+
+    level: Level
+    inputs: dict[str, str]
+    record: Record | None
+    intact: bool
+    unknown: bool
+
+
+@dataclass(frozen=True)
 class LevelPlanner:
     """Plans and makes the levels of one request from one model."""
 
@@ -79,9 +90,11 @@ class LevelPlanner:
                 pending=matrix is None and imatrix is not None,
                 uncovered=self.request.uncovered,
             )
-            further = _further(self.request)
+            drafts = [self._draft(level, fingerprint) for level in levels]
+            unknown = [draft.level for draft in drafts if draft.unknown or resolver.uncovered != FAIL]
+            resolver = resolver.asked(unknown, self.session.log("plan"))
             with ThreadPoolExecutor(max_workers=max(1, psutil.cpu_count() or 1)) as pool:
-                return tuple(pool.map(lambda level: self._plan(level, resolver, fingerprint, further), levels))
+                return tuple(pool.map(lambda draft: self._plan(draft, resolver, fingerprint), drafts))
 
     def weights(self, matrix: MatrixFile | None) -> Weights | None:
         """The entries llama.cpp will use; None where there are none."""
@@ -90,26 +103,31 @@ class LevelPlanner:
         weights = usable_weights(matrix.matrix, matrix.path, self.request.options)
         return weights if weights.sizes else None
 
-    def _plan(self, level: Level, resolver: Resolver, fingerprint: str, further: str) -> LevelStep:
+    def _draft(self, level: Level, fingerprint: str, options: QuantizeOptions | None = None) -> _Draft:
+        """What can be said of a level without asking llama.cpp."""
         workspace, journal, name = self.session.workspace, self.session.journal, step_name(level)
-        resolved, options = None, self.request.options
-        if resolver.uncovered != FAIL:  # pins are options like any other: who has none is not made again
-            resolved = self._resolve(level, resolver)
-            options = resolved.options
         inputs = level_inputs(
             level,
-            options,
+            options or self.request.options,
             source=self.frozen.fingerprint,
             imatrix=fingerprint,
             engine=self.session.engine.identity(),
-            further=further,
+            further=_further(self.request),
         )
-        files = final_files(workspace, level, self.frozen, keep_split=self.request.options.keep_split)
         record = journal.get(name)
         intact = record is not None and _still_there(record, workspace, journal, name, save=not self.session.dry_run)
-        if resolved is None and needs_dry_run(record, inputs, intact=intact):
+        return _Draft(level, inputs, record, intact, needs_dry_run(record, inputs, intact=intact))
+
+    def _plan(self, draft: _Draft, resolver: Resolver, fingerprint: str) -> LevelStep:
+        level, resolved = draft.level, None
+        if resolver.uncovered != FAIL:  # pins are options like any other: who has none is not made again
             resolved = self._resolve(level, resolver)
-        foreign = _foreign(files, record, workspace, intact=intact)
+            draft = self._draft(level, fingerprint, resolved.options)
+        elif draft.unknown:
+            resolved = self._resolve(level, resolver)
+        inputs, record, intact = draft.inputs, draft.record, draft.intact
+        files = final_files(self.session.workspace, level, self.frozen, keep_split=self.request.options.keep_split)
+        foreign = _foreign(files, record, self.session.workspace, intact=intact)
         step = plan_level(level, files, inputs, record, intact=intact, resolved=resolved, foreign=bool(foreign))
         hopeless = resolved is not None and resolved.recipe.failures
         return replace(step, reason=foreign) if foreign and step.state == "fails" and not hopeless else step

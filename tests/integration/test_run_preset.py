@@ -115,7 +115,8 @@ def test_a_copied_workspace_is_recognised_by_content(preset: Preset, tmp_path: P
 def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     document = preset.again("--json").document
     assert document.keys() == {
-        *("schema", "version", "program", "exit_code", "model", "engine", "toolchain", "plan", "imatrix", "levels", "seconds")
+        *("schema", "version", "program", "exit_code", "model", "engine", "toolchain", "plan", "imatrix", "collected"),
+        *("levels", "seconds"),
     }
     assert document["engine"] == "binaries"
     assert document["toolchain"].startswith("llama.cpp ")

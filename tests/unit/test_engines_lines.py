@@ -64,10 +64,9 @@ class Recorder:
         self._said: dict[str, Said] = {}
 
     def _collect(self, model: Path, folder: Path, options: CollectOptions) -> Command:
-        text = resource(CALIBRATION_TEXT)
-        return imatrix_command(
-            XX
-        )
+        chunks = ChunkRange(0, CHUNKS)
+        job = CollectJob("", model, resource(CALIBRATION_TEXT), (chunks,), folder, options, "", None)
+        return imatrix_command(job, chunks, folder / "i.gguf", self._tools)
 
     def _quantize(self, model: Path, folder: Path, ftype: str, imatrix: Path | None, *, dry_run: bool = False) -> Command:
         job = QuantizeJob("", model, folder / "q.gguf", ftype, QuantizeOptions(), imatrix, 1, None)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from imatrix_runner.engines.base import (
     ChunkRange,
@@ -19,11 +23,12 @@ from imatrix_runner.engines.base import (
     Piece,
     Quantized,
     QuantizeJob,
+    attempt,
 )
 from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, tokenize_command
 from imatrix_runner.engines.binaries.lines import ImatrixOutput, QuantizeOutput, parse_token_ids
 from imatrix_runner.engines.binaries.messages import explain
-from imatrix_runner.errors import EngineError, InvalidDataError, from_os_error
+from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.probe import QuantType, Toolchain
@@ -125,6 +130,10 @@ class BinariesEngine:
         if not outcome.ok:
             raise explain(outcome, f"llama-quantize cannot plan {job.ftype}")
         return output.as_dry_run()
+
+    def dry_runs(self, jobs: Sequence[QuantizeJob], log: Path | None) -> list[DryRun | RunnerError]:
+        with ThreadPoolExecutor(max_workers=psutil.cpu_count() or 1) as pool:
+            return list(pool.map(lambda job: attempt(self, replace(job, log=log)), jobs))
 
     def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized:
         output = QuantizeOutput()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
-from imatrix_runner.engines.embedded.protocol import Answer, Collect, Probe, Quantize, Tokenize, decode_request, encode
+from imatrix_runner.engines.embedded.protocol import Answer, Collect, Plan, Probe, Quantize, Tokenize, decode_request, encode
 from imatrix_runner.engines.embedded.refusal import Refusal
 
 
@@ -16,8 +17,9 @@ def main() -> int:
 
     def tell(answer: Answer) -> None:
         line = encode(answer) + b"\n"
-        while line:
-            line = line[os.write(answers, line) :]
+        with suppress(BrokenPipeError):  # the parent is dead; stdin tells so too, and then what is done is kept
+            while line:
+                line = line[os.write(answers, line) :]
 
     request = decode_request(sys.argv[1])
     try:
@@ -37,6 +39,14 @@ def main() -> int:
             from imatrix_runner.engines.embedded.quantizing import quantize
 
             quantize(request, tell)
+        elif isinstance(request, Plan):
+            from imatrix_runner.engines.embedded.quantizing import quantize
+
+            for level in request.levels:
+                try:
+                    quantize(level, tell)
+                except Refusal as refusal:
+                    tell(refusal.answer)
     except Refusal as refusal:
         tell(refusal.answer)
         return refusal.answer.exit_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from imatrix_runner.engines.base import (
     Piece,
     Quantized,
     QuantizeJob,
+    attempt,
 )
 from imatrix_runner.engines.binaries.argv import quantize_options
 from imatrix_runner.engines.binaries.messages import explain, recognise, with_log
@@ -92,6 +93,19 @@ class EmbeddedEngine:
         planned = answers.only(protocol.Planned)
         return DryRun(planned.types, planned.fallbacks, planned.needs_imatrix)
 
+    def dry_runs(self, jobs: Sequence[QuantizeJob], log: Path | None) -> list[DryRun | RunnerError]:
+        answers = _Answers()
+        request = protocol.Plan(tuple(_quantize(job, dry_run=True) for job in jobs))
+        self._runner.run(worker_command(request, self.bindings.library), log=log, on_text=answers.feed)
+        found = iter(answers.in_order((protocol.Planned, protocol.Failed)))
+        return [self._dry_run_or_error(job, next(found, None)) for job in jobs]
+
+    def _dry_run_or_error(self, job: QuantizeJob, answer: protocol.Answer | None) -> DryRun | RunnerError:
+        """What failed, or what the worker no longer got to when it died, is asked for alone: that explains it."""
+        if isinstance(answer, protocol.Planned):
+            return DryRun(answer.types, answer.fallbacks, answer.needs_imatrix)
+        return attempt(self, job)
+
     def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized:
         answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
         request = _quantize(job, dry_run=False)
@@ -150,6 +164,10 @@ class _Answers:
             elif self._hear is not None:
                 self._hear(answer)
             self._kept.append(answer)
+
+    def in_order(self, kinds: tuple[type[protocol.Answer], ...]) -> list[protocol.Answer]:
+        """The answers of some kinds, as they came."""
+        return [answer for answer in self._kept if isinstance(answer, kinds)]
 
     def only(self, kind: type[protocol.AnswerT]) -> protocol.AnswerT:
         """The one answer of a kind that the worker owes."""

@@ -48,7 +48,13 @@ class Quantize(msgspec.Struct, frozen=True, tag_field="ask", tag="quantize"):
     dry_run: bool
 
 
-Request = Probe | Tokenize | Collect | Quantize
+class Plan(msgspec.Struct, frozen=True, tag_field="ask", tag="plan"):
+    """Several dry runs in one process: starting it costs more than one of them. Each gets a Planned or a Failed, in order."""
+
+    levels: tuple[Quantize, ...]
+
+
+Request = Probe | Tokenize | Collect | Quantize | Plan
 
 
 class Proven(msgspec.Struct, frozen=True, tag_field="type", tag="proven"):

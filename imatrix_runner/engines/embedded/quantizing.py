@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ def _file_type(library: Library, name: str) -> QuantType:
     return kind
 
 
+@lru_cache(maxsize=1)
+def _read_once(path: Path) -> Weights:
+    """The plan of many levels reads their imatrix once; a mixture's is a gigabyte."""
+    return read_weights(path)
+
+
 def _weights(request: Quantize) -> Weights | None:
     """The chosen part of the imatrix; None when there is none or nothing of it was chosen, which is the same to llama.cpp."""
     options = request.options
@@ -108,7 +115,7 @@ def _weights(request: Quantize) -> Weights | None:
         raise NotAccepted("llama_quantize: --include-weights and --exclude-weights cannot be used together")
     if request.imatrix is None:
         return None
-    weights = read_weights(request.imatrix).choose(
+    weights = _read_once(request.imatrix).choose(
         tuple(map(os.fsencode, options.include_weights)), tuple(map(os.fsencode, options.exclude_weights))
     )
     return weights if weights.values else None

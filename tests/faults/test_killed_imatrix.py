@@ -1,0 +1,80 @@
+"""Fifty SIGKILLs of a generation inside llama-cpp-python, at seeded random moments: the same bytes, the same decisions."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from command_line import run_command, started
+from llama_tools import digest, leftovers
+
+KILLS = 50
+OPTIONS = ("-c", "128", "-b", "256", "--output-frequency", "6", "--save-frequency", "60", "--chunks", "160")
+
+
+def _files(workspace: Path) -> dict[str, str]:
+    return {path.name: digest(path) for path in workspace.glob("imatrix.gguf*")}
+
+
+def test_fifty_random_kills_change_no_byte(demo_model: Path, tmp_path: Path) -> None:
+    """Every kill takes the whole tree and is followed by the same command; whenever one gets through, the matrix and its
+    snapshots must be those of an undisturbed run, and the next begins from nothing. The engine saves every six chunks, so
+    kills fall before, in and after pieces, checkpoints, snapshots and the final rename."""
+    arguments = ("imatrix", "generate", demo_model, *OPTIONS, "--engine", "embedded")
+    quiet = tmp_path / "quiet"
+    quiet.mkdir()
+    began = time.monotonic()
+    done = run_command(*arguments, cwd=quiet)
+    seconds = time.monotonic() - began
+    assert done.code == 0, done.err
+    expected = _files(quiet / "work" / "demo-model")
+    assert len(expected) > 2
+    chooser = random.Random(4)
+    workspace = tmp_path / "work" / "demo-model"
+    kills = through = continued = 0
+    while kills < KILLS:
+        with started(*arguments, cwd=tmp_path) as running:
+            end = time.monotonic() + chooser.uniform(0.05, 0.5) * seconds
+            while time.monotonic() < end and running.process.poll() is None:
+                time.sleep(0.001)
+            killed = running.kill_tree()
+        kills += killed
+        continued += killed and (workspace / ".imatrix-parts" / "checkpoint.gguf").exists()
+        if not killed:
+            assert _files(workspace) == expected
+            assert leftovers(workspace) == []
+            shutil.rmtree(workspace)
+            through += 1
+    last = run_command(*arguments, cwd=tmp_path)
+    assert last.code == 0, last.err
+    assert _files(workspace) == expected
+    assert leftovers(workspace) == []
+    assert continued > KILLS // 4  # they did not all come before anything was saved
+    print(f"{kills} kills, {continued} of them with a checkpoint; {through + 1} runs went through")
+
+
+def test_ctrl_c_finishes_the_batch_and_the_next_run_has_it(demo_model: Path, tmp_path: Path) -> None:
+    arguments = ("imatrix", "generate", demo_model, "-c", "512", "--output-frequency", "1000", "--engine", "embedded")
+    quiet = tmp_path / "quiet"
+    quiet.mkdir()
+    assert run_command(*arguments, cwd=quiet).code == 0
+    log = tmp_path / "work" / "demo-model" / "logs" / "imatrix.log"
+    with started(*arguments, cwd=tmp_path) as running:
+        running.wait_for(lambda: log.is_file() and log.read_bytes().count(b'"type":"progress"') >= 3)
+        os.kill(running.pid, signal.SIGINT)
+        done = running.finish()
+    assert done.code == 130, done.err
+    assert "Continue with: imatrix-runner imatrix generate" in done.err
+    parts = tmp_path / "work" / "demo-model" / ".imatrix-parts"
+    assert [path.suffix for path in parts.glob("0*")] == [".partial"]
+    again = run_command(*arguments, cwd=tmp_path)
+    assert again.code == 0, again.err
+    name = Path("work") / "demo-model" / "imatrix.gguf"
+    assert digest(tmp_path / name) == digest(quiet / name)
+    assert leftovers(tmp_path / "work" / "demo-model") == []
+    said = log.read_text(encoding="utf-8").split('"type":"collected"')
+    assert len(said) == 2  # the range came to its end once
