@@ -1,11 +1,12 @@
 """``scripts/bench convergence``: how the demo model's levels depend on the text its matrix saw, and what stopping early costs.
 
-Matrices of the first N chunks of a text, of N chunks scattered over it, and of what ``--until-converged TOL`` takes; levels
-made with each; their KL divergence from the BF16 model on the files that model never saw.
+Matrices of the first N chunks of a text, of N chunks scattered over it, and of what ``--until-converged TOL`` takes, with its
+own ranges and with ranges of one batch; levels made with each; their KL divergence from the BF16 model on the files that model
+never saw. ``worst`` and ``median`` are the errors estimated on the way, ``off by`` the distance from the whole text's matrix.
 
-``more`` is the difference to the whole text's matrix, ``s.e.`` that in standard errors. In such an error are the held-out text
-(both files are measured on the same chunks, so from chunk to chunk) and the luck of rounding: what the divergence varies by
-when the whole text's matrix is shaken by 1 % in every column, which is far less than the texts themselves leave open.
+``more`` is the difference to the whole text, ``s.e.`` that in standard errors. The whole text stands for the mean of its matrix
+and of four that are shaken by 1 % in every column. In the error are the held-out text (all are measured on the same chunks, so
+from chunk to chunk) and the luck of rounding: what those five, which are as good as each other, differ by (over all texts).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,15 +26,14 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from command_line import run_command
 from demo_corpus import read_corpus
 from divergence import Divergence, divergence, save_logits
 from llama_tools import BareTools
 
-from imatrix_runner.imatrix.convergence import distance
+from imatrix_runner.imatrix.convergence import Point, converged, distance
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.imatrix.matrix import Entry
 from imatrix_runner.resources import CALIBRATION_TEXT, DEMO_MODEL, resource
@@ -43,7 +43,7 @@ from imatrix_runner.toolchain.store import cache_dir
 LEVELS = ("IQ2_XXS", "Q2_K", "Q4_K_M")
 N_BATCH = 2048
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
-TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+TOLERANCES = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005)
 SHAKEN, SHAKES = 0.01, 4
 SHARES = range(1, 5)
 """Of fifty: 26 files of the standard library, then their docstrings, 449 chunks of 512 tokens."""
@@ -71,6 +71,15 @@ class Made:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Table:
+    """What was made of a text; ``equals`` are the matrix of all of it and that matrix shaken."""
+
+    text: Text
+    rows: list[Made]
+    equals: list[Made]
+
+
 class Bench:
     def __init__(self, tools: BareTools, folder: Path, workers: int) -> None:
         self._tools, self._folder, self._pool = tools, folder, ThreadPoolExecutor(workers)
@@ -93,24 +102,22 @@ class Bench:
             raise SystemExit(ran.err)
         return out, ran.document["collected"]
 
-    def prefixes(self, text: Text, name: str, label: str, *options: str) -> list[Made]:
-        """Matrices of more and more chunks of one collection, which saves after every batch."""
-        every = str(text.batch)
-        out, facts = self.generate(text, name, "-ofreq", every, "--save-frequency", every, *options)
+    def prefixes(self, text: Text, name: str, *options: str) -> list[Made]:
+        """The matrix after every range of one collection of the whole text."""
+        out, facts = self.generate(text, name, "--save-frequency", "1", *options)
         curve = {point["chunks"]: point for point in facts["curve"]}
         made: list[Made] = []
-        for chunks in [*(tokens // text.n_ctx for tokens in TOKENS), facts["chunks"]]:
-            path = out if chunks == facts["chunks"] else out.with_name(f"{out.name}.at_{chunks}")
-            if path.exists():
-                point = curve.get(chunks, {})
-                made.append(Made(label, path, chunks, point.get("worst"), point.get("median")))
-        return made
+        for path in out.parent.glob(f"{out.name}*"):
+            chunks = int(path.name.removeprefix(f"{out.name}.at_")) if path != out else facts["chunks"]
+            point = curve.get(chunks, {})
+            made.append(Made(name, path, chunks, point.get("worst"), point.get("median")))
+        return sorted(made, key=lambda item: item.chunks)
 
-    def converged(self, text: Text, tolerance: float, *options: str) -> Made:
-        out, facts = self.generate(text, f"{tolerance:g}{''.join(options)}", "--until-converged", f"{tolerance:g}", *options)
+    def default(self, text: Text) -> Made:
+        """What the command takes when it may stop, as nobody told it more."""
+        out, facts = self.generate(text, "default", "--until-converged")
         last = facts["curve"][-1]
-        label = f"until {tolerance:g}{' '.join(['', *options])}"
-        return Made(label, out, facts["chunks"], last["worst"], last["median"], facts["stopped"])
+        return Made("--until-converged", out, facts["chunks"], last["worst"], last["median"], facts["stopped"])
 
     def shaken(self, whole: Made) -> list[Made]:
         """The same matrix a few times, each column off by some 1 %."""
@@ -128,10 +135,6 @@ class Bench:
             made.append(Made(f"all, shaken by {SHAKEN:.0%}", path, whole.chunks))
         return made
 
-    def luck(self, same: Sequence[Made], level: str) -> float:
-        """The standard deviation of the divergence over matrices that are as good as each other."""
-        return float(np.std([self.of(made, level).mean for made in same], ddof=1))
-
     def measure(self, made: Iterable[Made]) -> None:
         """The divergence of every level with every matrix; equal matrices are measured once."""
         jobs = {(digest(item.path), level): item.path for item in made for level in LEVELS}
@@ -148,21 +151,60 @@ class Bench:
     def of(self, made: Made, level: str) -> Divergence:
         return self._measured[digest(made.path), level]
 
-    def both(self, *jobs: Any) -> list[Any]:
+    def at_once(self, *jobs: Any) -> list[Any]:
         return [future.result() for future in [self._pool.submit(*job) for job in jobs]]
 
-    def table(self, rows: Sequence[Made], whole: Made, same: Sequence[Made]) -> None:
-        scored = " ".join(f"{level + ' KLD':>19} {'more':>8} {'s.e.':>5}" for level in LEVELS)
-        print(f"{'matrix':18} {'chunks':>6} {'worst':>6} {'median':>6} {'off by':>13}  {scored}")
-        luck = {level: self.luck([whole, *same], level) for level in LEVELS}
-        for row in [*rows, *same]:
-            told = f"{row.label:18} {row.chunks:6} {_number(row.worst)} {_number(row.median)} {off_by(row, whole)}  "
+    def compare(self, text: Text, tolerances: Sequence[float]) -> Table:
+        """Make and measure all matrices of a text."""
+        fine, never = ("-ofreq", str(text.batch)), ("--until-converged", "1e-9")
+        order, spread, ranges, default = self.at_once(
+            (self.prefixes, text, "first", *fine),
+            (self.prefixes, text, "spread", *fine, *never),
+            (self.prefixes, text, "ranges", *never),
+            (self.default, text),
+        )
+        whole = replace(order[-1], label="all")
+        shown = [tokens // text.n_ctx for tokens in TOKENS]
+        rows = [item for made in (order[:-1], spread[:-1]) for item in made if item.chunks in shown]
+        rows += stops(ranges, "until", tolerances)
+        rows += [*stops(spread, "batches, until", tolerances), default]
+        table = Table(text, rows, [whole, *self.shaken(whole)])
+        self.measure([*table.rows, *table.equals])
+        return table
+
+    def show(self, table: Table, luck: Mapping[str, float]) -> None:
+        print(f"\n{table.text.path.name} at -c {table.text.n_ctx}")
+        scored = " ".join(f"{level + ' KLD':>19} {'more':>7} {'s.e.':>5}" for level in LEVELS)
+        print(f"{'matrix':20} {'chunks':>6} {'worst':>6} {'median':>6} {'off by':>13}  {scored}")
+        best = {level: average([self.of(made, level) for made in table.equals]) for level in LEVELS}
+        for row in [*table.rows, *table.equals]:
+            told = f"{row.label:20} {row.chunks:6} {_number(row.worst)} {_number(row.median)} {off_by(row, table.equals[0])}  "
             for level in LEVELS:
-                here = self.of(row, level)
-                more, error = here.minus(self.of(whole, level))
-                errors = more / math.hypot(error, math.sqrt(2) * luck[level])
-                told += f" {here.mean:9.6f} ±{here.error:.6f} {more:+8.5f} {errors:+5.1f}"
+                here, mean = self.of(row, level), best[level].mean
+                more, error = here.minus(best[level])
+                errors = more / math.hypot(error, luck[level] * mean * math.sqrt(1 + 1 / len(table.equals)))
+                told += f" {here.mean:9.6f} ±{here.error:.6f} {100 * more / mean:+6.2f}% {errors:+5.1f}"
             print(told + (f"  {row.note}" if row.note else ""), flush=True)
+
+    def luck(self, tables: Sequence[Table], level: str) -> float:
+        """The relative standard deviation of the divergence over matrices that are as good as each other."""
+        means = [np.array([self.of(made, level).mean for made in table.equals]) for table in tables]
+        return math.sqrt(np.mean([np.var(values / values.mean(), ddof=1) for values in means]))
+
+
+def average(equals: Sequence[Divergence]) -> Divergence:
+    """Of matrices that are as good as each other: less of the luck of rounding."""
+    chunks = np.mean([one.chunks for one in equals], axis=0)
+    return Divergence(float(np.mean([one.mean for one in equals])), equals[0].error, chunks)
+
+
+def stops(made: Sequence[Made], label: str, tolerances: Iterable[float]) -> Iterator[Made]:
+    """Where a collection would have stopped at each tolerance: its ranges come in the same order whatever the tolerance."""
+    curve = [Point(item.chunks, item.worst, "", item.median or 0.0) for item in made if item.worst is not None]
+    for tolerance in tolerances:
+        chunks = converged(curve, tolerance)
+        item = next((item for item in made if item.chunks == chunks), made[-1])
+        yield replace(item, label=f"{label} {tolerance:g}", note="" if chunks else "the whole text")
 
 
 def digest(path: Path) -> str:
@@ -202,20 +244,13 @@ def main() -> None:
         unseen.write_text(held_out, encoding="utf-8")
         bench = Bench(tools, folder, options.workers)
         bench.keep_base(unseen)
-        for text in (Text(long, 512), Text(resource(CALIBRATION_TEXT), 128)):
-            print(f"\n{text.path.name} at -c {text.n_ctx}")
-            never = ("--until-converged", "1e-9")
-            jobs: list[Any] = [
-                (bench.prefixes, text, "order", "first"),
-                (bench.prefixes, text, "spread", "spread", *never),
-            ]
-            jobs += [(bench.converged, text, tolerance) for tolerance in options.tolerances]
-            first, spread, *stopped = bench.both(*jobs)
-            rows, whole = [*first, *spread, *stopped], first[-1]
-            same = bench.shaken(whole)
-            bench.measure([*rows, *same])
-            bench.table(rows, whole, same)
-    print(f"\n{time.monotonic() - began:.0f} s")
+        texts = (Text(long, 512), Text(resource(CALIBRATION_TEXT), 128))
+        tables = [bench.compare(text, options.tolerances) for text in texts]
+        luck = {level: bench.luck(tables, level) for level in LEVELS}
+        for table in tables:
+            bench.show(table, luck)
+    print("\nluck of rounding: " + ", ".join(f"{level} {value:.2%}" for level, value in luck.items()))
+    print(f"{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -33,13 +33,10 @@ backslash-n of the sources into a line break first.)
 from __future__ import annotations
 
 import argparse
-import ast
-import hashlib
 import json
 import math
 import platform
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +46,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from demo_corpus import read_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -58,54 +56,7 @@ ROPE_BASE, NORM_EPS = 10000.0, 1e-5
 BATCH, PEAK_LR, FINAL_LR, WARMUP_STEPS = 8, 3e-3, 1e-4, 200
 END = "<|endoftext|>"  # both BOS and EOS, as in GPT-2
 
-# Not library code that people read: installed packages, test data, IDLE, demos,
-# the lib2to3 fixer machinery, and the tables of character sets.
-SKIP_DIRS = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
-SKIP_DIRS |= {"turtledemo", "lib2to3", "encodings"}
-MAX_FILE_CHARS = 160_000  # no single file may dominate
-MIN_PROSE_CHARS = 200
-
 Tokens = npt.NDArray[np.int64]
-
-
-def prose_of(tree: ast.Module) -> str:
-    """All docstrings of a module, in source order, as plain text."""
-    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    found: list[tuple[int, str]] = []
-    for node in ast.walk(tree):
-        text = ast.get_docstring(node) if isinstance(node, kinds) else None
-        if text and len(text) > 40:
-            found.append((getattr(node, "lineno", 0), text))
-    return "\n\n".join(text for _, text in sorted(found))[:MAX_FILE_CHARS]
-
-
-def read_corpus() -> tuple[list[str], str]:
-    """The training documents, and the held-out text, in a fixed order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    sources, prose, held_out = list[str](), list[str](), list[str]()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if SKIP_DIRS & set(name.split("/")):
-            continue
-        try:
-            text = path.read_text(encoding="utf-8")
-            tree = ast.parse(text)
-        except (UnicodeDecodeError, SyntaxError, ValueError):
-            continue
-        if name == "pydoc_data/topics.py":
-            # The language reference, as one dictionary: take its values (real
-            # English) rather than their quoted and escaped source form.
-            prose += [str(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant)]
-            continue
-        text = text[:MAX_FILE_CHARS].strip() + "\n"
-        if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 50 == 0:
-            held_out.append(text)
-        elif len(text) >= 100:
-            sources.append(text)
-            prose.append(prose_of(tree) + "\n")
-    prose = [document for document in prose if len(document) >= MIN_PROSE_CHARS]
-    # No final newline: the llama.cpp tools drop one when they read a file.
-    return sources + prose, "\n".join(held_out).rstrip("\n")
 
 
 def byte_level(bpe: models.BPE) -> Tokenizer:

@@ -219,6 +219,10 @@ class Engine(Protocol):
         """Tokens of ``text`` as the model's own tokenizer and the collector see them (BOS included)."""
         ...
 
+    def arithmetic(self) -> str:
+        """The identity, and whatever else the sums of an imatrix depend on."""
+        ...
+
     @property
     def types(self) -> tuple[QuantType, ...]:
         """Every quantisation type that can be made, with llama-quantize's names."""

@@ -145,7 +145,7 @@ def imatrix_inputs(request: ImatrixRequest, corpus: Corpus, frozen: Frozen, engi
         "context": str(options.n_ctx),
         "chunks": " ".join(filter(None, [f"{limit} from {request.first_chunk}", *ranges])),
         "options": " ".join(filter(None, how)),
-        "engine": engine.identity(),
+        "engine": engine.arithmetic(),
     }
 
 

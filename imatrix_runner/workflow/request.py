@@ -10,8 +10,12 @@ from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 
 OutType = Literal["auto", "f16", "bf16", "f32"]
 
-DEFAULT_TOLERANCE = 0.02
-"""``--until-converged`` without a number: in no tensor more than an estimated 2 % of the importance lies in wrong columns."""
+DEFAULT_TOLERANCE = 0.05
+"""``--until-converged`` without a number: in no tensor more than an estimated 5 % of the importance lies in wrong columns.
+
+On the demo model (``scripts/bench convergence``) stopping at 0.2 cost up to 2.7 % of divergence and at 0.1 nothing measurable;
+this is half of that.
+"""
 
 MODES = ("auto", "there", "none", "generate", "published")
 """What ``ImatrixRequest.mode`` can be besides a file's path."""

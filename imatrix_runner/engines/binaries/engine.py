@@ -46,6 +46,9 @@ class BinariesEngine:
     def identity(self) -> str:
         return self.toolchain.identity()
 
+    def arithmetic(self) -> str:
+        return self.identity()
+
     @property
     def types(self) -> tuple[QuantType, ...]:
         return self.toolchain.types

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shlex
 import threading
 from collections.abc import Callable, Sequence
@@ -45,6 +46,10 @@ class EmbeddedEngine:
 
     def identity(self) -> str:
         return self.bindings.identity()
+
+    def arithmetic(self) -> str:
+        """With numpy's version: the sums go through it."""
+        return f"{self.identity()}, numpy {importlib.metadata.version('numpy')}"
 
     @property
     def types(self) -> tuple[QuantType, ...]:

@@ -74,12 +74,10 @@ class Bindings:
     origin: str
 
     def identity(self) -> str:
-        """``llama-cpp-python 0.3.36 (ggml 0.25.3 0c1e570, libraries 1a2b3c4d, numpy 2.4.6)``: what sums and files depend on,
-        wherever it lies. numpy is in it because the sums go through it."""
-        numpy = importlib.metadata.version("numpy")
+        """``llama-cpp-python 0.3.36 (ggml 0.25.3 0c1e570, libraries 1a2b3c4d)``: what files depend on, wherever it lies."""
         # "-dirty" is what every build without llama.cpp's own history says; the digest tells builds apart.
         ggml = self.ggml.removesuffix("-dirty")
-        return f"{DISTRIBUTION} {self.version} (ggml {ggml}, libraries {self.digest[:8]}, numpy {numpy})"
+        return f"{DISTRIBUTION} {self.version} (ggml {ggml}, libraries {self.digest[:8]})"
 
 
 @dataclass(frozen=True)
