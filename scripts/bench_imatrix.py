@@ -88,13 +88,10 @@ def compare(
         medians = {kind: statistics.median(took.seconds for took in values) for kind, values in rounds.items()}
         peaks = {kind: max(took.peak for took in values) for kind, values in rounds.items()}
         watching = statistics.median(took.watching / took.seconds for took in rounds["embedded"])
-        print(
-            f"{model.name:24} {'--ppl' if ppl else '--no-ppl':9} llama-imatrix {medians['llama-imatrix']:6.2f} s "
-            f"{peaks['llama-imatrix'] / 1e6:6.0f} MB   embedded {medians['embedded']:6.2f} s {peaks['embedded'] / 1e6:6.0f} MB   "
-            f"time {medians['embedded'] / medians['llama-imatrix']:.3f}  memory {peaks['embedded'] / peaks['llama-imatrix']:.2f}  "
-            f"watching {100 * watching:.1f} %",
-            flush=True,
-        )
+        figures = "   ".join(f"{kind} {medians[kind]:6.2f} s {peaks[kind] / 1e6:5.0f} MB" for kind in rounds)
+        ratios = [values["embedded"] / values["llama-imatrix"] for values in (medians, peaks)]
+        print(f"{model.name:20} {'--ppl' if ppl else '--no-ppl':9} {figures}   ", end="")
+        print(f"time {ratios[0]:.3f}  memory {ratios[1]:.2f}  watching {100 * watching:.1f} %", flush=True)
 
 
 def write(model: Path, vocab: int, kind: str) -> None:

@@ -26,7 +26,9 @@ RELOAD_SHARE = 0.03
 _SAVE_SHARE = 0.02
 _LEAST_RANGE = 10
 """llama-imatrix's own --output-frequency."""
-_WATCHED_RANGES = 16
+_FEWEST_WATCHED, _MOST_WATCHED = 16, 64
+"""Ranges of a text where something is decided after each. Few and long ones hold one topic each: such a sample is poor and the
+curve noisy (scripts/bench convergence: 0.05 was reached after 420 chunks with 16 ranges, after 180 with ranges of a batch)."""
 
 _LEAST_ROWS = 16
 """llama-imatrix does not look at a multiplication of fewer rows (tools/imatrix/imatrix.cpp, ``src1->ne[1] < 16``)."""
@@ -57,24 +59,36 @@ def describe_ranges(ranges: Sequence[ChunkRange]) -> str:
     return ",".join(f"{piece.first}-{piece.end}" for piece in ranges)
 
 
-def range_chunks(engine: str, n_params: int, n_bytes: int, matrix_bytes: int, options: CollectOptions, *, gpu: bool) -> int:
+def range_chunks(
+    engine: str,
+    n_params: int,
+    n_bytes: int,
+    matrix_bytes: int,
+    options: CollectOptions,
+    *,
+    gpu: bool,
+    least: int = _LEAST_RANGE,
+) -> int:
     """How many chunks a range should have, in whole batches.
 
     Such that what comes with every range is a small part of computing it: for the binaries engine loading the model
-    (``n_bytes``; 3 %), for the embedded one saving ``matrix_bytes`` (2 %), but never less than llama-imatrix's 10.
+    (``n_bytes``; 3 %), for the embedded one saving ``matrix_bytes`` (2 %), but never less than ``least``: llama-imatrix's 10.
     ``n_params`` are those active per token.
     """
     chunk = 2 * n_params * options.n_ctx / (_GPU_FLOPS if gpu else _CPU_FLOPS)
     if engine == "embedded":
-        least = (_SAVE_SECONDS + matrix_bytes / _SAVE_BYTES_PER_SECOND) / _SAVE_SHARE / chunk
+        cheap = (_SAVE_SECONDS + matrix_bytes / _SAVE_BYTES_PER_SECOND) / _SAVE_SHARE / chunk
     else:
-        least = (_START_SECONDS + n_bytes / _LOAD_BYTES_PER_SECOND) / RELOAD_SHARE / chunk
-    return whole_batches(math.ceil(max(_LEAST_RANGE, least)), options)
+        cheap = (_START_SECONDS + n_bytes / _LOAD_BYTES_PER_SECOND) / RELOAD_SHARE / chunk
+    return whole_batches(math.ceil(max(least, cheap)), options)
 
 
-def watched_chunks(size: int, n_tokens: int, options: CollectOptions) -> int:
-    """The size of ranges where something is decided after each: small enough that a text has at least 16 of them."""
-    return min(size, whole_batches(max(_LEAST_RANGE, n_tokens // options.n_ctx // _WATCHED_RANGES), options))
+def watched_chunks(cheap: int, n_tokens: int, options: CollectOptions) -> int:
+    """The size of ranges where something is decided after each: ``cheap`` chunks, but such that a text has 16 to 64 of them
+    (or as many as it has batches)."""
+    in_text = n_tokens // options.n_ctx
+    size = min(max(cheap, in_text // _MOST_WATCHED), max(1, in_text // _FEWEST_WATCHED))
+    return whole_batches(size, options)
 
 
 def whole_batches(chunks: int, options: CollectOptions) -> int:

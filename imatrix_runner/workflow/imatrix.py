@@ -19,6 +19,7 @@ from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.journal import Output, Record, describe_changes, differences, outputs_intact
 from imatrix_runner.models.sources import HubId, Model, Source
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
+from imatrix_runner.workflow.choice import EMBEDDED
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import ImatrixStep
 from imatrix_runner.workflow.published import obtain_published
@@ -27,6 +28,8 @@ from imatrix_runner.workflow.source import Frozen, hash_files
 from imatrix_runner.workspace import Workspace
 
 STEP = "imatrix"
+
+_WORTH_SAYING = 0.15
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,9 @@ def _plan_generation(
         beyond=request.min_expert_tokens > 0,
     )
     _tell_rounding(request, plan, session.sink)
+    share = projection_share(model) if options.ppl and session.engine.name == EMBEDDED else 0.0
+    if share >= _WORTH_SAYING:
+        session.sink(info(f"The perplexity takes about {100 * share:.0f} % of the computing; --no-ppl leaves it out."))
     if plan.n_chunks < FEW_CHUNKS:
         session.sink(
             warning(
@@ -185,9 +191,11 @@ def _range_size(request: ImatrixRequest, model: Model, n_tokens: int, engine: En
         return request.output_frequency
     options = request.options
     gpu = bool(engine.devices) and options.n_gpu_layers != "0"
-    size = range_chunks(engine.name, active_params(model), model.n_bytes, matrix_bytes(model), options, gpu=gpu)
-    watched = request.until_converged is not None or request.min_expert_tokens > 0
-    return watched_chunks(size, n_tokens, options) if watched else size
+    weights, matrix = active_params(model), matrix_bytes(model)
+    if request.until_converged is None and not request.min_expert_tokens:
+        return range_chunks(engine.name, weights, model.n_bytes, matrix, options, gpu=gpu)
+    cheap = range_chunks(engine.name, weights, model.n_bytes, matrix, options, gpu=gpu, least=1)
+    return watched_chunks(cheap, n_tokens, options)
 
 
 def _tell_rounding(request: ImatrixRequest, plan: ChunkPlan, sink: Sink) -> None:
@@ -209,6 +217,16 @@ def matrix_bytes(model: Model) -> int:
     """About the size of the model's imatrix: a float32 per column of each weight (and expert), a count, and the names."""
     blocks = [(*tensor.shape, 1) for tensor in model.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
     return sum(4 * (shape[0] + 1) * shape[2] + 256 for shape in blocks)
+
+
+def projection_share(model: Model) -> float:
+    """How much of computing a chunk is the output projection, which only the perplexity needs: weights that a token meets,
+    0 to 1."""
+    sizes = {tensor.name: tensor.n_elements for tensor in model.tensors}
+    embeddings = sizes.get("token_embd.weight", 0)
+    projection = sizes.get("output.weight", embeddings)  # tied: the embeddings once more
+    whole = active_params(model) - embeddings - sizes.get("output.weight", 0) + projection
+    return projection / whole if whole else 0.0
 
 
 def active_params(model: Model) -> int:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from imatrix_runner.engines.embedded.proof import check
 from imatrix_runner.engines.embedded.protocol import Answer, Collect, Collected
 from imatrix_runner.engines.embedded.refusal import Refusal
 from imatrix_runner.engines.embedded.scoring import score
-from imatrix_runner.engines.embedded.session import Session, open_session
+from imatrix_runner.engines.embedded.session import Session, open_session, usable_cpus
 from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
 from imatrix_runner.events import Metric, Progress
 
@@ -34,7 +35,12 @@ def collect(request: Collect, tell: Callable[[Answer], None]) -> None:
     library = load()
     options = request.options
     collector = Collector(library, check(library), process_output=options.process_output, all_logits=options.ppl)
-    with closing(collector), open_session(library, request.model, options, collector.callback) as session:
+    threads = options.threads or usable_cpus()
+    with (
+        closing(collector),
+        ThreadPoolExecutor(threads) as pool,
+        open_session(library, request.model, options, collector.callback) as session,
+    ):
         tokens = tokenize(library, session.vocab, request.text, parse_special=options.parse_special)
         last = max(first + count for first, count in request.ranges)
         if len(tokens) < last * options.n_ctx:
@@ -43,7 +49,7 @@ def collect(request: Collect, tell: Callable[[Answer], None]) -> None:
                 "it is shorter than it was when it was counted",
                 "Run the same command again.",
             )
-        job = _Job(request, session, collector, tokens, _Stop(), tell)
+        job = _Job(request, session, collector, tokens, _Stop(), pool, tell)
         job.learn()
         load_seconds = time.monotonic() - began
         for first, count in request.ranges:
@@ -76,6 +82,7 @@ class _Job:
     collector: Collector
     tokens: Tokens
     stop: _Stop
+    pool: ThreadPoolExecutor
     tell: Callable[[Answer], None]
     done: int = 0
     nll: float = 0.0
@@ -156,7 +163,7 @@ class _Job:
             return
         logits = self.session.logits(piece.n_tokens).reshape(piece.n_seq, piece.end - piece.begin, -1)
         for chunk, rows in zip(chunks, logits, strict=True):
-            nll, nll2 = score(rows[begin - piece.begin : end - piece.begin], chunk[begin + 1 : end + 1])
+            nll, nll2 = score(rows[begin - piece.begin : end - piece.begin], chunk[begin + 1 : end + 1], self.pool)
             work.nll, work.nll2, work.scored = work.nll + nll, work.nll2 + nll2, work.scored + end - begin
 
     def _progress(self, n_chunks: int, work: sums.Range) -> None:

@@ -160,7 +160,7 @@ class Collector:
         node, last, this = Tensor.from_address(pointer), self._last, self._pass
         is_last = last is not None and not self._learning and this.asked == last.at + 1 and node.name == last.node
         if last is not None and is_last and last.is_input:
-            squares = fold(self._squares(pointer, node), *last.product.n_mat)
+            squares = fold(self._squares(last.product.weight, pointer, node), *last.product.n_mat)
             self._add(last.product.weight, squares, self._rows(node, last.product.n_mat))
         else:
             self._take_product(node)
@@ -173,13 +173,16 @@ class Collector:
         if product.op == self._operations.mul_mat_id:
             self._experts(name, weight, product, values)
             return
-        self._pass.inputs[product.src[1]] = self._squares(product.src[1], values)
+        self._pass.inputs[product.src[1]] = self._squares(name, product.src[1], values)
         self._credit(name, weight, product.src[1], values)
 
-    def _squares(self, address: int, values: Tensor) -> Sums:
-        """float64 [ne3, ne2, ne0]"""
-        reduced = None if self._reader.on_host(values) else self._device_sums.squares(values)
-        return slice_squares(self._reader.floats(address, values)) if reduced is None else reduced
+    def _squares(self, name: str, address: int, values: Tensor) -> Sums:
+        """float64 [ne3, ne2, ne0] of the input of the weight called ``name``"""
+        squares = None if self._reader.on_host(values) else self._device_sums.squares(values)
+        if squares is None:
+            squares = slice_squares(self._reader.floats(address, values))
+        _check_finite(name, squares)
+        return squares
 
     def _credit(self, name: str, weight: Tensor, address: int, values: Tensor) -> None:
         """Add an input's squares to a weight that reads it."""
@@ -193,29 +196,26 @@ class Collector:
         self._note(name, product.src[1], (1, weight.ne[2]), dense=False)
         experts = self._reader.experts(product.src[2], Tensor.from_address(product.src[2]))
         squares, counts = expert_squares(self._reader.floats(product.src[1], values)[0], experts, weight.ne[2])
+        _check_finite(name, squares)
         self._add(name, squares, counts)
 
     def _note(self, name: str, address: int, n_mat: tuple[int, int], *, dense: bool) -> None:
         if self._learning:
             self._pass.products.append(_Product(name, self._pass.asked - 1, address, n_mat, dense))
 
-    def _rows(self, values: Tensor, n_mat: tuple[int, int]) -> npt.NDArray[np.int64]:
-        """int64 [1]: tokens that one matrix of a dense weight has met."""
-        rows = values.ne[1] * values.ne[2] * values.ne[3] // (n_mat[0] * n_mat[1])
+    def _rows(self, values: Tensor, n_mat: tuple[int, int]) -> int:
+        """Tokens that one matrix of a dense weight has met."""
+        _, n1, n2, n3 = values.ne
+        rows: int = n1 * n2 * n3 // (n_mat[0] * n_mat[1])
         self._pass.tokens.add(rows)
-        return np.array([rows], np.int64)
+        return rows
 
-    def _add(self, name: str, squares: Sums, counts: npt.NDArray[np.int64]) -> None:
-        if not np.isfinite(squares).all():
-            raise Refusal.invalid(
-                f"The model overflows: {name} meets NaN or infinite activations",
-                "an imatrix made of them would be useless",
-                "Try its BF16 file (F16 overflows sooner), or check the file: it may be damaged.",
-            )
-        squares = squares.reshape(len(counts), -1)
+    def _add(self, name: str, squares: Sums, counts: int | npt.NDArray[np.int64]) -> None:
+        """``counts``: one for all matrices of a dense weight, or one for each expert."""
+        squares = squares.reshape(1, -1) if isinstance(counts, int) else squares
         entry = self.entries.get(name)
         if entry is None:
-            self.entries[name] = Entry(squares.copy(), counts.copy())
+            self.entries[name] = Entry(squares.copy(), np.array(counts, np.int64).reshape(-1))
         elif entry.sums.shape != squares.shape:
             raise Refusal.failed(f"{name} cannot be collected", f"it was {entry.sums.shape} and is now {squares.shape}")
         else:
@@ -252,3 +252,12 @@ class Collector:
 
 def _is_collected(values: Tensor) -> bool:
     return bool(values.ne[1] >= _FEWEST_ROWS and is_float(values))
+
+
+def _check_finite(name: str, squares: Sums) -> None:
+    if not np.isfinite(squares).all():
+        raise Refusal.invalid(
+            f"The model overflows: {name} meets NaN or infinite activations",
+            "an imatrix made of them would be useless",
+            "Try its BF16 file (F16 overflows sooner), or check the file: it may be damaged.",
+        )
