@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from command_line import run_command, started
 from llama_tools import digest, leftovers
 
@@ -55,6 +56,36 @@ def test_fifty_random_kills_change_no_byte(demo_model: Path, tmp_path: Path) -> 
     assert leftovers(workspace) == []
     assert continued > KILLS // 4  # they did not all come before anything was saved
     print(f"{kills} kills, {continued} of them with a checkpoint; {through + 1} runs went through")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("SIGABRT", "killed by SIGABRT"),
+        ("SIGSEGV", "killed by SIGSEGV"),
+        ("SIGKILL", "killed by SIGKILL"),
+        ("SIGSTOP", "it neither wrote nor computed anything and was ended"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_costs_an_error_and_no_work(name: str, why: str, demo_model: Path, tmp_path: Path) -> None:
+    """As a failed assertion of llama.cpp, a crash, the kernel's OOM killer or a driver that hangs would end it."""
+    arguments = ("imatrix", "generate", demo_model, "-c", "256", "-b", "512", "--engine", "embedded", "--output-frequency", "8")
+    arguments += ("--timeout", "2")
+    checkpoint = tmp_path / "work" / "demo-model" / ".imatrix-parts" / "checkpoint.gguf"
+    with started(*arguments, cwd=tmp_path) as running:
+        running.wait_for(checkpoint.exists)
+        (worker,) = running.descendants()
+        os.kill(worker.pid, getattr(signal, name))
+        done = running.finish()
+    assert done.code == 5, done.err
+    assert "Error: The imatrix could not be computed." in done.err
+    assert why in done.err
+    assert "imatrix.log" in done.err
+    assert "Traceback" not in done.err
+    again = run_command(*arguments, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert "chunks kept" in again.err
+    assert leftovers(tmp_path / "work" / "demo-model") == []
 
 
 def test_ctrl_c_finishes_the_batch_and_the_next_run_has_it(demo_model: Path, tmp_path: Path) -> None:
