@@ -86,6 +86,8 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Our environment without the variables that silently change what llama.cpp's tools do, plus ``extra``."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(_SCRUBBED)}
+    # A failed assertion would fork and attach a debugger first, and that may hang for ever.
+    clean.setdefault("GGML_NO_BACKTRACE", "1")
     clean.update(extra or {})
     return clean
 

@@ -43,7 +43,8 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ours without any setting, token or hub of the developer's, plus ``extra``."""
     strange = ("IMATRIX_RUNNER_", "LLAMA_", "HF_", "HUGGING")
     kept = {name: value for name, value in os.environ.items() if name in _OURS or not name.startswith(strange)}
-    return {**kept, **(extra or {})}
+    # llama.cpp's bare programs would fork a debugger on an assertion, and leave it hanging.
+    return {"GGML_NO_BACKTRACE": "1", **kept, **(extra or {})}
 
 
 def run_command(

@@ -34,6 +34,18 @@ def test_a_bad_calibration_text(content: bytes | None, why: str, tiny_model: Pat
     assert levels_in(tmp_path / "work" / "tiny") == {}
 
 
+@pytest.mark.parametrize("options", [("IQ2_XXS", "--pure"), ("Q4_K_M", "--token-embedding-type", "iq2_xs")])
+def test_embeddings_of_a_type_that_needs_weights(
+    options: tuple[str, ...], tiny_model: Path, runner: RunCommand, tmp_path: Path
+) -> None:
+    """llama-quantize would abort on them, after hours of generation."""
+    done = runner("run", tiny_model, "--levels", *options)
+    assert done.code == 6
+    assert "token_embd.weight becomes IQ2_X" in done.err
+    assert "and an imatrix has no weights for embeddings" in done.err
+    assert not (tmp_path / "work" / "tiny" / ".imatrix-parts").exists()
+
+
 def test_two_runs_at_once(tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tmp_path: Path) -> None:
     # Its tables take ten seconds: the first still works when the others come.
     arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "IQ1_S")

@@ -15,7 +15,7 @@ from llama_tools import BareTools, digest
 from tiny_architectures import ARCHITECTURES, write_architecture
 from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Piece
+from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, DryRun, Piece, QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine, worker_command
 from imatrix_runner.engines.embedded.find import Bindings, find
 from imatrix_runner.engines.embedded.protocol import Probe
@@ -302,6 +302,23 @@ def toolchain_tokens(tools: BareTools, demo_model: Path) -> int:
 
     binaries = BinariesEngine(tools.toolchain, Runner())
     return binaries.count_tokens(demo_model, resource(CALIBRATION_TEXT), parse_special=False, log=None)
+
+
+def test_a_request_too_long_for_a_command_line(engine: EmbeddedEngine, tiny_model: Path, tmp_path: Path) -> None:
+    pins = tuple(f"^blk\\.{number}\\.a_rather_long_name_of_a_tensor$=q8_0" for number in range(4000))
+    options = QuantizeOptions(tensor_types=(*pins, "ffn_down=q6_k"))
+    jobs = [QuantizeJob("level", tiny_model, tmp_path / "out", kind, options, None, 1, None) for kind in ("Q4_0", "Q4_K_M")]
+    for answer in engine.dry_runs(jobs, tmp_path / "log"):
+        assert isinstance(answer, DryRun)
+        assert answer.types["blk.0.ffn_down.weight"] == "q6_K"
+
+
+def test_a_name_that_is_not_utf_8_is_refused_in_words(engine: EmbeddedEngine, tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / os.fsdecode(b"caf\xe9.gguf")
+    model.symlink_to(tiny_model)
+    with pytest.raises(InvalidDataError, match="cannot name a file of this job") as caught:
+        engine.count_tokens(model, resource(CALIBRATION_TEXT), parse_special=False, log=None)
+    assert "not UTF-8" in caught.value.why
 
 
 def in_worker(bindings: Bindings, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

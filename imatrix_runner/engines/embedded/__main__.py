@@ -1,10 +1,11 @@
-"""The worker: one request as its argument, JSON lines on stdout, llama.cpp's own words on stderr."""
+"""The worker: one request as its argument (or ``@FILE`` with it), JSON lines on stdout, llama.cpp's own words on stderr."""
 
 from __future__ import annotations
 
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 from imatrix_runner.engines.embedded.protocol import Answer, Collect, Plan, Probe, Quantize, Tokenize, decode_request, encode
 from imatrix_runner.engines.embedded.refusal import Refusal
@@ -21,7 +22,8 @@ def main() -> int:
             while line:
                 line = line[os.write(answers, line) :]
 
-    request = decode_request(sys.argv[1])
+    argument = sys.argv[1]
+    request = decode_request(Path(argument[1:]).read_text(encoding="utf-8") if argument.startswith("@") else argument)
     try:
         if isinstance(request, Probe):
             from imatrix_runner.engines.embedded.proof import prove

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,9 @@ from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, R
 from imatrix_runner.events import Metric, Notice, Progress, Sink
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.toolchain.probe import QuantType
+
+_LONGEST_ARGUMENT = 30_000
+"""Longer requests (many levels with many --tensor-type) go through a file: Windows takes 32767 letters, Linux 128 KiB."""
 
 _ERRORS: dict[int, type[RunnerError]] = {3: ToolchainError, 6: InvalidDataError, 8: NoSpaceError}
 
@@ -101,7 +105,7 @@ class EmbeddedEngine:
     def dry_runs(self, jobs: Sequence[QuantizeJob], log: Path | None) -> list[DryRun | RunnerError]:
         answers = _Answers()
         request = protocol.Plan(tuple(_quantize(job, dry_run=True) for job in jobs))
-        self._runner.run(worker_command(request, self.bindings.library), log=log, on_text=answers.feed)
+        self._run(request, answers, log)
         found = iter(answers.in_order((protocol.Planned, protocol.Failed)))
         return [self._dry_run_or_error(job, next(found, None)) for job in jobs]
 
@@ -118,6 +122,18 @@ class EmbeddedEngine:
         written = answers.only(protocol.Written)
         return Quantized(outcome.seconds, written.fallbacks, written.without_weights)
 
+    def _run(
+        self, request: protocol.Request, answers: _Answers, log: Path | None, enough: threading.Event | None = None
+    ) -> Outcome:
+        command = worker_command(request, self.bindings.library)
+        *program, argument = command.argv
+        with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as folder:
+            if len(argument) > _LONGEST_ARGUMENT:
+                file = Path(folder) / "request.json"
+                file.write_text(argument, encoding="utf-8")
+                command = replace(command, argv=(*program, f"@{file}"))
+            return self._runner.run(command, log=log, on_text=answers.feed, enough=enough)
+
     def _ask(
         self,
         request: protocol.Request,
@@ -129,8 +145,7 @@ class EmbeddedEngine:
         enough: threading.Event | None = None,
     ) -> Outcome:
         """Run a worker to its end. What it says went wrong, or how it died, becomes an error of ours."""
-        command = worker_command(request, self.bindings.library)
-        outcome = self._runner.run(command, log=log, on_text=answers.feed, enough=enough)
+        outcome = self._run(request, answers, log, enough)
         if outcome.ok:
             return outcome
         # Only what llama.cpp wrote: our own lines say nothing about the reason.
