@@ -44,6 +44,10 @@ class Workspace:
         """Where levels grow until they are verified, a folder each."""
         return self.root / ".partial"
 
+    def ledger(self, level: str) -> Path:
+        """How a finished level's tensors came to be: what other levels may copy."""
+        return self.root / ".ledgers" / f"{level}.jsonl"
+
     @property
     def imatrix(self) -> Path:
         """Where a generated imatrix goes."""

@@ -1,7 +1,7 @@
 """``scripts/bench imatrix``: the embedded engine's worker against llama-imatrix, on the same model, text and threads.
 
-Both are timed as whole processes, in turn, the order reversed every round; ratios are of medians. Memory is the peak resident
-set of the process itself.
+Both are timed as whole processes, in turn and on every source type, the order reversed every round; ratios are of medians.
+Memory is the peak resident set of the process itself.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from imatrix_runner.process import child_environment
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
+
+PROGRAMS = ("llama-imatrix", "embedded")
 
 
 @dataclass(frozen=True)
@@ -74,28 +76,33 @@ def ours(library: Path | None, model: Path, text: Path, folder: Path, chunks: in
 
 
 def compare(
-    toolchain: Toolchain, library: Path | None, model: Path, text: Path, folder: Path, options: argparse.Namespace
+    toolchain: Toolchain, library: Path | None, models: dict[str, Path], text: Path, folder: Path, options: argparse.Namespace
 ) -> None:
+    """``models``: the same weights as each source type."""
     for ppl in (False, True) if options.ppl else (False,):
-        rounds: dict[str, list[Took]] = {"llama-imatrix": [], "embedded": []}
+        rounds: dict[tuple[str, str], list[Took]] = {(kind, who): [] for kind in models for who in PROGRAMS}
         for number in range(options.rounds):
-            for kind in list(rounds) if number % 2 == 0 else reversed(list(rounds)):
-                if kind == "embedded":
-                    took = ours(library, model, text, folder, options.chunks, options.threads, ppl=ppl)
+            for kind, who in list(rounds) if number % 2 == 0 else reversed(list(rounds)):
+                if who == "embedded":
+                    took = ours(library, models[kind], text, folder, options.chunks, options.threads, ppl=ppl)
                 else:
-                    took = theirs(toolchain, model, text, folder, options.chunks, options.threads, ppl=ppl)
-                rounds[kind].append(took)
-        medians = {kind: statistics.median(took.seconds for took in values) for kind, values in rounds.items()}
-        peaks = {kind: max(took.peak for took in values) for kind, values in rounds.items()}
-        watching = statistics.median(took.watching / took.seconds for took in rounds["embedded"])
-        figures = "   ".join(f"{kind} {medians[kind]:6.2f} s {peaks[kind] / 1e6:5.0f} MB" for kind in rounds)
-        ratios = [values["embedded"] / values["llama-imatrix"] for values in (medians, peaks)]
-        print(f"{model.name:20} {'--ppl' if ppl else '--no-ppl':9} {figures}   ", end="")
-        print(f"time {ratios[0]:.3f}  memory {ratios[1]:.2f}  watching {100 * watching:.1f} %", flush=True)
+                    took = theirs(toolchain, models[kind], text, folder, options.chunks, options.threads, ppl=ppl)
+                rounds[kind, who].append(took)
+        medians = {key: statistics.median(took.seconds for took in values) for key, values in rounds.items()}
+        peaks = {key: max(took.peak for took in values) for key, values in rounds.items()}
+        for kind, model in models.items():
+            watching = statistics.median(took.watching / took.seconds for took in rounds[kind, "embedded"])
+            figures = "   ".join(f"{who} {medians[kind, who]:6.2f} s {peaks[kind, who] / 1e6:5.0f} MB" for who in PROGRAMS)
+            ratios = [values[kind, "embedded"] / values[kind, "llama-imatrix"] for values in (medians, peaks)]
+            print(f"{model.name:20} {'--ppl' if ppl else '--no-ppl':9} {figures}   ", end="")
+            print(f"time {ratios[0]:.3f}  memory {ratios[1]:.2f}  watching {100 * watching:.1f} %", flush=True)
+        if {"f16", "bf16"} <= models.keys():
+            ratio = medians["bf16", "embedded"] / medians["f16", "embedded"]
+            print(f"BF16 instead of F16 source: {ratio:.2f} of the time", flush=True)
 
 
 def write(model: Path, vocab: int, kind: str) -> None:
-    """Random weights, 1024 wide, 8 layers: 113 M parameters and the vocabulary's."""
+    """Random weights, 1024 wide, 8 layers: 101 M parameters and the vocabulary's."""
     dtype: Any = kind
     write_llama_gguf(model, hidden=1024, layers=8, ff=3072, vocab=vocab, dtype=dtype)
 
@@ -118,12 +125,13 @@ def main() -> None:
         text = folder / "text.txt"
         text.write_text(sample_text(options.chunks * 4000), encoding="utf-8")
         for vocab in options.vocab:
-            for kind in options.types:
-                model = folder / f"{vocab // 1000}k-{kind}.gguf"
+            models = {kind: folder / f"{vocab // 1000}k-{kind}.gguf" for kind in options.types}
+            for kind, model in models.items():
                 # In a process of its own: a child's peak memory counts from the process that started it.
                 with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                     pool.submit(write, model, vocab, kind).result()
-                compare(toolchain, bindings.library, model, text, folder, options)
+            compare(toolchain, bindings.library, models, text, folder, options)
+            for model in models.values():
                 model.unlink()
 
 

@@ -12,7 +12,7 @@ from imatrix_runner import __version__
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.toolchain.probe import Toolchain
-from imatrix_runner.workflow.levels import LevelResult
+from imatrix_runner.workflow.making import LevelResult
 from imatrix_runner.workflow.plan import LevelStep, Plan
 from imatrix_runner.workflow.run import RunResult
 
@@ -54,6 +54,7 @@ def run_document(result: RunResult, exit_code: int) -> dict[str, Any]:
         imatrix=imatrix_content(result.imatrix) if result.imatrix is not None else None,
         collected=collected_content(result.collected) if result.collected is not None else None,
         levels=[_level(level) for level in result.levels],
+        passes=[msgspec.to_builtins(figures) for figures in result.passes],
         seconds=round(result.seconds, 3),
     )
 

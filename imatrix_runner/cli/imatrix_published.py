@@ -37,7 +37,7 @@ def find(invocation: Invocation, /, model: str, **options: Any) -> int:
     imatrix-runner imatrix find Qwen/Qwen3-0.6B
     imatrix-runner imatrix find model-BF16.gguf --base-model Qwen/Qwen3-0.6B --json
     """
-    from imatrix_runner.process import stop_on_signals
+    from imatrix_runner.signals import stop_on_signals
     from imatrix_runner.workflow.context import Context
     from imatrix_runner.workflow.find_published import PublishedRequest
     from imatrix_runner.workflow.published import find_published
@@ -94,7 +94,7 @@ def fetch(invocation: Invocation, /, model: str, wanted: str, out: Path | None, 
 
     from imatrix_runner.cli.console import stdout_console
     from imatrix_runner.cli.documents import document, print_document
-    from imatrix_runner.process import stop_on_signals
+    from imatrix_runner.signals import stop_on_signals
     from imatrix_runner.workflow.context import Context
     from imatrix_runner.workflow.find_published import PublishedRequest
     from imatrix_runner.workflow.published import fetch_published

@@ -218,7 +218,20 @@ level_options = together(
     setting("--prune-layers", default="", metavar="L0,L1,…", help="Leave these layers out."),
     setting("--keep-split", is_flag=True, help="Write as many shards as the source has."),
     setting("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Override metadata in the output."),
-    setting("--max-buffer-size", type=click.IntRange(min=1), metavar="MiB", help="Memory for the rows of one tensor (8192)."),
+    setting(
+        "--max-buffer-size",
+        type=click.IntRange(min=1),
+        metavar="MiB",
+        help="Memory for rows (embedded: of all threads, 1024; binaries: of one tensor, 8192).",
+    ),
+    setting("--one-by-one", is_flag=True, help="Finish each level before the next, the smallest first: for small disks."),
+    setting(
+        "--verify",
+        type=click.Choice(["header", "full"]),
+        default="header",
+        show_default=True,
+        help="full: read every finished level again and check all its rows.",
+    ),
 )
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Plan only: sizes, fallbacks, what will fail. Writes nothing.")
@@ -335,7 +348,16 @@ def levels_request(options: dict[str, Any]) -> LevelsRequest:
     from imatrix_runner.quantize.resolve import check_uncovered
 
     uncovered, jobs = check_uncovered(options["uncovered"]), _jobs(options["jobs"])
-    return LevelsRequest(options["levels"], options["preset"] or "", quantize, jobs, options["threads"], uncovered)
+    return LevelsRequest(
+        options["levels"],
+        options["preset"] or "",
+        quantize,
+        jobs,
+        options["threads"],
+        uncovered,
+        options["one_by_one"],
+        options["verify"],
+    )
 
 
 def _jobs(text: str) -> int | None:

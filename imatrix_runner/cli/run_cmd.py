@@ -126,7 +126,7 @@ def perform(request: RunRequest, options: dict[str, Any]) -> int:
     from imatrix_runner.cli.console import stderr_console, stdout_console
     from imatrix_runner.cli.documents import print_document, run_document
     from imatrix_runner.cli.tables import print_failures, print_plan, print_result
-    from imatrix_runner.process import stop_on_signals
+    from imatrix_runner.signals import stop_on_signals
     from imatrix_runner.workflow.context import Context
     from imatrix_runner.workflow.plan import Plan
     from imatrix_runner.workflow.run import run as run_workflow

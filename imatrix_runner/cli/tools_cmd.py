@@ -64,7 +64,8 @@ def build(
 ) -> int:
     """Build llama.cpp's programs, by default from the source inside llama-cpp-python's package. Takes minutes, continues
     after an interruption, and ends in the cache where every command finds it."""
-    from imatrix_runner.process import Runner, stop_on_signals
+    from imatrix_runner.process import Runner
+    from imatrix_runner.signals import stop_on_signals
     from imatrix_runner.toolchain.build import BuildRequest
     from imatrix_runner.toolchain.build import build as build_toolchain
 
@@ -85,7 +86,8 @@ def build(
 @output_options
 def install(backend: str, tag: str | None, force: bool, as_json: bool, quiet: bool, verbose: bool, **_options: Any) -> int:
     """Install the official release of llama.cpp for this platform, its digest verified."""
-    from imatrix_runner.process import Runner, stop_on_signals
+    from imatrix_runner.process import Runner
+    from imatrix_runner.signals import stop_on_signals
     from imatrix_runner.toolchain.release import InstallRequest
     from imatrix_runner.toolchain.release import install as install_toolchain
 

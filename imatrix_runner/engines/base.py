@@ -125,6 +125,9 @@ class Piece:
     perplexity: Perplexity
 
 
+LEDGER_NAME = "ledger.jsonl"
+"""The file beside an output of a pass that says which of its tensors are on the disk."""
+
 OnPiece = Callable[[Piece], bool]
 """Hears of every finished range, in order; false ends the job: what it has is enough."""
 
@@ -195,6 +198,109 @@ class Quantized:
     without_weights: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class TensorTarget:
+    """One tensor of an output: its name there, its name in the model, and the ggml type it becomes."""
+
+    name: str
+    original: str
+    type: str
+
+
+@dataclass(frozen=True)
+class PassLevel:
+    """One output of a pass. ``job`` says what llama-quantize would be told, ``tensors`` (in the output's order) what becomes of
+    each; ``fingerprint`` stands for everything its bytes depend on: an unfinished output of the same is continued."""
+
+    name: str
+    job: QuantizeJob
+    tensors: tuple[TensorTarget, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A finished output whose tensors may be copied: its files, and the ledger that says how they came to be."""
+
+    files: tuple[Path, ...]
+    ledger: Path
+
+
+@dataclass(frozen=True)
+class PassJob:
+    """Many levels from one reading of the model.
+
+    ``lineage`` stands for the model and the library: tensors of a donor with another one are not ours to copy.
+    ``buffer_bytes`` bounds what is held of tensors at a time.
+    """
+
+    step: str
+    sources: tuple[Path, ...]
+    levels: tuple[PassLevel, ...]
+    donors: tuple[Donor, ...]
+    lineage: str
+    imatrix: Path | None
+    threads: int | None
+    buffer_bytes: int
+    log: Path | None
+
+
+@dataclass(frozen=True)
+class CheckJob:
+    """Read the files of one output again: every row, and against ``ledger`` (if there is one) every byte."""
+
+    step: str
+    files: tuple[Path, ...]
+    ledger: Path | None
+    threads: int | None
+    log: Path | None
+
+
+@dataclass(frozen=True)
+class PassedLevel:
+    """How a level of a pass ended: whole on disk beside its ledger, or (``tensor``, ``why``) spoiled by one tensor.
+
+    ``computed``, ``copied`` and ``kept`` count its tensors: quantised now, taken from a donor, or there from a run before.
+    """
+
+    name: str
+    tensor: str = ""
+    why: str = ""
+    computed: int = 0
+    copied: int = 0
+    kept: int = 0
+    without_weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TypeCost:
+    """What a pass spent on one type: pairs of a tensor and this type, how many outputs wanted them, seconds of threads."""
+
+    type: str
+    pairs: int
+    wanted: int
+    elements: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PassFigures:
+    """Where a pass's time went, in seconds of threads but for ``seconds``."""
+
+    seconds: float
+    threads: int
+    types: tuple[TypeCost, ...]
+    tables: float
+    reading: float
+    widening: float
+    checking: float
+    writing: float
+
+
+OnePass = Callable[[PassJob, Sink], tuple[tuple[PassedLevel, ...], PassFigures]]
+"""Writes all levels of a job, each beside its ledger; at a stop what is done stays, and the same job continues."""
+
+
 def attempt(engine: Engine, job: QuantizeJob) -> DryRun | RunnerError:
     """One dry run, its error as a value; but a stop stops."""
     try:
@@ -244,6 +350,11 @@ class Engine(Protocol):
         ...
 
     def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized: ...
+
+    @property
+    def one_pass(self) -> OnePass | None:
+        """Makes many levels in one reading of the model; None where levels are made one by one."""
+        ...
 
     def command(self, job: QuantizeJob) -> str:
         """A line that whoever has llama.cpp's programs could type to get the same file: for the journal."""

@@ -9,6 +9,9 @@ from math import prod
 _NEWER_TYPES = {"Q2_0": (42, 64, 18)}
 _PLAIN = frozenset(("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"))
 
+# ggml-quants.c: these are rounded without a look at the weights, so lacking them costs nothing.
+IGNORE_WEIGHTS = frozenset(("F32", "F16", "BF16", "Q8_0", "Q1_0", "Q2_0", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0"))
+
 
 @cache
 def _types() -> dict[str, tuple[int, int, int]]:

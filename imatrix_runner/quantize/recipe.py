@@ -23,9 +23,6 @@ _REQUIRE_IMATRIX = frozenset(("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", 
 NEVER_WEIGHED = (*TOKEN_EMBEDDINGS, "output.weight")
 _ABORT_WITHOUT_WEIGHTS = frozenset(("IQ2_XXS", "IQ2_XS", "IQ1_S"))
 
-# ggml-quants.c: these are rounded without a look at the weights, so lacking them costs nothing.
-IGNORE_WEIGHTS = frozenset(("F32", "F16", "BF16", "Q8_0", "Q1_0", "Q2_0", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0"))
-
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import tenacity
 
 from imatrix_runner.errors import DownloadError, from_os_error
-from imatrix_runner.process import Stop
+from imatrix_runner.signals import Stop
 
 if TYPE_CHECKING:
     import httpx2

@@ -18,7 +18,8 @@ import msgspec
 from imatrix_runner.errors import DownloadError, from_os_error
 from imatrix_runner.events import Finished, Progress, Saved, Sink, Started, info
 from imatrix_runner.files import part_path, publish, require_space, sha256
-from imatrix_runner.process import Runner, Stop
+from imatrix_runner.process import Runner
+from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.archive import ArchiveError, unpack
 from imatrix_runner.toolchain.download import Fetcher
 from imatrix_runner.toolchain.probe import NEEDED, Toolchain, executable

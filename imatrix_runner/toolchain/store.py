@@ -21,7 +21,7 @@ import platformdirs
 from imatrix_runner.errors import RunnerError, ToolchainError, from_os_error
 from imatrix_runner.events import Sink, info
 from imatrix_runner.files import read_json, sync_directory, sync_file, write_json
-from imatrix_runner.process import Stop
+from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.probe import Rejected, Toolchain, probe
 
 RECORD = "toolchain.json"

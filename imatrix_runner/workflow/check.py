@@ -11,9 +11,10 @@ import psutil
 
 from imatrix_runner.imatrix.coverage import Coverage, examine
 from imatrix_runner.imatrix.formats import MatrixFile, read
+from imatrix_runner.models.ggml_types import IGNORE_WEIGHTS
 from imatrix_runner.models.sources import Model, open_gguf
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import IGNORE_WEIGHTS, usable_weights
+from imatrix_runner.quantize.recipe import usable_weights
 from imatrix_runner.quantize.resolve import Resolved, Resolver
 from imatrix_runner.workflow.choice import Needs
 from imatrix_runner.workflow.context import Context, settle

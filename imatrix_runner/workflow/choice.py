@@ -21,6 +21,7 @@ from imatrix_runner.toolchain.locate import ENV_VARIABLE, Found, locate, require
 from imatrix_runner.toolchain.store import cache_dir
 
 if TYPE_CHECKING:
+    from imatrix_runner.engines.embedded.engine import EmbeddedEngine
     from imatrix_runner.toolchain.probe import Toolchain
 
 EMBEDDED, BINARIES = "embedded", "binaries"
@@ -73,11 +74,12 @@ class Needs:
 @dataclass(frozen=True)
 class Choice:
     """The engine that computes: with ``bindings`` the embedded one, with ``toolchain`` the binaries one. ``notice`` is the
-    line about it, if there is something to say."""
+    line about it, if there is something to say. ``beside`` are programs for levels that the embedded engine does not offer."""
 
     bindings: Bindings | None
     toolchain: Toolchain | None
     notice: Notice | None = None
+    beside: Toolchain | None = None
 
     @property
     def name(self) -> str:
@@ -107,6 +109,22 @@ class Choice:
         assert self.toolchain is not None
         return BinariesEngine(self.toolchain, runner)
 
+    def make_beside(self, runner: Runner) -> Engine | None:
+        """The engine for the levels that the other does not offer, if there are any."""
+        from imatrix_runner.engines.binaries.engine import BinariesEngine
+
+        return BinariesEngine(self.beside, runner) if self.beside is not None else None
+
+
+def make_checker(machine: Machine, runner: Runner) -> EmbeddedEngine:
+    """What reads levels again for ``--verify full``: ggml's own functions know every type. Raises :class:`ToolchainError`."""
+    from imatrix_runner.engines.embedded.engine import EmbeddedEngine
+
+    bindings = machine.bindings
+    if isinstance(bindings, Unusable):
+        raise ToolchainError("--verify full needs llama-cpp-python", bindings.why, bindings.todo) from bindings
+    return EmbeddedEngine(bindings, runner)
+
 
 def choose(asked: str, needs: Needs, machine: Machine) -> Choice:
     """Decide for ``asked`` (``auto``, ``embedded``, ``binaries``).
@@ -125,7 +143,7 @@ def choose(asked: str, needs: Needs, machine: Machine) -> Choice:
         return _instead(bindings, machine)
     if because := _only_theirs(needs, bindings, machine):
         return _binaries(machine, info(_because(because)))
-    return Choice(bindings, None, detail(f"Engine: embedded, {DISTRIBUTION} {bindings.version} ({bindings.origin})"))
+    return _embedded_choice(bindings, needs, machine)
 
 
 def _embedded(needs: Needs, machine: Machine) -> Choice:
@@ -137,7 +155,20 @@ def _embedded(needs: Needs, machine: Machine) -> Choice:
         )
     if isinstance(machine.bindings, Unusable):
         raise machine.bindings
-    return Choice(machine.bindings, None)
+    return _embedded_choice(machine.bindings, needs, machine)
+
+
+def _embedded_choice(bindings: Bindings, needs: Needs, machine: Machine) -> Choice:
+    """The embedded engine, and for levels that only llama.cpp's programs offer (a fork's), those beside it."""
+    mine = offered(quant_types(bindings.ftypes))
+    unknown = [name for name in needs.levels if name.strip().upper() not in mine]
+    if unknown and machine.toolchain is not None:
+        theirs = offered(machine.toolchain.types)
+        only = [name for name in unknown if name.strip().upper() in theirs]
+        if only:
+            told = info(f"{', '.join(only)}: made by {machine.toolchain.directory}, because only these programs offer it.")
+            return Choice(bindings, None, told, machine.toolchain)
+    return Choice(bindings, None, detail(f"Engine: embedded, {DISTRIBUTION} {bindings.version} ({bindings.origin})"))
 
 
 def _because(reason: str) -> str:
@@ -152,18 +183,12 @@ def _named_or_unread(needs: Needs, machine: Machine) -> str:
 
 
 def _only_theirs(needs: Needs, bindings: Bindings, machine: Machine) -> str:
-    """Why only the programs can serve although llama-cpp-python computes: a GPU that only they see, a fork's types."""
+    """Why only the programs can serve although llama-cpp-python computes: a GPU that only they see."""
     devices: tuple[str, ...] = ()
     if not bindings.devices and needs.n_gpu_layers != "0" and machine.may_have_gpu and machine.toolchain is not None:
         devices = machine.toolchain.devices
     if devices:
         return f"only they see a GPU ({devices[0]}); {DISTRIBUTION} here is built for: {', '.join(bindings.backends)}"
-    mine = offered(quant_types(bindings.ftypes))
-    unknown = [name for name in needs.levels if name.strip().upper() not in mine]
-    if unknown and machine.toolchain is not None:
-        theirs = offered(machine.toolchain.types)
-        if all(name.strip().upper() in theirs for name in unknown):
-            return f"only they offer {', '.join(unknown)}"
     return ""
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
-from imatrix_runner.engines.base import Engine
+from imatrix_runner.engines.base import CheckJob, Engine
 from imatrix_runner.events import Sink
 from imatrix_runner.journal import Journal
-from imatrix_runner.process import Runner, Stop
+from imatrix_runner.process import Runner
+from imatrix_runner.quantize.levels import offered
+from imatrix_runner.signals import Stop
+from imatrix_runner.toolchain.probe import QuantType
 from imatrix_runner.workflow.choice import Choice, Machine, Needs, choose
 from imatrix_runner.workflow.request import EnvironmentRequest
 from imatrix_runner.workspace import Workspace
@@ -25,11 +29,18 @@ class Context:
         return Runner(self.stop, hang_seconds=request.hang_seconds)
 
 
+class RowChecker(Protocol):
+    """Reads a finished output again; see :meth:`EmbeddedEngine.check`."""
+
+    def check(self, job: CheckJob, sink: Sink) -> tuple[str, str]: ...
+
+
 @dataclass(frozen=True)
 class Session:
     """One open workspace and everything that works in it. A dry run writes nothing: no journal, no logs, no lock.
 
-    ``machine`` finds llama.cpp's programs for what no engine does (conversion), when they are first asked for.
+    ``beside`` makes the levels that only it offers, ``checker`` reads finished levels again (``--verify full``). ``machine``
+    finds llama.cpp's programs for what no engine does (conversion), when they are first asked for.
     """
 
     workspace: Workspace
@@ -39,6 +50,22 @@ class Session:
     runner: Runner
     sink: Sink
     dry_run: bool
+    beside: Engine | None = None
+    checker: RowChecker | None = None
+
+    def engine_for(self, level: str) -> Engine:
+        """The engine that makes a level: another one than ``engine`` only for what that does not offer."""
+        if self.beside is not None and level.upper() not in offered(self.engine.types):
+            return self.beside
+        return self.engine
+
+    @property
+    def types(self) -> tuple[QuantType, ...]:
+        """What can be made, by whichever engine."""
+        if self.beside is None:
+            return self.engine.types
+        mine = offered(self.engine.types)
+        return (*self.engine.types, *(kind for kind in self.beside.types if kind.name.upper() not in mine))
 
     @property
     def stop(self) -> Stop:

@@ -112,7 +112,7 @@ def _gpu(choice: Choice | ToolchainError) -> Iterator[Check]:
 
 def _source_type(choice: Choice | ToolchainError) -> Iterator[Check]:
     if isinstance(choice, Choice) and choice.bindings is not None and likes_bf16(choice.bindings.features):
-        yield Check("Source type", "ok", "on the CPU, BF16 models compute about 1.5x faster than F16 ones here (AVX512_BF16)")
+        yield Check("Source type", "ok", "on the CPU, BF16 models compute about 1.4x faster than F16 ones here (AVX512_BF16)")
 
 
 def _memory() -> Iterator[Check]:

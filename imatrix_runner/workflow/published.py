@@ -15,7 +15,7 @@ from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.imatrix.published import MOST_BYTES, Candidate, RepoType
 from imatrix_runner.models.hub import Hub, RepoFile, concerns_one_file, is_offline
 from imatrix_runner.models.sources import HubId, LocalFile, Model, Source, open_gguf, parse_source
-from imatrix_runner.process import Stop
+from imatrix_runner.signals import Stop
 from imatrix_runner.workflow.context import Context
 from imatrix_runner.workflow.find_published import Findings, PublishedRequest, checked, compute_one, find, listing_of
 from imatrix_runner.workflow.source import name_of

@@ -47,7 +47,8 @@ class ImatrixRequest:
 @dataclass(frozen=True)
 class LevelsRequest:
     """Which levels (by name, or a preset; both empty: the default set) and how. ``uncovered``: what becomes of tensors for
-    which the imatrix has no data (``fail``, ``keep``, or a type)."""
+    which the imatrix has no data (``fail``, ``keep``, or a type). ``one_by_one``: each level has its name before the next is
+    begun, so that the disk need not hold all half files at once. ``verify``: names, types and sizes, or every row too."""
 
     names: tuple[str, ...] = ()
     preset: str = ""
@@ -55,6 +56,8 @@ class LevelsRequest:
     jobs: int | None = None
     threads: int | None = None
     uncovered: str = "fail"
+    one_by_one: bool = False
+    verify: Literal["header", "full"] = "header"
 
 
 @dataclass(frozen=True)

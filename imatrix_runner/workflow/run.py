@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix_runner.calibration.corpus import open_corpus
+from imatrix_runner.engines.base import PassFigures
 from imatrix_runner.errors import InvalidDataError, NoSpaceError
 from imatrix_runner.events import Sink, info, warning
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
@@ -23,9 +23,10 @@ from imatrix_runner.quantize.recipe import ignored_tensor_types
 from imatrix_runner.toolchain.hardware import likes_bf16
 from imatrix_runner.toolchain.probe import QuantType
 from imatrix_runner.workflow import imatrix as imatrix_flow
-from imatrix_runner.workflow.choice import Choice, Needs
+from imatrix_runner.workflow.choice import Choice, Needs, make_checker
 from imatrix_runner.workflow.context import Context, Session, settle
-from imatrix_runner.workflow.levels import LevelPlanner, LevelResult, refused, skipped
+from imatrix_runner.workflow.levels import LevelPlanner
+from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
 from imatrix_runner.workflow.plan import ImatrixStep, LevelStep, Plan
 from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
 from imatrix_runner.workflow.source import announce, freeze, name_of, open_source
@@ -37,7 +38,8 @@ class RunResult:
     """What a run planned and what became of it; ``levels`` is empty for a dry run and for ``imatrix generate``.
 
     ``engine`` is the name of the engine that computed, ``toolchain`` its identity: program or library, version, build.
-    ``collected`` is what the journal knows of how the imatrix was made, if it was made here.
+    ``collected`` is what the journal knows of how the imatrix was made, if it was made here; ``passes`` where the time of the
+    passes over the model went.
     """
 
     plan: Plan
@@ -48,6 +50,7 @@ class RunResult:
     levels: tuple[LevelResult, ...]
     seconds: float
     collected: Mapping[str, object] | None = None
+    passes: tuple[PassFigures, ...] = ()
 
     @property
     def failed(self) -> tuple[LevelResult, ...]:
@@ -68,9 +71,10 @@ def run(
     workspace = Workspace(request.environment.work_dir.expanduser().absolute() / name, name)
     with _held(workspace, request, context, dry_run=dry_run) as runner:
         engine = choice.make(runner)
-        session = Session(workspace, Journal(workspace.journal), machine, engine, runner, context.sink, dry_run)
-        if not dry_run:
-            shutil.rmtree(workspace.partial, ignore_errors=True)  # half files of a run that was killed
+        journal, beside = Journal(workspace.journal), choice.make_beside(runner)
+        full = request.levels is not None and request.levels.verify == "full"
+        checker = make_checker(machine, runner) if full else None
+        session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, beside, checker)
         job = _Job(request, session, choice)
         levels = job.levels()
         job.check_inputs()
@@ -84,20 +88,20 @@ def run(
         if on_plan is not None:
             on_plan(plan)
         matrix = chosen.file
-        results: tuple[LevelResult, ...] = ()
+        made = MadeLevels((), ())
         if not dry_run:
-            refuse_hopeless(plan)
+            refuse_hopeless(plan, one_by_one=request.levels is not None and request.levels.one_by_one)
             job.begin(model, levels)
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, session)
                 imatrix_flow.tell_weaknesses(matrix, model, session.sink)
                 plan = job.plan(model, chosen.step, planner, levels, matrix)
             if planner is not None:
-                results = make_levels(plan, planner, matrix, session)
+                made = make_levels(plan, planner, matrix, session)
             session.journal.remember(finished="yes")
         seconds = time.monotonic() - began
         collected = imatrix_flow.collected_facts(matrix, session)
-        return RunResult(plan, model, engine.name, engine.identity(), matrix, results, seconds, collected)
+        return RunResult(plan, model, engine.name, engine.identity(), matrix, made.results, seconds, collected, made.passes)
 
 
 def _needs(request: RunRequest) -> Needs:
@@ -143,7 +147,7 @@ class _Job:
         request = self.request.levels
         if request is None:
             return ()
-        levels = choose_levels(request, self.session.engine.types, self.session.sink)
+        levels = choose_levels(request, self.session.types, self.session.sink)
         ignored = [level.name for level in levels if ignored_tensor_types(level, request.options)]
         if ignored:
             self.session.sink(warning(f"llama.cpp ignores --tensor-type for {', '.join(ignored)}."))
@@ -164,7 +168,8 @@ class _Job:
             pending = matrix is None and step.present
             fingerprint = "still to be made" if pending else imatrix_flow.fingerprint(matrix, self.session)
             steps = planner.plan(levels, matrix, fingerprint)
-        return Plan(root, model.name, step, steps, free_bytes(root))
+        free = free_bytes(root) + reserved_bytes(self.session.workspace)
+        return Plan(root, model.name, step, steps, free)
 
     def begin(self, model: Model, levels: tuple[Level, ...]) -> None:
         """Write down what was asked for, so that ``status`` can tell what is missing and how to go on."""
@@ -181,7 +186,7 @@ class _Job:
         if bindings is not None and not on_gpu and model.main_type in ("F16", "F32") and likes_bf16(bindings.features):
             self.session.sink(
                 info(
-                    f"The model is {model.main_type}; this processor computes BF16 about 1.5x faster than F16. "
+                    f"The model is {model.main_type}; this processor computes BF16 about 1.4x faster than F16. "
                     "If the original was published in BF16, a BF16 file of it is as exact and quicker."
                 )
             )
@@ -192,13 +197,13 @@ class _Job:
             self.session.sink(warning(f"-ngl {layers} has no effect: {self.choice.no_gpu()}"))
 
 
-def refuse_hopeless(plan: Plan) -> None:
-    """Refuse to start what the disk cannot hold, or where not one level can be made."""
-    if plan.new_bytes > plan.free_bytes:
+def refuse_hopeless(plan: Plan, *, one_by_one: bool = False) -> None:
+    """Refuse to start what the disk cannot hold, or where not one level can be made. ``one_by_one``: as many as fit."""
+    if plan.new_bytes > plan.free_bytes and not one_by_one:
         raise NoSpaceError(
             f"The {len(plan.todo)} levels do not fit on the disk" if plan.todo else "The imatrix does not fit on the disk",
             f"{human_bytes(plan.new_bytes)} needed, {human_bytes(plan.free_bytes)} free at {existing_parent(plan.workspace)}",
-            "Free some space, ask for fewer levels with --levels, or choose another disk with --work-dir.",
+            "Free some space, ask for fewer --levels, make what fits with --one-by-one, or choose another --work-dir.",
         )
     if plan.levels and len(plan.failing) == len(plan.levels):
         first = plan.failing[0]
@@ -210,14 +215,18 @@ def refuse_hopeless(plan: Plan) -> None:
         )
 
 
-def make_levels(plan: Plan, planner: LevelPlanner, matrix: MatrixFile | None, session: Session) -> tuple[LevelResult, ...]:
+def make_levels(plan: Plan, planner: LevelPlanner, matrix: MatrixFile | None, session: Session) -> MadeLevels:
     """Make what is to do; results come in the order of the request."""
     results = {step.level.name: skipped(step) for step in plan.levels if step.state == "up-to-date"}
     results.update({step.level.name: refused(step) for step in plan.failing})
     _tell_changes(plan.todo, session.sink)
+    passes: tuple[PassFigures, ...] = ()
     if plan.todo:
-        results.update({result.step.level.name: result for result in planner.run(plan.todo, matrix, session.sink)})
-    return tuple(results[step.level.name] for step in plan.levels)
+        maker = LevelMaker(planner.request, planner.frozen, session, matrix, planner.weights(matrix), session.sink)
+        made = maker.run(plan.todo)
+        passes = made.passes
+        results.update({result.step.level.name: result for result in made.results})
+    return MadeLevels(tuple(results[step.level.name] for step in plan.levels), passes)
 
 
 def _tell_changes(steps: tuple[LevelStep, ...], sink: Sink) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_tools import BareTools, digest
+from llama_tools import BareTools
 from tiny_architectures import ARCHITECTURES, write_architecture
 from tiny_models import write_llama_gguf
 
@@ -23,8 +23,9 @@ from imatrix_runner.errors import EngineError, InterruptedRunError, InvalidDataE
 from imatrix_runner.events import Event, Progress, ignore
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.imatrix.matrix import Matrix
-from imatrix_runner.process import Runner, Stop, child_environment
+from imatrix_runner.process import Runner, child_environment
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
+from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.store import cache_dir
 
 TOLERANCE = 5e-5
@@ -250,16 +251,12 @@ def test_damaged_unfinished_work_is_done_again(
     whole = collected(engine, job(tiny_model, tiny_text, tmp_path / "whole", FEW, (0, 16)))
     wanted = job(tiny_model, tiny_text, tmp_path / "again", FEW, (0, 16))
     data = whole.pieces[0].path.read_bytes()
-    half = data[: len(data) // 2]
-    (wanted.folder / "000000-000016.partial").write_bytes(half if damage == "cut" else half + bytes(len(data) - len(half)))
-    if damage == "zeros":
-        # a file of the right length whose end was never written cannot be told by its header: only its own words protect it
-        (wanted.folder / "000000-000016.partial").write_bytes(bytes(len(data)))
+    damaged = {"cut": data[: len(data) // 2], "zeros": bytes(len(data))}[damage]
+    (wanted.folder / "000000-000016.partial").write_bytes(damaged)
     heard = collected(engine, wanted)
-    assert (
-        digest(heard.pieces[0].path) == digest(whole.pieces[0].path)
-        or difference(read(heard.pieces[0].path, exact=True).matrix, read(whole.pieces[0].path, exact=True).matrix) == 0
-    )
+    # Only the arrays: the files also hold the seconds that the work took.
+    ours, theirs = read(heard.pieces[0].path, exact=True).matrix, read(whole.pieces[0].path, exact=True).matrix
+    assert difference(ours, theirs) == 0
 
 
 def test_a_model_that_overflows_is_named(engine: EmbeddedEngine, tiny_text: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from imatrix_runner.files import sha256
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.imatrix.matrix import Entry, Matrix
 from imatrix_runner.models.sources import HubId, LocalFile, Model, open_gguf
-from imatrix_runner.process import Stop
+from imatrix_runner.signals import Stop
 from imatrix_runner.workflow.context import Context
 from imatrix_runner.workflow.find_published import Findings, PublishedRequest
 from imatrix_runner.workflow.published import Obtained, Placed, fetch_published, find_published, obtain_published

@@ -15,7 +15,7 @@ from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDat
 from imatrix_runner.events import Event, Finished, Progress, Started, ignore
 from imatrix_runner.models.hub import Downloaded, fetch_model, reachability, token_source
 from imatrix_runner.models.sources import HubId, open_gguf
-from imatrix_runner.process import Stop
+from imatrix_runner.signals import Stop
 
 TOKEN = "hf_" + "secret" * 5
 

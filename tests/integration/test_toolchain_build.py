@@ -25,7 +25,8 @@ import pytest
 from imatrix_runner.errors import DownloadError, InterruptedRunError, ToolchainError
 from imatrix_runner.events import Event, Finished, Notice, Progress, Started
 from imatrix_runner.files import read_json
-from imatrix_runner.process import Runner, Stop
+from imatrix_runner.process import Runner
+from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain import build as building
 from imatrix_runner.toolchain.build import BuildRequest, build
 from imatrix_runner.toolchain.locate import locate, require

@@ -23,7 +23,8 @@ import pytest
 from imatrix_runner.errors import DownloadError, InterruptedRunError, NoSpaceError, ToolchainError
 from imatrix_runner.events import Event, Finished, Notice, Progress, Saved, Started
 from imatrix_runner.files import read_json
-from imatrix_runner.process import Runner, Stop
+from imatrix_runner.process import Runner
+from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain import release as releases
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import TOOLS, Rejected, Toolchain, probe

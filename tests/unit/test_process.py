@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import textwrap
-import threading
 from pathlib import Path
 
 import psutil
@@ -19,13 +18,12 @@ from imatrix_runner.process import (
     Command,
     Outcome,
     Runner,
-    Stop,
     capture,
     child_environment,
     end_tree,
     relevant_lines,
-    stop_on_signals,
 )
+from imatrix_runner.signals import Stop
 
 # Starts a helper that would outlive every test, says its pid, and waits for ever.
 WITH_A_HELPER = """
@@ -239,26 +237,13 @@ def test_a_grandchild_that_keeps_the_pipes_open_does_not_keep_us() -> None:
     assert outcome.seconds < 60
 
 
-def test_two_interrupts_the_first_asks_the_second_insists() -> None:
-    stop = Stop()
-    before = signal.getsignal(signal.SIGINT)
-    with stop_on_signals(stop):
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)  # only Ctrl-C insists
-    assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(InterruptedRunError, match="Stopped by SIGINT"):
-        stop.check()
-
-
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_our_child_before_us(signum: signal.Signals) -> None:
     script = f"""
         import sys
         from imatrix_runner.errors import InterruptedRunError
-        from imatrix_runner.process import Command, Runner, stop_on_signals
+        from imatrix_runner.process import Command, Runner
+        from imatrix_runner.signals import stop_on_signals
         runner = Runner(on_child=lambda pid, alive: print(pid, alive, flush=True))
         with stop_on_signals(runner.stop):
             try:
@@ -278,20 +263,6 @@ def test_a_signal_ends_our_child_before_us(signum: signal.Signals) -> None:
     assert f"Stopped by {signum.name}" in rest
     assert f"{child} False" in rest
     assert eventually(lambda: not is_running(child) and not is_running(helper))
-
-
-def test_outside_the_main_thread_handlers_are_left_alone() -> None:
-    seen: list[object] = []
-    before = signal.getsignal(signal.SIGTERM)
-
-    def work() -> None:
-        with stop_on_signals(Stop()):
-            seen.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [before]
 
 
 def test_capture_keeps_what_was_said() -> None:

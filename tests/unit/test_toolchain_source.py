@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from imatrix_runner.errors import DownloadError, InterruptedRunError, ToolchainError, UsageError
-from imatrix_runner.process import Command, Outcome, Runner, Stop
+from imatrix_runner.process import Command, Outcome, Runner
+from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain import source as sources
 from imatrix_runner.toolchain.archive import ArchiveError, unpack
 from imatrix_runner.toolchain.source import (

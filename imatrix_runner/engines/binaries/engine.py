@@ -150,6 +150,11 @@ class BinariesEngine:
             raise explain(outcome, f"llama-quantize failed on {job.ftype}", writes=job.out)
         return Quantized(outcome.seconds, tuple(output.fallbacks), tuple(output.without_weights))
 
+    @property
+    def one_pass(self) -> None:
+        """llama-quantize writes one level per run."""
+        return None
+
     def command(self, job: QuantizeJob) -> str:
         return str(quantize_command(job, self.toolchain))
 

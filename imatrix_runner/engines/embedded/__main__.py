@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
-from imatrix_runner.engines.embedded.protocol import Answer, Collect, Plan, Probe, Quantize, Tokenize, decode_request, encode
+from imatrix_runner.engines.embedded.protocol import (
+    Answer,
+    Check,
+    Collect,
+    Pass,
+    Plan,
+    Probe,
+    Quantize,
+    Tokenize,
+    decode_request,
+    encode,
+)
 from imatrix_runner.engines.embedded.refusal import Refusal
 
 
@@ -16,9 +28,11 @@ def main() -> int:
     answers = os.dup(1)
     os.dup2(2, 1)
 
+    lock = threading.Lock()
+
     def tell(answer: Answer) -> None:
         line = encode(answer) + b"\n"
-        with suppress(BrokenPipeError):  # the parent is dead; stdin tells so too, and then what is done is kept
+        with lock, suppress(BrokenPipeError):  # the parent is dead; stdin tells so too, and then what is done is kept
             while line:
                 line = line[os.write(answers, line) :]
 
@@ -41,6 +55,14 @@ def main() -> int:
             from imatrix_runner.engines.embedded.quantizing import quantize
 
             quantize(request, tell)
+        elif isinstance(request, Pass):
+            from imatrix_runner.engines.embedded.single_pass import single_pass
+
+            single_pass(request, tell)
+        elif isinstance(request, Check):
+            from imatrix_runner.engines.embedded.validating import check
+
+            check(request, tell)
         elif isinstance(request, Plan):
             from imatrix_runner.engines.embedded.quantizing import quantize
 

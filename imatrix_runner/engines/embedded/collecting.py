@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from imatrix_runner.engines.embedded.protocol import Answer, Collect, Collected
 from imatrix_runner.engines.embedded.refusal import Refusal
 from imatrix_runner.engines.embedded.scoring import score
 from imatrix_runner.engines.embedded.session import Session, open_session, usable_cpus
+from imatrix_runner.engines.embedded.stdin import Stop
 from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
 from imatrix_runner.events import Metric, Progress
 
@@ -49,7 +48,7 @@ def collect(request: Collect, tell: Callable[[Answer], None]) -> None:
                 "it is shorter than it was when it was counted",
                 "Run the same command again.",
             )
-        job = _Job(request, session, collector, tokens, _Stop(), pool, tell)
+        job = _Job(request, session, collector, tokens, Stop(), pool, tell)
         job.learn()
         load_seconds = time.monotonic() - began
         for first, count in request.ranges:
@@ -58,30 +57,13 @@ def collect(request: Collect, tell: Callable[[Answer], None]) -> None:
             load_seconds = 0.0
 
 
-class _Stop:
-    """Set when stdin ends: the parent wants no more, or is dead."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        threading.Thread(target=self._wait, daemon=True).start()
-
-    def _wait(self) -> None:
-        while os.read(0, 1):  # not sys.stdin: its lock would be held when the interpreter ends
-            pass
-        self._event.set()
-
-    @property
-    def requested(self) -> bool:
-        return self._event.is_set()
-
-
 @dataclass
 class _Job:
     request: Collect
     session: Session
     collector: Collector
     tokens: Tokens
-    stop: _Stop
+    stop: Stop
     pool: ThreadPoolExecutor
     tell: Callable[[Answer], None]
     done: int = 0

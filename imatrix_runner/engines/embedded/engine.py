@@ -13,10 +13,15 @@ from pathlib import Path
 import msgspec
 
 from imatrix_runner.engines.base import (
+    CheckJob,
     ChunkRange,
     CollectJob,
     DryRun,
+    OnePass,
     OnPiece,
+    PassedLevel,
+    PassFigures,
+    PassJob,
     Perplexity,
     Piece,
     Quantized,
@@ -121,6 +126,37 @@ class EmbeddedEngine:
         outcome = self._ask(request, answers, job.log, f"llama.cpp failed on {job.ftype}", writes=job.out)
         written = answers.only(protocol.Written)
         return Quantized(outcome.seconds, written.fallbacks, written.without_weights)
+
+    @property
+    def one_pass(self) -> OnePass:
+        return self._single_pass
+
+    def _single_pass(self, job: PassJob, sink: Sink) -> tuple[tuple[PassedLevel, ...], PassFigures]:
+        """Make all levels of a job at once, beside their ledgers. A stop leaves what can be continued."""
+        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
+        request = protocol.Pass(
+            job.step, job.sources, job.levels, job.donors, job.lineage, job.imatrix, job.threads, job.buffer_bytes
+        )
+        writes = job.levels[0].job.out
+        self._ask(request, answers, job.log, "The levels could not be made", writes=writes, enough=threading.Event())
+        passed = [answer for answer in answers.in_order((protocol.Passed,)) if isinstance(answer, protocol.Passed)]
+        levels = tuple(answer.level for answer in passed if answer.level is not None)
+        figures = [answer.figures for answer in passed if answer.figures is not None]
+        if len(figures) != 1 or [level.name for level in levels] != [level.name for level in job.levels]:
+            raise EngineError(
+                "The worker ended without an answer",
+                f"{len(levels)} of {len(job.levels)} levels",
+                "Report it; use --engine binaries.",
+            )
+        return levels, figures[0]
+
+    def check(self, job: CheckJob, sink: Sink) -> tuple[str, str]:
+        """The first tensor that is not right and why; both empty if all are."""
+        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
+        request = protocol.Check(job.step, job.files, job.ledger, job.threads)
+        self._ask(request, answers, job.log, "A level could not be read again", enough=threading.Event())
+        checked = answers.only(protocol.Checked)
+        return checked.tensor, checked.why
 
     def _run(
         self, request: protocol.Request, answers: _Answers, log: Path | None, enough: threading.Event | None = None

@@ -21,7 +21,13 @@ class InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-# ggml.h; the bindings declare no ggml function. name -> (result, arguments)
+class GgufInitParams(ctypes.Structure):
+    """gguf.h, ``struct gguf_init_params``, passed by value."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+# ggml.h and gguf.h; the bindings declare none of their functions. name -> (result, arguments)
 _VOID, _INT, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _TEXT, _BOOL = ctypes.c_char_p, ctypes.c_bool
 _GGML: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -64,6 +70,31 @@ _GGML: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_transpose": (_VOID, (_VOID, _VOID)),
     "ggml_cont": (_VOID, (_VOID, _VOID)),
     "ggml_sum_rows": (_VOID, (_VOID, _VOID)),
+    "ggml_get_type_traits": (_VOID, (_INT,)),
+    "ggml_blck_size": (_I64, (_INT,)),
+    "ggml_type_size": (_SIZE, (_INT,)),
+    "ggml_is_quantized": (_BOOL, (_INT,)),
+    "ggml_fp16_to_fp32_row": (None, (_VOID, _VOID, _I64)),
+    "ggml_bf16_to_fp32_row": (None, (_VOID, _VOID, _I64)),
+    "ggml_quantize_chunk": (_SIZE, (_INT, _VOID, _VOID, _I64, _I64, _I64, _VOID)),
+    "ggml_quantize_init": (None, (_INT,)),
+    "ggml_quantize_requires_imatrix": (_BOOL, (_INT,)),
+    "ggml_validate_row_data": (_BOOL, (_INT, _VOID, _SIZE)),
+    "gguf_init_empty": (_VOID, ()),
+    "gguf_init_from_file": (_VOID, (_TEXT, GgufInitParams)),
+    "gguf_free": (None, (_VOID,)),
+    "gguf_set_kv": (None, (_VOID, _VOID)),
+    "gguf_remove_key": (_I64, (_VOID, _TEXT)),
+    "gguf_set_val_u16": (None, (_VOID, _TEXT, ctypes.c_uint16)),
+    "gguf_set_val_u32": (None, (_VOID, _TEXT, ctypes.c_uint32)),
+    "gguf_set_val_i32": (None, (_VOID, _TEXT, ctypes.c_int32)),
+    "gguf_set_val_f32": (None, (_VOID, _TEXT, ctypes.c_float)),
+    "gguf_set_val_bool": (None, (_VOID, _TEXT, _BOOL)),
+    "gguf_set_val_str": (None, (_VOID, _TEXT, _TEXT)),
+    "gguf_add_tensor": (None, (_VOID, _VOID)),
+    "gguf_get_tensor_offset": (_SIZE, (_VOID, _I64)),
+    "gguf_get_meta_size": (_SIZE, (_VOID,)),
+    "gguf_get_meta_data": (None, (_VOID, _VOID)),
 }
 
 

@@ -7,7 +7,15 @@ from typing import TypeVar
 
 import msgspec
 
-from imatrix_runner.engines.base import CollectOptions, Fallback, QuantizeOptions
+from imatrix_runner.engines.base import (
+    CollectOptions,
+    Donor,
+    Fallback,
+    PassedLevel,
+    PassFigures,
+    PassLevel,
+    QuantizeOptions,
+)
 from imatrix_runner.events import Metric, Notice, Progress
 
 
@@ -54,7 +62,29 @@ class Plan(msgspec.Struct, frozen=True, tag_field="ask", tag="plan"):
     levels: tuple[Quantize, ...]
 
 
-Request = Probe | Tokenize | Collect | Quantize | Plan
+class Pass(msgspec.Struct, frozen=True, tag_field="ask", tag="pass"):
+    """Write many levels at once; see :class:`~imatrix_runner.engines.base.PassJob`."""
+
+    step: str
+    sources: tuple[Path, ...]
+    levels: tuple[PassLevel, ...]
+    donors: tuple[Donor, ...]
+    lineage: str
+    imatrix: Path | None
+    threads: int | None
+    buffer_bytes: int
+
+
+class Check(msgspec.Struct, frozen=True, tag_field="ask", tag="check"):
+    """Read a finished output again; see :class:`~imatrix_runner.engines.base.CheckJob`."""
+
+    step: str
+    files: tuple[Path, ...]
+    ledger: Path | None
+    threads: int | None
+
+
+Request = Probe | Tokenize | Collect | Quantize | Plan | Pass | Check
 
 
 class Proven(msgspec.Struct, frozen=True, tag_field="type", tag="proven"):
@@ -106,6 +136,20 @@ class Written(msgspec.Struct, frozen=True, tag_field="type", tag="written"):
     without_weights: tuple[str, ...]
 
 
+class Passed(msgspec.Struct, frozen=True, tag_field="type", tag="passed"):
+    """One level of a pass is over; at last, without one, the figures of the pass."""
+
+    level: PassedLevel | None
+    figures: PassFigures | None = None
+
+
+class Checked(msgspec.Struct, frozen=True, tag_field="type", tag="checked"):
+    """An output was read again: the first tensor that is not right and why, or nothing."""
+
+    tensor: str
+    why: str
+
+
 class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     """The worker knows what is wrong; ``exit_code`` picks the error (3 no engine, 5 it failed, 6 invalid data, 8 no space)."""
 
@@ -115,9 +159,9 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     exit_code: int
 
 
-AnswerT = TypeVar("AnswerT", Counted, Planned, Written)
+AnswerT = TypeVar("AnswerT", Counted, Planned, Written, Checked)
 
-Answer = Proven | Counted | Collected | Planned | Written | Failed | Progress | Metric | Notice
+Answer = Proven | Counted | Collected | Planned | Written | Passed | Checked | Failed | Progress | Metric | Notice
 
 encode = msgspec.json.Encoder(enc_hook=str).encode
 _answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer, dec_hook=lambda kind, value: kind(value))

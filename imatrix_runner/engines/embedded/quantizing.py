@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from imatrix_runner.engines.base import QuantizeOptions
 from imatrix_runner.engines.binaries.lines import QuantizeOutput
 from imatrix_runner.engines.embedded.levels import COPY, find_type, ftypes_of, quant_types
 from imatrix_runner.engines.embedded.library import Library, load
@@ -53,7 +54,7 @@ def quantize(request: Quantize, tell: Callable[[Answer], None]) -> None:
     library = load()
     try:
         kind = _file_type(library, request.ftype)
-        weights = _weights(request)
+        weights = chosen_weights(request.imatrix, request.options)
         call = _Call.of(library, request, kind, weights)
     except NotAccepted as refused:
         _say(f"{refused}\n")
@@ -108,14 +109,13 @@ def _read_once(path: Path) -> Weights:
     return read_weights(path)
 
 
-def _weights(request: Quantize) -> Weights | None:
+def chosen_weights(imatrix: Path | None, options: QuantizeOptions) -> Weights | None:
     """The chosen part of the imatrix; None when there is none or nothing of it was chosen, which is the same to llama.cpp."""
-    options = request.options
     if options.include_weights and options.exclude_weights:
         raise NotAccepted("llama_quantize: --include-weights and --exclude-weights cannot be used together")
-    if request.imatrix is None:
+    if imatrix is None:
         return None
-    weights = _read_once(request.imatrix).choose(
+    weights = _read_once(imatrix).choose(
         tuple(map(os.fsencode, options.include_weights)), tuple(map(os.fsencode, options.exclude_weights))
     )
     return weights if weights.values else None

@@ -20,7 +20,7 @@ from imatrix_runner.models.hub.choice import Choice, RepoFile, choose
 from imatrix_runner.models.hub.listing import list_cached, list_repository, remember_revision, repository_folder
 from imatrix_runner.models.hub.transfer import STEP, Meter, cached_file, download, is_offline, patiently
 from imatrix_runner.models.sources import HubId, Provenance
-from imatrix_runner.process import Stop
+from imatrix_runner.signals import Stop
 
 _DOCTOR_SECONDS = 3.0
 

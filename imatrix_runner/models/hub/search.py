@@ -29,7 +29,7 @@ from imatrix_runner.models.hub.listing import (
 )
 from imatrix_runner.models.hub.transfer import cached_file, is_offline, patiently
 from imatrix_runner.models.sources import HubId
-from imatrix_runner.process import Stop
+from imatrix_runner.signals import Stop
 
 RepoType = Literal["model", "dataset"]
 

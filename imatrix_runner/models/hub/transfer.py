@@ -15,7 +15,7 @@ from imatrix_runner.files import human_bytes
 from imatrix_runner.models.hub.advice import LONGEST_WAIT, Asked, explain, is_passing, retry_after
 from imatrix_runner.models.hub.background import in_background
 from imatrix_runner.models.hub.choice import RepoFile
-from imatrix_runner.process import Stop
+from imatrix_runner.signals import Stop
 
 if TYPE_CHECKING:
     import httpx2
