@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -14,9 +13,19 @@ from typing import Literal
 import msgspec
 import psutil
 
-from imatrix_runner.engines.base import LEDGER_NAME, CheckJob, Donor, Engine, PassFigures, PassJob, PassLevel, QuantizeJob
+from imatrix_runner.engines.base import (
+    LEDGER_NAME,
+    CheckJob,
+    Donor,
+    Engine,
+    PassedLevel,
+    PassFigures,
+    PassJob,
+    PassLevel,
+    QuantizeJob,
+)
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
-from imatrix_runner.events import Finished, Progress, Saved, Sink, Started, ignore
+from imatrix_runner.events import Finished, Saved, Sink, Started, ignore
 from imatrix_runner.files import free_bytes, human_bytes, sha256, stamp
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.journal import Output, Record, outputs_intact
@@ -33,7 +42,7 @@ from imatrix_runner.workspace import Workspace
 
 Status = Literal["done", "skipped", "failed"]
 
-STEP, VERIFY = "levels", "verify"
+STEP = "levels"
 
 
 @dataclass(frozen=True)
@@ -80,26 +89,6 @@ class _Written:
     engine: Engine
     seconds: float
     without_weights: tuple[str, ...]
-    on_bytes: Callable[[int], None]
-
-
-class _Verifying:
-    """One step for the verification of many levels: bytes of all of them."""
-
-    def __init__(self, sink: Sink, steps: Sequence[LevelStep]) -> None:
-        self._sink, self._began, self._done = sink, time.monotonic(), 0
-        self._lock = threading.Lock()
-        total = sum(step.facts.n_bytes or 0 for step in steps)
-        title = f"Verifying {steps[0].level.name}" if len(steps) == 1 else f"Verifying {len(steps)} levels"
-        sink(Started(VERIFY, title, total, "B"))
-
-    def heard(self, n_bytes: int) -> None:
-        with self._lock:
-            self._done += n_bytes
-            self._sink(Progress(VERIFY, self._done))
-
-    def finish(self) -> None:
-        self._sink(Finished(VERIFY, "done", human_bytes(self._done), time.monotonic() - self._began))
 
 
 @dataclass(frozen=True)
@@ -177,10 +166,9 @@ class LevelMaker:
             raise _disk_full(steps, self.session.workspace) from error
         self.frozen.check_unchanged()
         spoiled = sum(bool(level.why) for level in passed)
-        told = f"{len(steps) - spoiled} of {len(steps)} written" if spoiled else _told(figures)
+        told = f"{len(steps) - spoiled} of {len(steps)} written" if spoiled else _told(passed, figures)
         self.sink(Finished(STEP, "failed" if spoiled == len(steps) else "done", told, figures.seconds))
         written = {level.name: level for level in passed}
-        verifying = _Verifying(self.sink, steps)
 
         def finish(step: LevelStep, job: QuantizeJob) -> LevelResult:
             level = written[step.level.name]
@@ -188,13 +176,13 @@ class LevelMaker:
             def write() -> _Written:
                 if level.why:
                     raise _spoiled(step, level.tensor, level.why)
-                return _Written(_parts(job), job, engine, figures.seconds, level.without_weights, verifying.heard)
+                return _Written(_parts(job), job, engine, figures.seconds, level.without_weights)
 
+            self.sink(Started(step.step, step.level.name, step.facts.n_bytes, "B"))
             return self._finish(step, began, write)
 
         with ThreadPoolExecutor(max(1, psutil.cpu_count() or 1)) as pool:
             made = self._all([pool.submit(finish, step, level.job) for step, level in zip(steps, levels, strict=True)])
-        verifying.finish()
         return made, figures
 
     def _pass_level(self, step: LevelStep) -> PassLevel:
@@ -241,7 +229,7 @@ class LevelMaker:
             _empty(job.out.parent, step)
             quantized = engine.quantize(job, self.sink)
             self.frozen.check_unchanged()
-            return _Written(_parts(job), job, engine, quantized.seconds, quantized.without_weights, lambda _bytes: None)
+            return _Written(_parts(job), job, engine, quantized.seconds, quantized.without_weights)
 
         return self._finish(step, began, write)
 
@@ -294,11 +282,7 @@ class LevelMaker:
         n_bytes = verify_output(parts, resolved.recipe, self.weights)
         self._check_rows(step, written)
 
-        def on_bytes(n_bytes: int) -> None:
-            self.session.stop.check()
-            written.on_bytes(n_bytes)
-
-        hashes = [sha256(part, on_bytes) for part in parts]
+        hashes = [sha256(part, lambda _bytes: self.session.stop.check()) for part in parts]
         facts = msgspec.to_builtins(replace(facts_of(resolved), n_bytes=n_bytes))
         outputs = [Output(part.name, stamp(part), digest) for part, digest in zip(parts, hashes, strict=True)]
         command = written.engine.command(replace(written.job, out=step.files[0]))
@@ -345,9 +329,12 @@ def _empty(folder: Path, step: LevelStep) -> None:
         raise from_os_error(error, f"preparing {step.level.name}", folder) from error
 
 
-def _told(figures: PassFigures) -> str:
-    pairs, wanted = (sum(getattr(cost, name) for cost in figures.types) for name in ("pairs", "wanted"))
-    return f"{pairs} of {wanted} tensors computed" if wanted else "nothing to compute"
+def _told(passed: Sequence[PassedLevel], figures: PassFigures) -> str:
+    """``406 tensors computed for 780, 120 copied``: tensors of the model against tensors of all levels."""
+    pairs = sum(cost.pairs for cost in figures.types)
+    computed, copied, kept = (sum(getattr(level, name) for level in passed) for name in ("computed", "copied", "kept"))
+    words = [f"{pairs} tensors computed for {computed}", f"{copied} copied", f"{kept} kept"]
+    return ", ".join(word for word, count in zip(words, (computed, copied, kept), strict=True) if count) or "nothing to do"
 
 
 def _spoiled(step: LevelStep, tensor: str, why: str) -> InvalidDataError:
@@ -371,6 +358,6 @@ def _disk_full(steps: Sequence[LevelStep], workspace: Workspace) -> NoSpaceError
     need = sum(step.facts.n_bytes or 0 for step in steps) - reserved_bytes(workspace, [step.level.name for step in steps])
     return NoSpaceError(
         f"The disk became full while {names} were made" if len(steps) > 1 else f"The disk became full while {names} was made",
-        f"{human_bytes(max(0, need))} more needed, {human_bytes(free_bytes(workspace.root))} free at {workspace.root}",
+        f"{human_bytes(max(0, need))} needed, {human_bytes(free_bytes(workspace.root))} free at {workspace.root}",
         "Free some space, or choose another disk with --work-dir, then run the same command again: it continues.",
     )
