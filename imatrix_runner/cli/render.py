@@ -93,11 +93,11 @@ class _Plain:
     def __call__(self, event: Event) -> None:
         with self._lock:
             line = self._line(event)
-        if line and not self._unheard:
-            try:
-                print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the one place that talks
-            except BrokenPipeError:
-                self._unheard = True  # whoever read it went away (``| head``): the work goes on in silence
+            if line and not self._unheard:
+                try:
+                    print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the one place that talks
+                except BrokenPipeError:
+                    self._unheard = True  # whoever read it went away (``| head``): the work goes on in silence
 
     def _line(self, event: Event) -> str:
         if isinstance(event, Started):

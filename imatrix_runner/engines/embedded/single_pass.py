@@ -181,7 +181,7 @@ class _Round:
             for output, place in part.alive:
                 if part.copies:
                     output.copied += 1
-                else:
+                elif work.computes(part):
                     output.computed += 1
                 entry = ledger.Entry(work.name, part.kind.name, part.key, place.file, place.offset, place.n_bytes, crc)
                 self._recorder.add(output, entry)
