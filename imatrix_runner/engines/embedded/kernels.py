@@ -17,6 +17,12 @@ _POINTER, _I64 = ctypes.c_void_p, ctypes.c_int64
 _TO_FLOAT = ctypes.CFUNCTYPE(None, _POINTER, _POINTER, _I64)
 _WIDENERS = {b"f16": "ggml_fp16_to_fp32_row", b"bf16": "ggml_bf16_to_fp32_row"}
 
+PASS_FUNCTIONS = (
+    *("ggml_get_type_traits", "ggml_quantize_chunk", "ggml_quantize_init", "ggml_validate_row_data", "gguf_init_from_file"),
+    *("gguf_set_kv", "gguf_add_tensor", "gguf_get_meta_data", *_WIDENERS.values()),
+)
+"""What a pass cannot do without."""
+
 
 class _Traits(ctypes.Structure):
     """ggml.h, ``struct ggml_type_traits``."""

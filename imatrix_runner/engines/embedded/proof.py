@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from imatrix_runner.engines.embedded.kernels import PASS_FUNCTIONS
 from imatrix_runner.engines.embedded.layout import Operations, check_layout
 from imatrix_runner.engines.embedded.library import Library, load
 from imatrix_runner.engines.embedded.protocol import Answer, Proven
@@ -44,5 +45,7 @@ def check(library: Library) -> Operations:
     missing = [name for name in _FUNCTIONS if not hasattr(library.llama, name)]
     if missing:
         raise Refusal.mismatch(f"llama-cpp-python {library.version} has no {missing[0]}; 0.3.36 and newer do")
+    for name in PASS_FUNCTIONS:
+        library.ggml(name)
     check_layout(library)
     return Operations.of(library)
