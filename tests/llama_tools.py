@@ -115,10 +115,10 @@ def levels_in(workspace: Path) -> dict[str, str]:
 
 
 def leftovers(workspace: Path) -> list[str]:
-    """What may not remain in a workspace when nothing runs: half files, parts, owners."""
+    """What may not remain in a workspace when nothing runs: half files, parts, owners. Ledgers of finished levels may."""
     if not workspace.is_dir():
         return []
-    kept = {".lock"}
+    kept = {".lock", ".ledgers"}
     return sorted(entry.name for entry in workspace.iterdir() if entry.name.startswith(".") and entry.name not in kept)
 
 

@@ -66,6 +66,7 @@ class SyntheticEngine:
     jobs: list[CollectJob] = field(default_factory=list)
     types: tuple[QuantType, ...] = ()
     devices: tuple[str, ...] = ()
+    one_pass: None = None
 
     def identity(self) -> str:
         return "synthetic 1"

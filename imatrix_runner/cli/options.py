@@ -226,6 +226,13 @@ level_options = together(
     ),
     setting("--one-by-one", is_flag=True, help="Finish each level before the next, the smallest first: for small disks."),
     setting(
+        "--kernels",
+        type=click.Choice(["auto", "ggml"]),
+        default="auto",
+        show_default=True,
+        help="auto: ours where they are proven to give the same bytes; ggml: only llama.cpp's own.",
+    ),
+    setting(
         "--verify",
         type=click.Choice(["header", "full"]),
         default="header",
@@ -357,6 +364,7 @@ def levels_request(options: dict[str, Any]) -> LevelsRequest:
         uncovered,
         options["one_by_one"],
         options["verify"],
+        options["kernels"],
     )
 
 

@@ -231,7 +231,8 @@ class PassJob:
     """Many levels from one reading of the model.
 
     ``lineage`` stands for the model and the library: tensors of a donor with another one are not ours to copy.
-    ``buffer_bytes`` bounds what is held of tensors at a time.
+    ``buffer_bytes`` bounds what is held of tensors at a time. ``own_kernels``: where the engine has quicker ones than
+    llama.cpp's that give the same bytes, it may use them.
     """
 
     step: str
@@ -243,6 +244,7 @@ class PassJob:
     threads: int | None
     buffer_bytes: int
     log: Path | None
+    own_kernels: bool = True
 
 
 @dataclass(frozen=True)

@@ -76,3 +76,12 @@ def _say(*argv: str) -> str:
     except (OSError, TimeoutError):
         return ""
     return told.stdout if told.returncode == 0 else ""
+
+
+def cpu_features() -> str:
+    """What the processor can do, as text to tell it from another one (Linux; elsewhere only its name)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -103,7 +103,7 @@ class Choice:
         if self.bindings is not None:
             from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 
-            return EmbeddedEngine(self.bindings, runner)
+            return EmbeddedEngine(self.bindings, runner, cache_dir())
         from imatrix_runner.engines.binaries.engine import BinariesEngine
 
         assert self.toolchain is not None

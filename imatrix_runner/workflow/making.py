@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -105,16 +106,19 @@ class LevelMaker:
     def run(self, steps: Sequence[LevelStep]) -> MadeLevels:
         """Make the levels. A failed one does not stop the others; a full disk, a changed model or a stop ends them all, and
         leaves what the next run can continue."""
-        self._free_others(steps)
         together = [step for step in steps if self._can_pass(step)]
         alone = [step for step in steps if step not in together]
         results: list[LevelResult] = []
         passes: list[PassFigures] = []
-        for group in self._groups(together):
-            made, figures = self._pass(group)
-            results += made
-            passes.append(figures)
-        results += self._one_by_one(alone)
+        self._free_others(together)
+        try:
+            for group in self._groups(together):
+                made, figures = self._pass(group)
+                results += made
+                passes.append(figures)
+            results += self._one_by_one(alone)
+        finally:
+            self._free_others(together)  # what a program wrote half cannot be continued
         shutil.rmtree(self.session.workspace.partial, ignore_errors=True)
         return MadeLevels(tuple(results), tuple(passes))
 
@@ -133,12 +137,14 @@ class LevelMaker:
             yield [step]
 
     def _free_others(self, steps: Sequence[LevelStep]) -> None:
-        """Half files of levels that are not asked for now would only take space."""
+        """Half files of other levels would only take space."""
         wanted = {step.level.name for step in steps}
         partial = self.session.workspace.partial
         for folder in partial.iterdir() if partial.is_dir() else ():
             if folder.name not in wanted:
                 shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # it is not there, or something is in it
+            partial.rmdir()
 
     def _require_space(self, step: LevelStep) -> None:
         need, root = step.facts.n_bytes or 0, self.session.workspace.root
@@ -161,6 +167,7 @@ class LevelMaker:
             self.request.threads,
             pass_buffer(self.request.options.max_buffer_size),
             self.session.log(STEP),
+            own_kernels=self.request.kernels == "auto",
         )
         names = steps[0].level.name if len(steps) == 1 else f"{len(steps)} levels in one pass"
         self.sink(Started(STEP, names, None, "weights"))

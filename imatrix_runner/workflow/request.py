@@ -48,7 +48,8 @@ class ImatrixRequest:
 class LevelsRequest:
     """Which levels (by name, or a preset; both empty: the default set) and how. ``uncovered``: what becomes of tensors for
     which the imatrix has no data (``fail``, ``keep``, or a type). ``one_by_one``: each level has its name before the next is
-    begun, so that the disk need not hold all half files at once. ``verify``: names, types and sizes, or every row too."""
+    begun, so that the disk need not hold all half files at once. ``verify``: names, types and sizes, or every row too.
+    ``kernels``: ours where they are proven to give ggml's bytes, or only ggml's."""
 
     names: tuple[str, ...] = ()
     preset: str = ""
@@ -58,6 +59,7 @@ class LevelsRequest:
     uncovered: str = "fail"
     one_by_one: bool = False
     verify: Literal["header", "full"] = "header"
+    kernels: Literal["auto", "ggml"] = "auto"
 
 
 @dataclass(frozen=True)

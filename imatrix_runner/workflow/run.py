@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -226,6 +227,8 @@ def make_levels(plan: Plan, planner: LevelPlanner, matrix: MatrixFile | None, se
         made = maker.run(plan.todo)
         passes = made.passes
         results.update({result.step.level.name: result for result in made.results})
+    else:
+        shutil.rmtree(session.workspace.partial, ignore_errors=True)  # of a run that was killed at its very end
     return MadeLevels(tuple(results[step.level.name] for step in plan.levels), passes)
 
 

@@ -25,7 +25,7 @@ VARIANTS = {
     "Q2_K_L": ("Q2_K", *EIGHT_BITS),
 }
 SHORT = ("-c", "128", "--chunks", "24")
-BINARIES = ("--engine", "binaries")
+ENGINES = {"binaries": "llama.cpp ", "embedded": "llama-cpp-python "}
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Preset:
     workspace: Path
     first: Ran
     arguments: tuple[str, ...]
+    engine: str
 
     def again(self, *more: str) -> Ran:
         return run_command(*self.arguments, *more, cwd=self.folder)
@@ -44,13 +45,13 @@ class Preset:
         return sorted(self.workspace.glob("demo-model-*.gguf"))
 
 
-@pytest.fixture(scope="module")
-def preset(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Preset:
-    folder = tmp_path_factory.mktemp("preset")
-    arguments = ("run", str(demo_model), "--preset", "bartowski", *BINARIES, *SHORT)
+@pytest.fixture(scope="module", params=ENGINES)
+def preset(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Preset:
+    folder, engine = tmp_path_factory.mktemp("preset"), str(request.param)
+    arguments = ("run", str(demo_model), "--preset", "bartowski", "--engine", engine, *SHORT)
     first = run_command(*arguments, cwd=folder)
     assert first.code == 0, first.err
-    return Preset(folder, folder / "work" / "demo-model", first, arguments)
+    return Preset(folder, folder / "work" / "demo-model", first, arguments, engine)
 
 
 def test_writes_26_files_byte_for_byte_those_of_llama_quantize(
@@ -116,10 +117,11 @@ def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     document = preset.again("--json").document
     assert document.keys() == {
         *("schema", "version", "program", "exit_code", "model", "engine", "toolchain", "plan", "imatrix", "collected"),
-        *("levels", "seconds"),
+        *("levels", "passes", "seconds"),
     }
-    assert document["engine"] == "binaries"
-    assert document["toolchain"].startswith("llama.cpp ")
+    assert document["engine"] == preset.engine
+    assert document["toolchain"].startswith(ENGINES[preset.engine])
+    assert document["passes"] == []
     assert document["schema"] == "imatrix-runner/run"
     assert document["version"] == 1
     assert document["model"]["name"] == "demo-model"
@@ -159,8 +161,10 @@ def test_status_knows_what_is_done(preset: Preset) -> None:
 
 def test_levels_can_be_added_from_the_same_imatrix(preset: Preset) -> None:
     """Another request in the same workspace keeps what is there and makes only what is new."""
-    done = run_command("run", preset.arguments[1], "--levels", "Q4_K_M,Q5_0", *SHORT, *BINARIES, "--json", cwd=preset.folder)
+    engine = ("--engine", preset.engine)
+    done = run_command("run", preset.arguments[1], "--levels", "Q4_K_M,Q5_0", *SHORT, *engine, "--json", cwd=preset.folder)
     assert done.code == 0
     status = {level["level"]: level["status"] for level in done.document["levels"]}
     assert status == {"Q4_K_M": "skipped", "Q5_0": "done"}
+    assert len(done.document["passes"]) == (preset.engine == "embedded")
     (preset.workspace / "demo-model-Q5_0.gguf").unlink()

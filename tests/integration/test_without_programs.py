@@ -206,12 +206,15 @@ class TestTheChoice:
         assert "tools build" in ran.err
 
     def test_a_type_of_a_fork(self, alone: RunCommand, toolchain: Toolchain, tiny_model: Path, tmp_path: Path) -> None:
+        """Only with programs that offer it, and only that level through them (see test_levels_beside)."""
         script = 'case " $* " in *" --help "*) "$real" --help; echo "  77  or  Q3_K_HIFI :  3.90G"; exit 1;; esac'
         fork = fake_tools(toolchain, tmp_path / "fork", llama_quantize=script)
         env = {"PATH": f"{fork}{os.pathsep}{os.environ['PATH']}"}
         arguments = ("quantize", tiny_model, "--dry-run", "--json", "--levels")
         plain = alone(*arguments, "Q4_0", env=env)
         assert plain.document["engine"] == "embedded"
+        assert "made by" not in plain.err
         ran = alone(*arguments, "Q4_0,Q3_K_HIFI", env=env)
-        assert "Engine: binaries, because only they offer Q3_K_HIFI." in ran.err
+        assert ran.document["engine"] == "embedded"
+        assert f"Q3_K_HIFI: made by {fork}, because only these programs offer it." in ran.err
         assert alone(*arguments, "Q3_K_HIFI").code == 2

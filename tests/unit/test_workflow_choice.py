@@ -104,12 +104,22 @@ class TestAuto:
         here.toolchain = None
         assert here.choose().name == "embedded"
 
-    def test_a_fork_s_type_needs_the_fork(self, here: Here) -> None:
+    @pytest.mark.parametrize("asked", ["auto", "embedded"])
+    def test_a_fork_makes_its_own_types_beside_the_pass(self, asked: str, here: Here) -> None:
         here.toolchain = fake_toolchain(types=quant_types("Q4_K_M", "IQ4_KS"))
-        assert said(here.choose(needs=Needs(("Q4_K_M", "iq4_ks")))) == "info: Engine: binaries, because only they offer iq4_ks."
+        choice = here.choose(asked, Needs(("Q4_K_M", "iq4_ks")))
+        assert (choice.name, choice.toolchain, choice.beside) == ("embedded", None, here.toolchain)
+        assert said(choice) == "info: iq4_ks: made by /tools, because only these programs offer it."
+        assert here.choose(asked, Needs(("Q4_K_M",))).beside is None
+
+    def test_a_named_fork_makes_everything(self, here: Here) -> None:
+        here.toolchain = fake_toolchain(types=quant_types("Q4_K_M", "IQ4_KS"))
+        choice = here.choose(needs=Needs(("Q4_K_M", "iq4_ks")), llama_cpp=Path("/tools"))
+        assert (choice.name, choice.toolchain, choice.beside) == ("binaries", here.toolchain, None)
 
     def test_a_type_nobody_offers_is_for_the_levels_to_refuse(self, here: Here) -> None:
-        assert here.choose(needs=Needs(("Q4_KM",))).name == "embedded"
+        choice = here.choose(needs=Needs(("Q4_KM",)))
+        assert (choice.name, choice.beside) == ("embedded", None)
 
     def test_a_broken_installation_is_told_with_its_remedy(self, here: Here) -> None:
         here.bindings = BROKEN
@@ -149,7 +159,8 @@ class TestAsked:
 
     def test_embedded(self, here: Here) -> None:
         choice = here.choose("embedded", llama_cpp=Path("/for-conversion"))
-        assert (choice.name, choice.notice) == ("embedded", None)
+        assert choice.name == "embedded"
+        assert said(choice) == "detail: Engine: embedded, llama-cpp-python 0.3.36 (its own libraries)"
         assert here.looked == 0
 
     def test_embedded_cannot_take_options_for_llama_imatrix(self, here: Here) -> None:

@@ -31,6 +31,7 @@ from imatrix_runner.engines.base import (
 from imatrix_runner.engines.binaries.argv import quantize_options
 from imatrix_runner.engines.binaries.messages import explain, recognise, with_log
 from imatrix_runner.engines.embedded import protocol
+from imatrix_runner.engines.embedded.compiled import Native, compile_kernels
 from imatrix_runner.engines.embedded.find import Bindings, worker_command
 from imatrix_runner.engines.embedded.levels import quant_types
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError
@@ -49,9 +50,11 @@ class EmbeddedEngine:
 
     name = "embedded"
 
-    def __init__(self, bindings: Bindings, runner: Runner) -> None:
+    def __init__(self, bindings: Bindings, runner: Runner, cache: Path | None = None) -> None:
+        """``cache``: where kernels of ours are compiled to; without one ggml's serve alone."""
         self.bindings = bindings
         self._runner = runner
+        self._cache = cache
 
     def identity(self) -> str:
         return self.bindings.identity()
@@ -135,7 +138,15 @@ class EmbeddedEngine:
         """Make all levels of a job at once, beside their ledgers. A stop leaves what can be continued."""
         answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
         request = protocol.Pass(
-            job.step, job.sources, job.levels, job.donors, job.lineage, job.imatrix, job.threads, job.buffer_bytes
+            job.step,
+            job.sources,
+            job.levels,
+            job.donors,
+            job.lineage,
+            job.imatrix,
+            job.threads,
+            job.buffer_bytes,
+            self._native() if job.own_kernels else None,
         )
         writes = job.levels[0].job.out
         self._ask(request, answers, job.log, "The levels could not be made", writes=writes, enough=threading.Event())
@@ -149,6 +160,12 @@ class EmbeddedEngine:
                 "Report it; use --engine binaries.",
             )
         return levels, figures[0]
+
+    def _native(self) -> Native | None:
+        if self._cache is None:
+            return None
+        made = compile_kernels(self._cache, self.bindings.digest)
+        return made if isinstance(made, Native) else None
 
     def check(self, job: CheckJob, sink: Sink) -> tuple[str, str]:
         """The first tensor that is not right and why; both empty if all are."""

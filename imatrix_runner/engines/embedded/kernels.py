@@ -60,6 +60,7 @@ class Kernels:
         self._quantize = library.ggml("ggml_quantize_chunk")
         self._validate = library.ggml("ggml_validate_row_data")
         self._wide: dict[int, Any] = {}
+        self._ours: dict[tuple[int, bool], Any] = {}
         self._types: dict[str, Type] = {}
 
     def type(self, name: str) -> Type:
@@ -102,7 +103,14 @@ class Kernels:
 
     def quantize(self, kind: Type, source: int, target: int, rows: int, n_per_row: int, weights: int | None) -> None:
         """``rows`` rows of float32; ``weights``: one float32 for every column, or None."""
+        if ours := self._ours.get((kind.number, weights is not None)):
+            ours(source, target, rows, n_per_row, weights)
+            return
         self._quantize(kind.number, source, target, 0, rows, n_per_row, weights)
+
+    def replace(self, kind: Type, function: Any, *, weighted: bool) -> None:
+        """Quantise to ``kind`` with another function from now on, which gives the same bytes."""
+        self._ours[kind.number, weighted] = function
 
     def valid(self, kind: Type, data: int, n_bytes: int) -> bool:
         """Whether all scales and numbers are finite; why not goes to llama.cpp's log."""

@@ -16,6 +16,7 @@ from imatrix_runner.engines.base import (
     PassLevel,
     QuantizeOptions,
 )
+from imatrix_runner.engines.embedded.compiled import Native
 from imatrix_runner.events import Metric, Notice, Progress
 
 
@@ -73,6 +74,7 @@ class Pass(msgspec.Struct, frozen=True, tag_field="ask", tag="pass"):
     imatrix: Path | None
     threads: int | None
     buffer_bytes: int
+    native: Native | None
 
 
 class Check(msgspec.Struct, frozen=True, tag_field="ask", tag="check"):

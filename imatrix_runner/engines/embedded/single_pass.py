@@ -14,6 +14,7 @@ import numpy as np
 
 from imatrix_runner.engines.base import PassedLevel, PassFigures, PassLevel, TypeCost
 from imatrix_runner.engines.embedded import ledger, quantizing
+from imatrix_runner.engines.embedded.fast import Fast
 from imatrix_runner.engines.embedded.headers import Head, HeaderMaker, Source
 from imatrix_runner.engines.embedded.kernels import Kernels
 from imatrix_runner.engines.embedded.levels import COPY, find_type, ftypes_of, quant_types
@@ -91,7 +92,7 @@ class _Pass:
         began = time.monotonic()
         tables = self._prepare()
         recorder = _Recorder(self)
-        works, pairs = self.works, _pairs(self.works)
+        works = self.works
         spent = Spent()
         while works and not self._over():
             again = _Round(self, works, recorder).run(spent)
@@ -105,17 +106,20 @@ class _Pass:
                     file.finish()
             self.tell(Passed(self._result(output)))
         seconds = time.monotonic() - began
-        self.tell(Passed(None, _figures(seconds, self.threads, tables, spent, pairs)))
+        # Only now: what was to be copied and could not be was computed.
+        self.tell(Passed(None, _figures(seconds, self.threads, tables, spent, _pairs(self.works))))
 
     def _over(self) -> bool:
         return self.stop.requested or all(output.spoiled is not None for output in self.outputs)
 
     def _prepare(self) -> float:
-        """The tables of the IQ types, before the clock of the kernels runs."""
+        """Our own kernels where they are proven, and ggml's tables of the IQ types for the others; in seconds."""
         began = time.monotonic()
-        kinds = {part.kind.name: part.kind for work in self.works for part in work.parts if work.computes(part)}
-        for kind in kinds.values():
-            self.kernels.prepare(kind)
+        wanted = {(part.kind, part.weights is not None) for work in self.works for part in work.parts if work.computes(part)}
+        fast = Fast(self.request.native, self.kernels) if self.request.native is not None else None
+        for kind, weighted in sorted(wanted, key=lambda pair: pair[0].number):
+            if fast is None or not fast.install(kind, weighted=weighted):
+                self.kernels.prepare(kind)
         return time.monotonic() - began
 
     def _result(self, output: Output) -> PassedLevel:

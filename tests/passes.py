@@ -1,0 +1,202 @@
+"""One pass of the embedded engine, planned as the program plans it, and llama-quantize's own files of the same levels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from command_line import clean_environment
+from llama_tools import BareTools, digest
+
+from imatrix_runner.engines.base import (
+    Donor,
+    DryRun,
+    PassedLevel,
+    PassFigures,
+    PassJob,
+    PassLevel,
+    QuantizeJob,
+    QuantizeOptions,
+    TensorTarget,
+)
+from imatrix_runner.engines.binaries.argv import quantize_options
+from imatrix_runner.engines.embedded.engine import EmbeddedEngine
+from imatrix_runner.engines.embedded.find import LIBRARY_VARIABLE, find
+from imatrix_runner.engines.embedded.protocol import Answer, Pass, Quantize, decode_answer, encode
+from imatrix_runner.events import ignore
+from imatrix_runner.imatrix.formats import read
+from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.process import Runner
+from imatrix_runner.quantize.levels import resolve_levels
+from imatrix_runner.quantize.recipe import make_recipe, usable_weights
+from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.toolchain.store import cache_dir
+
+NO_OPTIONS = QuantizeOptions()
+REQUANTIZE = QuantizeOptions(allow_requantize=True)
+
+NEED_WEIGHTS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S")
+"""Levels that cannot be made without an imatrix."""
+
+SLOW = ("IQ1_S", "IQ1_M", "IQ2_S", "IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ3_XXS")
+"""Levels whose tables take seconds in every process."""
+
+_SEVERAL = """
+import sys
+from imatrix_runner.engines.embedded.protocol import Pass, decode_request, encode
+from imatrix_runner.engines.embedded.quantizing import quantize
+from imatrix_runner.engines.embedded.single_pass import single_pass
+for line in open(sys.argv[1], encoding="utf-8"):
+    request = decode_request(line)
+    work = single_pass if isinstance(request, Pass) else quantize
+    work(request, lambda answer: print(encode(answer).decode(), flush=True))
+"""
+
+
+def in_one_worker(toolchain: Toolchain, requests: Iterable[Pass | Quantize], file: Path) -> list[Answer]:
+    """All answers of a worker that does several jobs (they go through ``file``), so that llama.cpp computes its tables once."""
+    file.write_bytes(b"".join(encode(request) + b"\n" for request in requests))
+    reading, writing = os.pipe()  # a worker stops when its stdin ends
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _SEVERAL, file],
+            stdin=reading,
+            env=clean_environment({LIBRARY_VARIABLE: str(toolchain.directory)}),
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert done.returncode == 0, done.stderr.decode()
+    return list(map(decode_answer, done.stdout.decode().splitlines()))
+
+
+def set_floats(path: Path, tensor: str, values: Iterable[float], first: int = 0) -> Path:
+    """Overwrite elements of an F32, F16 or BF16 tensor in a GGUF file, from the one numbered ``first`` on."""
+    header = read_header(path)
+    (info,) = [info for info in header.tensors if info.name == tensor]
+    data = np.array(list(values), "<f4")
+    size = 4 if info.type_name == "F32" else 2
+    raw = {"F32": data, "F16": data.astype("<f2"), "BF16": (data.view("<u4") >> 16).astype("<u2")}[info.type_name].tobytes()
+    with path.open("r+b") as handle:
+        handle.seek(header.data_offset + info.offset + first * size)
+        handle.write(raw)
+    return path
+
+
+def engine_of(toolchain: Toolchain) -> EmbeddedEngine:
+    """The embedded engine with the very libraries that these programs are linked to."""
+    return EmbeddedEngine(find({LIBRARY_VARIABLE: str(toolchain.directory)}, cache_dir()), Runner())
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one pass left, and how each of its levels ended."""
+
+    job: PassJob
+    levels: Mapping[str, PassedLevel]
+    figures: PassFigures
+
+    def files(self, name: str) -> list[Path]:
+        (level,) = [level for level in self.job.levels if level.name == name]
+        return sorted(level.job.out.parent.glob("*.gguf"))
+
+    @property
+    def digests(self) -> dict[str, list[str]]:
+        """Of every file of every level, in order."""
+        return {name: list(map(digest, self.files(name))) for name in self.levels}
+
+    @property
+    def spoiled(self) -> dict[str, tuple[str, str]]:
+        return {name: (level.tensor, level.why) for name, level in self.levels.items() if level.why}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Makes levels of one model both ways."""
+
+    engine: EmbeddedEngine
+    tools: BareTools
+
+    def names(self, *without: str) -> list[str]:
+        """Every type the library offers, but for aliases."""
+        return [kind.name for kind in self.engine.types if not kind.alias_of and kind.name not in without]
+
+    def plan(
+        self,
+        model: Path,
+        names: Sequence[str],
+        folder: Path,
+        options: QuantizeOptions = NO_OPTIONS,
+        imatrix: Path | None = None,
+        *,
+        threads: int | None = None,
+        buffer_bytes: int = 1 << 30,
+        donors: Sequence[Donor] = (),
+    ) -> PassJob:
+        """The job of all levels of ``names``, from llama.cpp's dry runs; also of levels that a recipe says must fail."""
+        source = open_gguf(model, allow_requantize=True)
+        levels = resolve_levels(names, self.engine.types)
+        jobs = [
+            QuantizeJob("", source.path, folder / level.name / f"m-{level.name}.gguf", level.ftype, level.apply(options), *rest)
+            for level in levels
+            for rest in [(imatrix, threads, None)]
+        ]
+        weights = usable_weights(read(imatrix).matrix, imatrix, options) if imatrix is not None else None
+        planned: list[PassLevel] = []
+        for level, job, dry in zip(levels, jobs, self.engine.dry_runs(jobs, None), strict=True):
+            assert isinstance(dry, DryRun), dry
+            recipe = make_recipe(level, source.header, source.tensors, dry, weights, job.options)
+            targets = tuple(TensorTarget(tensor.name, tensor.original, tensor.type) for tensor in recipe.tensors)
+            planned.append(PassLevel(level.name, job, targets, f"{level.name} of {model}"))
+        return PassJob(
+            "pass", source.files, tuple(planned), tuple(donors), "lineage", imatrix, threads, buffer_bytes, folder / "log"
+        )
+
+    def run(self, job: PassJob) -> Made:
+        levels, figures = self.engine.one_pass(job, ignore)
+        return Made(job, {level.name: level for level in levels}, figures)
+
+    def make(
+        self,
+        model: Path,
+        names: Sequence[str],
+        folder: Path,
+        options: QuantizeOptions = NO_OPTIONS,
+        imatrix: Path | None = None,
+        *,
+        threads: int | None = None,
+        buffer_bytes: int = 1 << 30,
+    ) -> Made:
+        return self.run(self.plan(model, names, folder, options, imatrix, threads=threads, buffer_bytes=buffer_bytes))
+
+    def bare(self, made: Made, folder: Path) -> dict[str, list[str]]:
+        """Digests of the same levels' files by llama-quantize, one after the other as it does."""
+
+        def one(level: PassLevel) -> list[str]:
+            job, out = level.job, folder / level.name / f"m-{level.name}.gguf"
+            words = quantize_options(job.options)
+            self.tools.quantize(job.source, out, job.ftype, *words, imatrix=job.imatrix)
+            found = list(map(digest, sorted(out.parent.glob("*.gguf"))))
+            for file in out.parent.glob("*.gguf"):
+                file.unlink()
+            return found
+
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(made.levels, pool.map(one, made.job.levels), strict=True))
+
+    def same(self, made: Made, folder: Path) -> None:
+        """Every file of every level of a pass is llama-quantize's."""
+        assert made.spoiled == {}
+        found = made.digests
+        assert all(found.values())
+        assert found == self.bare(made, folder)
