@@ -26,6 +26,7 @@ from imatrix_runner.engines.base import (
     TensorTarget,
 )
 from imatrix_runner.engines.binaries.argv import quantize_options
+from imatrix_runner.engines.embedded.compiled import Native, compile_kernels
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.embedded.find import LIBRARY_VARIABLE, find
 from imatrix_runner.engines.embedded.protocol import Answer, Pass, Quantize, decode_answer, encode
@@ -94,8 +95,8 @@ def set_floats(path: Path, tensor: str, values: Iterable[float], first: int = 0)
 
 
 def engine_of(toolchain: Toolchain) -> EmbeddedEngine:
-    """The embedded engine with the very libraries that these programs are linked to."""
-    return EmbeddedEngine(find({LIBRARY_VARIABLE: str(toolchain.directory)}, cache_dir()), Runner())
+    """The embedded engine with the very libraries that these programs are linked to, and kernels of ours."""
+    return EmbeddedEngine(find({LIBRARY_VARIABLE: str(toolchain.directory)}, cache_dir()), Runner(), cache_dir())
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Passes:
         threads: int | None = None,
         buffer_bytes: int = 1 << 30,
         donors: Sequence[Donor] = (),
+        own_kernels: bool = True,
     ) -> PassJob:
         """The job of all levels of ``names``, from llama.cpp's dry runs; also of levels that a recipe says must fail."""
         source = open_gguf(model, allow_requantize=True)
@@ -159,7 +161,16 @@ class Passes:
             targets = tuple(TensorTarget(tensor.name, tensor.original, tensor.type) for tensor in recipe.tensors)
             planned.append(PassLevel(level.name, job, targets, f"{level.name} of {model}"))
         return PassJob(
-            "pass", source.files, tuple(planned), tuple(donors), "lineage", imatrix, threads, buffer_bytes, folder / "log"
+            step="pass",
+            sources=source.files,
+            levels=tuple(planned),
+            donors=tuple(donors),
+            lineage="lineage",
+            imatrix=imatrix,
+            threads=threads,
+            buffer_bytes=buffer_bytes,
+            log=folder / "log",
+            own_kernels=own_kernels,
         )
 
     def run(self, job: PassJob) -> Made:
@@ -174,10 +185,24 @@ class Passes:
         options: QuantizeOptions = NO_OPTIONS,
         imatrix: Path | None = None,
         *,
-        threads: int | None = None,
-        buffer_bytes: int = 1 << 30,
+        own_kernels: bool = True,
     ) -> Made:
-        return self.run(self.plan(model, names, folder, options, imatrix, threads=threads, buffer_bytes=buffer_bytes))
+        return self.run(self.plan(model, names, folder, options, imatrix, own_kernels=own_kernels))
+
+    def request(self, job: PassJob) -> Pass:
+        """What a worker is asked for."""
+        native = compile_kernels(cache_dir(), self.engine.bindings.digest) if job.own_kernels else None
+        return Pass(
+            step=job.step,
+            sources=job.sources,
+            levels=job.levels,
+            donors=job.donors,
+            lineage=job.lineage,
+            imatrix=job.imatrix,
+            threads=job.threads,
+            buffer_bytes=job.buffer_bytes,
+            native=native if isinstance(native, Native) else None,
+        )
 
     def bare(self, made: Made, folder: Path) -> dict[str, list[str]]:
         """Digests of the same levels' files by llama-quantize, one after the other as it does."""

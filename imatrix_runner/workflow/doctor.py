@@ -13,6 +13,7 @@ from typing import Literal
 
 import psutil
 
+from imatrix_runner.engines.embedded.compiled import NoNative, compile_kernels
 from imatrix_runner.engines.embedded.find import DISTRIBUTION, PIP_INSTALL, Unusable
 from imatrix_runner.errors import RunnerError, ToolchainError
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
@@ -46,7 +47,8 @@ def examine(llama_cpp: Path | None, work_dir: Path, *, network: bool) -> list[Ch
         choice: Choice | ToolchainError = choose("auto", Needs(), machine)
     except ToolchainError as error:
         choice = error
-    checks = [*_python(), *_engine(choice), *_bindings(machine), *_toolchain(machine), *_gpu(choice), *_source_type(choice)]
+    checks = [*_python(), *_engine(choice), *_bindings(machine), *_kernels(machine), *_toolchain(machine)]
+    checks += [*_gpu(choice), *_source_type(choice)]
     checks += [*_memory(), *_disks(work_dir), *_resources(), *_converter(machine)]
     return [*checks, *_hub(network=network)]
 
@@ -83,6 +85,18 @@ def _bindings(machine: Machine) -> Iterator[Check]:
     where = f"{bindings.directory} ({bindings.origin})"
     identity = bindings.identity().removeprefix(f"{DISTRIBUTION} ")
     yield Check(DISTRIBUTION, "ok", f"{identity}, {'/'.join(bindings.backends)}, {devices}, {where}")
+
+
+def _kernels(machine: Machine) -> Iterator[Check]:
+    """Whether levels are quantised by our own kernels, where those are proven, or by ggml's alone."""
+    if isinstance(machine.bindings, Unusable):
+        return
+    native = compile_kernels(cache_dir(), machine.bindings.digest)
+    if isinstance(native, NoNative):
+        why = f"only ggml's, which take several times as long for the same bytes: {native.why}"
+        yield Check("Kernels", "warn", why, "Install one (Debian, Ubuntu: apt-get install gcc); nothing else is needed.")
+    else:
+        yield Check("Kernels", "ok", f"our own, used where they give ggml's bytes: {native.library}")
 
 
 def _toolchain(machine: Machine) -> Iterator[Check]:

@@ -13,7 +13,7 @@ from passes import NEED_WEIGHTS, NO_OPTIONS, REQUANTIZE, SLOW, Passes, engine_of
 from tiny_models import DType, write_llama_gguf
 
 from imatrix_runner.engines.base import QuantizeOptions
-from imatrix_runner.engines.embedded.protocol import Pass, Passed, Quantize, Written
+from imatrix_runner.engines.embedded.protocol import Passed, Quantize, Written
 from imatrix_runner.toolchain.probe import Toolchain
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
@@ -55,6 +55,8 @@ class TestTypes:
         imatrix = tiny_imatrix if weighed else None
         made = passes.make(sources[source], names, tmp_path, allowed(source), imatrix)
         passes.same(made, tmp_path / "bare")
+        again = passes.make(sources[source], names, tmp_path / "ggml", allowed(source), imatrix, own_kernels=False)
+        assert again.digests == made.digests
         computed = {cost.type for cost in made.figures.types}
         assert {"q2_K", "q3_K", "q5_1", "iq3_s", "q1_0", "q2_0", "tq1_0"} <= computed
         assert ("f16" in computed) == (source != "f16")
@@ -65,7 +67,7 @@ class TestTypes:
         """Their tables are computed once for us and once for llama.cpp's own ``llama_model_quantize``, whose files
         test_embedded_quantize.py compares with those of the program."""
         jobs = [passes.plan(path, SLOW, tmp_path / source, allowed(source), tiny_imatrix) for source, path in sources.items()]
-        ours = [Pass(j.step, j.sources, j.levels, j.donors, j.lineage, j.imatrix, j.threads, j.buffer_bytes) for j in jobs]
+        ours = list(map(passes.request, jobs))
         theirs = [replace(level.job, out=level.job.out.with_name("theirs")) for job in jobs for level in job.levels]
         asked = [Quantize("", job.source, job.out, job.ftype, job.options, job.imatrix, 1, False) for job in theirs]
         with ThreadPoolExecutor(2) as pool:
@@ -73,7 +75,7 @@ class TestTypes:
             answers = in_one_worker(toolchain, ours, tmp_path / "ours.json")
         passed = [answer.level for answer in answers if isinstance(answer, Passed) and answer.level is not None]
         assert not [level for level in passed if level.why]
-        assert len(passed) == sum(isinstance(answer, Written) for answer in other.result()) == len(SLOW) * len(sources)
+        assert len(passed) == sum(isinstance(answer, Written) for answer in other.result()) == len(SLOW) * len(jobs)
         outs = [level.job.out for job in jobs for level in job.levels]
         assert list(map(digest, outs)) == [digest(job.out) for job in theirs]
 
