@@ -143,7 +143,9 @@ class LevelMaker:
         for folder in partial.iterdir() if partial.is_dir() else ():
             if folder.name not in wanted:
                 shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # it is not there, or something is in it
+            with suppress(OSError):  # it is gone, or something is in it
+                folder.rmdir()
+        with suppress(OSError):
             partial.rmdir()
 
     def _require_space(self, step: LevelStep) -> None:

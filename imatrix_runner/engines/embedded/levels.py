@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +58,11 @@ _OFFERED = (
 )
 _ALIAS = "alias for "
 
+# src/llama-model-loader.cpp: the file type of a model that does not say it is guessed from its tensors' types.
+_GUESSED = "GUESSED"
+_GUESSES = {"F32": "ALL_F32", **{name: f"MOSTLY_{name}_M" for name in ("Q3_K", "Q4_K", "Q5_K")}}
+_LAYER = re.compile(r"blk\.(\d+)")
+
 
 def ftypes_of(constants: Mapping[str, Any]) -> dict[str, int]:
     """The ``LLAMA_FTYPE_*`` among a module's names, without that prefix."""
@@ -82,3 +89,25 @@ def find_type(types: tuple[QuantType, ...], wanted: str) -> QuantType | None:
     if named is None and wanted.isdecimal():
         return next((kind for kind in types if kind.number == int(wanted)), None)
     return named
+
+
+def guessed_ftype(types: Mapping[str, str], ftypes: Mapping[str, int]) -> int:
+    """What llama.cpp takes for the file type of a model without ``general.file_type``: that of the type most tensors have.
+
+    ``types``: tensor name -> ggml type; ``ftypes`` as :func:`ftypes_of` gives them. Of two equally frequent types the one
+    that first has so many counts, in llama.cpp's order of tensors.
+    """
+    counts: Counter[str] = Counter()
+    most = "F32"
+    for name in sorted(types, key=_place):
+        kind = types[name].upper()
+        counts[kind] += 1
+        if counts[kind] > counts[most]:
+            most = kind
+    constant = _GUESSES.get(most, f"MOSTLY_{most}")
+    return ftypes.get(constant, ftypes["ALL_F32"]) | ftypes[_GUESSED]
+
+
+def _place(tensor: str) -> tuple[int, bytes]:
+    layer = _LAYER.match(tensor)
+    return (int(layer[1]) if layer else -1, tensor.encode())

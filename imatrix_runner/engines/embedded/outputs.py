@@ -28,14 +28,16 @@ class OutputFile:
             path.unlink(missing_ok=True)
         self._file: IO[bytes] = path.open("x+b" if fresh else "r+b", buffering=0)
         self._lock = threading.Lock()
-        if fresh:
-            try:
+        try:
+            if fresh:
                 _reserve(self._file.fileno(), layout.size)
-                self.write(len(MAGIC), memoryview(layout.header)[len(MAGIC) :])
-            except OSError:
-                self.close()
+            # Also when it was begun before: power may have gone before its header was on the disk.
+            self.write(len(MAGIC), memoryview(layout.header)[len(MAGIC) :])
+        except OSError:
+            self.close()
+            if fresh:
                 path.unlink()  # what cannot be had whole takes no space from others
-                raise
+            raise
 
     def write(self, offset: int, data: memoryview) -> None:
         with self._lock:
@@ -123,6 +125,13 @@ class Output:
         for file in self.files:
             file.close()
         self.ledger.close()
+
+    def give_up(self) -> None:
+        """The pass cannot begin: where nothing is done yet, take no space from others."""
+        if not self.ledger.entries:
+            self.close()
+            for path in (*(file.path for file in self.files), self.level.job.out.parent / LEDGER_NAME):
+                path.unlink(missing_ok=True)
 
 
 def file_names(level: PassLevel, count: int) -> list[Path]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from imatrix_runner.engines.base import QuantizeOptions
 from imatrix_runner.engines.binaries.lines import QuantizeOutput
@@ -31,13 +33,14 @@ from imatrix_runner.engines.embedded.overrides import (
 )
 from imatrix_runner.engines.embedded.protocol import Answer, Planned, Quantize, Written
 from imatrix_runner.engines.embedded.refusal import Refusal
-from imatrix_runner.engines.embedded.weights import Weights, read_weights
+from imatrix_runner.engines.embedded.weights import Values, Weights, read_weights
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.events import Progress
 from imatrix_runner.toolchain.probe import QuantType
 
 _NEEDED = ("dry_run", "tt_overrides", "prune_layers", "max_buf_size", "imatrix", "kv_overrides")
 _DEFAULT_BUFFER = 8 << 30
+_NONE: Values = np.empty(0, np.float32)
 _WITHOUT_WEIGHTS = b"GGML_ASSERT(imatrix != NULL)"  # ggml.c, ggml_quantize_chunk
 _ABORT_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
@@ -105,8 +108,12 @@ def _file_type(library: Library, name: str) -> QuantType:
 
 @lru_cache(maxsize=1)
 def _read_once(path: Path) -> Weights:
-    """The plan of many levels reads their imatrix once; a mixture's is a gigabyte."""
-    return read_weights(path)
+    """Read and checked once for the many levels of a plan. llama.cpp looks for NaN itself, but not in a dry run."""
+    weights = read_weights(path)
+    bad = weights.not_finite()
+    if bad is not None:
+        raise NotAccepted(f"imatrix contains non-finite value {bad:f}")
+    return weights
 
 
 def chosen_weights(imatrix: Path | None, options: QuantizeOptions) -> Weights | None:
@@ -153,9 +160,11 @@ class _Call:
         if weights is not None and request.imatrix is not None:
             # The bare name: a user's folders have no business in the file.
             overrides += imatrix_overrides(request.imatrix.name, weights)
-            parameters.imatrix = imatrix = _imatrix(llama, weights)
+            # A dry run only wants to know that there are weights; they would be copied for every level of a plan.
+            values = dict.fromkeys(weights.values, _NONE) if request.dry_run else dict(weights.values)
+            parameters.imatrix = imatrix = _imatrix(llama, values)
         else:
-            imatrix = None
+            imatrix = values = None
         tensor_types = parse_tensor_types(options, types)
         layers = parse_layers(options.prune_layers) if options.prune_layers else []
         if overrides:
@@ -165,7 +174,7 @@ class _Call:
         if layers:
             parameters.prune_layers = (ctypes.c_int32 * (len(layers) + 1))(*layers, -1)
         out = b"" if request.dry_run else os.fsencode(_out(request))
-        return cls(os.fsencode(request.source), out, parameters, (imatrix, weights))
+        return cls(os.fsencode(request.source), out, parameters, (imatrix, values))
 
     def run(self, library: Library, log: _Log) -> int:
         """The return code; 0 is success. What was raised while listening is raised here."""
@@ -218,9 +227,9 @@ def _tensor_types(library: Library, count: int) -> dict[bytes, int]:
     return {name.lower(): number for number, name in reversed(list(enumerate(names))) if name}
 
 
-def _imatrix(llama: Any, weights: Weights) -> Any:
-    entries = (llama.llama_model_imatrix_data * (len(weights.values) + 1))()  # the last one's name is NULL
-    for entry, (name, values) in zip(entries, weights.values.items(), strict=False):
+def _imatrix(llama: Any, weights: Mapping[bytes, Values]) -> Any:
+    entries = (llama.llama_model_imatrix_data * (len(weights) + 1))()  # the last one's name is NULL
+    for entry, (name, values) in zip(entries, weights.items(), strict=False):
         entry.name, entry.size = name, values.size
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     return entries

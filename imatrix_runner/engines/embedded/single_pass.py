@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import threading
 import time
 from collections import Counter
@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import numpy as np
-
 from imatrix_runner.engines.base import PassedLevel, PassFigures, PassLevel, TypeCost
 from imatrix_runner.engines.embedded import ledger, quantizing
 from imatrix_runner.engines.embedded.fast import Fast
 from imatrix_runner.engines.embedded.headers import Head, HeaderMaker, Source
 from imatrix_runner.engines.embedded.kernels import Kernels
-from imatrix_runner.engines.embedded.levels import COPY, find_type, ftypes_of, quant_types
+from imatrix_runner.engines.embedded.levels import find_type, ftypes_of, guessed_ftype, quant_types
 from imatrix_runner.engines.embedded.library import Library, load
 from imatrix_runner.engines.embedded.outputs import Output
 from imatrix_runner.engines.embedded.overrides import NotAccepted, imatrix_overrides, parse_override
@@ -31,7 +29,7 @@ from imatrix_runner.engines.embedded.workload import Copies, Work, plan_work
 from imatrix_runner.errors import RunnerError, from_os_error
 from imatrix_runner.events import Progress
 
-_SYNC_SECONDS = 3.0
+_SYNC_SECONDS = 1.0
 _TELL_SECONDS = 0.2
 
 
@@ -66,17 +64,25 @@ class _Pass:
 
     @classmethod
     def of(cls, request: Pass, tell: Callable[[Answer], None], stack: ExitStack) -> _Pass:
+        # ggml makes its tables with OpenMP, whose threads would otherwise spin against each other on a busy machine.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         library = load()
         kernels = Kernels(library)
         source = Source.open(request.sources, kernels)
-        weights = _weights(request)
+        weights = quantizing.chosen_weights(request.imatrix, request.levels[0].job.options)
         threads = max(1, request.threads or usable_cpus())
         slab = _slab(request.buffer_bytes, threads)
         maker = HeaderMaker(library, kernels, source)
         outputs: list[Output] = []
         for level in request.levels:
             layouts, places = maker.make(_head(library, level, source, weights), level.tensors)
-            output = Output.open(level, layouts, places, ledger.Head(ledger.VERSION, request.lineage, level.fingerprint, slab))
+            head = ledger.Head(ledger.VERSION, request.lineage, level.fingerprint, slab)
+            try:
+                output = Output.open(level, layouts, places, head)
+            except OSError:
+                for opened in outputs:
+                    opened.give_up()
+                raise
             stack.callback(output.close)
             outputs.append(output)
         copies = Copies(request.lineage, slab)
@@ -115,7 +121,7 @@ class _Pass:
     def _prepare(self) -> float:
         """Our own kernels where they are proven, and ggml's tables of the IQ types for the others; in seconds."""
         began = time.monotonic()
-        wanted = {(part.kind, part.weights is not None) for work in self.works for part in work.parts if work.computes(part)}
+        wanted = {(part.kind, part.weighted) for work in self.works for part in work.parts if work.computes(part)}
         fast = Fast(self.request.native, self.kernels) if self.request.native is not None else None
         for kind, weighted in sorted(wanted, key=lambda pair: pair[0].number):
             if fast is None or not fast.install(kind, weighted=weighted):
@@ -165,7 +171,7 @@ class _Round:
                 work, first = taken
                 worker.process(work, first)
                 self._progress.slab(work)
-                if self._slabs.done(work):
+                if work.slab_done():
                     self._finish(work)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self._errors.append(error)
@@ -190,7 +196,7 @@ class _Round:
                 entry = ledger.Entry(work.name, part.kind.name, part.key, place.file, place.offset, place.n_bytes, crc)
                 self._recorder.add(output, entry)
         if wrong:
-            self._again.append(Work(work.name, work.tensor, wrong, work.rows))
+            self._again.append(Work(work.name, work.tensor, wrong, work.rows, work.read_weights))
 
 
 class _Recorder:
@@ -217,9 +223,10 @@ class _Recorder:
             raise self._error
 
     def _run(self) -> None:
-        last = False
+        last, pause = False, _SYNC_SECONDS
         while not last:
-            last = self._end.wait(_SYNC_SECONDS)
+            last = self._end.wait(pause)
+            began = time.monotonic()
             with self._lock:
                 waiting, self._waiting = self._waiting, {}
             try:
@@ -228,6 +235,7 @@ class _Recorder:
             except OSError as error:
                 self._error = error
                 return
+            pause = max(_SYNC_SECONDS, 4 * (time.monotonic() - began))  # a slow disk has better things to do
 
 
 class _Progress:
@@ -258,28 +266,23 @@ def _slab(buffer_bytes: int, threads: int) -> int:
     return min(SLAB, max(1, buffer_bytes // (12 * threads)))
 
 
-def _weights(request: Pass) -> Weights | None:
-    level = request.levels[0].job
-    weights = quantizing.chosen_weights(request.imatrix, level.options)
-    if weights is not None:
-        bad = next((value for values in weights.values.values() for value in values[~np.isfinite(values)][:1]), None)
-        if bad is not None:
-            raise NotAccepted(f"imatrix contains non-finite value {'nan' if math.isnan(bad) else 'inf'}")
-    return weights
-
-
 def _head(library: Library, level: PassLevel, source: Source, weights: Weights | None) -> Head:
     job = level.job
     kind = find_type(quant_types(ftypes_of(vars(library.llama))), job.ftype)
     if kind is None:
         raise NotAccepted(f"llama_quantize: invalid ftype '{job.ftype}'")
-    number = source.header.metadata.get("general.file_type") if kind.name == COPY else kind.number
-    if not isinstance(number, int):
-        raise NotAccepted(f"{job.ftype} of a model that does not say its file type")
+    number = _own_file_type(library, source) if kind.number is None else kind.number
     overrides = [parse_override(text) for text in job.options.override_kv]
     if weights is not None and job.imatrix is not None:
         overrides += imatrix_overrides(job.imatrix.name, weights)
     return Head(number, tuple(overrides), bool(job.options.prune_layers), job.options.keep_split)
+
+
+def _own_file_type(library: Library, source: Source) -> int:
+    """What COPY writes."""
+    told = source.header.integer("general.file_type")
+    types = {name: tensor.kind.name for name, tensor in source.tensors.items()}
+    return guessed_ftype(types, ftypes_of(vars(library.llama))) if told is None else told
 
 
 def _pairs(works: Sequence[Work]) -> dict[str, tuple[int, int, int]]:

@@ -59,12 +59,6 @@ class Slabs:
         with self._lock:
             return None if self._stopped() else next(self._slabs, None)
 
-    def done(self, work: Work) -> bool:
-        """One slab of ``work`` is done; whether it was the last."""
-        with self._lock:
-            work.left -= 1
-            return work.left == 0
-
 
 class Worker:
     """One thread's memory, files and times. The memory is as large as the largest slab of ``works`` needs."""
@@ -151,12 +145,13 @@ class Worker:
         n_per_row, per_expert = work.tensor.n_per_row, work.tensor.rows_per_expert
         source = address(self._raw if work.tensor.kind.name == "f32" else self._wide)
         target, row_bytes = address(self._out), part.kind.row_bytes(n_per_row)
+        values = work.weights() if part.weighted else None
         row = 0
         while row < count:
             # Each expert has its own weights.
             expert, inside = divmod(first + row, per_expert)
-            rows = min(count - row, per_expert - inside) if part.weights is not None else count
-            weights = None if part.weights is None else address(part.weights) + 4 * expert * n_per_row
+            rows = count if values is None else min(count - row, per_expert - inside)
+            weights = None if values is None else address(values) + 4 * expert * n_per_row
             self._kernels.quantize(part.kind, source + 4 * row * n_per_row, target + row * row_bytes, rows, n_per_row, weights)
             row += rows
 

@@ -1,14 +1,15 @@
 """The imatrix as llama-quantize hands it to llama.cpp: per weight one float32 for every column (of every expert).
 
 A second, smaller reader than the one of ``imatrix/``: here the values must come out bit for bit as in llama.cpp's
-``tools/quantize/quantize.cpp`` (``load_imatrix``, ``prepare_imatrix``) and ``common/imatrix-loader.cpp``, in float32 and
-at once. The file is untrusted: every length is checked against the file's size before anything is allocated.
+``tools/quantize/quantize.cpp`` (``load_imatrix``, ``prepare_imatrix``) and ``common/imatrix-loader.cpp``, in float32. A
+mixture's has a gigabyte, so a GGUF's entries are read when they are asked for, every time. The file is untrusted: every length
+is checked against the file's size before anything is allocated.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -35,18 +36,61 @@ _LEGACY_ENTRY = 12  # three lengths at least
 class Weights:
     """``values`` by name (bytes, as llama.cpp compares them), the first dataset's name if one is told, and the chunks."""
 
-    values: dict[bytes, Values]
+    values: Mapping[bytes, Values]
     dataset: bytes | None
     chunks: int
 
     def choose(self, include: Sequence[bytes], exclude: Sequence[bytes]) -> Weights:
         """Only the entries whose names contain one of ``include`` (if any are given) and none of ``exclude``."""
-        kept = {
-            name: values
-            for name, values in self.values.items()
+        kept = [
+            name
+            for name in self.values
             if (not include or any(part in name for part in include)) and not any(part in name for part in exclude)
-        }
-        return replace(self, values=kept)
+        ]
+        return replace(self, values=Chosen(self.values, kept))
+
+    def not_finite(self) -> float | None:
+        """The first NaN or infinity; None as it should be. Reads everything."""
+        for values in self.values.values():
+            if not np.isfinite(values).all():
+                return float(values[~np.isfinite(values)][0])
+        return None
+
+
+class Chosen(Mapping[bytes, Values]):
+    """Some entries of another mapping, in their order."""
+
+    def __init__(self, values: Mapping[bytes, Values], names: Sequence[bytes]) -> None:
+        self._values, self._names = values, dict.fromkeys(names)
+
+    def __getitem__(self, name: bytes) -> Values:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _InFile(Mapping[bytes, Values]):
+    """The entries of a GGUF, read when they are asked for."""
+
+    def __init__(self, path: Path, header: GgufHeader, entries: Mapping[bytes, tuple[TensorInfo, TensorInfo]]) -> None:
+        self._path, self._header, self._entries = path, header, entries
+
+    def __getitem__(self, name: bytes) -> Values:
+        sums, counts = self._entries[name]
+        with self._path.open("rb") as handle:
+            return _gguf_values(self._path, handle, self._header, name.decode(), sums, counts)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def read_weights(path: Path) -> Weights:
@@ -82,7 +126,7 @@ def _read_gguf(path: Path, handle: IO[bytes]) -> Weights:
         if kind != _UINT32:
             raise _bad(path, f"{key} is not stored as a 32-bit number")
         numbers[key] = int(number)
-    values = {name.encode(): _gguf_values(path, handle, header, name, sums[name], counts[name]) for name in sums}
+    values = _InFile(path, header, {name.encode(): (sums[name], counts[name]) for name in sums})
     return Weights(values, _first_dataset(_raw_value(handle, header, _DATASETS)), numbers[_CHUNK_COUNT])
 
 

@@ -8,8 +8,10 @@ imatrix (:func:`weights_key`); types that ignore the imatrix are the same with a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from imatrix_runner.engines.base import Donor
@@ -36,10 +38,10 @@ class Copy:
 @dataclass
 class Part:
     """One type of one tensor and the outputs that want it. Without ``copies`` it is computed, or if the type is the source's
-    own taken as it is. ``crcs``: of every slab written so far."""
+    own taken as it is. ``weighted``: by the tensor's weights; ``crcs``: of every slab written so far."""
 
     kind: Type
-    weights: Values | None
+    weighted: bool
     key: str
     targets: list[tuple[Output, Place]]
     copies: list[Copy]
@@ -52,16 +54,35 @@ class Part:
 
 @dataclass
 class Work:
-    """One tensor, cut into slabs of ``rows`` rows; ``left`` slabs are not done."""
+    """One tensor, cut into slabs of ``rows`` rows; ``left`` slabs are not done. ``read_weights`` reads its slice of the
+    imatrix, which is held from the first slab to the last."""
 
     name: str
     tensor: SourceTensor
     parts: list[Part]
     rows: int
+    read_weights: Callable[[], Values]
     left: int = 0
+    _weights: Values | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.left = len(self.slabs)
+
+    def weights(self) -> Values:
+        """One float32 for every column (of every expert)."""
+        with self._lock:
+            if self._weights is None:
+                self._weights = self.read_weights()
+            return self._weights
+
+    def slab_done(self) -> bool:
+        """One slab more is done; whether it was the last."""
+        with self._lock:
+            self.left -= 1
+            if self.left == 0:
+                self._weights = None
+            return self.left == 0
 
     @property
     def slabs(self) -> range:
@@ -94,47 +115,36 @@ def plan_work(
     }
     works: list[Work] = []
     for name, tensor in source.tensors.items():
-        values = _weights_of(name, tensor, weights)
+        given = weights.get(name.encode())
+        values = given if given is not None and given.size == _weights_wanted(tensor) else None
         parts: dict[str, Part] = {}
         for output in outputs:
             target = wanted[output].get(name)
             if target is None or name in output.ledger.entries:
                 continue
             place = output.places[target.name]
-            if why := _impossible(name, tensor, place.kind, values, output, weights, kernels):
+            if why := _impossible(name, tensor, place.kind, given, output, kernels):
                 output.spoiled = output.spoiled or (name, why)
                 continue
             if place.kind.name not in parts:
                 parts[place.kind.name] = _part(name, tensor, place.kind, values, copies)
             parts[place.kind.name].targets.append((output, place))
         if parts:
-            works.append(Work(name, tensor, list(parts.values()), max(1, slab // tensor.n_per_row)))
+            rows = max(1, slab // tensor.n_per_row)
+            works.append(Work(name, tensor, list(parts.values()), rows, partial(weights.__getitem__, name.encode())))
     return works
 
 
 def _part(name: str, tensor: SourceTensor, kind: Type, values: Values | None, copies: Copies) -> Part:
     key = weights_key(kind, values)
-    return Part(kind, values, key, [], copies.of(name, kind, key) if kind != tensor.kind else [])
-
-
-def _weights_of(name: str, tensor: SourceTensor, weights: Mapping[bytes, Values]) -> Values | None:
-    values = weights.get(name.encode())
-    return values if values is not None and values.size == _weights_wanted(tensor) else None
+    return Part(kind, values is not None, key, [], copies.of(name, kind, key) if kind != tensor.kind else [])
 
 
 def _weights_wanted(tensor: SourceTensor) -> int:
     return tensor.n_per_row * (tensor.shape[2] if len(tensor.shape) > 2 else 1)
 
 
-def _impossible(
-    name: str,
-    tensor: SourceTensor,
-    kind: Type,
-    values: Values | None,
-    output: Output,
-    weights: Mapping[bytes, Values],
-    kernels: Kernels,
-) -> str:
+def _impossible(name: str, tensor: SourceTensor, kind: Type, given: Values | None, output: Output, kernels: Kernels) -> str:
     """Why llama-quantize would give up at this tensor, in its words; empty if it would not."""
     if kind == tensor.kind:
         return ""
@@ -142,10 +152,10 @@ def _impossible(
         return f"requantizing from type {tensor.kind.name} is disabled"
     if not kernels.can_widen(tensor.kind):
         return f"cannot dequantize/convert tensor type {tensor.kind.name}"
-    given = weights.get(name.encode())
-    if given is not None and values is None and name not in _EMBEDDINGS:
+    unfit = given is not None and given.size != _weights_wanted(tensor)
+    if given is not None and unfit and name not in _EMBEDDINGS:
         return f"imatrix size {given.size} is different from tensor size {_weights_wanted(tensor)} for {name}"
-    if values is None and kernels.needs_weights(kind):
+    if (given is None or unfit) and kernels.needs_weights(kind):
         return f"Missing importance matrix for tensor {name} in a very low-bit quantization"
     return ""
 

@@ -1,167 +1,13 @@
-// K-quants with weights, sixteen super-blocks side by side: one in each lane of a vector.
+// K-quants, sixteen super-blocks side by side: one in each lane of a vector.
 //
 // Every lane does the operations of ggml's scalar search in their order, each rounded on its own (no fused multiply-add), so the
 // results are the same to the bit; whoever loads this proves it against the library in use before relying on it. What is searched
 // and how blocks are laid out: ggml/src/ggml-quants.c and ggml-common.h of llama.cpp.
 
-#include "lanes.h"
-
-static const float ALL_ZERO = 1e-15f;
-
-// n numbers per lane as scale * l + min with 0 <= l <= nmax: of 38 candidates the one with the least weighted square error.
-// Returns the scale; l gets the whole numbers, low the negated minimum.
-static inline floats fit_affine(const int n, const int nmax, const floats *x, const floats *w, ints *l, floats *low) {
-    floats min = x[0], max = x[0], sum_w = w[0], sum_x = sum_w * x[0];
-    for (int i = 1; i < n; ++i) {
-        min = pick(x[i] < min, x[i], min);
-        max = pick(x[i] > max, x[i], max);
-        sum_w += w[i];
-        sum_x += w[i] * x[i];
-    }
-    min = pick(min > 0, all(0), min);
-    const floats lowest = min;
-    const ints flat = max <= min;
-    floats iscale = (float)nmax / (max - min), scale = 1 / iscale, best = all(0);
-    for (int i = 0; i < n; ++i) {
-        l[i] = clamp(nearest(iscale * (x[i] - min)), 0, nmax);
-        const floats diff = scale * real(l[i]) + min - x[i];
-        best += w[i] * (diff * diff);
-    }
-    for (int step = 0; step <= 36; ++step) {
-        ints tried[32];
-        iscale = (-0.9f + 0.05f * (float)step + (float)nmax) / (max - min);
-        floats sum_l = all(0), sum_l2 = all(0), sum_xl = all(0);
-        for (int i = 0; i < n; ++i) {
-            tried[i] = clamp(nearest(iscale * (x[i] - min)), 0, nmax);
-            const floats value = real(tried[i]), weighted = w[i] * value;
-            sum_l += weighted;
-            sum_l2 += weighted * value;
-            sum_xl += weighted * x[i];
-        }
-        const floats det = sum_w * sum_l2 - sum_l * sum_l;
-        floats this_scale = (sum_w * sum_xl - sum_x * sum_l) / det;
-        floats this_min = (sum_l2 * sum_x - sum_l * sum_xl) / det;
-        const ints above = this_min > 0;
-        this_scale = pick(above, sum_xl / sum_l2, this_scale);
-        this_min = pick(above, all(0), this_min);
-        floats error = all(0);
-        for (int i = 0; i < n; ++i) {
-            const floats diff = this_scale * real(tried[i]) + this_min - x[i];
-            error += w[i] * (diff * diff);
-        }
-        const ints better = (det > 0) & (error < best);
-        if (any(better)) {
-            for (int i = 0; i < n; ++i) l[i] = choose(better, tried[i], l[i]);
-            best = pick(better, error, best);
-            scale = pick(better, this_scale, scale);
-            min = pick(better, this_min, min);
-        }
-    }
-    for (int i = 0; i < n; ++i) l[i] = choose(flat, whole(0), l[i]);
-    *low = -pick(flat, lowest, min);
-    return pick(flat, all(0), scale);
-}
-
-// n numbers per lane as scale * l with -nmax <= l < nmax, the scale's sign that of the largest. l gets the numbers plus nmax.
-static inline floats fit_symmetric(const int n, const int nmax, const floats *x, const floats *w, ints *l) {
-    floats max = all(0), amax = all(0);
-    for (int i = 0; i < n; ++i) {
-        const floats size = magnitude(x[i]);
-        const ints larger = size > amax;
-        amax = pick(larger, size, amax);
-        max = pick(larger, x[i], max);
-    }
-    const ints zero = amax < ALL_ZERO;
-    floats iscale = -(float)nmax / max, sum_lx = all(0), sum_l2 = all(0);
-    for (int i = 0; i < n; ++i) {
-        const ints near = clamp(nearest(iscale * x[i]), -nmax, nmax - 1);
-        const floats value = real(near);
-        l[i] = near + nmax;
-        sum_lx += w[i] * x[i] * value;
-        sum_l2 += w[i] * value * value;
-    }
-    floats scale = pick(sum_l2 != 0, sum_lx / sum_l2, all(0)), best = scale * sum_lx;
-    for (int step = -9; step <= 9; ++step) {
-        if (step == 0) continue;
-        ints tried[16];
-        iscale = -((float)nmax + 0.1f * (float)step) / max;
-        sum_lx = sum_l2 = all(0);
-        for (int i = 0; i < n; ++i) {
-            tried[i] = clamp(nearest(iscale * x[i]), -nmax, nmax - 1);
-            const floats value = real(tried[i]);
-            sum_lx += w[i] * x[i] * value;
-            sum_l2 += w[i] * value * value;
-        }
-        const ints better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2);
-        if (any(better)) {
-            for (int i = 0; i < n; ++i) l[i] = choose(better, tried[i] + nmax, l[i]);
-            scale = pick(better, sum_lx / sum_l2, scale);
-            best = pick(better, scale * sum_lx, best);
-        }
-    }
-    for (int i = 0; i < n; ++i) l[i] = choose(zero, whole(0), l[i]);
-    return pick(zero, all(0), scale);
-}
-
-// n numbers >= 0 per lane (the scales or minimums of a super-block) as scale * l with 0 <= l <= nmax. Returns the scale.
-static inline floats fit_positive(const int n, const int nmax, const floats *x, const floats *w, ints *l) {
-    floats max = all(0);
-    for (int i = 0; i < n; ++i) max = pick(max > x[i], max, x[i]);
-    const ints zero = max < ALL_ZERO;
-    floats iscale = (float)nmax / max, scale = 1 / iscale, best = all(0);
-    for (int i = 0; i < n; ++i) {
-        l[i] = nearest(iscale * x[i]) & 0xff;
-        const floats diff = x[i] - scale * real(l[i]);
-        best += w[i] * diff * diff;
-    }
-    for (int step = -4; step <= 4; ++step) {
-        if (step == 0) continue;
-        const floats this_iscale = (0.1f * (float)step + (float)nmax) / max, this_scale = 1 / this_iscale;
-        floats error = all(0);
-        for (int i = 0; i < n; ++i) {
-            ints near = nearest(this_iscale * x[i]);
-            near = choose(near < nmax, near, whole(nmax));
-            const floats diff = x[i] - this_scale * real(near);
-            error += w[i] * diff * diff;
-        }
-        const ints better = error < best;
-        best = pick(better, error, best);
-        iscale = pick(better, this_iscale, iscale);
-    }
-    floats sum_lx = all(0), sum_l2 = all(0);
-    for (int i = 0; i < n; ++i) {
-        ints near = nearest(iscale * x[i]);
-        near = choose(near < nmax, near, whole(nmax));
-        l[i] = near & 0xff;
-        const floats value = real(near);
-        sum_lx += w[i] * x[i] * value;
-        sum_l2 += w[i] * value * value;
-    }
-    for (int turn = 0; turn < 5; ++turn) {
-        ints changed = whole(0);
-        for (int i = 0; i < n; ++i) {
-            const floats value = real(l[i]);
-            floats lx = sum_lx - w[i] * x[i] * value, l2 = sum_l2 - w[i] * value * value;
-            ints near = nearest(x[i] * l2 / lx);
-            near = choose(near < nmax, near, whole(nmax));
-            const floats fresh = real(near);
-            const ints other = (lx > 0) & (l2 > 0) & (near != l[i]);
-            lx += w[i] * x[i] * fresh;
-            l2 += w[i] * fresh * fresh;
-            const ints better = other & (lx * lx * sum_l2 > sum_lx * sum_lx * l2);
-            l[i] = choose(better, near & 0xff, l[i]);
-            sum_lx = pick(better, lx, sum_lx);
-            sum_l2 = pick(better, l2, sum_l2);
-            changed |= better;
-        }
-        if (!any(changed)) break;
-    }
-    for (int i = 0; i < n; ++i) l[i] = choose(zero, whole(0), l[i]);
-    return pick(zero | ~(sum_l2 > 0), all(0), sum_lx / sum_l2);
-}
+#include "fits.h"
 
 // Every number's weight: the imatrix's times its own size, as seen from the super-block's spread.
-static inline void weigh(Group *group, floats factor) {
+static inline void weigh(Group *group, float factor) {
     floats squares = all(0);
     for (int i = 0; i < SUPER; ++i) squares += group->x[i] * group->x[i];
     const floats spread = factor * squares / (float)SUPER;
@@ -174,18 +20,8 @@ typedef struct {
     uint16_t d[LANES], dmin[LANES];
 } Affine;
 
-static inline void search_affine(Affine *fit, Group *group, const int size, const int nmax, const int top, float factor) {
-    const int n = SUPER / size;
-    floats scales[16], mins[16], sums[16];
-    weigh(group, all(factor));
-    for (int j = 0; j < n; ++j) {
-        sums[j] = all(0);
-        for (int i = 0; i < size; ++i) sums[j] += group->w[size * j + i];
-        scales[j] = fit_affine(size, nmax, group->x + size * j, group->w + size * j, fit->l + size * j, &mins[j]);
-    }
-    const floats d = halved(fit_positive(n, top, scales, sums, fit->scales), fit->d);
-    const floats dmin = halved(fit_positive(n, top, mins, sums, fit->mins), fit->dmin);
-    for (int j = 0; j < n; ++j) {
+static inline void round_affine(Affine *fit, const Group *group, const int size, const int nmax, floats d, floats dmin) {
+    for (int j = 0; j < SUPER / size; ++j) {
         const floats scale = d * real(fit->scales[j]), low = dmin * real(fit->mins[j]);
         const ints kept = scale == 0;
         for (int i = size * j; i < size * (j + 1); ++i) {
@@ -193,6 +29,55 @@ static inline void search_affine(Affine *fit, Group *group, const int size, cons
             fit->l[i] = choose(kept, fit->l[i], near);
         }
     }
+}
+
+static inline void search_affine(Affine *fit, Group *group, const int size, const int nmax, const int top, float factor) {
+    const int n = SUPER / size;
+    floats scales[16], mins[16], sums[16];
+    weigh(group, factor);
+    for (int j = 0; j < n; ++j) {
+        const floats *x = group->x + size * j, *w = group->w + size * j;
+        sums[j] = all(0);
+        for (int i = 0; i < size; ++i) sums[j] += w[i];
+        scales[j] = fit_affine(size, nmax, THOROUGH, x, w, fit->l + size * j, &mins[j]);
+    }
+    const floats d = halved(fit_positive(n, top, scales, sums, fit->scales), fit->d);
+    const floats dmin = halved(fit_positive(n, top, mins, sums, fit->mins), fit->dmin);
+    round_affine(fit, group, size, nmax, d, dmin);
+}
+
+// The scales or minimums of a super-block as what is stored of them, the greatest as top; returns what to multiply that by.
+static inline floats stretch(const int n, const int top, const floats *x, ints *l, uint16_t *bits) {
+    floats max = all(0);
+    for (int j = 0; j < n; ++j) max = pick(x[j] > max, x[j], max);
+    const floats inverse = pick(max > 0, (float)top / max, all(0));
+    for (int j = 0; j < n; ++j) l[j] = nearest(inverse * x[j]) & 0xff;
+    return halved(max / (float)top, bits);
+}
+
+// Without weights numbers weigh by their size, all but in Q2_K on top of the sub-block's spread.
+static inline void search_affine_plain(Affine *fit, Group *group, const int size, const int nmax, const int top, Tries tries) {
+    const int n = SUPER / size;
+    floats scales[16], mins[16];
+    for (int j = 0; j < n; ++j) {
+        const floats *x = group->x + size * j;
+        floats *w = group->w + size * j, squares = all(0);
+        for (int i = 0; i < size; ++i) squares += x[i] * x[i];
+        const floats spread = root(squares / (float)size);
+        for (int i = 0; i < size; ++i) w[i] = tries.by_size ? magnitude(x[i]) : spread + magnitude(x[i]);
+        scales[j] = fit_affine(size, nmax, tries, x, w, fit->l + size * j, &mins[j]);
+    }
+    const floats d = stretch(n, top, scales, fit->scales, fit->d), dmin = stretch(n, top, mins, fit->mins, fit->dmin);
+    for (int j = 0; j < n; ++j)
+        if (top == 15) {  // both are put into one byte as they are
+            const ints both = fit->scales[j] | fit->mins[j] << 4;
+            fit->scales[j] = both & 15;
+            fit->mins[j] = both >> 4 & 15;
+        } else {
+            fit->scales[j] = choose(fit->scales[j] < top, fit->scales[j], whole(top));
+            fit->mins[j] = choose(fit->mins[j] < top, fit->mins[j], whole(top));
+        }
+    round_affine(fit, group, size, nmax, d, dmin);
 }
 
 typedef struct { uint8_t scales[16], qs[64]; uint16_t d, dmin; } BlockQ2K;
@@ -248,15 +133,7 @@ typedef struct {
     uint16_t d[LANES];
 } Symmetric;
 
-static inline void search_q3_K(Symmetric *fit, Group *group) {
-    floats scales[16], sums[16];
-    weigh(group, all(2));
-    for (int j = 0; j < 16; ++j) {
-        sums[j] = all(0);
-        for (int i = 0; i < 16; ++i) sums[j] += group->w[16 * j + i];
-        scales[j] = fit_symmetric(16, 4, group->x + 16 * j, group->w + 16 * j, fit->l + 16 * j);
-    }
-    const floats d = halved(fit_symmetric(16, 32, scales, sums, fit->scales), fit->d);
+static inline void round_q3_K(Symmetric *fit, const Group *group, floats d) {
     for (int j = 0; j < 16; ++j) {
         const floats scale = d * real(fit->scales[j] - 32);
         for (int i = 16 * j; i < 16 * (j + 1); ++i) {
@@ -264,6 +141,36 @@ static inline void search_q3_K(Symmetric *fit, Group *group) {
             fit->l[i] = choose(scale == 0, fit->l[i], near);
         }
     }
+}
+
+static inline void search_q3_K(Symmetric *fit, Group *group) {
+    floats scales[16], sums[16];
+    weigh(group, 2);
+    for (int j = 0; j < 16; ++j) {
+        sums[j] = all(0);
+        for (int i = 0; i < 16; ++i) sums[j] += group->w[16 * j + i];
+        scales[j] = fit_symmetric(16, 4, group->x + 16 * j, group->w + 16 * j, fit->l + 16 * j);
+    }
+    round_q3_K(fit, group, halved(fit_symmetric(16, 32, scales, sums, fit->scales), fit->d));
+}
+
+// The number of greatest size, which keeps its sign; the first of equals.
+static inline floats extreme(const int n, const floats *x) {
+    floats max = all(0);
+    for (int j = 0; j < n; ++j) max = pick(magnitude(x[j]) > magnitude(max), x[j], max);
+    return max;
+}
+
+static inline void search_q3_K_plain(Symmetric *fit, Group *group) {
+    floats scales[16];
+    for (int j = 0; j < 16; ++j) scales[j] = fit_in_turns(16, 4, group->x + 16 * j, fit->l + 16 * j);
+    const floats max = extreme(16, scales), iscale = -32.f / max;
+    const ints zero = max == 0;
+    for (int j = 0; j < 16; ++j) {
+        const ints near = (nearest(iscale * scales[j]) << 24) >> 24;  // it is held in eight bits
+        fit->scales[j] = choose(zero, whole(0), clamp(near, -32, 31) + 32);
+    }
+    round_q3_K(fit, group, halved(pick(zero, all(0), 1 / iscale), fit->d));
 }
 
 static inline void write_q3_K(BlockQ3K *block, const Symmetric *fit, int k) {
@@ -282,15 +189,10 @@ static inline void write_q3_K(BlockQ3K *block, const Symmetric *fit, int k) {
 }
 
 static inline void search_q6_K(Symmetric *fit, Group *group) {
-    floats scales[16], max = all(0), amax = all(0);
-    for (int j = 0; j < 16; ++j) {
-        scales[j] = fit_symmetric(16, 32, group->x + 16 * j, group->w + 16 * j, fit->l + 16 * j);
-        const floats size = magnitude(scales[j]);
-        const ints larger = size > amax;
-        amax = pick(larger, size, amax);
-        max = pick(larger, scales[j], max);
-    }
-    const ints zero = amax < ALL_ZERO;
+    floats scales[16];
+    for (int j = 0; j < 16; ++j) scales[j] = fit_symmetric(16, 32, group->x + 16 * j, group->w + 16 * j, fit->l + 16 * j);
+    const floats max = extreme(16, scales);
+    const ints zero = magnitude(max) < ALL_ZERO;
     const floats iscale = -128.f / max, d = halved(pick(zero, all(0), 1 / iscale), fit->d);
     for (int j = 0; j < 16; ++j) {
         ints near = nearest(iscale * scales[j]);
@@ -303,6 +205,11 @@ static inline void search_q6_K(Symmetric *fit, Group *group) {
             fit->l[i] = choose(zero, whole(0), choose(scale == 0, fit->l[i], value));
         }
     }
+}
+
+static inline void search_q6_K_plain(Symmetric *fit, Group *group) {
+    for (int i = 0; i < SUPER; ++i) group->w[i] = group->x[i] * group->x[i];
+    search_q6_K(fit, group);
 }
 
 static inline void write_q6_K(BlockQ6K *block, const Symmetric *fit, int k) {
@@ -319,23 +226,33 @@ static inline void write_q6_K(BlockQ6K *block, const Symmetric *fit, int k) {
     block->d = fit->d[k];
 }
 
-// size_t quantize_TYPE(rows, out, number of rows, numbers per row, weights): ggml's own signature; weights must be there.
-#define KERNEL(name, Fit, Block, search, write)                                                                       \
+// size_t quantize_TYPE(rows, out, number of rows, numbers per row, weights): ggml's own signature. The function named _unweighted
+// is for where there are no weights.
+#define KERNEL(name, Fit, Block, take, search, write)                                                                 \
     size_t quantize_##name(const float *rows, void *out, int64_t n_rows, int64_t n_per_row, const float *weights) {   \
         const int64_t blocks = n_rows * n_per_row / SUPER;                                                            \
         Group group;                                                                                                  \
         Fit fit;                                                                                                      \
         for (int64_t first = 0; first < blocks; first += LANES) {                                                     \
             const int64_t count = blocks - first < LANES ? blocks - first : LANES;                                    \
-            load(&group, rows, weights, n_per_row, first, count);                                                     \
+            take;                                                                                                     \
             search;                                                                                                   \
             for (int k = 0; k < count; ++k) write((Block *)out + first + k, &fit, k);                                 \
         }                                                                                                             \
+        (void)weights;                                                                                                \
         return blocks * sizeof(Block);                                                                                \
     }
+#define KERNELS(name, Fit, Block, search, plain, write)                                                               \
+    KERNEL(name, Fit, Block, load(&group, rows, weights, n_per_row, first, count), search, write)                     \
+    KERNEL(name##_unweighted, Fit, Block, load_numbers(&group, rows, first, count), plain, write)
 
-KERNEL(q2_K, Affine, BlockQ2K, search_affine(&fit, &group, 16, 3, 15, 1), write_q2_K)
-KERNEL(q3_K, Symmetric, BlockQ3K, search_q3_K(&fit, &group), write_q3_K)
-KERNEL(q4_K, Affine, BlockQ4K, search_affine(&fit, &group, 32, 15, 63, 2), write_q4_K)
-KERNEL(q5_K, Affine, BlockQ5K, search_affine(&fit, &group, 32, 31, 63, 2), write_q5_K)
-KERNEL(q6_K, Symmetric, BlockQ6K, search_q6_K(&fit, &group), write_q6_K)
+static const Tries Q2_PLAIN = {-0.5f, 0.1f, 15, 1}, Q4_PLAIN = {-1.f, 0.1f, 20, 0}, Q5_PLAIN = {-0.5f, 0.1f, 15, 0};
+
+KERNELS(q2_K, Affine, BlockQ2K, search_affine(&fit, &group, 16, 3, 15, 1),
+        search_affine_plain(&fit, &group, 16, 3, 15, Q2_PLAIN), write_q2_K)
+KERNELS(q3_K, Symmetric, BlockQ3K, search_q3_K(&fit, &group), search_q3_K_plain(&fit, &group), write_q3_K)
+KERNELS(q4_K, Affine, BlockQ4K, search_affine(&fit, &group, 32, 15, 63, 2),
+        search_affine_plain(&fit, &group, 32, 15, 63, Q4_PLAIN), write_q4_K)
+KERNELS(q5_K, Affine, BlockQ5K, search_affine(&fit, &group, 32, 31, 63, 2),
+        search_affine_plain(&fit, &group, 32, 31, 63, Q5_PLAIN), write_q5_K)
+KERNELS(q6_K, Symmetric, BlockQ6K, search_q6_K(&fit, &group), search_q6_K_plain(&fit, &group), write_q6_K)

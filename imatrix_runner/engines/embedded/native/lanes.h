@@ -73,3 +73,20 @@ static inline void load(Group *group, const float *rows, const float *weights, i
         for (int i = 0; i < SUPER; ++i) group->w[i][k] = w[i];
     }
 }
+
+// The same without weights.
+static inline void load_numbers(Group *group, const float *rows, int64_t first, int64_t count) {
+    for (int k = 0; k < LANES; ++k) {
+        const int64_t block = first + (k < count ? k : count - 1);
+        group->block[k] = block;
+        for (int i = 0; i < SUPER; ++i) group->x[i][k] = rows[block * SUPER + i];
+    }
+}
+
+// n numbers per lane out of those that repeat every `period`: block after block from the first on, beyond the end the last again.
+static inline void take(const int n, floats *to, const float *from, int64_t period, int64_t first, int64_t count) {
+    for (int k = 0; k < LANES; ++k) {
+        const float *block = from + (first + (k < count ? k : count - 1)) * n % period;
+        for (int i = 0; i < n; ++i) to[i][k] = block[i];
+    }
+}

@@ -1,0 +1,188 @@
+"""Our own kernels: compiled once, proven against the real ggml, the same bytes; and what becomes of one that is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import RunCommand, clean_environment
+from llama_tools import levels_in
+
+from imatrix_runner.engines.embedded.compiled import Native, NoNative, compile_kernels
+from imatrix_runner.toolchain.probe import Toolchain
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler"),
+]
+
+INSTALL = """
+import json, sys
+from pathlib import Path
+from imatrix_runner.engines.embedded.compiled import Native
+from imatrix_runner.engines.embedded.fast import Fast
+from imatrix_runner.engines.embedded.kernels import Kernels
+from imatrix_runner.engines.embedded.library import load
+library, proofs, *names = sys.argv[1:]
+kernels = Kernels(load())
+fast = Fast(Native(Path(library), Path(proofs)), kernels)
+answers = {}
+for name in names:
+    kind, _, without = name.partition("_unweighted")
+    answers[name] = fast.install(kernels.type(kind), weighted=not name.endswith("_unweighted"))
+print(json.dumps(answers))
+"""
+
+COMPARE = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from imatrix_runner.engines.embedded.compiled import Native
+from imatrix_runner.engines.embedded.fast import Fast
+from imatrix_runner.engines.embedded.kernels import Kernels
+from imatrix_runner.engines.embedded.library import load
+library, proofs, seed, *names = sys.argv[1:]
+random = np.random.default_rng(int(seed))
+differing = {}
+for name in names:
+    ggml, ours = Kernels(load()), Kernels(load())
+    kind, weighted = ggml.type(name.removesuffix("_unweighted")), not name.endswith("_unweighted")
+    assert Fast(Native(Path(library), Path(proofs)), ours).install(kind, weighted=weighted), name
+    ggml.prepare(kind)
+    differing[name] = 0
+    for n_rows, n_blocks in ((1, 1), (3, 5), (17, 2), (1, 40), (33, 3)):
+        n = 256 * n_blocks
+        rows = random.standard_t(3, (n_rows, n)).astype(np.float32) * np.float32(10.0 ** random.uniform(-8, 3))
+        rows[random.random(rows.shape) < random.choice([0, 0.1, 0.9])] = 0
+        weights = random.lognormal(0, random.uniform(0, 4), n).astype(np.float32)
+        size = n_rows * kind.row_bytes(n)
+        made = []
+        for kernels in (ggml, ours):
+            # A canary on both sides: a kernel that writes beyond its rows would be seen.
+            out = np.full(size + 128, 0xA5, np.uint8)
+            given = weights.ctypes.data if weighted else None
+            kernels.quantize(kind, rows.ctypes.data, out.ctypes.data + 64, n_rows, n, given)
+            made.append(out)
+        differing[name] += int((made[0] != made[1]).sum())
+print(json.dumps(differing))
+"""
+
+
+def _run(script: str, toolchain: Toolchain, *arguments: object) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**clean_environment(), "LLAMA_CPP_LIB_PATH": str(toolchain.directory)},
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Native:
+    made = compile_kernels(tmp_path_factory.mktemp("cache"), "ggml of this test")
+    assert isinstance(made, Native), made
+    return made
+
+
+def _kernels(native: Native) -> list[str]:
+    """Every kernel the library has: ``q4_K``, ``q4_K_unweighted``, …"""
+    told = subprocess.run(["nm", "-D", "--defined-only", native.library], capture_output=True, check=True, text=True).stdout
+    names = [line.split()[-1] for line in told.splitlines()]
+    return sorted(name.removeprefix("quantize_") for name in names if name.startswith("quantize_"))
+
+
+def test_every_kernel_gives_ggmls_bytes(native: Native, toolchain: Toolchain) -> None:
+    """Other numbers than those of the proof at start-up, and shapes that are no whole number of lanes."""
+    names = _kernels(native)
+    assert {"q2_K", "q3_K", "q4_K", "q5_K", "q6_K"} <= {*names}
+    for seed in range(3):
+        assert _run(COMPARE, toolchain, native.library, native.proofs, seed, *names) == dict.fromkeys(names, 0)
+
+
+def test_a_proof_is_remembered(native: Native, toolchain: Toolchain, tmp_path: Path) -> None:
+    proofs = tmp_path / "proofs.json"
+    assert _run(INSTALL, toolchain, native.library, proofs, "q4_K") == {"q4_K": True}
+    assert json.loads(proofs.read_text()) == {"proven": ["quantize_q4_K"], "refuted": []}
+    proofs.write_text('{"proven": [], "refuted": ["quantize_q4_K"]}')
+    assert _run(INSTALL, toolchain, native.library, proofs, "q4_K") == {"q4_K": False}
+    proofs.write_text('{"prov')  # a dying machine left it so
+    assert _run(INSTALL, toolchain, native.library, proofs, "q4_K") == {"q4_K": True}
+
+
+def test_a_kernel_with_other_bytes_gives_way_to_ggmls(toolchain: Toolchain, tmp_path: Path) -> None:
+    """One bit of one block in ten thousand."""
+    source = Path(compile_kernels.__code__.co_filename).parent / "native"
+    folder = shutil.copytree(source, tmp_path / "native")
+    file = folder / "kquants.c"
+    text = file.read_text(encoding="utf-8")
+    wrong = text.replace(
+        "fit->l[i] = choose(kept, fit->l[i], near);", "fit->l[i] = choose(kept, fit->l[i], near ^ (i == 77 & near == 2));"
+    )
+    assert wrong != text
+    file.write_text(wrong, encoding="utf-8")
+    library = tmp_path / "wrong.so"
+    sources = sorted(folder.glob("*.c"))
+    subprocess.run(["cc", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-w", *sources, "-o", library, "-lm"], check=True)
+    proofs = tmp_path / "proofs.json"
+    assert _run(INSTALL, toolchain, library, proofs, "q4_K", "q6_K") == {"q4_K": False, "q6_K": True}
+    assert json.loads(proofs.read_text()) == {"proven": ["quantize_q6_K"], "refuted": ["quantize_q4_K"]}
+
+
+def test_compiled_once_and_again_for_another_compiler(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    compiler = tmp_path / "counting-cc"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec cc "$@"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    env = {**os.environ, "CC": str(compiler)}
+    first = compile_kernels(tmp_path / "cache", "one", env)
+    second = compile_kernels(tmp_path / "cache", "two", env)
+    assert isinstance(first, Native)
+    assert isinstance(second, Native)
+    assert first.library == second.library
+    assert first.proofs != second.proofs  # what was proven against one ggml says nothing of another
+    compilations = [line for line in calls.read_text().splitlines() if "-shared" in line]
+    assert len(compilations) == 1
+    other = compile_kernels(tmp_path / "cache", "one", {**os.environ, "CC": "cc"})
+    assert isinstance(other, Native)
+    assert other.library != first.library
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [("echo 'x.c:1: error: it is broken' >&2; exit 1", "it is broken"), ("exit 3", "it failed without a word")],
+)
+def test_a_compiler_that_fails_leaves_ggmls_kernels(script: str, why: str, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-cc"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n{script}\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    made = compile_kernels(tmp_path / "cache", "one", {**os.environ, "CC": str(compiler)})
+    assert isinstance(made, NoNative)
+    assert why in made.why
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    made = compile_kernels(tmp_path, "one", {**os.environ, "CC": "no-such-compiler"})
+    assert made == NoNative("there is no C compiler (no-such-compiler)")
+
+
+def test_levels_are_the_same_with_and_without(tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tmp_path: Path) -> None:
+    arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--preset", "k-quants", "--work-dir")
+    assert runner(*arguments, "auto").code == 0
+    without = runner(*arguments, "ggml", "--kernels", "ggml")
+    assert without.code == 0, without.err
+    missing = runner(*arguments, "missing", env={"CC": "no-such-compiler"})
+    assert missing.code == 0, missing.err
+    levels = levels_in(tmp_path / "auto" / "tiny")
+    assert len(levels) == 9
+    assert levels == levels_in(tmp_path / "ggml" / "tiny") == levels_in(tmp_path / "missing" / "tiny")
