@@ -8,6 +8,7 @@ read back out of ggml by dequantising, and lists of neighbours, which they make 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imatrix_runner.engines.embedded.compiled import Native
+from imatrix_runner.engines.embedded.grids import POINTS, read_levels
 from imatrix_runner.engines.embedded.kernels import Kernels, Type
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.files import read_json, write_json
@@ -26,7 +28,7 @@ _PROOF_ROWS, _PROOF_COLUMNS = 37, 1280  # no whole number of lanes
 
 
 class _Proofs(msgspec.Struct):
-    """Names of kernels: those that gave ggml's bytes, and those that did not."""
+    """Names of kernels: those that gave ggml's bytes and sooner, and the others."""
 
     proven: list[str] = []
     refuted: list[str] = []
@@ -40,14 +42,17 @@ class Fast:
         self._kernels = kernels
         self._path = native.proofs
         self._proofs = _recall(native.proofs)
+        self._made: set[str] = set()
 
     def install(self, kind: Type, *, weighted: bool) -> bool:
-        """Have ``kernels`` use ours for a type from now on; false if there is none or it is not the same as ggml's."""
+        """Have ``kernels`` use ours for a type from now on; false if there is none, or it is not the same or no quicker."""
         name = f"quantize_{kind.name}" + ("" if weighted else "_unweighted")
         function = getattr(self._library, name, None)
         if function is None or name in self._proofs.refuted:
             return False
         function.argtypes, function.restype = _SIGNATURE, ctypes.c_size_t
+        if not self._tables(kind):
+            return False
         if name not in self._proofs.proven:
             right = self._prove(kind, function, weighted=weighted)
             (self._proofs.proven if right else self._proofs.refuted).append(name)
@@ -57,17 +62,35 @@ class Fast:
         self._kernels.replace(kind, function, weighted=weighted)
         return True
 
+    def _tables(self, kind: Type) -> bool:
+        """The lists of neighbours of an IQ type, made once from its grid; false if they cannot be."""
+        if kind.name not in POINTS or kind.name in self._made:
+            return True
+        make = getattr(self._library, f"imatrix_runner_{kind.name[:3]}_tables")
+        make.argtypes, make.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_int
+        levels = read_levels(self._kernels, kind)
+        if make(POINTS[kind.name], levels.ctypes.data):
+            return False
+        self._made.add(kind.name)
+        return True
+
     def _prove(self, kind: Type, function: Any, *, weighted: bool) -> bool:
+        """The same bytes, and sooner: a compiler that has no vectors for the kernels would make them slower."""
         self._kernels.prepare(kind)
         size = _PROOF_ROWS * kind.row_bytes(_PROOF_COLUMNS)
+        our_seconds = their_seconds = 0.0
         for rows, weights in _samples():
             ours, theirs = np.zeros(size, np.uint8), np.zeros(size, np.uint8)
             given = weights.ctypes.data if weighted else None
+            began = time.thread_time()
             function(rows.ctypes.data, ours.ctypes.data, _PROOF_ROWS, _PROOF_COLUMNS, given)
+            between = time.thread_time()
             self._kernels.quantize(kind, rows.ctypes.data, theirs.ctypes.data, _PROOF_ROWS, _PROOF_COLUMNS, given)
+            our_seconds += between - began
+            their_seconds += time.thread_time() - between
             if not np.array_equal(ours, theirs):
                 return False
-        return True
+        return our_seconds < their_seconds
 
 
 Floats = npt.NDArray[np.float32]

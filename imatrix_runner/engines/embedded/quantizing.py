@@ -107,9 +107,10 @@ def _file_type(library: Library, name: str) -> QuantType:
 
 
 @lru_cache(maxsize=1)
-def _read_once(path: Path) -> Weights:
-    """Read and checked once for the many levels of a plan. llama.cpp looks for NaN itself, but not in a dry run."""
-    weights = read_weights(path)
+def _chosen_once(path: Path, include: tuple[bytes, ...], exclude: tuple[bytes, ...]) -> Weights:
+    """Read and checked once for the many levels of a plan. llama.cpp looks for NaN itself (in what was chosen), but not in a
+    dry run."""
+    weights = read_weights(path).choose(include, exclude)
     bad = weights.not_finite()
     if bad is not None:
         raise NotAccepted(f"imatrix contains non-finite value {bad:f}")
@@ -122,9 +123,8 @@ def chosen_weights(imatrix: Path | None, options: QuantizeOptions) -> Weights | 
         raise NotAccepted("llama_quantize: --include-weights and --exclude-weights cannot be used together")
     if imatrix is None:
         return None
-    weights = _read_once(imatrix).choose(
-        tuple(map(os.fsencode, options.include_weights)), tuple(map(os.fsencode, options.exclude_weights))
-    )
+    include, exclude = (tuple(map(os.fsencode, given)) for given in (options.include_weights, options.exclude_weights))
+    weights = _chosen_once(imatrix, include, exclude)
     return weights if weights.values else None
 
 

@@ -28,19 +28,18 @@ static inline floats fit_affine(const int n, const int nmax, const Tries tries, 
     min = pick(min > 0, all(0), min);
     const floats lowest = min;
     const ints flat = max <= min;
-    floats iscale = (float)nmax / (max - min), scale = 1 / iscale, best = all(0);
+    floats iscale = (float)nmax / (max - min), scale = 1 / iscale, best = all(0), chosen = iscale, base = min;
     for (int i = 0; i < n; ++i) {
-        l[i] = clamp(nearest(iscale * (x[i] - min)), 0, nmax);
-        const floats diff = scale * real(l[i]) + min - x[i];
+        const floats diff = scale * real(clamp(nearest(iscale * (x[i] - min)), 0, nmax)) + min - x[i];
         best += w[i] * (tries.by_size ? magnitude(diff) : diff * diff);
     }
     for (int step = 0; step <= tries.last; ++step) {
-        ints tried[32];
+        floats tried[32];
         iscale = (tries.from + tries.step * (float)step + (float)nmax) / (max - min);
         floats sum_l = all(0), sum_l2 = all(0), sum_xl = all(0);
         for (int i = 0; i < n; ++i) {
-            tried[i] = clamp(nearest(iscale * (x[i] - min)), 0, nmax);
-            const floats value = real(tried[i]), weighted = w[i] * value;
+            const floats value = real(clamp(nearest(iscale * (x[i] - min)), 0, nmax)), weighted = w[i] * value;
+            tried[i] = value;
             sum_l += weighted;
             sum_l2 += weighted * value;
             sum_xl += weighted * x[i];
@@ -53,60 +52,49 @@ static inline floats fit_affine(const int n, const int nmax, const Tries tries, 
         this_min = pick(above, all(0), this_min);
         floats error = all(0);
         for (int i = 0; i < n; ++i) {
-            const floats diff = this_scale * real(tried[i]) + this_min - x[i];
+            const floats diff = this_scale * tried[i] + this_min - x[i];
             error += w[i] * (tries.by_size ? magnitude(diff) : diff * diff);
         }
         const ints better = (det > 0) & (error < best);
-        if (any(better)) {
-            for (int i = 0; i < n; ++i) l[i] = choose(better, tried[i], l[i]);
-            best = pick(better, error, best);
-            scale = pick(better, this_scale, scale);
-            min = pick(better, this_min, min);
-        }
+        chosen = pick(better, iscale, chosen);
+        base = pick(better, min, base);
+        best = pick(better, error, best);
+        scale = pick(better, this_scale, scale);
+        min = pick(better, this_min, min);
     }
-    for (int i = 0; i < n; ++i) l[i] = choose(flat, whole(0), l[i]);
+    for (int i = 0; i < n; ++i) l[i] = choose(flat, whole(0), clamp(nearest(chosen * (x[i] - base)), 0, nmax));
     *low = -pick(flat, lowest, min);
     return pick(flat, all(0), scale);
 }
 
+// The number of greatest size, which keeps its sign; the first of equals.
+static inline floats extreme(const int n, const floats *x) {
+    floats max = all(0);
+    for (int i = 0; i < n; ++i) max = pick(magnitude(x[i]) > magnitude(max), x[i], max);
+    return max;
+}
+
 // n numbers per lane as scale * l with -nmax <= l < nmax, the scale's sign that of the largest. l gets the numbers plus nmax.
 static inline floats fit_symmetric(const int n, const int nmax, const floats *x, const floats *w, ints *l) {
-    floats max = all(0), amax = all(0);
-    for (int i = 0; i < n; ++i) {
-        const floats size = magnitude(x[i]);
-        const ints larger = size > amax;
-        amax = pick(larger, size, amax);
-        max = pick(larger, x[i], max);
-    }
-    const ints zero = amax < ALL_ZERO;
-    floats iscale = -(float)nmax / max, sum_lx = all(0), sum_l2 = all(0);
-    for (int i = 0; i < n; ++i) {
-        const ints near = clamp(nearest(iscale * x[i]), -nmax, nmax - 1);
-        const floats value = real(near);
-        l[i] = near + nmax;
-        sum_lx += w[i] * x[i] * value;
-        sum_l2 += w[i] * value * value;
-    }
-    floats scale = pick(sum_l2 != 0, sum_lx / sum_l2, all(0)), best = scale * sum_lx;
-    for (int step = -9; step <= 9; ++step) {
-        if (step == 0) continue;
-        ints tried[32];
-        iscale = -((float)nmax + 0.1f * (float)step) / max;
-        sum_lx = sum_l2 = all(0);
+    const floats max = extreme(n, x);
+    const ints zero = magnitude(max) < ALL_ZERO;
+    floats scale = all(0), best = all(0), chosen = all(0);
+    for (int turn = 0; turn < 19; ++turn) {
+        const int step = turn == 0 ? 0 : turn <= 9 ? turn - 10 : turn - 9;
+        const floats iscale = -((float)nmax + 0.1f * (float)step) / max;
+        floats sum_lx = all(0), sum_l2 = all(0);
         for (int i = 0; i < n; ++i) {
-            tried[i] = clamp(nearest(iscale * x[i]), -nmax, nmax - 1);
-            const floats value = real(tried[i]);
+            const floats value = real(clamp(nearest(iscale * x[i]), -nmax, nmax - 1));
             sum_lx += w[i] * x[i] * value;
             sum_l2 += w[i] * value * value;
         }
-        const ints better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2);
-        if (any(better)) {
-            for (int i = 0; i < n; ++i) l[i] = choose(better, tried[i] + nmax, l[i]);
-            scale = pick(better, sum_lx / sum_l2, scale);
-            best = pick(better, scale * sum_lx, best);
-        }
+        // The first is taken as it is, without any weight as zero.
+        const ints better = turn == 0 ? whole(-1) : (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2);
+        scale = pick(better, pick(sum_l2 != 0, sum_lx / sum_l2, all(0)), scale);
+        best = pick(better, scale * sum_lx, best);
+        chosen = pick(better, iscale, chosen);
     }
-    for (int i = 0; i < n; ++i) l[i] = choose(zero, whole(0), l[i]);
+    for (int i = 0; i < n; ++i) l[i] = choose(zero, whole(0), clamp(nearest(chosen * x[i]), -nmax, nmax - 1) + nmax);
     return pick(zero, all(0), scale);
 }
 
@@ -168,41 +156,46 @@ static inline floats fit_positive(const int n, const int nmax, const floats *x, 
 }
 
 // The same without weights for n numbers per lane as scale * l with -nmax <= l < nmax: every number weighs its own square, and one
-// after the other moves to where the others want it. l gets the numbers plus nmax.
-static inline floats fit_in_turns(const int n, const int nmax, const floats *x, ints *l) {
-    floats max = all(0), amax = all(0), sum_lx = all(0), sum_l2 = all(0);
-    for (int i = 0; i < n; ++i) {
-        const floats size = magnitude(x[i]);
-        const ints larger = size > amax;
-        amax = pick(larger, size, amax);
-        max = pick(larger, x[i], max);
-    }
-    const ints zero = amax < ALL_ZERO;
-    const floats iscale = -(float)nmax / max;
-    for (int i = 0; i < n; ++i) {
-        l[i] = clamp(nearest(iscale * x[i]), -nmax, nmax - 1);
-        const floats value = real(l[i]), w = x[i] * x[i];
-        sum_lx += w * x[i] * value;
-        sum_l2 += w * value * value;
+// after the other moves to where the others want it, which is a long chain: SETS sets of n numbers go side by side.
+// l gets the numbers plus nmax.
+enum { SETS = 4 };
+
+static inline void fit_in_turns(const int n, const int nmax, const floats *x, ints *l, floats *scales) {
+    floats sum_lx[SETS], sum_l2[SETS];
+    ints zero[SETS];
+    for (int s = 0; s < SETS; ++s) {
+        const floats *own = x + n * s, max = extreme(n, own), iscale = -(float)nmax / max;
+        zero[s] = magnitude(max) < ALL_ZERO;
+        sum_lx[s] = sum_l2[s] = all(0);
+        for (int i = 0; i < n; ++i) {
+            l[n * s + i] = clamp(nearest(iscale * own[i]), -nmax, nmax - 1);
+            const floats value = real(l[n * s + i]), w = own[i] * own[i];
+            sum_lx[s] += w * own[i] * value;
+            sum_l2[s] += w * value * value;
+        }
     }
     for (int turn = 0; turn < 5; ++turn) {
         ints changed = whole(0);
-        for (int i = 0; i < n; ++i) {
-            const floats value = real(l[i]), w = x[i] * x[i];
-            floats lx = sum_lx - w * x[i] * value, l2 = sum_l2 - w * value * value;
-            const ints near = clamp(nearest(x[i] * l2 / lx), -nmax, nmax - 1);
-            const floats fresh = real(near);
-            const ints other = (lx > 0) & (near != l[i]);
-            lx += w * x[i] * fresh;
-            l2 += w * fresh * fresh;
-            const ints better = other & (l2 > 0) & (lx * lx * sum_l2 > sum_lx * sum_lx * l2);
-            l[i] = choose(better, near, l[i]);
-            sum_lx = pick(better, lx, sum_lx);
-            sum_l2 = pick(better, l2, sum_l2);
-            changed |= better;
-        }
+        for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+            for (int s = 0; s < SETS; ++s) {
+                const floats own = x[n * s + i], w = own * own;
+                const ints old = l[n * s + i];
+                floats lx = sum_lx[s] - w * own * real(old), l2 = sum_l2[s] - w * real(old) * real(old);
+                const ints near = clamp(nearest(own * l2 / lx), -nmax, nmax - 1);
+                const ints other = (lx > 0) & (near != old);
+                lx += w * own * real(near);
+                l2 += w * real(near) * real(near);
+                const ints better = other & (l2 > 0) & (lx * lx * sum_l2[s] > sum_lx[s] * sum_lx[s] * l2);
+                l[n * s + i] = choose(better, near, old);
+                sum_lx[s] = pick(better, lx, sum_lx[s]);
+                sum_l2[s] = pick(better, l2, sum_l2[s]);
+                changed |= better;
+            }
         if (!any(changed)) break;
     }
-    for (int i = 0; i < n; ++i) l[i] = choose(zero, whole(0), l[i] + nmax);
-    return pick(zero | ~(sum_l2 > 0), all(0), sum_lx / sum_l2);
+    for (int s = 0; s < SETS; ++s) {
+        for (int i = n * s; i < n * (s + 1); ++i) l[i] = choose(zero[s], whole(0), l[i] + nmax);
+        scales[s] = pick(zero[s] | ~(sum_l2[s] > 0), all(0), sum_lx[s] / sum_l2[s]);
+    }
 }

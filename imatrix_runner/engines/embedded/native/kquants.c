@@ -154,16 +154,9 @@ static inline void search_q3_K(Symmetric *fit, Group *group) {
     round_q3_K(fit, group, halved(fit_symmetric(16, 32, scales, sums, fit->scales), fit->d));
 }
 
-// The number of greatest size, which keeps its sign; the first of equals.
-static inline floats extreme(const int n, const floats *x) {
-    floats max = all(0);
-    for (int j = 0; j < n; ++j) max = pick(magnitude(x[j]) > magnitude(max), x[j], max);
-    return max;
-}
-
 static inline void search_q3_K_plain(Symmetric *fit, Group *group) {
     floats scales[16];
-    for (int j = 0; j < 16; ++j) scales[j] = fit_in_turns(16, 4, group->x + 16 * j, fit->l + 16 * j);
+    for (int j = 0; j < 16; j += SETS) fit_in_turns(16, 4, group->x + 16 * j, fit->l + 16 * j, scales + j);
     const floats max = extreme(16, scales), iscale = -32.f / max;
     const ints zero = max == 0;
     for (int j = 0; j < 16; ++j) {
@@ -228,23 +221,23 @@ static inline void write_q6_K(BlockQ6K *block, const Symmetric *fit, int k) {
 
 // size_t quantize_TYPE(rows, out, number of rows, numbers per row, weights): ggml's own signature. The function named _unweighted
 // is for where there are no weights.
-#define KERNEL(name, Fit, Block, take, search, write)                                                                 \
+#define KERNEL(name, Fit, Block, weighted, search, write)                                                             \
     size_t quantize_##name(const float *rows, void *out, int64_t n_rows, int64_t n_per_row, const float *weights) {   \
-        const int64_t blocks = n_rows * n_per_row / SUPER;                                                            \
+        const int64_t numbers = n_rows * n_per_row, blocks = numbers / SUPER;                                         \
         Group group;                                                                                                  \
         Fit fit;                                                                                                      \
         for (int64_t first = 0; first < blocks; first += LANES) {                                                     \
             const int64_t count = blocks - first < LANES ? blocks - first : LANES;                                    \
-            take;                                                                                                     \
+            take(SUPER, group.x, rows, numbers, first, count);                                                        \
+            if (weighted) take(SUPER, group.w, weights, n_per_row, first, count);                                     \
             search;                                                                                                   \
             for (int k = 0; k < count; ++k) write((Block *)out + first + k, &fit, k);                                 \
         }                                                                                                             \
-        (void)weights;                                                                                                \
         return blocks * sizeof(Block);                                                                                \
     }
 #define KERNELS(name, Fit, Block, search, plain, write)                                                               \
-    KERNEL(name, Fit, Block, load(&group, rows, weights, n_per_row, first, count), search, write)                     \
-    KERNEL(name##_unweighted, Fit, Block, load_numbers(&group, rows, first, count), plain, write)
+    KERNEL(name, Fit, Block, 1, search, write)                                                                        \
+    KERNEL(name##_unweighted, Fit, Block, 0, plain, write)
 
 static const Tries Q2_PLAIN = {-0.5f, 0.1f, 15, 1}, Q4_PLAIN = {-1.f, 0.1f, 20, 0}, Q5_PLAIN = {-0.5f, 0.1f, 15, 0};
 

@@ -1,4 +1,4 @@
-// Vectors of sixteen numbers: one lane for each of sixteen super-blocks that are searched side by side.
+// Vectors: one lane for each of some super-blocks that are searched side by side.
 #pragma once
 
 #include <math.h>
@@ -6,7 +6,15 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 16, SUPER = 256 };
+// As many as the machine's own vectors hold: GCC takes longer ones apart into single numbers.
+#if defined __AVX512F__
+enum { LANES = 16 };
+#elif defined __AVX2__
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
+enum { SUPER = 256 };
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -40,22 +48,23 @@ static inline ints nearest(floats value) {
     return ((ints)(value + 12582912.f) & 0x007fffff) - 0x00400000;
 }
 
-// Half precision and back, rounded to nearest even.
-static inline uint16_t half(float value) {
-    const _Float16 rounded = (_Float16)value;
-    uint16_t bits;
-    memcpy(&bits, &rounded, 2);
-    return bits;
+// Half precision and back, rounded to nearest even; in whole numbers, for not every compiler has _Float16.
+static inline floats halved(floats value, uint16_t *bits) {
+    const ints size = (ints)value & 0x7fffffff, sign = (ints)value & ~0x7fffffff;
+    const ints normal = (size - ((112 << 23) - 0xfff) + ((size >> 13) & 1)) >> 13;
+    const ints small = (ints)((floats)size + 0.5f) - (ints)all(0.5f);  // the sum keeps multiples of 2^-24
+    ints stored = choose(size < 0x38800000, small, normal);
+    stored = choose(size > 0x477fefff, choose(size > 0x7f800000, whole(0x7e00), whole(0x7c00)), stored);
+    const ints both = stored | ((sign >> 16) & 0x8000);
+    for (int k = 0; k < LANES; ++k) bits[k] = (uint16_t)both[k];
+    const floats result = (floats)(stored << 13) * 0x1p112f;
+    return (floats)(choose(stored > 0x7bff, stored << 13 | 0x7f800000, (ints)result) | sign);
 }
 
-static inline floats halved(floats value, uint16_t *bits) {
-    floats result;
-    for (int k = 0; k < LANES; ++k) {
-        const _Float16 rounded = (_Float16)value[k];
-        memcpy(&bits[k], &rounded, 2);
-        result[k] = (float)rounded;
-    }
-    return result;
+static inline uint16_t half(float value) {
+    uint16_t bits[LANES];
+    halved(all(value), bits);
+    return bits[0];
 }
 
 // The super-blocks of some rows, taken in groups of LANES whatever row they are of. Lanes beyond the end repeat the last block.
@@ -71,15 +80,6 @@ static inline void load(Group *group, const float *rows, const float *weights, i
         group->block[k] = block;
         for (int i = 0; i < SUPER; ++i) group->x[i][k] = x[i];
         for (int i = 0; i < SUPER; ++i) group->w[i][k] = w[i];
-    }
-}
-
-// The same without weights.
-static inline void load_numbers(Group *group, const float *rows, int64_t first, int64_t count) {
-    for (int k = 0; k < LANES; ++k) {
-        const int64_t block = first + (k < count ? k : count - 1);
-        group->block[k] = block;
-        for (int i = 0; i < SUPER; ++i) group->x[i][k] = rows[block * SUPER + i];
     }
 }
 
