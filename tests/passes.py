@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +32,8 @@ from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.embedded.find import LIBRARY_VARIABLE, find
 from imatrix_runner.engines.embedded.protocol import Answer, Pass, Quantize, decode_answer, encode
 from imatrix_runner.events import ignore
-from imatrix_runner.imatrix.formats import read
+from imatrix_runner.imatrix.formats import read, write_gguf
+from imatrix_runner.imatrix.matrix import Entry, Matrix
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.process import Runner
@@ -87,7 +89,11 @@ def set_floats(path: Path, tensor: str, values: Iterable[float], first: int = 0)
     (info,) = [info for info in header.tensors if info.name == tensor]
     data = np.array(list(values), "<f4")
     size = 4 if info.type_name == "F32" else 2
-    raw = {"F32": data, "F16": data.astype("<f2"), "BF16": (data.view("<u4") >> 16).astype("<u2")}[info.type_name].tobytes()
+    if info.type_name == "F16":
+        raw = data.astype("<f2").tobytes()
+    else:
+        assert info.type_name in ("F32", "BF16")
+        raw = data.tobytes() if size == 4 else (data.view("<u4") >> 16).astype("<u2").tobytes()
     with path.open("r+b") as handle:
         handle.seek(header.data_offset + info.offset + first * size)
         handle.write(raw)
@@ -219,9 +225,56 @@ class Passes:
         with ThreadPoolExecutor(2) as pool:
             return dict(zip(made.levels, pool.map(one, made.job.levels), strict=True))
 
+    def refused(self, made: Made, folder: Path) -> dict[str, str]:
+        """What llama-quantize says of the levels that it will not make."""
+
+        def one(level: PassLevel) -> str:
+            job, words = level.job, quantize_options(level.job.options)
+            try:
+                self.tools.quantize(job.source, folder / f"{level.name}.gguf", job.ftype, *words, imatrix=job.imatrix)
+            except AssertionError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(2) as pool:
+            said = dict(zip(made.levels, pool.map(one, made.job.levels), strict=True))
+        made_too = [name for name, words in said.items() if not words]
+        assert {name: made.digests[name] for name in made_too} == {name: [digest(folder / f"{name}.gguf")] for name in made_too}
+        return {name: words for name, words in said.items() if words}
+
     def same(self, made: Made, folder: Path) -> None:
         """Every file of every level of a pass is llama-quantize's."""
         assert made.spoiled == {}
         found = made.digests
         assert all(found.values())
         assert found == self.bare(made, folder)
+
+
+def write_imatrix(path: Path, model: Path, *, seed: int = 5, without: Sequence[str] = ()) -> Path:
+    """An imatrix of random weights for every matrix of a model, in the order of columns and experts; of mixtures one expert
+    counted nothing. ``without``: parts of names that get no entry."""
+    draw = np.random.default_rng(seed)
+    entries: dict[str, Entry] = {}
+    for tensor in open_gguf(model, allow_requantize=True).tensors:
+        if len(tensor.shape) < 2 or any(part in tensor.name for part in without):
+            continue
+        experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
+        counts = draw.integers(1, 1000, experts)
+        counts[0] = 0 if experts > 1 else counts[0]
+        entries[tensor.name] = Entry(draw.lognormal(0, 2, (experts, tensor.shape[0])) * counts[:, None], counts)
+    write_gguf(Matrix(entries, 512, 7, ("random.txt",)), path)
+    return path
+
+
+def change_keys(path: Path, *, without: Sequence[str] = (), raw: Sequence[bytes] = ()) -> Path:
+    """Rewrite a GGUF in place without some metadata keys and with ``raw`` entries (as they lie in a file) at the end."""
+    header, data = read_header(path), path.read_bytes()
+    start, entries = 24, []
+    for key, size in header.kv_sizes.items():
+        if key not in without:
+            entries.append(data[start : start + size])
+        start += size
+    infos = data[start : start + sum(tensor.info_bytes for tensor in header.tensors)]
+    head = data[:16] + struct.pack("<Q", len(entries) + len(raw)) + b"".join([*entries, *raw]) + infos
+    path.write_bytes(head + bytes(-len(head) % header.alignment) + data[header.data_offset :])
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand
+from command_line import RunCommand, run_command, started
 from llama_tools import WORK_ONLY, BareTools, digest, fake_tools, leftovers, levels_in
 
 NUMBER = r"[\d.]+ (?:B|KiB|MiB)"
@@ -66,6 +67,91 @@ def test_an_imatrix_that_does_not_fit_is_refused_before_it_is_computed(
     assert "imatrix, " not in done.err
 
 
+@pytest.mark.parametrize("small_disk", ["4m"], indirect=True)
+def test_one_by_one_makes_what_fits_and_later_the_rest(
+    small_disk: Path, tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tools: BareTools, tmp_path: Path
+) -> None:
+    arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "Q8_0,Q4_0,Q5_K_M", "--one-by-one", "--json")
+    arguments += ("--engine", "embedded", "--work-dir", small_disk)
+    workspace, filler = small_disk / "tiny", small_disk / "filler"
+    filler.write_bytes(bytes(1536 << 10))
+    done = runner(*arguments)
+    assert done.code == 8
+    assert levels_in(workspace).keys() == {"Q4_0", "Q5_K_M"}
+    assert leftovers(workspace) == []
+    assert done.err.index("Q4_0: done in") < done.err.index("Q5_K_M: done in")
+    assert re.search(
+        "Error: The disk became full while Q8_0 was made.\n"
+        rf"  Why: 1\.\d+ MiB needed, \d+\.\d+ KiB free at {workspace}\.\n"
+        "  Do:  Free some space, or choose another disk with --work-dir, then run the same command again: it continues.",
+        done.err,
+    )
+    filler.unlink()
+    again = runner(*arguments)
+    assert again.code == 0, again.err
+    assert {level["level"]: level["status"] for level in again.document["levels"]} == {
+        "Q8_0": "done",
+        "Q4_0": "skipped",
+        "Q5_K_M": "skipped",
+    }
+    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, tmp_path, "Q8_0", "Q4_0", "Q5_K_M")
+
+
+@pytest.mark.parametrize("free", [400, 1800])
+@pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
+def test_space_that_others_took_before_the_pass_began(
+    free: int, small_disk: Path, tiny_model: Path, tiny_text: Path, tools: BareTools, tmp_path: Path
+) -> None:
+    """Planned while there was room, and gone when the imatrix was computed, all or (one level still fits) some of it: nothing
+    is quantised, and what could be reserved is given back."""
+    arguments = ("run", tiny_model, "-f", tiny_text, "-c", "128", "--levels", "Q8_0,Q6_K,Q4_0", "--engine", "embedded")
+    arguments += ("--work-dir", small_disk)
+    workspace, filler = small_disk / "tiny", small_disk / "filler"
+    with started(*arguments, cwd=tmp_path) as running:
+        running.wait_for((workspace / "logs" / "imatrix.log").exists)
+        filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - (free << 10)))
+        done = running.finish()
+    assert done.code == 8, done.err
+    assert "Error: The disk became full while 3 levels were made." in done.err
+    assert levels_in(workspace) == {}
+    assert not list((workspace / ".partial").rglob("*.gguf"))
+    assert shutil.disk_usage(small_disk).free > (free - 300) << 10
+    filler.unlink()
+    again = run_command(*arguments, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert levels_in(workspace) == bare_levels(tools, tiny_model, workspace / "imatrix.gguf", tmp_path, "Q8_0", "Q6_K", "Q4_0")
+    assert leftovers(workspace) == []
+
+
+@pytest.mark.parametrize("small_disk", ["6m"], indirect=True)
+def test_a_disk_that_becomes_full_under_the_pass(
+    small_disk: Path, tiny_model: Path, tiny_imatrix: Path, tools: BareTools, tmp_path: Path
+) -> None:
+    """The levels have their space by then; ledgers, logs and the journal do not."""
+    arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "IQ2_S,Q8_0,Q6_K", "--engine", "embedded")
+    arguments += ("--work-dir", small_disk)
+    workspace, filler = small_disk / "tiny", small_disk / "filler"
+    with started(*arguments, cwd=tmp_path) as running:
+        running.wait_for(lambda: len(list((workspace / ".partial").glob("*/ledger.jsonl"))) == 3)
+        with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as handle:  # noqa: PT012
+            while True:
+                handle.write(bytes(4096))
+        done = running.finish()
+    assert done.code == 8, done.err
+    assert "Free some space" in done.err
+    assert "Traceback" not in done.err
+    filler.unlink()
+    again = run_command(*arguments, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, tmp_path, "IQ2_S", "Q8_0", "Q6_K")
+    assert leftovers(workspace) == []
+
+
+def bare_levels(tools: BareTools, model: Path, imatrix: Path, folder: Path, *levels: str) -> dict[str, str]:
+    """What llama-quantize makes of them."""
+    return {name: digest(tools.quantize(model, folder / "bare" / name, name, imatrix=imatrix)) for name in levels}
+
+
 @pytest.mark.parametrize("small_disk", ["6m"], indirect=True)
 def test_a_disk_that_becomes_full_ends_the_run_and_the_same_command_continues(
     small_disk: Path, tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tools: BareTools, tmp_path: Path
@@ -89,8 +175,7 @@ def test_a_disk_that_becomes_full_ends_the_run_and_the_same_command_continues(
     again = runner(*arguments)
     assert again.code == 0, again.err
     assert "1 made, 1 was up to date" in again.out
-    bare = {name: digest(tools.quantize(tiny_model, tmp_path / name, name, imatrix=tiny_imatrix)) for name in ("Q8_0", "Q4_0")}
-    assert levels_in(workspace) == bare
+    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, tmp_path, "Q8_0", "Q4_0")
 
 
 @pytest.mark.parametrize("small_disk", ["2m"], indirect=True)

@@ -136,15 +136,18 @@ def test_what_the_library_offers_is_not_made_again_when_the_fork_comes_or_goes(
     assert [level["status"] for level in machine(*arguments, "Q4_K_M").document["levels"]] == ["skipped"]
 
 
-def test_a_named_fork_makes_everything(tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tools: BareTools) -> None:
+def test_a_named_fork_makes_everything(
+    tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tools: BareTools, tmp_path: Path
+) -> None:
     """As before there were passes: whoever names programs wants their work."""
     offers_only = FORK.replace('if [ -z "$own" ]', "if false")
-    folder = tiny_imatrix.parent / "named"
-    machine = _machine(runner, tools, folder, offers_only)
+    machine = _machine(runner, tools, tmp_path, offers_only)
     done = machine("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", LEVELS, "--llama-cpp", machine.fork)
     assert done.code == 0, done.err
     assert "Engine: binaries, because --llama-cpp names llama.cpp's programs." in done.err
     assert (done.document["engine"], done.document["passes"]) == ("binaries", [])
+    assert set(machine.engines().values()) == {"llama.cpp"}
+    machine.are_bare(tiny_model, tiny_imatrix)
 
 
 def test_a_fork_that_fails_costs_its_own_level_only(
