@@ -2,7 +2,8 @@
 
 Ours is the whole command in a fresh workspace (planning, verifying, hashing, journal), theirs the sum of bare llama-quantize
 processes; both in turn, the order reversed every round; ratios are of medians. In the first round every file is compared byte
-for byte. Tables come on stdout as cases are done, progress on stderr. The exit code is 1 when a goal is missed.
+for byte. What is done once on a machine (compiling and proving our kernels) is done before. Tables come on stdout as cases are
+done, progress on stderr. The exit code is 1 when a goal is missed.
 
 Cases: ``bartowski`` and ``k-quants`` (the presets), ``single`` (Q4_K_M alone, then Q8_0 alone), ``added`` (two levels into a
 finished bartowski workspace), ``plan`` (the dry run of 26 levels) and ``memory`` (one tensor larger than --max-buffer-size).
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -33,6 +34,7 @@ from tiny_models import DType, write_llama_gguf
 
 from imatrix_runner.engines.base import QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.argv import quantize_command
+from imatrix_runner.engines.embedded.compiled import Native, compile_kernels
 from imatrix_runner.engines.embedded.find import Bindings, find
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import child_environment
@@ -51,7 +53,7 @@ ADDED = ("IQ3_S", "Q2_K_S")
 MEMORY_LEVELS = ("Q8_0", "Q4_0")
 MEMORY_MARGIN = 300_000_000
 PLAIN = QuantizeOptions()
-_COLUMNS = "  {:10} {:>6} {:>6} {:>9} {:>10}"
+_COLUMNS = "  {:10} {:>6} {:>6} {:>9} {:>10}  {}"
 
 Pairs = set[tuple[str, str]]
 """Of a tensor and a type it is quantised to."""
@@ -114,6 +116,7 @@ class Bench:
     imatrix: Path
     threads: int
     rounds: int
+    kernels: str
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,14 @@ def run_theirs(bench: Bench, case: Case, against: Mapping[str, Path] | None) -> 
 
 def our_command(bench: Bench, arguments: Sequence[str], work: Path) -> list[str]:
     command = [sys.executable, "-m", "imatrix_runner", "quantize", str(bench.model), "--imatrix", str(bench.imatrix)]
-    return [*command, *arguments, "-t", str(bench.threads), "--work-dir", str(work), "--engine", "embedded", "--json"]
+    return [
+        *command,
+        *arguments,
+        "-t",
+        str(bench.threads),
+        *("--work-dir", str(work), "--engine", "embedded"),
+        *("--kernels", bench.kernels, "--json"),
+    ]
 
 
 def run_ours(bench: Bench, case: Case, work: Path) -> Ours:
@@ -228,8 +238,8 @@ def measure(bench: Bench, case: Case) -> Measured:
     return Measured(case, tuple(ours), tuple(theirs), len(needed), len(set(needed) - case.there))
 
 
-def show(measured: Measured, goal: float | None) -> dict[str, Any]:
-    """Print a case's table; its figures, with ``missed``: the goals that were."""
+def show(measured: Measured, goal: float | None, ours: Set[str]) -> dict[str, Any]:
+    """Print a case's table; its figures, with ``missed``: the goals that were. ``ours``: the types that our kernels make."""
     case, typical, figures = measured.case, measured.typical, measured.typical.figures
     stock = statistics.median(theirs.seconds for theirs in measured.theirs)
     seconds = statistics.median(ours.took.seconds for ours in measured.ours)
@@ -241,10 +251,11 @@ def show(measured: Measured, goal: float | None) -> dict[str, Any]:
     print(f"  pairs computed {computed} of {measured.wanted} wanted ({share:.1%}); distinct and new {measured.distinct}")
     if computed != measured.distinct:
         missed.append(f"{computed} pairs computed, {measured.distinct} distinct and new")
-    print(_COLUMNS.format("type", "pairs", "wanted", "seconds", "ns/weight"))
+    print(_COLUMNS.format("type", "pairs", "wanted", "seconds", "ns/weight", "kernel"))
     for cost in sorted(figures["types"], key=lambda cost: -cost["seconds"]):
         rate = cost["seconds"] / max(1, cost["elements"]) * 1e9
-        print(_COLUMNS.format(cost["type"], cost["pairs"], cost["wanted"], f"{cost['seconds']:.2f}", f"{rate:.1f}"))
+        whose = "ours" if cost["type"] in ours else "ggml"
+        print(_COLUMNS.format(cost["type"], cost["pairs"], cost["wanted"], f"{cost['seconds']:.2f}", f"{rate:.1f}", whose))
     gaps = {
         "pass": statistics.median(_above(ours.figures["seconds"], ours.bound) for ours in measured.ours),
         "serial": statistics.median(_above(ours.figures["seconds"], ours.serial) for ours in measured.ours),
@@ -369,7 +380,7 @@ def plan(bench: Bench) -> dict[str, Any]:
     return {"levels": [level.name for level in levels], **figures}
 
 
-def memory(bench: Bench, megabytes: int) -> dict[str, Any]:
+def memory(bench: Bench, megabytes: int, ours: Set[str]) -> dict[str, Any]:
     """Peaks when a tensor is larger than what may be held; of our processes that of the largest counts."""
     largest = max(read_header(bench.model).tensors, key=lambda tensor: tensor.n_elements)
     if (largest.n_bytes or 0) <= megabytes << 20:
@@ -380,7 +391,7 @@ def memory(bench: Bench, megabytes: int) -> dict[str, Any]:
     measured = measure(bench, case)
     peak, theirs = max(ours.took.peak for ours in measured.ours), max(stock.peak for stock in measured.theirs)
     limit = (megabytes << 20) + MEMORY_MARGIN
-    figures = show(measured, None)
+    figures = show(measured, None, ours)
     if peak > limit:
         figures["missed"].append(f"peak {peak / 1e6:.0f} MB, goal {limit / 1e6:.0f} MB")
     size = f"{(largest.n_bytes or 0) / 1e6:.0f} MB, {4 * largest.n_elements / 1e6:.0f} MB as float32"
@@ -443,18 +454,40 @@ def same_build(toolchain: Toolchain, bindings: Bindings) -> None:
     print(f"{toolchain.identity()}; {bindings.identity()}\nboth of commit {commit} in {toolchain.directory}", flush=True)
 
 
-def run_case(name: str, bench: Bench, models: Callable[[str], Bench], kept: Path | None, buffer: int) -> dict[str, Any]:
+def our_kernels(bindings: Bindings) -> tuple[Path, frozenset[str]] | None:
+    """Where the compiled ones are (other sources, another place), and the types that they are proven for, with weights."""
+    native = compile_kernels(cache_dir(), bindings.digest)
+    if not isinstance(native, Native):
+        return None
+    proven = json.loads(native.proofs.read_bytes())["proven"] if native.proofs.exists() else ()
+    names = (name.removeprefix("quantize_") for name in proven)
+    return native.library, frozenset(name for name in names if not name.endswith("_unweighted"))
+
+
+def prepare(bench: Bench, bindings: Bindings) -> tuple[Path, frozenset[str]] | None:
+    """Do what only the first command on a machine does, on a model that is small."""
+    progress("compiling and proving our kernels, if that was not done before")
+    small = made(bench, "small", {"hidden": 256, "layers": 2, "ff": 512, "vocab": 512}, "bf16")
+    levels, _ = preset_levels("bartowski", bench.toolchain.types)
+    run_ours(small, named(small, [*(level.name for level in levels), *ADDED]), small.folder / "work")
+    shutil.rmtree(small.folder)
+    return our_kernels(bindings) if bench.kernels == "auto" else None
+
+
+def run_case(
+    name: str, bench: Bench, models: Callable[[str], Bench], kept: Path | None, buffer: int, ours: Set[str]
+) -> dict[str, Any]:
     """Figures by measurement: one, but for ``single``."""
     if name == "single":
-        return {level: show(measure(bench, named(bench, [level])), GOALS[level]) for level in ("Q4_K_M", "Q8_0")}
+        return {level: show(measure(bench, named(bench, [level])), GOALS[level], ours) for level in ("Q4_K_M", "Q8_0")}
     if name == "added":
         assert kept is not None
-        return {name: show(measure(bench, added(bench, kept)), None)}
+        return {name: show(measure(bench, added(bench, kept)), None, ours)}
     if name == "plan":
         return {name: plan(models(name))}
     if name == "memory":
-        return {name: memory(models(name), buffer)}
-    return {name: show(measure(bench, preset(bench, name, kept if name == "bartowski" else None)), GOALS[name])}
+        return {name: memory(models(name), buffer, ours)}
+    return {name: show(measure(bench, preset(bench, name, kept if name == "bartowski" else None)), GOALS[name], ours)}
 
 
 def main() -> int:
@@ -462,6 +495,7 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(CASES), help="some of them, with commas between (default: all)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=2)
+    parser.add_argument("--kernels", choices=("auto", "ggml"), default="auto", help="as imatrix-runner's own option")
     parser.add_argument("--width", type=int, default=1024, help="of the model's layers, a multiple of 256")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32000)
@@ -478,7 +512,11 @@ def main() -> int:
     same_build(toolchain, bindings)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="imatrix-runner-bench-") as folder:
-        empty = Bench(toolchain, Path(folder), Path(), Path(), options.threads, options.rounds)
+        empty = Bench(toolchain, Path(folder), Path(), Path(), options.threads, options.rounds, options.kernels)
+        kernels = prepare(empty, bindings)
+        print(
+            f"kernels: ours for {', '.join(sorted(kernels[1])) or 'no type'} ({kernels[0]})" if kernels else "kernels: ggml's"
+        )
         width, dtype = options.width, options.type
         feed = max(512, width * 5 // 2 // 256 * 256)
         shape = {"hidden": width, "layers": options.layers, "ff": feed, "vocab": options.vocab}
@@ -498,10 +536,18 @@ def main() -> int:
                 lambda name: made(empty, name, shapes[name][0], dtype, shapes[name][1]),
                 kept,
                 options.max_buffer_size,
+                kernels[1] if kernels else frozenset(),
             )
+            if kernels is not None and (our_kernels(bindings) or kernels)[0] != kernels[0]:
+                raise SystemExit(f"{name}: the kernels changed while they were measured")
             figures.update(of_case)
             if options.json:
-                facts = {"toolchain": toolchain.identity(), "bindings": bindings.identity(), "threads": options.threads}
+                facts: dict[str, Any] = {
+                    "toolchain": toolchain.identity(),
+                    "bindings": bindings.identity(),
+                    "threads": options.threads,
+                }
+                facts["kernels"] = sorted(kernels[1]) if kernels else []
                 arguments = {key: str(value) for key, value in vars(options).items()}
                 text = json.dumps({**facts, "arguments": arguments, "cases": figures}, indent=1)
                 options.json.write_text(text + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ from imatrix_runner.engines.base import (
     QuantizeJob,
 )
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
-from imatrix_runner.events import Finished, Saved, Sink, Started, ignore
+from imatrix_runner.events import Finished, Saved, Sink, Started, ignore, info
 from imatrix_runner.files import free_bytes, human_bytes, sha256, stamp
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.journal import Output, Record, outputs_intact
@@ -142,6 +142,8 @@ class LevelMaker:
         partial = self.session.workspace.partial
         for folder in partial.iterdir() if partial.is_dir() else ():
             if folder.name not in wanted:
+                if (folder / LEDGER_NAME).exists():
+                    self.sink(info(f"What was unfinished of {folder.name} is removed: it is not asked for now."))
                 shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # it is gone, or something is in it
                 folder.rmdir()

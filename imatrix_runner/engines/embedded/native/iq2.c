@@ -26,10 +26,12 @@ enum { COSTS = LEVELS * LEVELS + LEVELS * (EIGHT - 2), MOST_POINTS = 1024 };
 // The grid, and for each point sought, its levels the digits to base three, a list of the grid's points next to it, nearest first:
 // all of them, and those that can be best when no number is on the border between two levels. What is on the grid itself has
 // no list but its index.
+typedef struct { int32_t first, count; } List;
+
 typedef struct {
-    struct { int32_t first, first_of_all; uint16_t count, count_of_all; } of[POINTS];
+    List near[POINTS], whole[POINTS];
     Point grid[MOST_POINTS];
-    uint16_t *lists;
+    uint16_t *places;
 } Table;
 
 static Table table_xxs, table_xs, table_s;
@@ -47,23 +49,24 @@ static inline int beaten(const uint8_t *farther, const uint8_t *nearer, const ui
 // Lists of the points at the `wanted` least distances that occur; of equally distant ones the first of the grid comes first.
 static int build(Table *table, const int size, const int wanted, const uint8_t *levels) {
     enum { FARTHEST = EIGHT * (LEVELS - 1) * (LEVELS - 1) };
-    int32_t used = 0, room = 0;
-    uint16_t *lists = NULL;
     for (int j = 0; j < size; ++j) {
         Point *point = &table->grid[j];
         const uint8_t *own = levels + EIGHT * j;
         point->point = j << 16;
+        point->cost[0] = own[0] * LEVELS + own[1];
         for (int i = 0; i < EIGHT; ++i) {
             if (own[i] >= LEVELS) return 1;
             point->point |= own[i] << 2 * i;
             if (i > 1) point->cost[i - 1] = LEVELS * LEVELS + LEVELS * (i - 2) + own[i];
         }
-        point->cost[0] = own[0] * LEVELS + own[1];
     }
-    for (int point = 0; point < POINTS; ++point) {
+    // The short lists lie together, before the others.
+    int32_t used = 0, used_near = 0;
+    uint16_t *places = malloc(sizeof *places * POINTS * size), *near = malloc(sizeof *near * POINTS * size);
+    for (int point = 0; places && near && point < POINTS; ++point) {
         uint8_t sought[EIGHT];
-        int16_t at[FARTHEST + 1], after[MOST_POINTS], kept[MOST_POINTS];  // the first at a distance, the next as far; those not beaten
-        int count = 0;
+        int16_t at[FARTHEST + 1], after[MOST_POINTS];  // the first grid point at a distance, and the next as far as this one
+        List *all = &table->whole[point], *few = &table->near[point];
         for (int i = 0, rest = point; i < EIGHT; ++i, rest /= LEVELS) sought[i] = rest % LEVELS;
         memset(at, -1, sizeof at);
         for (int j = size - 1; j >= 0; --j) {
@@ -72,43 +75,39 @@ static int build(Table *table, const int size, const int wanted, const uint8_t *
             after[j] = at[far];
             at[far] = j;
         }
-        table->of[point].first = table->of[point].first_of_all = at[0];
-        table->of[point].count = table->of[point].count_of_all = 0;
+        *all = *few = (List){at[0], 0};
         if (at[0] >= 0) continue;
-        if (room - used < 2 * size) {
-            room += 1 << 16;
-            uint16_t *more = realloc(lists, room * sizeof *lists);
-            if (!more) {
-                free(lists);
-                return 1;
-            }
-            lists = more;
-        }
-        const int32_t first = used;
+        *all = (List){used, 0};
+        *few = (List){used_near, 0};
         for (int far = 1, have = 0; have < wanted && far <= FARTHEST; ++far) {
             have += at[far] >= 0;
             for (int j = at[far]; j >= 0; j = after[j]) {
                 int lost = 0;
-                for (int k = 0; k < count && !lost; ++k) lost = beaten(levels + EIGHT * j, levels + EIGHT * kept[k], sought);
-                if (!lost) kept[count++] = j;
-                lists[used++] = j;
+                for (int k = few->first; k < used_near && !lost; ++k)
+                    lost = beaten(levels + EIGHT * j, levels + EIGHT * near[k], sought);
+                if (!lost) near[used_near++] = j;
+                places[used++] = j;
             }
         }
-        table->of[point].first = table->of[point].first_of_all = first;
-        table->of[point].count = table->of[point].count_of_all = used - first;
-        if (count == used - first) continue;
-        table->of[point].first = used;
-        table->of[point].count = count;
-        for (int k = 0; k < count; ++k) lists[used++] = kept[k];
+        all->count = used - all->first;
+        few->count = used_near - few->first;
     }
+    uint16_t *joined = places && near ? malloc(sizeof *joined * (used_near + used)) : NULL;
     // What is all zero becomes the lowest point.
-    if (table->of[0].count) {
-        free(lists);
-        return 1;
+    const int usable = joined && !table->near[0].count;
+    if (usable) {
+        memcpy(joined, near, sizeof *joined * used_near);
+        memcpy(joined + used_near, places, sizeof *joined * used);
+        for (int point = 0; point < POINTS; ++point)
+            if (table->whole[point].count) table->whole[point].first += used_near;
+        free(table->places);
+        table->places = joined;
+    } else {
+        free(joined);
     }
-    free(table->lists);
-    table->lists = lists;
-    return 0;
+    free(places);
+    free(near);
+    return !usable;
 }
 
 // To be called before a type is quantised, with the levels (0 to 2, eight per point) of the library's own grid: of the 256 points
@@ -129,11 +128,22 @@ typedef struct {
     ints signs[MOST_GROUPS], point[MOST_GROUPS], none;
 } Batch;
 
-// What the candidates came to, sub-block after sub-block.
+// A vector of candidates: lanes of sub-block `one`, then of `other`. Their scales; and for each eight numbers the points, which they
+// are, and which lists to go through.
 typedef struct {
+    int one, other, runs[MOST_GROUPS], start[MOST_GROUPS][LANES + 1];
+    const List *lists[MOST_GROUPS];
+    ints next, point[MOST_GROUPS];
+    floats scale;
+} Candidates;
+
+// All candidates, sub-block after sub-block, and what they came to.
+typedef struct {
+    Candidates at[MOST_TRIES];
     floats sum_qx[MOST_TRIES], sum_q2[MOST_TRIES];
-    ints point[MOST_GROUPS][MOST_TRIES];
 } Tried;
+
+static const ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 static inline floats greater(floats a, floats b) {
     floats result;
@@ -204,77 +214,65 @@ static inline void take_signs(Batch *batch, const int sub, const int even) {
     for (int i = 1; i < sub; ++i) batch->max = greater(batch->max, batch->x[i]);
 }
 
-// The points eight numbers are rounded to and what each level costs them. `unsure` where one is near the border of two levels, or
-// far outside the range in which `beaten` holds.
-static inline ints round_off(const floats scale, const floats inverse, const floats *x, const floats *rooted, floats *cost,
-                             ints *unsure) {
-    const floats size[LEVELS] = {scale, scale * 3.f, scale * 5.f};
-    floats own[EIGHT][LEVELS], worst = all(0);
+// The points eight numbers are rounded to; `sure` where none is near the border of two levels.
+static inline ints round_off(const floats inverse, const floats *x, ints *sure) {
+    floats worst = all(0);
     ints points = whole(0);
+#pragma GCC unroll 8
     for (int i = EIGHT - 1; i >= 0; --i) {
         const floats value = 0.5f * (inverse * x[i] - 1);
         const ints near = nearest(value);
         worst = greater(magnitude(value - real(near)), worst);
         points = points + points + points + to_level(near);
-        for (int l = 0; l < LEVELS; ++l) {
-            const floats diff = size[l] - x[i];
-            own[i][l] = rooted[i] * diff * diff;
-        }
     }
-    for (int l = 0; l < LEVELS * LEVELS; ++l) *cost++ = own[0][l / LEVELS] + own[1][l % LEVELS];
-    for (int i = 2; i < EIGHT; ++i)
-        for (int l = 0; l < LEVELS; ++l) *cost++ = own[i][l];
-    *unsure = ~((worst < 0.49998f) & (scale > 1e-30f) & (scale < 1e30f));
+    *sure = worst < 0.49998f;
     return points;
 }
 
-// The grid point of the least cost in every lane, the first of equals. Candidates next to one another mostly share their rounded
-// point: each run of them goes through that point's list once.
-static inline ints search(const Table *table, const ints points, const ints unsure, const floats *cost) {
-    int start[LANES + 1], runs = 1;
-    ints found = whole(0);
-    start[0] = points[0];
-    for (int k = 1; k < LANES; ++k) {
-        start[runs] = points[k];
-        runs += points[k] != points[k - 1];
-    }
-    const int all_sure = !any(unsure);
-    for (int run = 0; run < runs; ++run) {
-        const int point = start[run];
-        const int count = all_sure ? table->of[point].count : table->of[point].count_of_all;
-        const int first = all_sure ? table->of[point].first : table->of[point].first_of_all;
-        ints best;
-        if (count) {
-            const uint16_t *list = table->lists + first;
-            floats least = all(FLT_MAX);
-            best = whole(table->grid[list[0]].point);
-            for (int j = 0; j < count; ++j) {
-                const Point *near = &table->grid[list[j]];
-                floats sum = cost[near->cost[0]];
+// Far from what a scale can be rounding does not keep order.
+static inline ints usual(const floats scale) { return (scale > 1e-30f) & (scale < 1e30f); }
+
+// What each level costs eight numbers.
+static inline void weigh_levels(floats *cost, const floats scale, const floats *x, const floats *rooted) {
+    const floats size[LEVELS] = {scale, scale * 3.f, scale * 5.f};
+    floats first[2 * LEVELS];
 #pragma GCC unroll 8
-                for (int i = 1; i < EIGHT - 1; ++i) sum += cost[near->cost[i]];
-                best = choose(sum < least, whole(near->point), best);
-                least = lesser(sum, least);
-            }
-            best |= OFF_GRID;
-        } else {
-            best = whole(table->grid[first].point);
+    for (int i = 0; i < EIGHT; ++i)
+#pragma GCC unroll 3
+        for (int l = 0; l < LEVELS; ++l) {
+            const floats diff = size[l] - x[i], own = rooted[i] * diff * diff;
+            if (i < 2) first[LEVELS * i + l] = own;
+            else cost[LEVELS * (LEVELS + i - 2) + l] = own;
         }
-        found = choose(points == point, best, found);
+#pragma GCC unroll 9
+    for (int l = 0; l < LEVELS * LEVELS; ++l) cost[l] = first[l / LEVELS] + first[LEVELS + l % LEVELS];
+}
+
+// The grid point of the least cost in every lane, the first of equals.
+static inline ints search(const Table *table, const List list, const floats *cost) {
+    if (!list.count) return whole(table->grid[list.first].point);
+    const uint16_t *places = table->places + list.first;
+    floats least = all(FLT_MAX);
+    ints best = whole(table->grid[places[0]].point);
+    for (int j = 0; j < list.count; ++j) {
+        const Point *near = &table->grid[places[j]];
+        floats sum = cost[near->cost[0]];
+#pragma GCC unroll 8
+        for (int i = 1; i < EIGHT - 1; ++i) sum += cost[near->cost[i]];
+        best = choose(sum < least, whole(near->point), best);
+        least = lesser(sum, least);
     }
-    return found;
+    return best | OFF_GRID;
 }
 
 // The same for one lane.
-static inline int search_one(const Table *table, const int point, const int unsure, const floats *cost, int k) {
-    const int count = unsure ? table->of[point].count_of_all : table->of[point].count;
-    const int first = unsure ? table->of[point].first_of_all : table->of[point].first;
-    const uint16_t *list = table->lists + first;
-    if (!count) return table->grid[first].point;
-    int best = table->grid[list[0]].point;
+static inline int search_one(const Table *table, const List list, const floats *cost, int k) {
+    if (!list.count) return table->grid[list.first].point;
+    const uint16_t *places = table->places + list.first;
     float least = FLT_MAX;
-    for (int j = 0; j < count; ++j) {
-        const Point *near = &table->grid[list[j]];
+    int best = table->grid[places[0]].point;
+    for (int j = 0; j < list.count; ++j) {
+        const Point *near = &table->grid[places[j]];
         float sum = cost[near->cost[0]][k];
 #pragma GCC unroll 8
         for (int i = 1; i < EIGHT - 1; ++i) sum += cost[near->cost[i]][k];
@@ -295,32 +293,57 @@ static inline void add_fit(const floats *x, const floats *w, const ints point, f
 // How many lanes a sub-block's candidates take: at least a vector, for it to be of no more than two sub-blocks.
 static inline int places(const int reach) { return 2 * reach + 1 > LANES ? 2 * reach + 1 : LANES; }
 
-// All candidate scales of all sub-blocks: `reach` on each side of the one that takes `top` to the highest level.
+// All candidate scales of all sub-blocks: `reach` on each side of the one that takes `top` to the highest level. First all the points,
+// then what is near them: what has to be looked at then is known in advance, and the machine need not guess.
 static inline void try_all(Tried *tried, const Batch *batch, const floats top, const int sub, const Table *table, const int reach) {
-    const int each = places(reach);
+    const int each = places(reach), groups = sub / EIGHT;
     for (int c = 0; c < each; ++c) {
-        // Lanes up to `border` are of sub-block `one`, the rest of the next.
-        const int one = LANES * c / each, other = one + 1 < LANES ? one + 1 : one, border = each * (one + 1) - LANES * c;
-        ints next;
-        floats step, sum_qx = all(0), sum_q2 = all(0);
-        for (int k = 0; k < LANES; ++k) {
-            const int n = (LANES * c + k) % each - reach;
-            step[k] = (float)(n < reach ? n : reach);
-            next[k] = k < border ? 0 : -1;
+        Candidates *at = &tried->at[c];
+        // Lanes up to a border are of one sub-block, the rest of the next.
+        const int one = LANES * c / each, other = one + 1 < LANES ? one + 1 : one;
+        const ints lane = LANES * c - each * one + LANE, next = lane >= each, step = lane - (next & each) - reach;
+        const floats inverse = (5.f + real(choose(step < reach, step, whole(reach))) * 0.1f) / pick(next, all(top[other]), all(top[one]));
+        at->one = one, at->other = other;
+        at->next = next;
+        at->scale = 1 / inverse;
+        for (int g = 0; g < groups; ++g) {
+            ints sure;
+            floats x[EIGHT];
+            for (int i = 0; i < EIGHT; ++i)
+                x[i] = pick(next, all(batch->x[EIGHT * g + i][other]), all(batch->x[EIGHT * g + i][one]));
+            const ints points = round_off(inverse, x, &sure);
+            // Candidates next to one another mostly share their rounded point.
+            int runs = 1;
+            at->point[g] = points;
+            at->start[g][0] = points[0];
+            for (int k = 1; k < LANES; ++k) {
+                at->start[g][runs] = points[k];
+                runs += points[k] != points[k - 1];
+            }
+            at->runs[g] = runs;
+            at->lists[g] = any(~(sure & usual(at->scale))) ? table->whole : table->near;
         }
-        const floats inverse = (5.f + step * 0.1f) / pick(next, all(top[other]), all(top[one])), scale = 1 / inverse;
-        for (int g = 0; g < sub / EIGHT; ++g) {
+    }
+    for (int c = 0; c < each; ++c) {
+        Candidates *at = &tried->at[c];
+        const int one = at->one, other = at->other;
+        floats sum_qx = all(0), sum_q2 = all(0);
+        for (int g = 0; g < groups; ++g) {
             floats cost[COSTS], x[EIGHT], w[EIGHT], rooted[EIGHT];
             for (int i = 0; i < EIGHT; ++i) {
                 const int n = EIGHT * g + i;
-                x[i] = pick(next, all(batch->x[n][other]), all(batch->x[n][one]));
-                w[i] = pick(next, all(batch->w[n][other]), all(batch->w[n][one]));
-                rooted[i] = pick(next, all(batch->root[n][other]), all(batch->root[n][one]));
+                x[i] = pick(at->next, all(batch->x[n][other]), all(batch->x[n][one]));
+                w[i] = pick(at->next, all(batch->w[n][other]), all(batch->w[n][one]));
+                rooted[i] = pick(at->next, all(batch->root[n][other]), all(batch->root[n][one]));
             }
-            ints unsure;
-            const ints points = round_off(scale, inverse, x, rooted, cost, &unsure);
-            tried->point[g][c] = search(table, points, unsure, cost);
-            add_fit(x, w, tried->point[g][c], &sum_qx, &sum_q2);
+            weigh_levels(cost, at->scale, x, rooted);
+            ints found = whole(0);
+            for (int run = 0; run < at->runs[g]; ++run) {
+                const int point = at->start[g][run];
+                found = choose(at->point[g] == point, search(table, at->lists[g][point], cost), found);
+            }
+            at->point[g] = found;
+            add_fit(x, w, found, &sum_qx, &sum_q2);
         }
         tried->sum_qx[c] = sum_qx;
         tried->sum_q2[c] = sum_q2;
@@ -348,7 +371,7 @@ static inline void choose_scales(Batch *batch, const Tried *tried, floats scale,
     for (int g = 0; g < groups; ++g) {
         for (int k = 0; k < LANES; ++k) {
             const int n = each * k + winner[k];
-            batch->point[g][k] = winner[k] < 0 ? (all_groups ? OFF_GRID : 0) : tried->point[g][n / LANES][n % LANES];
+            batch->point[g][k] = winner[k] < 0 ? (all_groups ? OFF_GRID : 0) : tried->at[n / LANES].point[g][n % LANES];
         }
         if (all_groups) batch->point[g] |= OFF_GRID;
         off |= batch->point[g];
@@ -357,11 +380,12 @@ static inline void choose_scales(Batch *batch, const Tried *tried, floats scale,
     floats sum_qx = all(0), sum_q2 = all(0);
     for (int g = 0; g < groups; ++g) {
         floats cost[COSTS];
-        ints unsure;
-        const ints points = round_off(scale, 1 / scale, batch->x + EIGHT * g, batch->root + EIGHT * g, cost, &unsure);
+        ints sure;
+        const ints points = round_off(1 / scale, batch->x + EIGHT * g, &sure), again = off & batch->point[g] & OFF_GRID;
+        sure &= usual(scale);
+        weigh_levels(cost, scale, batch->x + EIGHT * g, batch->root + EIGHT * g);
         for (int k = 0; k < LANES; ++k)
-            if (off[k] && batch->point[g][k] & OFF_GRID)
-                batch->point[g][k] = search_one(table, points[k], unsure[k], cost, k);
+            if (again[k]) batch->point[g][k] = search_one(table, (sure[k] ? table->near : table->whole)[points[k]], cost, k);
         add_fit(batch->x + EIGHT * g, batch->w + EIGHT * g, batch->point[g], &sum_qx, &sum_q2);
     }
     scale = pick(off & (sum_q2 > 0), sum_qx / sum_q2, scale);
@@ -450,7 +474,7 @@ static inline void quantize(Batch *batch, Tried *tried, const Table *table, cons
 // was not built.
 #define KERNEL(name, Block, table, sub, even, tiny, factor, write)                                                    \
     size_t quantize_##name(const float *rows, void *out, int64_t n_rows, int64_t n_per_row, const float *weights) {   \
-        const int64_t blocks = table.lists ? n_rows * n_per_row / SUPER : 0, together = LANES * sub / SUPER;          \
+        const int64_t blocks = table.places ? n_rows * n_per_row / SUPER : 0, together = LANES * sub / SUPER;          \
         Batch batch;                                                                                                  \
         Tried tried;                                                                                                  \
         for (int64_t first = 0; first < blocks; first += together) {                                                  \
