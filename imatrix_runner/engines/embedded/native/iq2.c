@@ -265,21 +265,23 @@ static inline ints search(const Table *table, const List list, const floats *cos
     return best | OFF_GRID;
 }
 
-// The same for one lane.
+// The same for one lane. The bits of numbers >= 0 order as the numbers do: with the place in the list below them there is nothing to
+// branch on.
 static inline int search_one(const Table *table, const List list, const floats *cost, int k) {
     if (!list.count) return table->grid[list.first].point;
     const uint16_t *places = table->places + list.first;
-    float least = FLT_MAX;
-    int best = table->grid[places[0]].point;
+    uint64_t least = UINT64_MAX;
     for (int j = 0; j < list.count; ++j) {
         const Point *near = &table->grid[places[j]];
-        float sum = cost[near->cost[0]][k];
+        float sum = 0.f + cost[near->cost[0]][k];
+        uint32_t bits;
 #pragma GCC unroll 8
         for (int i = 1; i < EIGHT - 1; ++i) sum += cost[near->cost[i]][k];
-        best = sum < least ? near->point : best;
-        least = sum < least ? sum : least;
+        memcpy(&bits, &sum, sizeof bits);
+        const uint64_t key = (uint64_t)bits << 32 | j;
+        least = key < least ? key : least;
     }
-    return best;
+    return table->grid[places[(uint32_t)least]].point;
 }
 
 static inline void add_fit(const floats *x, const floats *w, const ints point, floats *sum_qx, floats *sum_q2) {
@@ -360,8 +362,8 @@ static inline void choose_scales(Batch *batch, const Tried *tried, floats scale,
     for (int n = 0; n <= 2 * reach; ++n) {
         floats qx, q2;
         for (int k = 0; k < LANES; ++k) {
-            qx[k] = tried->sum_qx[(each * k + n) / LANES][(each * k + n) % LANES];
-            q2[k] = tried->sum_q2[(each * k + n) / LANES][(each * k + n) % LANES];
+            qx[k] = ((const float *)tried->sum_qx)[each * k + n];
+            q2[k] = ((const float *)tried->sum_q2)[each * k + n];
         }
         const ints better = (q2 > 0) & (qx * qx > best * q2);
         scale = pick(better, qx / q2, scale);
