@@ -9,8 +9,6 @@ from pathlib import Path
 import msgspec
 
 from imatrix_runner.engines.base import Donor, PassLevel, QuantizeJob, TensorTarget
-from imatrix_runner.models.gguf_file import GgufHeader
-from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.recipe import Recipe
 
 DEFAULT_BUFFER_MIB = 1024
@@ -27,11 +25,6 @@ def pass_level(name: str, recipe: Recipe, job: QuantizeJob, inputs: Mapping[str,
     tensors = tuple(TensorTarget(tensor.name, tensor.original, tensor.type) for tensor in recipe.tensors)
     imatrix = job.imatrix.name if job.imatrix is not None else ""
     return PassLevel(name, job, tensors, _digest([dict(inputs), imatrix, tensors]))
-
-
-def can_pass(level: Level, header: GgufHeader) -> bool:
-    """Whether a pass can write a level. Not a copy of a model that does not say its file type: llama.cpp guesses it then."""
-    return level.ftype.upper() != "COPY" or header.integer("general.file_type") is not None
 
 
 def buffer_bytes(max_buffer_size: int | None) -> int:

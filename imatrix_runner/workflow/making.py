@@ -33,7 +33,7 @@ from imatrix_runner.journal import Output, Record, outputs_intact
 from imatrix_runner.quantize.recipe import NEVER_WEIGHED, Weights, buffer_bytes
 from imatrix_runner.quantize.resolve import Resolved
 from imatrix_runner.quantize.single_pass import buffer_bytes as pass_buffer
-from imatrix_runner.quantize.single_pass import can_pass, donor, lineage, pass_level
+from imatrix_runner.quantize.single_pass import donor, lineage, pass_level
 from imatrix_runner.quantize.verify import verify_output
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import LevelStep, facts_of, order_levels, plan_jobs
@@ -106,7 +106,7 @@ class LevelMaker:
     def run(self, steps: Sequence[LevelStep]) -> MadeLevels:
         """Make the levels. A failed one does not stop the others; a full disk, a changed model or a stop ends them all, and
         leaves what the next run can continue."""
-        together = [step for step in steps if self._can_pass(step)]
+        together = [step for step in steps if self.session.engine_for(step.level.name).one_pass is not None]
         alone = [step for step in steps if step not in together]
         results: list[LevelResult] = []
         passes: list[PassFigures] = []
@@ -121,10 +121,6 @@ class LevelMaker:
             self._free_others(together)  # what a program wrote half cannot be continued
         shutil.rmtree(self.session.workspace.partial, ignore_errors=True)
         return MadeLevels(tuple(results), tuple(passes))
-
-    def _can_pass(self, step: LevelStep) -> bool:
-        engine = self.session.engine_for(step.level.name)
-        return engine.one_pass is not None and can_pass(step.level, self.frozen.model.header)
 
     def _groups(self, steps: Sequence[LevelStep]) -> Iterator[Sequence[LevelStep]]:
         """The passes: one with all levels, or one for each, the smallest first, so that most are made when space runs out.

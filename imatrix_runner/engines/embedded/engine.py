@@ -135,8 +135,27 @@ class EmbeddedEngine:
         return self._single_pass
 
     def _single_pass(self, job: PassJob, sink: Sink) -> tuple[tuple[PassedLevel, ...], PassFigures]:
-        """Make all levels of a job at once, beside their ledgers. A stop leaves what can be continued."""
-        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
+        """Make all levels of a job at once, beside their ledgers. A stop leaves what can be continued; a level on which the
+        library gives up (and takes the worker with it) does not take the others with it."""
+        spoiled: dict[str, PassedLevel] = {}
+        while levels := tuple(level for level in job.levels if level.name not in spoiled):
+            answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
+            try:
+                self._pass(replace(job, levels=levels), answers)
+            except RunnerError:
+                lost = {level.name: level for level in answers.passed if level.why}
+                if answers.failed is not None or not lost:
+                    raise
+                spoiled |= lost
+                continue
+            told = {level.name: level for level in answers.passed} | spoiled
+            if len(answers.figures) != 1 or told.keys() != {level.name for level in job.levels}:
+                why = f"{len(told)} of {len(job.levels)} levels"
+                raise EngineError("The worker ended without an answer", why, "Report it; use --engine binaries.")
+            return tuple(told[level.name] for level in job.levels), answers.figures[0]
+        return tuple(spoiled[level.name] for level in job.levels), PassFigures(0, 0, (), 0, 0, 0, 0, 0)
+
+    def _pass(self, job: PassJob, answers: _Answers) -> None:
         request = protocol.Pass(
             job.step,
             job.sources,
@@ -150,16 +169,6 @@ class EmbeddedEngine:
         )
         writes = job.levels[0].job.out
         self._ask(request, answers, job.log, "The levels could not be made", writes=writes, enough=threading.Event())
-        passed = [answer for answer in answers.in_order((protocol.Passed,)) if isinstance(answer, protocol.Passed)]
-        levels = tuple(answer.level for answer in passed if answer.level is not None)
-        figures = [answer.figures for answer in passed if answer.figures is not None]
-        if len(figures) != 1 or [level.name for level in levels] != [level.name for level in job.levels]:
-            raise EngineError(
-                "The worker ended without an answer",
-                f"{len(levels)} of {len(job.levels)} levels",
-                "Report it; use --engine binaries.",
-            )
-        return levels, figures[0]
 
     def _native(self) -> Native | None:
         if self._cache is None:
@@ -241,6 +250,15 @@ class _Answers:
     def in_order(self, kinds: tuple[type[protocol.Answer], ...]) -> list[protocol.Answer]:
         """The answers of some kinds, as they came."""
         return [answer for answer in self._kept if isinstance(answer, kinds)]
+
+    @property
+    def passed(self) -> list[PassedLevel]:
+        """The levels of a pass that it told of."""
+        return [answer.level for answer in self._kept if isinstance(answer, protocol.Passed) and answer.level is not None]
+
+    @property
+    def figures(self) -> list[PassFigures]:
+        return [answer.figures for answer in self._kept if isinstance(answer, protocol.Passed) and answer.figures is not None]
 
     def only(self, kind: type[protocol.AnswerT]) -> protocol.AnswerT:
         """The one answer of a kind that the worker owes."""

@@ -10,8 +10,13 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from imatrix_runner.engines.embedded.library import Library
 from imatrix_runner.engines.embedded.refusal import Refusal
+
+Floats = npt.NDArray[np.float32]
 
 _POINTER, _I64 = ctypes.c_void_p, ctypes.c_int64
 _TO_FLOAT = ctypes.CFUNCTYPE(None, _POINTER, _POINTER, _I64)
@@ -36,6 +41,20 @@ class _Traits(ctypes.Structure):
         ("to_float", _POINTER),
         ("from_float_ref", _POINTER),
     )
+
+
+MOST, MOST_WEIGHT = 1e8, 1e12
+
+
+def is_wild(numbers: Floats) -> bool:
+    """Whether a search over these numbers could overflow: ggml may then give up with an assertion where other code would go on.
+    No model that works has such numbers."""
+    return max(float(numbers.max(initial=0)), -float(numbers.min(initial=0))) > MOST
+
+
+def are_wild_weights(weights: Floats) -> bool:
+    """The same of weights, which must not be negative either."""
+    return not 0 <= float(weights.min(initial=0)) <= float(weights.max(initial=0)) <= MOST_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -101,12 +120,21 @@ class Kernels:
             self._wide[kind.number] = function
         function(source, target, count)
 
-    def quantize(self, kind: Type, source: int, target: int, rows: int, n_per_row: int, weights: int | None) -> None:
-        """``rows`` rows of float32; ``weights``: one float32 for every column, or None."""
-        if ours := self._ours.get((kind.number, weights is not None)):
+    def quantize(
+        self, kind: Type, source: int, target: int, rows: int, n_per_row: int, weights: int | None, *, wild: bool = False
+    ) -> None:
+        """``rows`` rows of float32; ``weights``: one float32 for every column, or None. ``wild``: they are such that ggml's own
+        functions must decide."""
+        ours = self._ours.get((kind.number, weights is not None))
+        if ours is not None and not wild:
             ours(source, target, rows, n_per_row, weights)
-            return
-        self._quantize(kind.number, source, target, 0, rows, n_per_row, weights)
+        else:
+            self._quantize(kind.number, source, target, 0, rows, n_per_row, weights)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether any type is quantised by another function than ggml's."""
+        return bool(self._ours)
 
     def replace(self, kind: Type, function: Any, *, weighted: bool) -> None:
         """Quantise to ``kind`` with another function from now on, which gives the same bytes."""

@@ -60,7 +60,7 @@ def quantize(request: Quantize, tell: Callable[[Answer], None]) -> None:
         weights = chosen_weights(request.imatrix, request.options)
         call = _Call.of(library, request, kind, weights)
     except NotAccepted as refused:
-        _say(f"{refused}\n")
+        say(f"{refused}\n")
         raise Refusal.failed(what, str(refused)) from refused
     except RunnerError as error:
         raise Refusal(error.what, error.why, error.todo, error.exit_code) from error
@@ -69,18 +69,18 @@ def quantize(request: Quantize, tell: Callable[[Answer], None]) -> None:
 
     def aborting(message: bytes) -> None:
         """What llama.cpp takes for impossible; the process ends when this returns, and without a debugger's view of it."""
-        _write(message + b"\n")
+        write(message + b"\n")
         if _WITHOUT_WEIGHTS in message:
             # A low-bit type for the embeddings or the output, which llama.cpp does not check as it does other tensors.
             words = f"Missing importance matrix for tensor {log.output.tensor} in a very low-bit quantization"
-            _say(f"{words}\n")
+            say(f"{words}\n")
             refusal = Refusal.failed(what, words)
             tell(refusal.answer)
             os._exit(refusal.answer.exit_code)
 
-    _on_abort(library, aborting)
+    on_abort(library, aborting)
     if call.run(library, log):
-        _say(f"llama_quantize: failed to quantize model from '{request.source}'\n")
+        say(f"llama_quantize: failed to quantize model from '{request.source}'\n")
         raise Refusal.failed(what, log.failure)
     output = log.output
     if request.dry_run:
@@ -90,7 +90,7 @@ def quantize(request: Quantize, tell: Callable[[Answer], None]) -> None:
         tell(Written(tuple(output.fallbacks), tuple(output.without_weights)))
 
 
-def _on_abort(library: Library, heard: Callable[[bytes], None]) -> None:
+def on_abort(library: Library, heard: Callable[[bytes], None]) -> None:
     """Have ``heard`` called, in whatever thread it happens, before ggml aborts the process."""
     callback = _ABORT_CALLBACK(heard)
     _kept_alive.append(callback)
@@ -274,7 +274,7 @@ class _Log:
             self.error = self.error or error
 
     def _follow(self, text: bytes) -> None:
-        _write(text)
+        write(text)
         said = text.decode("utf-8", "replace")
         _, failed, why = said.partition("failed to quantize: ")
         if failed:
@@ -287,17 +287,17 @@ class _Log:
 def _announce(request: Quantize, kind: QuantType, call: _Call, weights: Weights | None) -> None:
     """For the log: what llama-quantize says before it begins."""
     if weights is not None:
-        _say(f"prepare_imatrix: have {len(weights.values)} importance matrix entries\n")
+        say(f"prepare_imatrix: have {len(weights.values)} importance matrix entries\n")
     doing = "calculating quantization size for" if request.dry_run else "quantizing"
     to = "" if request.dry_run else f" to '{os.fsdecode(call.out)}'"
     threads = f" using {request.threads} threads" if request.threads else ""
-    _say(f"llama_quantize: {doing} '{request.source}'{to} as {kind.name}{threads}\n")
+    say(f"llama_quantize: {doing} '{request.source}'{to} as {kind.name}{threads}\n")
 
 
-def _say(text: str) -> None:
-    _write(text.encode("utf-8", "replace"))
+def say(text: str) -> None:
+    write(text.encode("utf-8", "replace"))
 
 
-def _write(data: bytes) -> None:
+def write(data: bytes) -> None:
     while data:
         data = data[os.write(2, data) :]

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from imatrix_runner.engines.base import PassedLevel, PassFigures, PassLevel, TypeCost
 from imatrix_runner.engines.embedded import ledger, quantizing
@@ -22,11 +22,11 @@ from imatrix_runner.engines.embedded.overrides import NotAccepted, imatrix_overr
 from imatrix_runner.engines.embedded.protocol import Answer, Pass, Passed
 from imatrix_runner.engines.embedded.refusal import Refusal
 from imatrix_runner.engines.embedded.session import usable_cpus
-from imatrix_runner.engines.embedded.slabs import SLAB, Slabs, Spent, Worker, combine
+from imatrix_runner.engines.embedded.slabs import SLAB, Doing, Slabs, Spent, Worker, combine
 from imatrix_runner.engines.embedded.stdin import Stop
 from imatrix_runner.engines.embedded.weights import Values, Weights
 from imatrix_runner.engines.embedded.workload import Copies, Work, plan_work
-from imatrix_runner.errors import RunnerError, from_os_error
+from imatrix_runner.errors import EngineError, RunnerError, from_os_error
 from imatrix_runner.events import Progress
 
 _SYNC_SECONDS = 1.0
@@ -42,6 +42,7 @@ def single_pass(request: Pass, tell: Callable[[Answer], None]) -> None:
         with ExitStack() as stack:
             _Pass.of(request, tell, stack).run()
     except NotAccepted as refused:
+        quantizing.say(f"{refused}\n")  # the parent explains it as it does llama-quantize's own words
         raise Refusal.failed("llama.cpp does not accept an option", str(refused)) from refused
     except RunnerError as error:
         raise Refusal(error.what, error.why, error.todo, error.exit_code) from error
@@ -61,6 +62,7 @@ class _Pass:
     threads: int
     tell: Callable[[Answer], None]
     stop: Stop
+    doing: Doing = field(default_factory=dict)
 
     @classmethod
     def of(cls, request: Pass, tell: Callable[[Answer], None], stack: ExitStack) -> _Pass:
@@ -92,7 +94,9 @@ class _Pass:
             copies.add_output(output)
         values: Mapping[bytes, Values] = weights.values if weights is not None else {}
         works = plan_work(source, outputs, values, copies, kernels, slab)
-        return cls(request, source, outputs, works, kernels, weights, threads, tell, Stop())
+        job = cls(request, source, outputs, works, kernels, weights, threads, tell, Stop())
+        quantizing.on_abort(library, job.aborting)
+        return job
 
     def run(self) -> None:
         began = time.monotonic()
@@ -114,6 +118,19 @@ class _Pass:
         seconds = time.monotonic() - began
         # Only now: what was to be copied and could not be was computed.
         self.tell(Passed(None, _figures(seconds, self.threads, tables, spent, _pairs(self.works))))
+
+    def aborting(self, message: bytes) -> None:
+        """An assertion of ggml failed, and the process ends when this returns: say which levels it concerns. The others go on
+        in another worker, from their ledgers."""
+        quantizing.write(message + b"\n")
+        doing = self.doing.get(threading.get_ident())
+        if doing is None:
+            return
+        work, part = doing
+        why = f"ggml gave up on it as {part.kind.name}: {message.decode('utf-8', 'replace').strip().rpartition(': ')[2]}"
+        for output, _ in part.alive:
+            self.tell(Passed(PassedLevel(output.level.name, work.name, why)))
+        os._exit(EngineError.exit_code)
 
     def _over(self) -> bool:
         return self.stop.requested or all(output.spoiled is not None for output in self.outputs)
@@ -152,7 +169,7 @@ class _Round:
         self._progress = _Progress(job, works)
 
     def run(self, spent: Spent) -> list[Work]:
-        workers = [Worker(self._job.source, self._works, self._job.kernels) for _ in range(self._job.threads)]
+        workers = [Worker(self._job.source, self._works, self._job.kernels, self._job.doing) for _ in range(self._job.threads)]
         threads = [threading.Thread(target=self._serve, args=(worker,)) for worker in workers]
         for thread in threads:
             thread.start()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from imatrix_runner.engines.embedded.headers import Source
-from imatrix_runner.engines.embedded.kernels import Kernels
+from imatrix_runner.engines.embedded.kernels import Kernels, is_wild
 from imatrix_runner.engines.embedded.workload import Part, Work
 
 SLAB = 1 << 18
@@ -60,17 +60,22 @@ class Slabs:
             return None if self._stopped() else next(self._slabs, None)
 
 
+Doing = dict[int, tuple[Work, Part]]
+"""Thread -> what it quantises at the moment: for whoever hears that ggml is about to abort the process."""
+
+
 class Worker:
     """One thread's memory, files and times. The memory is as large as the largest slab of ``works`` needs."""
 
-    def __init__(self, source: Source, works: Sequence[Work], kernels: Kernels) -> None:
-        self._source, self._kernels = source, kernels
+    def __init__(self, source: Source, works: Sequence[Work], kernels: Kernels, doing: Doing) -> None:
+        self._source, self._kernels, self._doing = source, kernels, doing
         self.spent = Spent()
         rows = {work.name: min(work.rows, work.tensor.rows) for work in works}
         self._raw = memory(max((rows[w.name] * w.tensor.kind.row_bytes(w.tensor.n_per_row) for w in works), default=0))
         self._wide = memory(4 * max((rows[w.name] * w.tensor.n_per_row for w in works), default=0))
         sizes = [rows[w.name] * part.kind.row_bytes(w.tensor.n_per_row) for w in works for part in w.parts]
         self._out = memory(max(sizes, default=0))
+        self._numbers, self._wild = self._wide, False
         self._files: dict[Path, FileIO] = {}
 
     def close(self) -> None:
@@ -84,10 +89,8 @@ class Worker:
             for part in work.parts:
                 _spoil(part, work.name, "the model has NaN or infinite numbers there")
             return
-        if any(part.alive and work.computes(part) for part in work.parts) and work.tensor.kind.name != "f32":
-            began = time.perf_counter()
-            self._kernels.widen(work.tensor.kind, address(self._raw), address(self._wide), count * work.tensor.n_per_row)
-            self.spent.widening += time.perf_counter() - began
+        if any(part.alive and work.computes(part) for part in work.parts):
+            self._widen(work, count)
         for part in work.parts:
             if alive := part.alive:
                 data = self._make(work, part, first, count)
@@ -112,6 +115,17 @@ class Worker:
         self.spent.reading += read - began
         self.spent.checking += time.perf_counter() - read
         return valid
+
+    def _widen(self, work: Work, count: int) -> None:
+        """The slab as float32, in ``_numbers``; and whether our own kernels may have it."""
+        n_elements = count * work.tensor.n_per_row
+        began = time.perf_counter()
+        self._numbers = self._raw
+        if work.tensor.kind.name != "f32":
+            self._kernels.widen(work.tensor.kind, address(self._raw), address(self._wide), n_elements)
+            self._numbers = self._wide
+        self._wild = self._kernels.has_own and is_wild(self._numbers[: 4 * n_elements].view(np.float32))
+        self.spent.widening += time.perf_counter() - began
 
     def _fill(self, buffer: Any, path: Path, offset: int, size: int) -> None:
         file = self._files.get(path)
@@ -143,16 +157,18 @@ class Worker:
 
     def _quantise(self, work: Work, part: Part, first: int, count: int) -> None:
         n_per_row, per_expert = work.tensor.n_per_row, work.tensor.rows_per_expert
-        source = address(self._raw if work.tensor.kind.name == "f32" else self._wide)
-        target, row_bytes = address(self._out), part.kind.row_bytes(n_per_row)
         values = work.weights() if part.weighted else None
+        wild = self._wild or (values is not None and work.wild_weights)
+        source, target, row_bytes = address(self._numbers), address(self._out), part.kind.row_bytes(n_per_row)
+        self._doing[threading.get_ident()] = (work, part)
         row = 0
         while row < count:
             # Each expert has its own weights.
             expert, inside = divmod(first + row, per_expert)
             rows = count if values is None else min(count - row, per_expert - inside)
             weights = None if values is None else address(values) + 4 * expert * n_per_row
-            self._kernels.quantize(part.kind, source + 4 * row * n_per_row, target + row * row_bytes, rows, n_per_row, weights)
+            into = target + row * row_bytes
+            self._kernels.quantize(part.kind, source + 4 * row * n_per_row, into, rows, n_per_row, weights, wild=wild)
             row += rows
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from imatrix_runner.engines.base import Donor
 from imatrix_runner.engines.embedded import ledger
 from imatrix_runner.engines.embedded.headers import Place, Source, SourceTensor
-from imatrix_runner.engines.embedded.kernels import Kernels, Type
+from imatrix_runner.engines.embedded.kernels import Kernels, Type, are_wild_weights
 from imatrix_runner.engines.embedded.outputs import Output
 from imatrix_runner.engines.embedded.weights import Values
 from imatrix_runner.models.ggml_types import IGNORE_WEIGHTS
@@ -63,6 +63,7 @@ class Work:
     rows: int
     read_weights: Callable[[], Values]
     left: int = 0
+    wild_weights: bool = False
     _weights: Values | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -74,6 +75,7 @@ class Work:
         with self._lock:
             if self._weights is None:
                 self._weights = self.read_weights()
+                self.wild_weights = are_wild_weights(self._weights)
             return self._weights
 
     def slab_done(self) -> bool:
@@ -150,6 +152,8 @@ def _impossible(name: str, tensor: SourceTensor, kind: Type, given: Values | Non
         return ""
     if tensor.kind.is_quantised and not output.level.job.options.allow_requantize:
         return f"requantizing from type {tensor.kind.name} is disabled"
+    if len(tensor.shape) > 3 and tensor.shape[3] > 1:
+        return "it has four dimensions"  # of which llama-quantize forgets the last, and then aborts
     if not kernels.can_widen(tensor.kind):
         return f"cannot dequantize/convert tensor type {tensor.kind.name}"
     unfit = given is not None and given.size != _weights_wanted(tensor)

@@ -49,6 +49,7 @@ static inline int beaten(const uint8_t *farther, const uint8_t *nearer, const ui
 // Lists of the points at the `wanted` least distances that occur; of equally distant ones the first of the grid comes first.
 static int build(Table *table, const int size, const int wanted, const uint8_t *levels) {
     enum { FARTHEST = EIGHT * (LEVELS - 1) * (LEVELS - 1) };
+    if (table->places) return 0;
     for (int j = 0; j < size; ++j) {
         Point *point = &table->grid[j];
         const uint8_t *own = levels + EIGHT * j;
@@ -60,13 +61,14 @@ static int build(Table *table, const int size, const int wanted, const uint8_t *
             if (i > 1) point->cost[i - 1] = LEVELS * LEVELS + LEVELS * (i - 2) + own[i];
         }
     }
-    // The short lists lie together, before the others.
-    int32_t used = 0, used_near = 0;
-    uint16_t *places = malloc(sizeof *places * POINTS * size), *near = malloc(sizeof *near * POINTS * size);
-    for (int point = 0; places && near && point < POINTS; ++point) {
+    // The short lists lie together, the others behind them. Room for the longest there could be: what is not used is not touched.
+    int32_t used_near = 0, used = POINTS * size;
+    uint16_t *places = malloc(2 * sizeof *places * used);
+    if (!places) return 1;
+    for (int point = 0; point < POINTS; ++point) {
         uint8_t sought[EIGHT];
         int16_t at[FARTHEST + 1], after[MOST_POINTS];  // the first grid point at a distance, and the next as far as this one
-        List *all = &table->whole[point], *few = &table->near[point];
+        List *whole = &table->whole[point], *near = &table->near[point];
         for (int i = 0, rest = point; i < EIGHT; ++i, rest /= LEVELS) sought[i] = rest % LEVELS;
         memset(at, -1, sizeof at);
         for (int j = size - 1; j >= 0; --j) {
@@ -75,39 +77,30 @@ static int build(Table *table, const int size, const int wanted, const uint8_t *
             after[j] = at[far];
             at[far] = j;
         }
-        *all = *few = (List){at[0], 0};
+        *whole = *near = (List){at[0], 0};
         if (at[0] >= 0) continue;
-        *all = (List){used, 0};
-        *few = (List){used_near, 0};
+        *whole = (List){used, 0};
+        *near = (List){used_near, 0};
         for (int far = 1, have = 0; have < wanted && far <= FARTHEST; ++far) {
             have += at[far] >= 0;
             for (int j = at[far]; j >= 0; j = after[j]) {
                 int lost = 0;
-                for (int k = few->first; k < used_near && !lost; ++k)
-                    lost = beaten(levels + EIGHT * j, levels + EIGHT * near[k], sought);
-                if (!lost) near[used_near++] = j;
+                for (int k = near->first; k < used_near && !lost; ++k)
+                    lost = beaten(levels + EIGHT * j, levels + EIGHT * places[k], sought);
+                if (!lost) places[used_near++] = j;
                 places[used++] = j;
             }
         }
-        all->count = used - all->first;
-        few->count = used_near - few->first;
+        whole->count = used - whole->first;
+        near->count = used_near - near->first;
     }
-    uint16_t *joined = places && near ? malloc(sizeof *joined * (used_near + used)) : NULL;
     // What is all zero becomes the lowest point.
-    const int usable = joined && !table->near[0].count;
-    if (usable) {
-        memcpy(joined, near, sizeof *joined * used_near);
-        memcpy(joined + used_near, places, sizeof *joined * used);
-        for (int point = 0; point < POINTS; ++point)
-            if (table->whole[point].count) table->whole[point].first += used_near;
-        free(table->places);
-        table->places = joined;
-    } else {
-        free(joined);
+    if (table->near[0].count) {
+        free(places);
+        return 1;
     }
-    free(places);
-    free(near);
-    return !usable;
+    table->places = places;
+    return 0;
 }
 
 // To be called before a type is quantised, with the levels (0 to 2, eight per point) of the library's own grid: of the 256 points
