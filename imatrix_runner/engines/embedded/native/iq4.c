@@ -1,4 +1,4 @@
-// IQ4_XS and IQ4_NL, sixteen super-blocks or blocks side by side: one in each lane of a vector, as in kquants.c.
+// IQ4_XS and IQ4_NL, several super-blocks or blocks side by side: one in each lane of a vector, as in kquants.c.
 
 #include "fits.h"
 

@@ -1,4 +1,4 @@
-// K-quants, sixteen super-blocks side by side: one in each lane of a vector.
+// K-quants, several super-blocks side by side: one in each lane of a vector.
 //
 // Every lane does the operations of ggml's scalar search in their order, each rounded on its own (no fused multiply-add), so the
 // results are the same to the bit; whoever loads this proves it against the library in use before relying on it. What is searched

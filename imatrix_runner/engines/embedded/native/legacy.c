@@ -1,4 +1,4 @@
-// Q4_0, Q4_1, Q5_0 and Q5_1 with weights, sixteen blocks side by side: one in each lane of a vector, as in kquants.c.
+// Q4_0, Q4_1, Q5_0 and Q5_1 with weights, several blocks side by side: one in each lane of a vector, as in kquants.c.
 
 #include "fits.h"
 
@@ -57,7 +57,7 @@ static inline void write_q5_1(BlockQ5_1 *block, const Fit *fit, int k) {
     pack(block->qs, fit, k);
 }
 
-// The mean square of every row, of sixteen rows at a time: each is summed in its order.
+// The mean square of every row, of LANES rows at a time: each is summed in its order.
 static inline void mean_squares(float *means, const float *rows, int64_t n_rows, int64_t n_per_row) {
     for (int k = 0; k < LANES; ++k) means[k] = 0;
     for (int64_t i = 0; i < n_per_row; ++i)
@@ -68,7 +68,7 @@ static inline void mean_squares(float *means, const float *rows, int64_t n_rows,
     for (int k = 0; k < LANES; ++k) means[k] /= (float)n_per_row;
 }
 
-// size_t quantize_TYPE(rows, out, number of rows, numbers per row, weights), as in kquants.c. Sixteen rows at a time: their
+// size_t quantize_TYPE(rows, out, number of rows, numbers per row, weights), as in kquants.c. LANES rows at a time: their
 // spreads with a row in a lane, then their blocks with a block in a lane.
 #define KERNEL(name, Block, search, nmax)                                                                             \
     size_t quantize_##name(const float *rows, void *out, int64_t n_rows, int64_t n_per_row, const float *weights) {   \
