@@ -1,9 +1,9 @@
-// IQ2_XXS, IQ2_XS and IQ2_S: the candidate scales of sixteen sub-blocks side by side, one in each lane of a vector.
+// IQ2_XXS, IQ2_XS and IQ2_S: a sub-block's candidate scales side by side, one in each lane of a vector.
 //
-// Per sub-block ggml tries 13 (IQ2_XXS) or 19 scales. For each it rounds groups of eight numbers to a point of three levels a number,
-// and takes, where that point is not on the type's grid, the nearest of the grid's points close by. Along the scales the rounded
-// point changes but rarely: the lanes that share one go through its neighbours together, and what a level costs in a lane is
-// computed once. And most neighbours need no look at all, see `beaten`. Every number goes through ggml's operations in their
+// Per sub-block ggml tries 13 (IQ2_XXS) or 19 scales. For each it rounds groups of eight numbers to a point of three levels a
+// number, and takes, where that point is not on the type's grid, the nearest of the grid's points close by. Along the scales the
+// rounded point changes but rarely: the lanes that share one go through its neighbours together, and what a level costs in a lane
+// is computed once. And most neighbours need no look at all, see `beaten`. Every number goes through ggml's operations in their
 // order, each rounded on its own, so the results are the same to the bit; whoever loads this proves it against the library in use
 // before relying on it. What is searched and how blocks are laid out: ggml/src/ggml-quants.c and ggml-common.h of llama.cpp.
 
@@ -14,8 +14,8 @@
 
 enum { EIGHT = 8, LEVELS = 3, POINTS = 6561, OFF_GRID = 1 << 30 };
 
-// A point of the grid: two bits per level and from bit 16 on its index. And where what its levels cost lies: the first two's sum, then
-// one after the other.
+// A point of the grid: two bits per level and from bit 16 on its index. And where what its levels cost lies: the first two's sum,
+// then one after the other.
 typedef struct {
     int32_t point;
     uint8_t cost[EIGHT - 1];
@@ -23,11 +23,11 @@ typedef struct {
 
 enum { COSTS = LEVELS * LEVELS + LEVELS * (EIGHT - 2), MOST_POINTS = 1024 };
 
-// The grid, and for each point sought, its levels the digits to base three, a list of the grid's points next to it, nearest first:
-// all of them, and those that can be best when no number is on the border between two levels. What is on the grid itself has
-// no list but its index.
+// Places in the grid; of what is on the grid itself that place alone, and no count.
 typedef struct { int32_t first, count; } List;
 
+// For each point sought, its levels the digits to base three, the grid's points next to it, nearest first: the whole list, and
+// those that can be best when no number is near the border of two levels.
 typedef struct {
     List near[POINTS], whole[POINTS];
     Point grid[MOST_POINTS];
@@ -112,14 +112,23 @@ int imatrix_runner_iq2_tables(int which, const uint8_t *levels) {
                            : 1;
 }
 
-// Sixteen sub-blocks of `sub` numbers, one in each lane: one super-block's, or two's where they are of 32 numbers. The numbers'
-// sizes, weights and the weights' roots; and what was chosen: scale, and for each eight numbers point and signs.
-enum { MOST = 32, MOST_GROUPS = MOST / EIGHT, MOST_TRIES = 19 };
+// Sub-blocks of `sub` numbers, one in each lane. The numbers' sizes, weights and the weights' roots; and what was chosen: scale, and
+// for each eight numbers point and signs. `none` where nothing is: all is zero.
+enum { MOST = 32, MOST_GROUPS = MOST / EIGHT, MOST_TRIES = 19, BATCHES = 16 / LANES };
 
 typedef struct {
     floats x[MOST], w[MOST], root[MOST], max, scale;
     ints signs[MOST_GROUPS], point[MOST_GROUPS], none;
 } Batch;
+
+// Super-blocks that go together: one, or two where their sub-blocks fit in one vector.
+typedef struct {
+    const float *x[2], *weights[2];
+    float spread[2];
+    Batch batches[BATCHES];
+} Supers;
+
+static inline int in_unit(const int sub) { return LANES * sub > SUPER ? 2 : 1; }
 
 // A vector of candidates: lanes of sub-block `one`, then of `other`. Their scales; and for each eight numbers the points, which they
 // are, and which lists to go through.
@@ -135,8 +144,6 @@ typedef struct {
     Candidates at[MOST_TRIES];
     floats sum_qx[MOST_TRIES], sum_q2[MOST_TRIES];
 } Tried;
-
-static const ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 static inline floats greater(floats a, floats b) {
     floats result;
@@ -158,26 +165,20 @@ static inline ints to_level(ints value) {
     return result;
 }
 
-// The sub-blocks from super-block `first` on; beyond the end the last one again.
-static inline void fetch(Batch *batch, const int sub, const float *rows, const float *weights, int64_t n_per_row, int64_t first,
-                         int64_t count, const float factor) {
+// A vector of sub-blocks, the first of them the `from`th.
+static inline void fetch(Batch *batch, const Supers *supers, const int sub, const int from) {
     const int each = SUPER / sub;
     floats spread;
-    for (int s = 0; s < LANES / each; ++s) {
-        const int64_t block = first + (s < count ? s : count - 1);
-        const float *x = rows + block * SUPER, *w = weights ? weights + block * SUPER % n_per_row : NULL;
-        float squares = 0;
-        for (int i = 0; i < SUPER; ++i) squares += x[i] * x[i];
-        for (int k = each * s; k < each * (s + 1); ++k, x += sub) {
-            spread[k] = factor * squares / SUPER;
-            for (int i = 0; i < sub; ++i) batch->x[i][k] = x[i];
-            for (int i = 0; w && i < sub; ++i) batch->w[i][k] = w[i];
-            w = w ? w + sub : NULL;
-        }
+    for (int k = 0; k < LANES; ++k) {
+        const int s = (from + k) / each, place = (from + k) % each * sub;
+        const float *x = supers->x[s] + place, *w = supers->weights[s];
+        spread[k] = supers->spread[s];
+        for (int i = 0; i < sub; ++i) batch->x[i][k] = x[i];
+        for (int i = 0; w && i < sub; ++i) batch->w[i][k] = w[place + i];
     }
     for (int i = 0; i < sub; ++i) {
         const floats squared = batch->x[i] * batch->x[i];
-        batch->w[i] = weights ? batch->w[i] * root(spread + squared) : 0.25f * spread + squared;
+        batch->w[i] = supers->weights[0] ? batch->w[i] * root(spread + squared) : 0.25f * spread + squared;
         batch->root[i] = root(batch->w[i]);
     }
 }
@@ -288,16 +289,19 @@ static inline void add_fit(const floats *x, const floats *w, const ints point, f
 // How many lanes a sub-block's candidates take: at least a vector, for it to be of no more than two sub-blocks.
 static inline int places(const int reach) { return 2 * reach + 1 > LANES ? 2 * reach + 1 : LANES; }
 
-// All candidate scales of all sub-blocks: `reach` on each side of the one that takes `top` to the highest level. First all the points,
-// then what is near them: what has to be looked at then is known in advance, and the machine need not guess.
+// All candidate scales of all sub-blocks: `reach` on each side of the one that takes `top` to the highest level. First all the
+// points, then what is near them: what has to be looked at then is known in advance, and the machine need not guess.
 static inline void try_all(Tried *tried, const Batch *batch, const floats top, const int sub, const Table *table, const int reach) {
     const int each = places(reach), groups = sub / EIGHT;
     for (int c = 0; c < each; ++c) {
         Candidates *at = &tried->at[c];
         // Lanes up to a border are of one sub-block, the rest of the next.
         const int one = LANES * c / each, other = one + 1 < LANES ? one + 1 : one;
-        const ints lane = LANES * c - each * one + LANE, next = lane >= each, step = lane - (next & each) - reach;
-        const floats inverse = (5.f + real(choose(step < reach, step, whole(reach))) * 0.1f) / pick(next, all(top[other]), all(top[one]));
+        ints lane;
+        for (int k = 0; k < LANES; ++k) lane[k] = LANES * c - each * one + k;
+        const ints next = lane >= each, step = lane - (next & each) - reach;
+        const floats level = 5.f + real(choose(step < reach, step, whole(reach))) * 0.1f;
+        const floats inverse = level / pick(next, all(top[other]), all(top[one]));
         at->one = one, at->other = other;
         at->next = next;
         at->scale = 1 / inverse;
@@ -396,55 +400,61 @@ typedef struct { uint16_t d, qs[32]; } BlockIQ2XXS;
 typedef struct { uint16_t d, qs[32]; uint8_t scales[8]; } BlockIQ2XS;
 typedef struct { uint16_t d; uint8_t qs[32], signs[32], qh[8], scales[8]; } BlockIQ2S;
 
+static inline int grid_index(const Batch *batches, int g, int j) { return batches[j / LANES].point[g][j % LANES] >> 16 & 1023; }
+static inline int signs(const Batch *batches, int g, int j) { return batches[j / LANES].signs[g][j % LANES]; }
+
 // The scale that is stored, times `fudge`, and those of the `n` sub-blocks from `first` on in four bits; 0 where all are zero.
-static inline int store_scales(const Batch *batch, int first, int n, const float fudge, uint16_t *stored, int *scales) {
+static inline int store_scales(const Batch *batches, int first, int n, const float fudge, uint16_t *stored, int *scales) {
     float max = 0;
-    for (int k = 0; k < n; ++k) max = max > batch->scale[first + k] ? max : batch->scale[first + k];
+    for (int j = first; j < first + n; ++j) {
+        const float scale = batches[j / LANES].scale[j % LANES];
+        max = max > scale ? max : scale;
+    }
     if (!max) return 0;
     const float d = max / 31, inverse = 1 / d;
-    const ints all_scales = nearest(0.5f * (inverse * batch->scale - 1));
-    for (int k = 0; k < n; ++k) scales[k] = all_scales[first + k] < 0 ? 0 : all_scales[first + k] > 15 ? 15 : all_scales[first + k];
+    for (int j = first; j < first + n; ++j)
+        *scales++ = clamp(nearest(0.5f * (inverse * batches[j / LANES].scale - 1)), 0, 15)[j % LANES];
     *stored = half(d * fudge);
     return 1;
 }
 
-static inline int grid_index(const Batch *batch, int g, int k) { return batch->point[g][k] >> 16 & 1023; }
-
-static inline void write_iq2_xxs(BlockIQ2XXS *block, const Batch *batch, int s) {
+static inline void write_iq2_xxs(BlockIQ2XXS *block, const Batch *batches, int first) {
     int scales[8];
     memset(block, 0, sizeof *block);
-    if (!store_scales(batch, 8 * s, 8, 1, &block->d, scales)) return;
+    if (!store_scales(batches, first, 8, 1, &block->d, scales)) return;
     for (int j = 0; j < 8; ++j) {
         uint32_t words[2] = {0, (uint32_t)scales[j] << 28};
         for (int g = 0; g < 4; ++g) {
-            words[0] |= (uint32_t)grid_index(batch, g, 8 * s + j) << 8 * g;
-            words[1] |= (uint32_t)(batch->signs[g][8 * s + j] & 127) << 7 * g;
+            words[0] |= (uint32_t)grid_index(batches, g, first + j) << 8 * g;
+            words[1] |= (uint32_t)(signs(batches, g, first + j) & 127) << 7 * g;
         }
         memcpy(block->qs + 4 * j, words, sizeof words);
     }
 }
 
-static inline void write_iq2_xs(BlockIQ2XS *block, const Batch *batch, int s) {
+static inline void write_iq2_xs(BlockIQ2XS *block, const Batch *batches, int first) {
     int scales[16];
     memset(block, 0, sizeof *block);
-    if (!store_scales(batch, 16 * s, 16, 1, &block->d, scales)) return;
+    if (!store_scales(batches, first, 16, 1, &block->d, scales)) return;
     for (int j = 0; j < 16; ++j) {
         block->scales[j / 2] |= scales[j] << j % 2 * 4;
-        for (int g = 0; g < 2; ++g) block->qs[2 * j + g] = grid_index(batch, g, j) | (batch->signs[g][j] & 127) << 9;
+        for (int g = 0; g < 2; ++g)
+            block->qs[2 * j + g] = grid_index(batches, g, first + j) | (signs(batches, g, first + j) & 127) << 9;
     }
 }
 
-static inline void write_iq2_s(BlockIQ2S *block, const Batch *batch, int s) {
+// Indices and signs stay even where all scales are zero.
+static inline void write_iq2_s(BlockIQ2S *block, const Batch *batches, int first) {
     int scales[16] = {0};
     memset(block, 0, sizeof *block);
-    store_scales(batch, 16 * s, 16, 0.9875f, &block->d, scales);
+    store_scales(batches, first, 16, 0.9875f, &block->d, scales);
     for (int j = 0; j < 16; ++j) {
         block->scales[j / 2] |= scales[j] << j % 2 * 4;
         for (int g = 0; g < 2; ++g) {
-            const int n = 2 * j + g, index = grid_index(batch, g, j);
+            const int n = 2 * j + g, index = grid_index(batches, g, first + j);
             block->qs[n] = index & 255;
             block->qh[n / 4] |= index >> 8 << n % 4 * 2;
-            block->signs[n] = batch->signs[g][j];
+            block->signs[n] = signs(batches, g, first + j);
         }
     }
 }
@@ -465,18 +475,35 @@ static inline void quantize(Batch *batch, Tried *tried, const Table *table, cons
     choose_scales(batch, tried, scale, sub, table, reach, fitted);
 }
 
+// The super-blocks from `first` on that go together; beyond the end the last one again.
+static inline void gather(Supers *supers, const int sub, const float *rows, const float *weights, int64_t n_per_row, int64_t first,
+                          int64_t count, const float factor) {
+    for (int s = 0; s < in_unit(sub); ++s) {
+        const int64_t block = first + (s < count ? s : count - 1);
+        const float *x = rows + block * SUPER;
+        float squares = 0;
+        for (int i = 0; i < SUPER; ++i) squares += x[i] * x[i];
+        supers->x[s] = x;
+        supers->weights[s] = weights ? weights + block * SUPER % n_per_row : NULL;
+        supers->spread[s] = factor * squares / SUPER;
+    }
+}
+
 // size_t quantize_TYPE(rows, out, number of rows, numbers per row, weights): ggml's own signature. Returns 0 where the type's table
 // was not built.
 #define KERNEL(name, Block, table, sub, even, tiny, factor, write)                                                    \
     size_t quantize_##name(const float *rows, void *out, int64_t n_rows, int64_t n_per_row, const float *weights) {   \
-        const int64_t blocks = table.places ? n_rows * n_per_row / SUPER : 0, together = LANES * sub / SUPER;          \
-        Batch batch;                                                                                                  \
+        const int64_t blocks = table.places ? n_rows * n_per_row / SUPER : 0;                                         \
+        Supers supers;                                                                                                \
         Tried tried;                                                                                                  \
-        for (int64_t first = 0; first < blocks; first += together) {                                                  \
-            const int64_t count = blocks - first < together ? blocks - first : together;                              \
-            fetch(&batch, sub, rows, weights, n_per_row, first, count, factor);                                       \
-            quantize(&batch, &tried, &table, sub, even, tiny);                                                        \
-            for (int s = 0; s < count; ++s) write((Block *)out + first + s, &batch, s);                               \
+        for (int64_t first = 0; first < blocks; first += in_unit(sub)) {                                              \
+            const int64_t count = blocks - first < in_unit(sub) ? blocks - first : in_unit(sub);                      \
+            gather(&supers, sub, rows, weights, n_per_row, first, count, factor);                                     \
+            for (int b = 0; LANES * b < in_unit(sub) * SUPER / sub; ++b) {                                            \
+                fetch(&supers.batches[b], &supers, sub, LANES * b);                                                   \
+                quantize(&supers.batches[b], &tried, &table, sub, even, tiny);                                        \
+            }                                                                                                         \
+            for (int s = 0; s < count; ++s) write((Block *)out + first + s, supers.batches, SUPER / sub * s);         \
         }                                                                                                             \
         return blocks * sizeof(Block);                                                                                \
     }
