@@ -13,6 +13,7 @@ from typing import IO
 from imatrix_runner.engines.base import LEDGER_NAME, PassLevel
 from imatrix_runner.engines.embedded.headers import Layout, Place
 from imatrix_runner.engines.embedded.ledger import Entry, Head, Ledger, read
+from imatrix_runner.engines.embedded.refusal import Refusal
 
 MAGIC = b"GGUF"
 _NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -117,9 +118,12 @@ class Output:
             self.files[index].sync()
         self.ledger.append(entries)
 
-    @property
-    def complete(self) -> bool:
-        return len(self.ledger.entries) == len(self.places)
+    def finish(self) -> None:
+        """Every tensor is recorded: let the files be GGUFs."""
+        if missing := len(self.places) - len(self.ledger.entries):
+            raise Refusal.failed(f"{self.level.name} is not whole", f"{missing} tensors were not written", "Report it.")
+        for file in self.files:
+            file.finish()
 
     def close(self) -> None:
         for file in self.files:

@@ -112,8 +112,7 @@ class _Pass:
             return
         for output in self.outputs:
             if output.spoiled is None:
-                for file in output.files:
-                    file.finish()
+                output.finish()
             self.tell(Passed(self._result(output)))
         seconds = time.monotonic() - began
         # Only now: what was to be copied and could not be was computed.
@@ -163,7 +162,7 @@ class _Round:
 
     def __init__(self, job: _Pass, works: Sequence[Work], recorder: _Recorder) -> None:
         self._job, self._works, self._recorder = job, works, recorder
-        self._slabs = Slabs(works, lambda: job._over() or bool(self._errors))
+        self._slabs = Slabs(works, lambda: job._over() or bool(self._errors) or recorder.failed)
         self._errors: list[BaseException] = []
         self._again: list[Work] = []
         self._progress = _Progress(job, works)
@@ -232,6 +231,11 @@ class _Recorder:
         with self._lock:
             self._waiting.setdefault(output, []).append(entry)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the disk refused: then nothing more is recorded, and to compute more would be lost work."""
+        return self._error is not None
+
     def finish(self) -> None:
         """Everything is recorded. Raises what went wrong on the way."""
         self._end.set()
@@ -252,7 +256,7 @@ class _Recorder:
             except OSError as error:
                 self._error = error
                 return
-            pause = max(_SYNC_SECONDS, 4 * (time.monotonic() - began))  # a slow disk has better things to do
+            pause = max(_SYNC_SECONDS, 20 * (time.monotonic() - began))  # writers wait while a file is synced
 
 
 class _Progress:
