@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Ran, RunCommand, run_command
+from llama_sources import fetch_llama_models
 from llama_tools import BareTools
 from tiny_models import sample_text, write_llama_gguf
 
@@ -34,6 +35,12 @@ def toolchain() -> Toolchain:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     return resource(DEMO_MODEL)
+
+
+@pytest.fixture(scope="session")
+def llama_models() -> Path:
+    """llama.cpp's own test vocabularies (``ggml-vocab-*.gguf``) and published chat templates (``templates/*.jinja``)."""
+    return fetch_llama_models()
 
 
 @pytest.fixture(autouse=True)

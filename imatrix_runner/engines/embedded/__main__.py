@@ -17,6 +17,7 @@ from imatrix_runner.engines.embedded.protocol import (
     Probe,
     Quantize,
     Tokenize,
+    TokenizeTexts,
     decode_request,
     encode,
 )
@@ -47,6 +48,10 @@ def main() -> int:
             from imatrix_runner.engines.embedded.tokens import count
 
             count(request, tell)
+        elif isinstance(request, TokenizeTexts):
+            from imatrix_runner.engines.embedded.tokens import tokenize_texts
+
+            tokenize_texts(request, tell)
         elif isinstance(request, Collect):
             from imatrix_runner.engines.embedded.collecting import collect
 

@@ -7,10 +7,12 @@ import shlex
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from imatrix_runner.engines.base import (
     CheckJob,
@@ -43,6 +45,17 @@ _LONGEST_ARGUMENT = 30_000
 """Longer requests (many levels with many --tensor-type) go through a file: Windows takes 32767 letters, Linux 128 KiB."""
 
 _ERRORS: dict[int, type[RunnerError]] = {3: ToolchainError, 6: InvalidDataError, 8: NoSpaceError}
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Tokens of several texts, one after another: ``ids`` int32 [n], ``sizes`` int32 [n] (bytes of each token's piece),
+    ``lengths`` int64 [n_texts]; ``vocabulary`` is what the tokenizer knows of itself."""
+
+    vocabulary: protocol.Tokenized
+    ids: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
 
 
 class EmbeddedEngine:
@@ -83,6 +96,19 @@ class EmbeddedEngine:
         request = protocol.Tokenize(model.absolute(), text.absolute(), parse_special)
         self._ask(request, answers, log, f"The calibration text {text.name} could not be tokenised")
         return answers.only(protocol.Counted).n_tokens
+
+    def tokenise(self, model: Path, texts: Sequence[str], *, parse_special: bool, log: Path | None) -> Tokenised:
+        """The tokens of each text alone, without what the vocabulary adds at the ends; and what it knows of itself."""
+        with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as name:
+            folder = Path(name)
+            (folder / "texts.json").write_bytes(msgspec.json.encode(list(texts)))
+            out = folder / "tokens.npz"
+            answers = _Answers()
+            request = protocol.TokenizeTexts(model.absolute(), folder / "texts.json", out, parse_special)
+            self._ask(request, answers, log, "The texts could not be tokenised")
+            told = answers.only(protocol.Tokenized)
+            with np.load(out) as arrays:
+                return Tokenised(told, arrays["ids"], arrays["sizes"], arrays["lengths"])
 
     def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:
         enough = threading.Event()

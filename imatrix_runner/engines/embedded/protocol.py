@@ -32,6 +32,15 @@ class Tokenize(msgspec.Struct, frozen=True, tag_field="ask", tag="tokenize"):
     parse_special: bool
 
 
+class TokenizeTexts(msgspec.Struct, frozen=True, tag_field="ask", tag="tokenize-texts"):
+    """Tokenise each text of a JSON list in the file ``texts`` alone; the tokens go to ``out`` (see :mod:`.tokens`)."""
+
+    model: Path
+    texts: Path
+    out: Path
+    parse_special: bool
+
+
 class Collect(msgspec.Struct, frozen=True, tag_field="ask", tag="collect"):
     """Collect ranges of chunks, ``(first, count)`` each; see :class:`~imatrix_runner.engines.base.CollectJob`."""
 
@@ -86,7 +95,7 @@ class Check(msgspec.Struct, frozen=True, tag_field="ask", tag="check"):
     threads: int | None
 
 
-Request = Probe | Tokenize | Collect | Quantize | Plan | Pass | Check
+Request = Probe | Tokenize | TokenizeTexts | Collect | Quantize | Plan | Pass | Check
 
 
 class Proven(msgspec.Struct, frozen=True, tag_field="type", tag="proven"):
@@ -106,6 +115,16 @@ class Counted(msgspec.Struct, frozen=True, tag_field="type", tag="counted"):
     """The answer to a tokenisation."""
 
     n_tokens: int
+
+
+class Tokenized(msgspec.Struct, frozen=True, tag_field="type", tag="tokenized"):
+    """Texts are tokenised. ``special``: the vocabulary's control tokens, id -> text; ``bos`` and ``eos`` are -1 for none."""
+
+    n_vocab: int
+    special: dict[int, str]
+    bos: int
+    eos: int
+    add_bos: bool
 
 
 class Collected(msgspec.Struct, frozen=True, tag_field="type", tag="collected"):
@@ -161,9 +180,9 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     exit_code: int
 
 
-AnswerT = TypeVar("AnswerT", Counted, Planned, Written, Checked)
+AnswerT = TypeVar("AnswerT", Counted, Tokenized, Planned, Written, Checked)
 
-Answer = Proven | Counted | Collected | Planned | Written | Passed | Checked | Failed | Progress | Metric | Notice
+Answer = Proven | Counted | Tokenized | Collected | Planned | Written | Passed | Checked | Failed | Progress | Metric | Notice
 
 encode = msgspec.json.Encoder(enc_hook=str).encode
 _answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer, dec_hook=lambda kind, value: kind(value))

@@ -3,34 +3,81 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from imatrix_runner.engines.embedded.library import Library, load
-from imatrix_runner.engines.embedded.protocol import Answer, Counted, Tokenize
+from imatrix_runner.engines.embedded.protocol import Answer, Counted, Tokenize, Tokenized, TokenizeTexts
 from imatrix_runner.engines.embedded.refusal import Refusal
 
 Tokens = npt.NDArray[np.int32]
 
 
+_CONTROL = 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_CONTROL
+_NULL = -1  # llama.h, LLAMA_TOKEN_NULL
+
+
 def count(request: Tokenize, tell: Callable[[Answer], None]) -> None:
-    """Read the vocabulary only, tokenise, tell how many tokens there are."""
+    """Tokenise a text, tell how many tokens there are."""
     library = load()
+    with _open_vocabulary(library, request.model) as vocab:
+        tell(Counted(len(tokenize(library, vocab, request.text, parse_special=request.parse_special))))
+
+
+def tokenize_texts(request: TokenizeTexts, tell: Callable[[Answer], None]) -> None:
+    """Tokenise many texts, each alone and without what the vocabulary adds at the ends.
+
+    ``request.out`` becomes an ``.npz`` with ``lengths`` int64 [n_texts] (tokens of each), and for all of them one after another
+    ``ids`` int32 [n] and ``sizes`` int32 [n], the bytes of each token's piece.
+    """
+    library = load()
+    llama = library.llama
+    texts = msgspec.json.decode(request.texts.read_bytes(), type=list[str])
+    with _open_vocabulary(library, request.model) as vocab:
+        tokens = [
+            _tokenize(library, vocab, text.encode(), add_special=False, parse_special=request.parse_special) for text in texts
+        ]
+        lengths = np.array([len(each) for each in tokens], np.int64)
+        ids = np.concatenate([*tokens, np.empty(0, np.int32)]).astype(np.int32)
+        distinct, places = np.unique(ids, return_inverse=True)
+        sizes = np.array([len(_piece(library, vocab, int(token))) for token in distinct], np.int32)[places]
+        with request.out.open("wb") as handle:
+            np.savez(handle, ids=ids, sizes=sizes, lengths=lengths)
+        n_vocab = llama.llama_vocab_n_tokens(vocab)
+        control = [token for token in range(n_vocab) if llama.llama_vocab_get_attr(vocab, token) & _CONTROL]
+        special = {token: llama.llama_vocab_get_text(vocab, token).decode("utf-8", "replace") for token in control}
+        bos, eos = llama.llama_vocab_bos(vocab), llama.llama_vocab_eos(vocab)
+        tell(Tokenized(n_vocab, special, max(bos, _NULL), max(eos, _NULL), bool(llama.llama_vocab_get_add_bos(vocab))))
+
+
+@contextmanager
+def _open_vocabulary(library: Library, path: Path) -> Iterator[Any]:
+    """The vocabulary of a model whose weights are left where they are."""
     params = library.llama.llama_model_default_params()
     params.vocab_only = True
     params.n_gpu_layers = 0
-    model = open_model(library, request.model, params)
+    model = open_model(library, path, params)
     try:
-        tokens = tokenize(
-            library, library.llama.llama_model_get_vocab(model), request.text, parse_special=request.parse_special
-        )
+        yield library.llama.llama_model_get_vocab(model)
     finally:
         library.llama.llama_model_free(model)
-    tell(Counted(len(tokens)))
+
+
+def _piece(library: Library, vocab: Any, token: int) -> bytes:
+    """What a token stands for in a text, control tokens written out."""
+    room = 64
+    while True:
+        buffer = ctypes.create_string_buffer(room)
+        n_bytes = library.llama.llama_token_to_piece(vocab, token, buffer, room, 0, True)
+        if n_bytes >= 0:
+            return buffer.raw[:n_bytes]
+        room = -n_bytes
 
 
 def open_model(library: Library, path: Path, params: Any) -> Any:
@@ -48,11 +95,15 @@ def tokenize(library: Library, vocab: Any, text: Path, *, parse_special: bool) -
     """
     data = text.read_bytes()
     data = data[:-1] if data.endswith(b"\n") else data
+    return _tokenize(library, vocab, data, add_special=True, parse_special=parse_special)
+
+
+def _tokenize(library: Library, vocab: Any, data: bytes, *, add_special: bool, parse_special: bool) -> Tokens:
     room = len(data) + 16  # no tokenizer gives more tokens than bytes, but for what it adds at the ends
     while True:
         tokens: Tokens = np.empty(room, np.int32)
         place = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        found = library.llama.llama_tokenize(vocab, data, len(data), place, room, True, parse_special)
+        found = library.llama.llama_tokenize(vocab, data, len(data), place, room, add_special, parse_special)
         if found >= 0:
             read: Tokens = tokens[:found].copy()
             return read
