@@ -17,7 +17,7 @@ VOCABULARIES = ("llama-bpe", "llama-spm", "qwen2", "gpt-2", "gemma-4", "phi-3", 
 
 
 def fetch_llama_models() -> Path:
-    """llama.cpp's folder ``models``: ``ggml-vocab-*.gguf`` and ``templates/*.jinja``; kept in the cache by the archive's hash."""
+    """llama.cpp's folder ``models``: ``ggml-vocab-*.gguf`` and ``templates/*.jinja``; cached by the archive's hash."""
     store = Store(cache_dir())
     source = fetch_sdist(TESTED_VERSION, store, Runner(), ignore)
     assert source.archive is not None
