@@ -1,0 +1,392 @@
+"""Building a calibration text: read every source once in a stream, choose, render, count, mix, and write down what was done."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from imatrix_runner.calibration.composing import PARTING, Composed, Composer, batches, starting
+from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
+from imatrix_runner.calibration.manifest import Manifest, SourceFacts, TemplateFacts
+from imatrix_runner.calibration.mixing import Candidate, Choice, Document, Reservoir, balanced_budget, choose
+from imatrix_runner.calibration.tokens import Tokeniser
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.events import Finished, Progress, Sink, Started, info, warning
+from imatrix_runner.files import human_bytes
+from imatrix_runner.signals import Stop
+
+READ, RENDER, COUNT, CHOOSE = "read", "render", "count", "choose"
+
+MAX_BYTES = 64 << 20
+"""The longest text that is built, and the most that is held of one source; a matrix is settled by a hundredth of it."""
+
+_BYTES_PER_TOKEN = 8
+_LEAST_HELD = 1 << 20
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source ready to be read. ``records`` reads it from its beginning and tells the bytes it takes; ``n_bytes`` is about how
+    many there are, for the progress. ``weight`` None: nothing was asked for."""
+
+    name: str
+    kind: str
+    licence: str
+    sha256: str
+    n_bytes: int
+    records: Callable[[Callable[[int], None]], Iterator[Record | BadRecord]]
+    weight: float | None = None
+    revision: str = ""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """``tokens`` is the budget (None: everything); with ``whole_chunks`` the text gets exactly so many chunks of ``n_ctx``.
+
+    ``seed`` None keeps the order of the sources. ``least_chars``: shorter documents are left out. ``skip_bad``: broken records
+    are counted instead of refused.
+    """
+
+    n_ctx: int = 512
+    tokens: int | None = None
+    whole_chunks: bool = False
+    seed: int | None = 1
+    aligned: bool = False
+    least_chars: int = 40
+    near_duplicates: float = 0.8
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Conversations as texts, or why one is none; ``facts`` of the template that did it."""
+
+    texts: Sequence[str | BadRecord]
+    facts: TemplateFacts
+
+
+Render = Callable[[Sequence[Record], Callable[[int], None]], Rendered]
+"""Renders the conversations of records, telling how many are done. Raises errors of ours."""
+
+Near = Callable[[str], bool]
+"""Whether a text is nearly one it was asked about before and did not recognise."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A text and what is known of it; ``manifest.text`` is still to be named. ``at_start``: chunks that a document begins."""
+
+    text: str
+    manifest: Manifest
+    at_start: int | None = None
+
+
+@dataclass
+class _Tally:
+    """What became of a source's records."""
+
+    records: int = 0
+    bad: int = 0
+    short: int = 0
+    duplicates: int = 0
+    near: int = 0
+    long: int = 0
+    cut: int = 0
+
+
+class Builder:
+    """One build on its way; :meth:`build` does it."""
+
+    def __init__(
+        self,
+        sources: Sequence[OpenedSource],
+        options: BuildOptions,
+        *,
+        tokeniser: Tokeniser | None,
+        render: Render,
+        near: Near | None,
+        sink: Sink,
+        stop: Stop,
+        model: str = "",
+    ) -> None:
+        self._sources, self._options, self._tokeniser = tuple(sources), options, tokeniser
+        self._render, self._near, self._sink, self._stop, self._model = render, near, sink, stop, model
+        self._tallies = [_Tally() for _ in sources]
+        self._template: TemplateFacts | None = None
+        self._examples: list[str] = []
+
+    def build(self) -> Built:
+        """Raises :class:`InvalidDataError` for what cannot be used, ``InterruptedRunError`` once stopped."""
+        limit = self._held_bytes()
+        while True:
+            reservoirs = self._read(limit)
+            documents = [self._documents(number, reservoir) for number, reservoir in enumerate(reservoirs)]
+            budget = self._budget(documents)
+            choice = choose(documents, self._weights, budget, self._is_near)
+            more = budget is not None and choice.size < budget and any(each.limited for each in reservoirs)
+            if not more or limit is None or limit >= MAX_BYTES:
+                break
+            # What was held turned out to be mostly alike, or of few tokens: look at more of it.
+            limit = min(4 * limit, MAX_BYTES)
+            self._forget()
+        return self._finish(choice, budget)
+
+    # -- reading and choosing ---------------------------------------------------------------------------------------
+
+    @property
+    def _weights(self) -> list[float]:
+        return [source.weight if source.weight is not None else 1.0 for source in self._sources]
+
+    def _held_bytes(self) -> int | None:
+        """Bytes to hold of each source: enough for the whole budget from any one of them."""
+        if self._options.tokens is None:
+            return None
+        return min(max(_LEAST_HELD, _BYTES_PER_TOKEN * self._options.tokens), MAX_BYTES)
+
+    def _forget(self) -> None:
+        self._tallies = [_Tally() for _ in self._sources]
+
+    def _read(self, limit: int | None) -> list[Reservoir]:
+        """Every source in one pass, each into a reservoir."""
+        total = sum(source.n_bytes for source in self._sources)
+        self._sink(Started(READ, "reading", total, "B"))
+        done = 0
+
+        def count(n_bytes: int) -> None:
+            nonlocal done
+            self._stop.check()
+            done += n_bytes
+            self._sink(Progress(READ, min(done, total), total))
+
+        reservoirs = [self._read_one(number, limit, count) for number in range(len(self._sources))]
+        self._sink(Finished(READ, "done", f"{sum(tally.records for tally in self._tallies)} documents"))
+        return reservoirs
+
+    def _read_one(self, number: int, limit: int | None, count: Callable[[int], None]) -> Reservoir:
+        source, tally = self._sources[number], self._tallies[number]
+        reservoir = Reservoir(self._options.seed, limit)
+        for record in source.records(count):
+            if isinstance(record, BadRecord):
+                self._bad(number, record)
+                continue
+            tally.records += 1
+            if _letters(record) < self._options.least_chars:
+                tally.short += 1
+                continue
+            reservoir.add(record)
+            if limit is None and reservoir.n_bytes > MAX_BYTES:
+                raise InvalidDataError(
+                    f"{source.name} is too much for one calibration text",
+                    f"more than {human_bytes(MAX_BYTES)} of documents, and a few hundred kilobytes are enough",
+                    "Say how much of it to take: --chunks 200 --model MODEL.",
+                )
+        tally.duplicates = reservoir.duplicates
+        if tally.records == 0:
+            raise InvalidDataError(
+                f"{source.name} holds no document",
+                f"{tally.bad} broken records were skipped and nothing else was found"
+                if tally.bad
+                else "nothing was found in it",
+                "Leave it out, or give another source.",
+            )
+        return reservoir
+
+    def _bad(self, number: int, record: BadRecord) -> None:
+        if not self._options.skip_bad:
+            raise InvalidDataError(
+                f"{record.where} cannot be used", record.why, f"{record.todo} To leave such records out: --skip-bad."
+            )
+        self._tallies[number].bad += 1
+        self._examples = [*self._examples, f"{record.where}: {record.why}"][:3]
+
+    def _documents(self, number: int, reservoir: Reservoir) -> list[Document]:
+        """The candidates of a source as texts with their sizes, in the order in which they are to be taken."""
+        candidates = reservoir.in_order()
+        rendered = zip(candidates, self._rendered(number, candidates), strict=True)
+        kept = [(candidate, text) for candidate, text in rendered if text is not None]
+        texts, sizes = self._count([text for _, text in kept], self._sources[number].name)
+        documents: list[Document] = []
+        for (each, _), text, size in zip(kept, texts, sizes, strict=True):
+            chat = isinstance(each.record.content, Conversation)
+            marked = chat or self._options.aligned
+            documents.append(Document(number, each.digest, each.record.where, text, chat, marked, size))
+        return documents
+
+    def _rendered(self, number: int, candidates: Sequence[Candidate]) -> list[str | None]:
+        chats = [candidate.record for candidate in candidates if isinstance(candidate.record.content, Conversation)]
+        texts: dict[str, str | None] = {}
+        if chats:
+            self._sink(Started(RENDER, f"rendering {self._sources[number].name}", len(chats), "dialogues"))
+            rendered = self._render(chats, lambda done: self._sink(Progress(RENDER, done, len(chats))))
+            self._sink(Finished(RENDER, "done", f"{len(chats)} dialogues"))
+            self._template = rendered.facts
+            for record, text in zip(chats, rendered.texts, strict=True):
+                if isinstance(text, BadRecord):
+                    self._bad(number, text)
+                texts[record.where] = text if isinstance(text, str) else None
+        return [
+            each.record.content.strip() if isinstance(each.record.content, str) else texts[each.record.where]
+            for each in candidates
+        ]
+
+    def _count(self, texts: list[str], name: str) -> tuple[list[str], list[int]]:
+        """The tokens of each text with what parts it from the next (bytes where there is no tokenizer), and the texts as they
+        will stand: where documents begin chunks, each with its first token."""
+        if self._tokeniser is None:
+            return texts, [len(text.encode()) + len(PARTING) for text in texts]
+        aligned = self._options.aligned
+        standing: list[str] = []
+        sizes: list[int] = []
+        self._sink(Started(COUNT, f"counting {name}", len(texts), "documents"))
+        for batch in batches(texts):
+            self._stop.check()
+            tokens = self._tokeniser.tokenise(batch, parse_special=self._parse_special)
+            if aligned:
+                batch = [starting(text, found, self._tokeniser.vocabulary) for text, found in zip(batch, tokens, strict=True)]
+                tokens = self._tokeniser.tokenise(batch, parse_special=True)
+            standing += batch
+            sizes += [len(found) + (not aligned) for found in tokens]
+            self._sink(Progress(COUNT, len(sizes), len(texts)))
+        self._sink(Finished(COUNT, "done", f"{sum(sizes)} tokens"))
+        return standing, sizes
+
+    @property
+    def _parse_special(self) -> bool:
+        return self._template is not None or self._options.aligned
+
+    def _budget(self, documents: Sequence[Sequence[Document]]) -> int | None:
+        if self._options.tokens is not None:
+            return self._options.tokens
+        if any(source.weight is not None for source in self._sources):
+            return balanced_budget(self._weights, [sum(each.size for each in source) for source in documents])
+        return None
+
+    def _is_near(self, document: Document) -> bool:
+        self._stop.check()
+        return self._near is not None and self._near(document.text)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, choice: Choice, budget: int | None) -> Built:
+        self._tell_bad()
+        for number, tally in enumerate(self._tallies):
+            tally.duplicates += choice.duplicates[number]
+            tally.near = choice.near_duplicates[number]
+            if budget is not None:
+                tally.long = sum(1 for each in choice.left[number] if each.chat and each.size > budget)
+        options = self._options
+        composer = Composer(self._tokeniser, options.seed, options.n_ctx, self._parse_special)
+        if options.aligned:
+            composed = composer.align(choice, budget)
+        else:
+            composed = composer.compose(choice, budget, whole_chunks=options.whole_chunks)
+        if not composed.documents:
+            self._refuse_empty(choice, budget)
+        for number in composed.cut:
+            self._tallies[number].cut += 1
+        self._tell_shortage(composed, budget)
+        return Built(composed.text, self._manifest(composed), composed.at_start)
+
+    def _refuse_empty(self, choice: Choice, budget: int | None) -> None:
+        tallies = self._tallies
+        short, long = sum(tally.short for tally in tallies), sum(tally.long for tally in tallies)
+        records = sum(tally.records for tally in tallies)
+        why = f"of {records} documents {short} are shorter than {self._options.least_chars} letters"
+        todo = "Give other sources, or lower --min-chars."
+        if long or any(choice.left):
+            why += f" and {sum(map(len, choice.left))} are longer than the budget of {budget} tokens"
+            todo = "Ask for more with --chunks or --tokens."
+        raise InvalidDataError("Nothing is left to build a calibration text from", why, todo)
+
+    def _tell_bad(self) -> None:
+        bad = sum(tally.bad for tally in self._tallies)
+        if bad:
+            self._sink(warning(f"{bad} records were left out: {'; '.join(self._examples)}{' …' if bad > 3 else ''}"))
+
+    def _tell_shortage(self, composed: Composed, budget: int | None) -> None:
+        options, sink = self._options, self._sink
+        if options.tokens is not None and composed.tokens is not None and composed.tokens < options.tokens:
+            chunks = composed.tokens // options.n_ctx
+            wanted = f"{options.tokens // options.n_ctx} chunks" if options.whole_chunks else f"{options.tokens} tokens"
+            sink(
+                warning(f"The sources are used up: {composed.tokens} tokens, {chunks} chunks of {options.n_ctx}, not {wanted}.")
+            )
+        used = _sizes(composed, len(self._sources))
+        whole = sum(used) or 1
+        weights = self._weights
+        for number, source in enumerate(self._sources):
+            asked = weights[number] / sum(weights)
+            if budget is not None and used[number] / whole < 0.9 * asked:
+                sink(
+                    warning(
+                        f"{source.name} gives {100 * used[number] / whole:.0f} % of the text instead of {100 * asked:.0f} %: "
+                        "it has no more documents that fit."
+                    )
+                )
+        for number, tally in enumerate(self._tallies):
+            if tally.long:
+                sink(
+                    info(f"{self._sources[number].name}: {tally.long} dialogues are longer than the budget and were left out.")
+                )
+
+    def _manifest(self, composed: Composed) -> Manifest:
+        options = self._options
+        data = composed.text.encode()
+        used = _sizes(composed, len(self._sources))
+        whole = sum(used) or 1
+        facts: list[SourceFacts] = []
+        for number, (source, tally) in enumerate(zip(self._sources, self._tallies, strict=True)):
+            mine = [place for place in composed.places if place.source == number]
+            facts.append(
+                SourceFacts(
+                    name=source.name,
+                    kind=source.kind,
+                    sha256=source.sha256,
+                    licence=source.licence,
+                    weight=self._weights[number],
+                    share=round(used[number] / whole, 4),
+                    records=tally.records,
+                    documents=len(mine),
+                    bytes=sum(place.n_bytes for place in mine),
+                    tokens=used[number] if self._tokeniser is not None else None,
+                    bad=tally.bad,
+                    short=tally.short,
+                    duplicates=tally.duplicates,
+                    near_duplicates=tally.near,
+                    long=tally.long,
+                    cut=tally.cut,
+                    revision=source.revision,
+                )
+            )
+        return Manifest(
+            text="",
+            bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            parse_special=self._parse_special,
+            seed=options.seed if options.seed is not None else 0,
+            shuffled=options.seed is not None,
+            aligned=options.aligned,
+            n_ctx=options.n_ctx,
+            tokens=composed.tokens,
+            chunks=composed.tokens // options.n_ctx if composed.tokens is not None else None,
+            model=self._model,
+            template=self._template,
+            sources=tuple(facts),
+            documents=composed.places,
+        )
+
+
+def _sizes(composed: Composed, n_sources: int) -> list[int]:
+    """What each source gives of a text, in tokens (bytes without a tokenizer)."""
+    used = [0] * n_sources
+    for document in composed.documents:
+        used[document.source] += document.size
+    return used
+
+
+def _letters(record: Record) -> int:
+    """Characters of a document; of a conversation those of its messages."""
+    if isinstance(record.content, str):
+        return len(record.content.strip())
+    return sum(len(str(message.get("content") or "")) for message in record.content.messages)

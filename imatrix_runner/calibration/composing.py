@@ -1,0 +1,220 @@
+"""Chosen documents become one text of just the size that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from imatrix_runner.calibration.manifest import DocumentPlace
+from imatrix_runner.calibration.mixing import Choice, Document, shuffled
+from imatrix_runner.calibration.packing import lay_out
+from imatrix_runner.calibration.tokens import TextTokens, Tokeniser, Vocabulary
+from imatrix_runner.errors import InvalidDataError
+
+PARTING = "\n\n"
+"""Between two plain documents."""
+
+_BATCH_BYTES = 4 << 20
+_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Composed:
+    """``text`` as the file shall hold it, where each document lies, and its tokens as llama-imatrix sees them (None without a
+    tokenizer). ``at_start``: chunks that begin with a document; ``cut``: the sources of documents whose end was left out."""
+
+    text: str
+    documents: tuple[Document, ...]
+    places: tuple[DocumentPlace, ...]
+    tokens: int | None
+    at_start: int | None
+    cut: tuple[int, ...]
+
+
+@dataclass
+class Composer:
+    """``seed`` None keeps the order. ``parse_special``: control tokens written out in the text are meant as such."""
+
+    tokeniser: Tokeniser | None
+    seed: int | None
+    n_ctx: int
+    parse_special: bool
+    _cut: list[int] = field(default_factory=list)
+
+    def compose(self, choice: Choice, budget: int | None, *, whole_chunks: bool) -> Composed:
+        """All that was chosen; with a budget the last place is filled with the beginning of a plain document, if there is one, and
+        with ``whole_chunks`` documents are added or left out until the whole has just ``budget // n_ctx`` chunks."""
+        documents = list(choice.taken)
+        spare = [document for documents_ in choice.left for document in documents_]
+        if budget is None or self.tokeniser is None:
+            return self._composed(shuffled(documents, self.seed))
+        documents += self._filling(budget - sum(each.size for each in documents), spare)
+        composed = self._composed(shuffled(documents, self.seed))
+        if not whole_chunks:
+            return composed
+        # What documents count alone is not quite what they count side by side.
+        for _ in range(_TRIES):
+            assert composed.tokens is not None
+            if composed.tokens < budget:
+                more = self._filling(budget - composed.tokens, spare)
+                if not more:
+                    break
+                documents += more
+            elif composed.tokens >= budget + self.n_ctx:
+                documents.pop()
+            else:
+                break
+            composed = self._composed(shuffled(documents, self.seed))
+        return composed
+
+    def align(self, choice: Choice, budget: int | None) -> Composed:
+        """The chosen documents so that chunks begin with the beginning of one; each begins with a control token."""
+        assert self.tokeniser is not None
+        order = shuffled(choice.taken, self.seed)
+        order += shuffled([document for documents in choice.left for document in documents], self.seed)
+        tokens = dict(zip((each.digest for each in order), self._tokenised([each.text for each in order]), strict=True))
+        refused: set[tuple[bytes, int]] = set()
+
+        def may_cut(document: Document, keep: int) -> bool:
+            return (document.digest, keep) not in refused and _beginning(document, tokens[document.digest], keep) is not None
+
+        while True:
+            layout = lay_out(order, self.n_ctx, budget, may_cut)
+            cuts = [(layout.documents[number], keep) for number, keep in layout.cuts.items()]
+            texts = [_beginning(document, tokens[document.digest], keep) or "" for document, keep in cuts]
+            wrong = {
+                (document.digest, keep)
+                for (document, keep), found in zip(cuts, self._tokenised(texts), strict=True)
+                if len(found) != keep
+            }
+            if not wrong:
+                break
+            refused |= wrong  # its beginning alone splits into other tokens: another place is found
+        shortened = dict(zip(layout.cuts, texts, strict=True))
+        self._cut = [layout.documents[number].source for number in layout.cuts]
+        return self._composed(
+            [replace(each, text=shortened.get(number, each.text)) for number, each in enumerate(layout.documents)]
+        )
+
+    def _filling(self, room: int, spare: list[Document]) -> list[Document]:
+        """From ``spare``: a whole document that just fits, or the beginning of a longer plain one."""
+        if room <= 0:
+            return []
+        whole = [each for each in spare if room <= each.size < room + self.n_ctx // 2]
+        if whole:
+            spare.remove(whole[0])
+            return [whole[0]]
+        for document in sorted((each for each in spare if not each.chat and each.size > room), key=lambda each: each.size):
+            spare.remove(document)
+            text = self._shortened(document.text, room)
+            if text:
+                self._cut.append(document.source)
+                return [replace(document, text=text, size=room)]
+        smaller = [each for each in spare if each.size < room]
+        if smaller:
+            spare.remove(smaller[0])
+            return [smaller[0]]
+        return []
+
+    def _shortened(self, text: str, keep: int) -> str:
+        """The beginning of a text with at least ``keep`` tokens, up to the end of a line or a word."""
+        (tokens,) = self._tokenised([text])
+        if tokens.ends is None or len(tokens) <= keep:
+            return ""
+        data = text.encode()
+        end = int(tokens.ends[keep - 1])
+        spaces = [place for place in (data.find(b"\n", end, end + 400), data.find(b" ", end, end + 100)) if place >= 0]
+        return data[: spaces[0] if spaces else end].decode("utf-8", "ignore")
+
+    def _composed(self, documents: Sequence[Document]) -> Composed:
+        pieces: list[str] = []
+        places: list[DocumentPlace] = []
+        offset = 0
+        for number, document in enumerate(documents):
+            text = self._without_bos(document.text) if number == 0 else document.text
+            size = len(text.encode())
+            places.append(DocumentPlace(offset, size, document.source))
+            last = number == len(documents) - 1
+            # llama-imatrix drops one line break at the very end of its file: that is not to be a document's own.
+            parting = "\n" if last else "" if document.marked else PARTING
+            pieces += [text, parting]
+            offset += size + len(parting)
+        whole = "".join(pieces)
+        tokens, at_start = self._measured(whole, places)
+        return Composed(whole, tuple(documents), tuple(places), tokens, at_start, tuple(self._cut))
+
+    def _without_bos(self, text: str) -> str:
+        """The first document's own BOS would be the second: llama-imatrix puts one before the text."""
+        vocabulary = self._vocabulary
+        if vocabulary is None or not vocabulary.add_bos or vocabulary.bos is None or not self.parse_special:
+            return text
+        return text.removeprefix(vocabulary.special.get(vocabulary.bos, "")) or text
+
+    @property
+    def _vocabulary(self) -> Vocabulary | None:
+        return self.tokeniser.vocabulary if self.tokeniser is not None else None
+
+    def _measured(self, text: str, places: Sequence[DocumentPlace]) -> tuple[int | None, int | None]:
+        """Tokens of the whole as llama-imatrix sees it, and how many of its chunks begin with a document."""
+        if self.tokeniser is None:
+            return None, None
+        (found,) = self._tokenised([text.removesuffix("\n")])
+        first = int(self.tokeniser.vocabulary.add_bos)
+        n_tokens = len(found) + first
+        if found.ends is None:
+            return n_tokens, None
+        begins = np.concatenate([np.zeros(1, np.int64), found.ends[:-1]])
+        starts = begins[np.arange(self.n_ctx - first, len(begins), self.n_ctx)]
+        chunks = n_tokens // self.n_ctx
+        offsets = np.array([place.offset for place in places], np.int64)
+        return n_tokens, min(1, chunks) + int(np.isin(starts[: max(0, chunks - 1)], offsets).sum())
+
+    def _tokenised(self, texts: Sequence[str]) -> list[TextTokens]:
+        assert self.tokeniser is not None
+        found: list[TextTokens] = []
+        for batch in batches(texts):
+            found += self.tokeniser.tokenise(batch, parse_special=self.parse_special)
+        return found
+
+
+def starting(text: str, tokens: TextTokens, vocabulary: Vocabulary) -> str:
+    """A document as it begins a chunk: with a control token, its own or the one that vocabulary parts documents with. Such a
+    token splits the text on both sides, so that documents count alone what they count side by side."""
+    if len(tokens) and int(tokens.ids[0]) in vocabulary.special:
+        return text
+    token = vocabulary.bos if vocabulary.add_bos else vocabulary.eos
+    token = token if token is not None else vocabulary.bos
+    if token is None or token not in vocabulary.special:
+        raise InvalidDataError(
+            "Documents cannot be aligned to chunks",
+            "this vocabulary has no token that parts documents (neither BOS nor EOS)",
+            "Leave --align out.",
+        )
+    return vocabulary.special[token] + text
+
+
+def batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts in order, a few megabytes at a time."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _beginning(document: Document, tokens: TextTokens, keep: int) -> str | None:
+    """The first ``keep`` tokens of a document, if they end with a word."""
+    if tokens.ends is None or not 0 < keep < len(tokens):
+        return None
+    data = document.text.encode()
+    end = int(tokens.ends[keep - 1])
+    if data[end : end + 1] not in (b" ", b"\n") or data[end - 1 : end] in (b" ", b"\n"):
+        return None
+    return data[:end].decode("utf-8")

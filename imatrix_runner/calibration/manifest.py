@@ -1,0 +1,116 @@
+"""The file beside a built calibration text that says what it was built from, and how it wants to be read."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.files import read_json, sha256
+
+SUFFIX = ".manifest.json"
+_VERSION = 1
+
+
+class SourceFacts(msgspec.Struct, frozen=True):
+    """One source: what it is, and what became of its documents.
+
+    ``share`` is its part of the text (tokens, or bytes without a tokenizer) where weights asked for ``weight``. Of ``records``
+    read, ``documents`` are in the text; the others were ``bad`` (skipped), ``short``, ``duplicates``, ``near_duplicates`` of
+    documents before them, ``long`` (conversations beyond the budget, which are never cut) or simply not needed.
+    """
+
+    name: str
+    kind: str
+    sha256: str
+    licence: str
+    weight: float
+    share: float
+    records: int
+    documents: int
+    bytes: int
+    tokens: int | None
+    bad: int = 0
+    short: int = 0
+    duplicates: int = 0
+    near_duplicates: int = 0
+    long: int = 0
+    cut: int = 0
+    revision: str = ""
+
+
+class TemplateFacts(msgspec.Struct, frozen=True):
+    """The chat template that conversations were rendered with, and the date it was told."""
+
+    sha256: str
+    origin: str
+    date: str
+
+
+class DocumentPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Where a document lies in the text, in bytes, and its source's number."""
+
+    offset: int
+    n_bytes: int
+    source: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """A built text. ``parse_special``: it was rendered with a chat template, so its control tokens are meant as such.
+
+    ``tokens`` and ``chunks`` (of ``n_ctx`` tokens) are those of the whole text as llama-imatrix sees it with the tokenizer of
+    ``model``; None where it was built without one. There is no date: the same inputs give the same manifest.
+    """
+
+    text: str
+    bytes: int
+    sha256: str
+    parse_special: bool
+    seed: int
+    shuffled: bool
+    aligned: bool
+    n_ctx: int
+    tokens: int | None
+    chunks: int | None
+    model: str
+    template: TemplateFacts | None
+    sources: tuple[SourceFacts, ...]
+    documents: tuple[DocumentPlace, ...]
+    schema: str = "imatrix-runner/calibration-manifest"
+    version: int = _VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the text and all that is said of it; the text's file name is not part of it."""
+        named = msgspec.structs.replace(self, text="")
+        return f"sha256:{hashlib.sha256(msgspec.json.encode(named, order='deterministic')).hexdigest()}"
+
+
+def manifest_path(text: Path) -> Path:
+    """``medical.txt`` -> ``medical.txt.manifest.json``."""
+    return text.with_name(text.name + SUFFIX)
+
+
+def find_manifest(text: Path) -> Manifest | None:
+    """What was written beside a text when it was built; None if there is nothing.
+
+    Raises :class:`InvalidDataError` for one that cannot be read. Whether it still describes the text is for :func:`describes`.
+    """
+    path = manifest_path(text)
+    if not path.is_file():
+        return None
+    manifest = read_json(path, Manifest)
+    if manifest.version != _VERSION:
+        raise InvalidDataError(
+            f"{path} is of another version",
+            f"it says {manifest.version}, and {_VERSION} is known here",
+            "Upgrade with: pip install -U imatrix-runner; or move the manifest away to use the text alone.",
+        )
+    return manifest
+
+
+def describes(manifest: Manifest, text: Path) -> bool:
+    """Whether the text is still the one that was built."""
+    return text.stat().st_size == manifest.bytes and sha256(text) == manifest.sha256
