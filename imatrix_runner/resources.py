@@ -7,6 +7,8 @@ from pathlib import Path
 from imatrix_runner.errors import InvalidDataError
 
 CALIBRATION_TEXT = "imatrix_data.txt"
+HELD_OUT_TEXT = "held_out.txt"
+"""For measuring: of the same kinds as the calibration text, with nothing of it."""
 DEMO_MODEL = "demo-model.gguf"
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -81,8 +81,9 @@ class Table:
 
 
 class Bench:
-    def __init__(self, tools: BareTools, folder: Path, workers: int) -> None:
-        self._tools, self._folder, self._pool = tools, folder, ThreadPoolExecutor(workers)
+    def __init__(self, tools: BareTools, folder: Path, workers: int, levels: Sequence[str] = LEVELS) -> None:
+        self.levels = tuple(levels)
+        self._tools, self.folder, self._pool = tools, folder, ThreadPoolExecutor(workers)
         self._model = resource(DEMO_MODEL)
         self._base = folder / "base.kld"
         self._measured: dict[tuple[str, str], Divergence] = {}
@@ -92,7 +93,7 @@ class Bench:
 
     def generate(self, text: Text, name: str, *options: str) -> tuple[Path, dict[str, Any]]:
         """The command line itself, in a folder of its own; the file and what the document says of how it was collected."""
-        folder = self._folder / f"{text.path.stem}-{name}"
+        folder = self.folder / f"{text.path.stem}-{name}"
         out = folder / "imatrix.gguf"
         arguments = ["imatrix", "generate", str(self._model), "-f", str(text.path), "-c", str(text.n_ctx), "-o", str(out)]
         arguments += ["--work-dir", str(folder / "work"), "--no-ppl", "-t", "1", "--engine", "embedded", "--json", *options]
@@ -137,13 +138,13 @@ class Bench:
 
     def measure(self, made: Iterable[Made]) -> None:
         """The divergence of every level with every matrix; equal matrices are measured once."""
-        jobs = {(digest(item.path), level): item.path for item in made for level in LEVELS}
+        jobs = {(digest(item.path), level): item.path for item in made for level in self.levels}
         jobs = {job: path for job, path in jobs.items() if job not in self._measured}
         self._measured.update(zip(jobs, self._pool.map(self._divergence, jobs, jobs.values()), strict=True))
 
     def _divergence(self, job: tuple[str, str], matrix: Path) -> Divergence:
         digest, level = job
-        out = self._tools.quantize(self._model, self._folder / f"{digest}-{level}.gguf", level, imatrix=matrix)
+        out = self._tools.quantize(self._model, self.folder / f"{digest}-{level}.gguf", level, imatrix=matrix)
         measured = divergence(self._tools, out, self._base)
         out.unlink()
         return measured

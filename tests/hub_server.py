@@ -1,8 +1,8 @@
 """A hub on the loopback interface: the part of the Hugging Face protocol that a download needs, with switches for trouble.
 
 ``with HubServer() as hub: hub.add("org/name", {"config.json": b"{}"})`` serves that repository at ``hub.endpoint``. It
-answers the model listing (``/api/models/...``), the tree, the search by ``filter`` (in pages), and ``HEAD`` / ``GET`` on
-``/{repo}/resolve/{revision}/{file}`` with the headers huggingface_hub wants: commit, etag, length, ranges. Data sets are
+answers the listing (``/api/models/...``, at any branch), the tree, the search by ``filter`` (in pages), and ``HEAD`` / ``GET``
+on ``/{repo}/resolve/{revision}/{file}`` with the headers huggingface_hub wants: commit, etag, length, ranges. Data sets are
 repositories whose name begins with ``datasets/``. Every request is kept in ``hub.requests``.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pytest
     from typing_extensions import Self
 
-_API = re.compile(r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?")
+_API = re.compile(r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>.+))?")
 _RESOLVE = re.compile(r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
 
@@ -46,6 +46,15 @@ class Repository:
     date: str = "2026-01-01T00:00:00.000Z"
     announced: dict[str, int] = field(default_factory=dict)
     """Sizes to tell (in the listing and on HEAD) instead of the true ones."""
+    branches: dict[str, Repository] = field(default_factory=dict)
+    """Revisions with a commit and files of their own."""
+
+    def at(self, revision: str | None) -> Repository | None:
+        """What a branch, tag or commit holds; None for one that there is not."""
+        for name, branch in self.branches.items():
+            if revision in (name, branch.commit):
+                return branch
+        return self if revision is None or revision in self.revisions | {self.commit} else None
 
     def size(self, name: str) -> int:
         return self.announced.get(name, len(self.content(name)))
@@ -128,6 +137,13 @@ class HubServer:
         repository = Repository(dict(files), **{"commit": digest, **details})
         self._repositories[repo] = repository
         return repository
+
+    def add_branch(self, repo: str, revision: str, files: Mapping[str, bytes | Path]) -> Repository:
+        """Give a repository that was added a branch with other files, as hubs keep their conversions of data sets."""
+        beside = f"{repo}@{revision}"
+        branch = self._repositories[repo].branches[revision] = self.add(beside, files)
+        del self._repositories[beside]
+        return branch
 
     def add_directory(self, repo: str, directory: Path, **details: Any) -> Repository:
         """Publish all files below a directory."""
@@ -218,10 +234,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404 if valid else 401, "RepoNotFound")
         elif repository.gated and "/resolve/" in self.path and not (valid and repository.accepted):
             self._refuse(401 if sent is None else 403, "GatedRepo")
-        elif revision is not None and revision not in repository.revisions | {repository.commit}:
+        elif (found := repository.at(revision)) is None:
             self._refuse(404, "RevisionNotFound")
         else:
-            return repository
+            return found
         return None
 
     def _search(self) -> None:

@@ -21,6 +21,7 @@ READ, RENDER, COUNT, CHOOSE = "read", "render", "count", "choose"
 MAX_BYTES = 64 << 20
 """The longest text that is built, and the most that is held of one source; a matrix is settled by a hundredth of it."""
 
+_NOTICEABLE = 0.05
 _BYTES_PER_TOKEN = 8
 _LEAST_HELD = 1 << 20
 
@@ -121,7 +122,7 @@ class Builder:
         limit = self._held_bytes()
         while True:
             reservoirs = self._read(limit)
-            documents = [self._documents(number, reservoir) for number, reservoir in enumerate(reservoirs)]
+            documents = self._documents(reservoirs)
             budget = self._budget(documents)
             choice = choose(documents, self._weights, budget, self._is_near)
             more = budget is not None and choice.size < budget and any(each.limited for each in reservoirs)
@@ -200,17 +201,19 @@ class Builder:
         self._tallies[number].bad += 1
         self._examples = [*self._examples, f"{record.where}: {record.why}"][:3]
 
-    def _documents(self, number: int, reservoir: Reservoir) -> list[Document]:
-        """The candidates of a source as texts with their sizes, in the order in which they are to be taken."""
-        candidates = reservoir.in_order()
-        rendered = zip(candidates, self._rendered(number, candidates), strict=True)
-        kept = [(candidate, text) for candidate, text in rendered if text is not None]
-        texts, sizes = self._count([text for _, text in kept], self._sources[number].name)
-        documents: list[Document] = []
-        for (each, _), text, size in zip(kept, texts, sizes, strict=True):
+    def _documents(self, reservoirs: Sequence[Reservoir]) -> list[list[Document]]:
+        """The candidates of every source as texts with their sizes, in the order in which they are to be taken."""
+        kept: list[tuple[int, Candidate, str]] = []
+        for number, reservoir in enumerate(reservoirs):
+            candidates = reservoir.in_order()
+            rendered = zip(candidates, self._rendered(number, candidates), strict=True)
+            kept += [(number, candidate, text) for candidate, text in rendered if text is not None]
+        documents: list[list[Document]] = [[] for _ in reservoirs]
+        texts, sizes = self._count([text for _, _, text in kept])
+        for (number, each, _), text, size in zip(kept, texts, sizes, strict=True):
             chat = isinstance(each.record.content, Conversation)
             marked = chat or self._options.aligned
-            documents.append(Document(number, each.digest, each.record.where, text, chat, marked, size))
+            documents[number].append(Document(number, each.digest, each.record.where, text, chat, marked, size))
         return documents
 
     def _rendered(self, number: int, candidates: Sequence[Candidate]) -> list[str | None]:
@@ -230,7 +233,7 @@ class Builder:
             for each in candidates
         ]
 
-    def _count(self, texts: list[str], name: str) -> tuple[list[str], list[int]]:
+    def _count(self, texts: list[str]) -> tuple[list[str], list[int]]:
         """The tokens of each text with what parts it from the next (bytes where there is no tokenizer), and the texts as they
         will stand: where documents begin chunks, each with its first token."""
         if self._tokeniser is None:
@@ -238,7 +241,7 @@ class Builder:
         aligned = self._options.aligned
         standing: list[str] = []
         sizes: list[int] = []
-        self._sink(Started(COUNT, f"counting {name}", len(texts), "documents"))
+        self._sink(Started(COUNT, "counting tokens", len(texts), "documents"))
         for batch in batches(texts):
             self._stop.check()
             tokens = self._tokeniser.tokenise(batch, parse_special=self._parse_special)
@@ -316,14 +319,10 @@ class Builder:
         whole = sum(used) or 1
         weights = self._weights
         for number, source in enumerate(self._sources):
-            asked = weights[number] / sum(weights)
-            if budget is not None and used[number] / whole < 0.9 * asked:
-                sink(
-                    warning(
-                        f"{source.name} gives {100 * used[number] / whole:.0f} % of the text instead of {100 * asked:.0f} %: "
-                        "it has no more documents that fit."
-                    )
-                )
+            asked, given = weights[number] / sum(weights), used[number] / whole
+            if budget is not None and asked - given > _NOTICEABLE:
+                told = f"{source.name} gives {100 * given:.0f} % of the text instead of {100 * asked:.0f} %"
+                sink(warning(f"{told}: it has no more documents that fit."))
         for number, tally in enumerate(self._tallies):
             if tally.long:
                 sink(

@@ -18,12 +18,14 @@ PARTING = "\n\n"
 
 _BATCH_BYTES = 4 << 20
 _TRIES = 8
+_ROUNDS = 12
 
 
 @dataclass(frozen=True)
 class Composed:
     """``text`` as the file shall hold it, where each document lies, and its tokens as llama-imatrix sees them (None without a
-    tokenizer). ``at_start``: chunks that begin with a document; ``cut``: the sources of documents whose end was left out."""
+    tokenizer). ``at_start``: whole chunks that begin with a document, where that was asked for; ``cut``: the sources of
+    documents whose end was left out."""
 
     text: str
     documents: tuple[Document, ...]
@@ -44,7 +46,7 @@ class Composer:
     _cut: list[int] = field(default_factory=list)
 
     def compose(self, choice: Choice, budget: int | None, *, whole_chunks: bool) -> Composed:
-        """All that was chosen; with a budget the last place is filled with the beginning of a plain document, if there is one, and
+        """All that was chosen. With a budget the last place is filled with the beginning of a plain document, if there is one;
         with ``whole_chunks`` documents are added or left out until the whole has just ``budget // n_ctx`` chunks."""
         documents = list(choice.taken)
         spare = [document for documents_ in choice.left for document in documents_]
@@ -76,14 +78,19 @@ class Composer:
         order += shuffled([document for documents in choice.left for document in documents], self.seed)
         tokens = dict(zip((each.digest for each in order), self._tokenised([each.text for each in order]), strict=True))
         refused: set[tuple[bytes, int]] = set()
+        rounds = 0
 
-        def may_cut(document: Document, keep: int) -> bool:
-            return (document.digest, keep) not in refused and _beginning(document, tokens[document.digest], keep) is not None
+        def cut_quality(document: Document, keep: int) -> int:
+            quality = _cut_quality(document, tokens[document.digest], keep)
+            # Within words many a try fails: where it does too often, words stay whole and some chunk begins elsewhere.
+            hopeless = (document.digest, keep) in refused or (quality == 1 and rounds >= _ROUNDS)
+            return 0 if hopeless else quality
 
         while True:
-            layout = lay_out(order, self.n_ctx, budget, may_cut)
+            rounds += 1
+            layout = lay_out(order, self.n_ctx, budget, cut_quality)
             cuts = [(layout.documents[number], keep) for number, keep in layout.cuts.items()]
-            texts = [_beginning(document, tokens[document.digest], keep) or "" for document, keep in cuts]
+            texts = [_beginning(document, tokens[document.digest], keep) for document, keep in cuts]
             wrong = {
                 (document.digest, keep)
                 for (document, keep), found in zip(cuts, self._tokenised(texts), strict=True)
@@ -94,9 +101,12 @@ class Composer:
             refused |= wrong  # its beginning alone splits into other tokens: another place is found
         shortened = dict(zip(layout.cuts, texts, strict=True))
         self._cut = [layout.documents[number].source for number in layout.cuts]
-        return self._composed(
-            [replace(each, text=shortened.get(number, each.text)) for number, each in enumerate(layout.documents)]
-        )
+        documents = [
+            replace(each, text=shortened.get(number, each.text), size=layout.cuts.get(number, each.size))
+            for number, each in enumerate(layout.documents)
+        ]
+        composed = self._composed(documents)
+        return replace(composed, at_start=_at_start(documents, self.n_ctx, composed.tokens))
 
     def _filling(self, room: int, spare: list[Document]) -> list[Document]:
         """From ``spare``: a whole document that just fits, or the beginning of a longer plain one."""
@@ -142,8 +152,7 @@ class Composer:
             pieces += [text, parting]
             offset += size + len(parting)
         whole = "".join(pieces)
-        tokens, at_start = self._measured(whole, places)
-        return Composed(whole, tuple(documents), tuple(places), tokens, at_start, tuple(self._cut))
+        return Composed(whole, tuple(documents), tuple(places), self._measured(whole), None, tuple(self._cut))
 
     def _without_bos(self, text: str) -> str:
         """The first document's own BOS would be the second: llama-imatrix puts one before the text."""
@@ -156,20 +165,12 @@ class Composer:
     def _vocabulary(self) -> Vocabulary | None:
         return self.tokeniser.vocabulary if self.tokeniser is not None else None
 
-    def _measured(self, text: str, places: Sequence[DocumentPlace]) -> tuple[int | None, int | None]:
-        """Tokens of the whole as llama-imatrix sees it, and how many of its chunks begin with a document."""
+    def _measured(self, text: str) -> int | None:
+        """Tokens of the whole as llama-imatrix sees it."""
         if self.tokeniser is None:
-            return None, None
+            return None
         (found,) = self._tokenised([text.removesuffix("\n")])
-        first = int(self.tokeniser.vocabulary.add_bos)
-        n_tokens = len(found) + first
-        if found.ends is None:
-            return n_tokens, None
-        begins = np.concatenate([np.zeros(1, np.int64), found.ends[:-1]])
-        starts = begins[np.arange(self.n_ctx - first, len(begins), self.n_ctx)]
-        chunks = n_tokens // self.n_ctx
-        offsets = np.array([place.offset for place in places], np.int64)
-        return n_tokens, min(1, chunks) + int(np.isin(starts[: max(0, chunks - 1)], offsets).sum())
+        return len(found) + int(self.tokeniser.vocabulary.add_bos)
 
     def _tokenised(self, texts: Sequence[str]) -> list[TextTokens]:
         assert self.tokeniser is not None
@@ -195,6 +196,14 @@ def starting(text: str, tokens: TextTokens, vocabulary: Vocabulary) -> str:
     return vocabulary.special[token] + text
 
 
+def _at_start(documents: Sequence[Document], n_ctx: int, n_tokens: int | None) -> int | None:
+    """How many whole chunks begin with a document; None if the documents do not count together what they count alone."""
+    starts = np.cumsum([0, *(document.size for document in documents)])
+    if n_tokens != int(starts[-1]):
+        return None
+    return int(np.isin(np.arange(0, n_tokens - n_ctx + 1, n_ctx), starts[:-1]).sum())
+
+
 def batches(texts: Sequence[str]) -> Iterator[list[str]]:
     """Texts in order, a few megabytes at a time."""
     batch: list[str] = []
@@ -209,12 +218,18 @@ def batches(texts: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _beginning(document: Document, tokens: TextTokens, keep: int) -> str | None:
-    """The first ``keep`` tokens of a document, if they end with a word."""
+def _cut_quality(document: Document, tokens: TextTokens, keep: int) -> int:
+    """How good a place the end of the first ``keep`` tokens is: 2 behind a word, 1 elsewhere, 0 within a character."""
     if tokens.ends is None or not 0 < keep < len(tokens):
-        return None
+        return 0
     data = document.text.encode()
     end = int(tokens.ends[keep - 1])
-    if data[end : end + 1] not in (b" ", b"\n") or data[end - 1 : end] in (b" ", b"\n"):
-        return None
-    return data[:end].decode("utf-8")
+    if data[end] & 0xC0 == 0x80:
+        return 0
+    return 2 if data[end : end + 1].isspace() and not data[end - 1 : end].isspace() else 1
+
+
+def _beginning(document: Document, tokens: TextTokens, keep: int) -> str:
+    """The first ``keep`` tokens of a document."""
+    assert tokens.ends is not None
+    return document.text.encode()[: int(tokens.ends[keep - 1])].decode("utf-8")

@@ -6,10 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from imatrix_runner.calibration.manifest import Manifest, find_manifest
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.files import atomic_writer
 
 _MAX_BYTES = 1 << 30
+
+# How the control tokens of most chat templates begin; the tokenizer decides what they are.
+_MARKS = (b"<|", "<｜".encode(), b"<start_of_turn>", b"[INST]", b"<bos>", b"</s>")
 
 FEW_CHUNKS = 100
 """Below this many chunks a matrix is noisy; published ones use 125 to 300."""
@@ -17,12 +21,24 @@ FEW_CHUNKS = 100
 
 @dataclass(frozen=True)
 class Corpus:
-    """One text file: where it lies, its name for the imatrix's ``datasets``, its size and content hash."""
+    """One text file: where it lies, its name for the imatrix's ``datasets``, its size and content hash.
+
+    ``manifest`` is what ``calibration build`` wrote beside it, ``edited`` whether the text is another one since. ``marked``:
+    something in it looks like a chat template's control tokens.
+    """
 
     path: Path
     name: str
     n_bytes: int
     sha256: str
+    manifest: Manifest | None = None
+    edited: bool = False
+    marked: bool = False
+
+    @property
+    def built(self) -> Manifest | None:
+        """The manifest, as long as it describes the text."""
+        return None if self.edited else self.manifest
 
 
 def open_corpus(path: Path) -> Corpus:
@@ -49,7 +65,10 @@ def open_corpus(path: Path) -> Corpus:
             f"byte {error.start} is not valid UTF-8",
             f"Convert it, for example: iconv -f latin1 -t utf-8 {path.name} > {path.stem}-utf8.txt",
         ) from error
-    return Corpus(path, path.name, len(data), hashlib.sha256(data).hexdigest())
+    digest = hashlib.sha256(data).hexdigest()
+    manifest = find_manifest(path)
+    edited = manifest is not None and manifest.sha256 != digest
+    return Corpus(path, path.name, len(data), digest, manifest, edited, any(mark in data for mark in _MARKS))
 
 
 def stage(corpus: Corpus, target: Path) -> None:

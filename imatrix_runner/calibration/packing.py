@@ -22,11 +22,14 @@ class Layout:
     loose: int = 0
 
 
-def lay_out(documents: Sequence[Document], n_ctx: int, budget: int | None, may_cut: Callable[[Document, int], bool]) -> Layout:
+def lay_out(
+    documents: Sequence[Document], n_ctx: int, budget: int | None, cut_quality: Callable[[Document, int], int]
+) -> Layout:
     """Fill chunks of ``n_ctx`` tokens, each from the beginning of a document, up to ``budget`` tokens (None: all documents).
 
     A document longer than a chunk goes on in the next. The room behind it is filled with the largest of the next documents that
-    fits whole; where none does, with the beginning of the shortest that is too long. ``may_cut`` tells where one can be cut.
+    fits whole; where none does, with the beginning of one that is too long: of those that ``cut_quality`` puts highest at that
+    length (0: it cannot be cut there) the shortest.
     """
     layout = Layout()
     waiting = deque(documents)
@@ -54,9 +57,10 @@ def lay_out(documents: Sequence[Document], n_ctx: int, budget: int | None, may_c
             place(best)
             continue
         length = room if used or left is None else left  # the last document of a budget may fill several chunks
-        fitting = [document for document in ahead if document.size > length and may_cut(document, length)]
+        rated = [(cut_quality(document, length), -document.size) for document in ahead]
+        fitting = [number for number, document in enumerate(ahead) if document.size > length and rated[number][0]]
         if fitting:
-            best = min(fitting, key=lambda document: document.size)
+            best = ahead[max(fitting, key=lambda number: rated[number])]
             waiting.remove(best)
             place(best, length)
             continue

@@ -46,16 +46,34 @@ class GgufTokeniser:
         self._vocabulary = Vocabulary(told.n_vocab, told.special, bos, eos, told.add_bos)
         cuts = np.cumsum(found.lengths)
         each = zip(texts, np.split(found.ids, cuts), np.split(found.sizes, cuts), strict=False)
-        return [TextTokens(ids, _ends(sizes, len(text.encode()))) for text, ids, sizes in each]
+        special = np.fromiter(told.special, np.int64, len(told.special))
+        return [TextTokens(ids, _ends(sizes, np.isin(ids, special), text)) for text, ids, sizes in each]
 
 
-def _ends(sizes: npt.NDArray[np.int32], n_bytes: int) -> npt.NDArray[np.int64] | None:
-    """Where tokens end in their text. SentencePiece puts one space before a text that the text does not have."""
+_MARK = "▁"
+"""How SentencePiece writes a space; one in a text comes back as a space."""
+
+
+def _ends(sizes: npt.NDArray[np.int32], special: npt.NDArray[np.bool_], text: str) -> npt.NDArray[np.int64] | None:
+    """Where tokens end in their text, from the bytes of their pieces. SentencePiece puts a space before the text, and before
+    what follows a control token."""
     ends = np.cumsum(sizes, dtype=np.int64)
-    extra = int(ends[-1]) - n_bytes if len(ends) else -n_bytes
-    if extra == 1 and len(ends) and sizes[0]:
-        return ends - 1
-    return ends if extra == 0 else None
+    if not len(ends):
+        return ends if not text else None
+    spaces = np.cumsum(~special & np.concatenate([[True], special[:-1]]))
+    for mark in ("", _MARK) if _MARK in text else ("",):
+        extra = int(ends[-1]) - len((text.replace(mark, " ") if mark else text).encode())
+        if extra in (0, int(spaces[-1])):
+            ends = ends - spaces if extra else ends
+            return _widened(ends, text) if mark else ends
+    return None
+
+
+def _widened(ends: npt.NDArray[np.int64], text: str) -> npt.NDArray[np.int64]:
+    """Ends in ``text`` from those in the text whose marks are spaces."""
+    gaps = np.cumsum([len(part.encode()) + 1 for part in text.split(_MARK)[:-1]], dtype=np.int64)
+    wider = ends + (len(_MARK.encode()) - 1) * np.searchsorted(gaps, ends, side="right")
+    return np.asarray(wider, np.int64)
 
 
 class HuggingFaceTokeniser:

@@ -109,7 +109,7 @@ def imatrix_content(file: MatrixFile) -> dict[str, Any]:
 def collected_content(facts: Mapping[str, object]) -> dict[str, Any]:
     """How a matrix was made here; ``stopped`` is ``chunks``, ``converged``, ``covered`` or ``text``, and each point of the
     ``curve`` has ``chunks``, ``worst``, ``tensor`` and ``median``."""
-    names = ("chunks", "ranges", "tokens", "dataset", "ppl", "ppl_error", "ppl_chunks", "stopped", "curve")
+    names = ("chunks", "ranges", "tokens", "dataset", "ppl", "ppl_error", "ppl_chunks", "stopped", "curve", "calibration")
     return {name: facts.get(name) for name in names}
 
 

@@ -18,6 +18,7 @@ _COMMANDS = {
     "run": ("run_cmd", "run", "Take a model through imatrix and quantisation to verified files."),
     "quantize": ("run_cmd", "quantize", "Quantise with the imatrix that is there; never generates one."),
     "imatrix": ("imatrix_cmd", "imatrix", "Importance matrices: generate, check, merge, convert, look inside."),
+    "calibration": ("calibration_cmd", "calibration", "Calibration texts: list, build, inspect, fetch."),
     "tools": ("tools_cmd", "tools", "llama.cpp's programs: locate, build, install."),
     "doctor": ("doctor_cmd", "doctor", "Check this machine: what is there, what is missing, what to do."),
     "status": ("status_cmd", "status", "List every workspace: done, running, resumable."),

@@ -186,7 +186,11 @@ collect_options = together(
         default=0,
         help="Go on past --chunks until every expert saw N tokens, or the text ends.",
     ),
-    setting("--parse-special", is_flag=True, help="Parse special tokens in the text, for chat transcripts."),
+    setting(
+        "--parse-special/--no-parse-special",
+        default=None,
+        help="Parse special tokens in the text, for chat transcripts (default: as the text was built).",
+    ),
     setting("--process-output", is_flag=True, help="Also collect data for output.weight."),
     setting("--ppl/--no-ppl", default=True, show_default=True, help="Measure the perplexity on the way."),
 )
@@ -279,7 +283,7 @@ def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: 
         override_tensors=tuple(options["override_tensor"]),
         flash_attn=options["flash_attn"] or "",
         mmap=options["mmap"],
-        parse_special=options["parse_special"],
+        parse_special=bool(options["parse_special"]),
         process_output=options["process_output"],
         ppl=options["ppl"],
         extra=extra,
@@ -293,6 +297,7 @@ def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: 
         "save_frequency": options["save_frequency"],
         "until_converged": options["until_converged"],
         "min_expert_tokens": options["min_expert_tokens"],
+        "parse_as_built": options["parse_special"] is None,
     }
     return ImatrixRequest(**{**values, **changes})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.calibration.corpus import FEW_CHUNKS, Corpus, open_corpus
@@ -28,6 +28,9 @@ from imatrix_runner.workflow.source import Frozen, hash_files
 from imatrix_runner.workspace import Workspace
 
 STEP = "imatrix"
+
+CALIBRATION = "imatrix_runner.calibration"
+"""The key under which an imatrix names the manifest of the text it was made from."""
 
 _WORTH_SAYING = 0.15
 
@@ -95,6 +98,7 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
             )
         return _use(found, frozen.model, sink, "found in the workspace")
     corpus = open_corpus(request.text or resource(CALIBRATION_TEXT))
+    request = _as_built(request, corpus, sink)
     inputs = imatrix_inputs(request, corpus, frozen, session.engine)
     if record is not None and ours and not differences(record, inputs):
         if not session.dry_run:
@@ -142,14 +146,30 @@ def imatrix_inputs(request: ImatrixRequest, corpus: Corpus, frozen: Frozen, engi
     ranges += [f"--save-frequency {request.save_frequency}" if request.save_frequency else ""]
     ranges += [f"--until-converged {request.until_converged:g}" if request.until_converged is not None else ""]
     ranges += [f"--min-expert-tokens {request.min_expert_tokens}" if request.min_expert_tokens else ""]
+    built = {"calibration manifest": corpus.built.fingerprint} if corpus.built is not None else {}
     return {
         "model file": frozen.fingerprint,
         "calibration text": f"sha256:{corpus.sha256}",
+        **built,
         "context": str(options.n_ctx),
         "chunks": " ".join(filter(None, [f"{limit} from {request.first_chunk}", *ranges])),
         "options": " ".join(filter(None, how)),
         "engine": engine.arithmetic(),
     }
+
+
+def _as_built(request: ImatrixRequest, corpus: Corpus, sink: Sink) -> ImatrixRequest:
+    """The request with special tokens parsed if the text was built so, and whoever asks did not say otherwise."""
+    manifest = corpus.manifest
+    if manifest is None:
+        return request
+    if corpus.edited:
+        sink(warning(f"{corpus.name} was changed since it was built: its manifest no longer says what is in it."))
+    if not manifest.parse_special or not request.parse_as_built:
+        return request
+    how = f"rendered with {manifest.template.origin}" if manifest.template is not None else "built with control tokens"
+    sink(info(f"{corpus.name} was {how}: its special tokens are parsed (--parse-special)."))
+    return replace(request, options=replace(request.options, parse_special=True))
 
 
 def _plan_generation(
@@ -159,6 +179,8 @@ def _plan_generation(
     n_tokens = session.engine.count_tokens(
         model.path, corpus.path, parse_special=options.parse_special, log=session.log("tokenize")
     )
+    if corpus.marked and not options.parse_special:
+        _tell_unparsed(n_tokens, corpus, model, session)
     plan = plan_chunks(
         n_tokens,
         options,
@@ -183,6 +205,18 @@ def _plan_generation(
     # The matrix itself, its snapshots, and in float64 a range's, the checkpoint and the one that replaces it.
     files = 1 + len(plan.snapshots) + 3 * 2
     return ImatrixStep("generate", out, reason, plan.n_chunks, n_tokens, files * matrix_bytes(model)), plan
+
+
+def _tell_unparsed(n_tokens: int, corpus: Corpus, model: Model, session: Session) -> None:
+    """Written-out control tokens that are read letter by letter make a matrix of something the model never sees."""
+    parsed = session.engine.count_tokens(model.path, corpus.path, parse_special=True, log=session.log("tokenize"))
+    if parsed < n_tokens:
+        session.sink(
+            warning(
+                f"{corpus.name} holds this model's special tokens written out, and they are read letter by letter "
+                f"({n_tokens} tokens instead of {parsed}). For chat transcripts add --parse-special."
+            )
+        )
 
 
 def _range_size(request: ImatrixRequest, model: Model, n_tokens: int, engine: Engine) -> int:
@@ -243,7 +277,7 @@ def generate(chosen: Chosen, session: Session) -> MatrixFile:
     assert chosen.request is not None
     request, workspace, journal = chosen.request, session.workspace, session.journal
     result = collect(request, session.engine, workspace, journal, session.sink)
-    part = prepare_gguf(result.matrix, request.out)
+    part = prepare_gguf(result.matrix, request.out, facts=provenance(request.corpus))
     output = Output(workspace.name_of(request.out), stamp(part))
     facts = _facts(result, request)
     record = Record.now(request.inputs, [output], chosen.step.reason, result.seconds, facts=facts)
@@ -254,6 +288,11 @@ def generate(chosen: Chosen, session: Session) -> MatrixFile:
     return read(request.out)
 
 
+def provenance(corpus: Corpus) -> dict[str, str]:
+    """What a matrix's file says of a text that was built: enough to find its manifest, nobody's folders."""
+    return {CALIBRATION: corpus.built.fingerprint} if corpus.built is not None else {}
+
+
 def _facts(result: CollectResult, request: CollectRequest) -> dict[str, object]:
     """What later steps and reports want to know of a collection; JSON values only."""
     perplexity = result.perplexity
@@ -262,6 +301,7 @@ def _facts(result: CollectResult, request: CollectRequest) -> dict[str, object]:
         "ranges": describe_ranges(result.ranges),
         "tokens": request.plan.n_tokens,
         "dataset": request.corpus.name,
+        "calibration": calibration_facts(request.corpus),
         "ppl": perplexity.value,
         "ppl_error": perplexity.error,
         "ppl_chunks": perplexity.tokens // max(1, request.options.scored_tokens),
@@ -269,6 +309,19 @@ def _facts(result: CollectResult, request: CollectRequest) -> dict[str, object]:
         "stopped": result.stopped,
         "curve": [vars(point) for point in result.curve],
     }
+
+
+def calibration_facts(corpus: Corpus) -> dict[str, object]:
+    """A text and, if it was built, what from: for the journal and for reports."""
+    facts: dict[str, object] = {"path": str(corpus.path), "bytes": corpus.n_bytes, "sha256": corpus.sha256}
+    built = corpus.built
+    if built is not None:
+        template = built.template.sha256 if built.template is not None else None
+        facts |= {"manifest": built.fingerprint, "parse_special": built.parse_special, "template": template}
+        facts["sources"] = [
+            {"name": each.name, "sha256": each.sha256, "licence": each.licence, "share": each.share} for each in built.sources
+        ]
+    return facts
 
 
 def collected_facts(file: MatrixFile | None, session: Session) -> Mapping[str, object] | None:

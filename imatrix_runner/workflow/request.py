@@ -30,6 +30,7 @@ class ImatrixRequest:
     ``output_frequency`` None lets the size of ranges follow from the model; ``save_frequency`` 0 leaves no snapshots.
     ``until_converged``: the tolerance (:mod:`imatrix_runner.imatrix.convergence`) below which it stops before that;
     ``min_expert_tokens``: it goes on after that until every expert saw so many tokens, or the text ends (0: it does not).
+    ``parse_as_built``: a text that was built with a chat template has its special tokens parsed, whatever ``options`` says.
     """
 
     mode: str = "auto"
@@ -42,6 +43,7 @@ class ImatrixRequest:
     until_converged: float | None = None
     min_expert_tokens: int = 0
     out: Path | None = None
+    parse_as_built: bool = True
 
 
 @dataclass(frozen=True)

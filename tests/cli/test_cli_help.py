@@ -54,9 +54,10 @@ def test_no_command_and_no_option_without_its_sentence(words: tuple[str, ...]) -
 
 def test_the_documented_commands_are_there(cli: CommandLine) -> None:
     said = cli("--help").out
-    for name in ("run", "quantize", "imatrix", "tools", "doctor", "status", "demo", "completion"):
+    for name in ("run", "quantize", "imatrix", "calibration", "tools", "doctor", "status", "demo", "completion"):
         assert f"\n  {name} " in said
     assert {("imatrix", "generate"), ("tools", "locate"), ("tools", "build"), ("tools", "install")} <= set(EVERY)
+    assert {("calibration", "list"), ("calibration", "fetch")} <= set(EVERY)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_without_a_command_the_page_is_shown(cli: CommandLine) -> None:
     assert "Commands:" in ran.out
 
 
-@pytest.mark.parametrize("group", ["imatrix", "tools"])
+@pytest.mark.parametrize("group", ["imatrix", "calibration", "tools"])
 def test_a_group_without_its_command_is_a_usage_error_that_shows_them(cli: CommandLine, group: str) -> None:
     ran = cli(group)
     assert ran.code == 2
@@ -100,7 +101,10 @@ def test_the_version(cli: CommandLine) -> None:
     assert __version__ in ran.out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["imatrix", "generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["imatrix", "generate", "--help"], ["calibration", "fetch", "--help"], ["--version"]],
+)
 def test_help_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     script = """
         import json, sys

@@ -84,10 +84,11 @@ def explain(error: BaseException, asked: Asked) -> RunnerError:
             f"Accept the licence at {asked.page}, then set HF_TOKEN to a token of that account and run the same command again.",
         )
     if isinstance(error, errors.RevisionNotFoundError):
+        newest = HubId(asked.hub_id.repo, None, asked.hub_id.file)
         return DownloadError(
             f"{asked.hub_id.repo} has no revision {asked.hub_id.revision or 'main'}",
             f"{asked.host} knows the repository, but no branch, tag or commit of that name",
-            f"Leave the revision out: imatrix-runner run {HubId(asked.hub_id.repo, None, asked.hub_id.file)}",
+            f"Leave the revision out: {'imatrix-runner run ' if asked.repo_type == 'model' else ''}{newest}",
         )
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return DownloadError(

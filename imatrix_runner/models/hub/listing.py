@@ -9,10 +9,12 @@ from datetime import datetime
 from pathlib import Path
 
 from imatrix_runner.errors import from_os_error
+from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.hub.advice import Asked, no_hub
 from imatrix_runner.models.hub.choice import RepoFile
 
 LISTING_SECONDS = 30.0
+_MAX_LICENCE = 80
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -20,7 +22,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Listing:
-    """A repository at one commit. ``date``: of its last change, ISO 8601; ``quantised_from``: whom its tags call its base."""
+    """A repository at one commit. ``date``: of its last change, ISO 8601; ``quantised_from``: whom its tags call its base.
+
+    ``licence``: what its card says, ``mit`` or ``cc-by-sa-3.0, gfdl``.
+    """
 
     repo: str
     repo_type: str
@@ -29,6 +34,7 @@ class Listing:
     files: tuple[RepoFile, ...]
     base_model: str | None = None
     quantised_from: tuple[str, ...] = ()
+    licence: str | None = None
 
 
 def list_repository(asked: Asked) -> Listing:
@@ -56,7 +62,15 @@ def list_repository(asked: Asked) -> Listing:
         plain_files((entry.rfilename, entry.size) for entry in info.siblings or ()),
         base if isinstance(base, str) else None,
         quantised_from(info.tags or ()),
+        _licence(info.card_data.get("license") if info.card_data else None),
     )
+
+
+def _licence(told: object) -> str | None:
+    """What a card says under ``license``: a name, or a list of them."""
+    names = told if isinstance(told, list) else [told]
+    named = [printable(name.strip())[:_MAX_LICENCE] for name in names if isinstance(name, str) and name.strip()]
+    return ", ".join(named[:8]) or None
 
 
 def plain_files(entries: Iterable[tuple[str, int | None]]) -> tuple[RepoFile, ...]:

@@ -1,0 +1,150 @@
+"""Opening a user's file as a stream of bytes or of text, and saying what it is when it is neither.
+
+``.gz`` is unpacked on the way. Every byte taken from the disk is told, so that a bar can show it; whatever goes wrong while
+reading is an error of ours that names the file as it was ``shown`` to the user.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import shlex
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imatrix_runner.errors import InvalidDataError, from_os_error
+from imatrix_runner.models.bounded import printable
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+BLOCK = 1 << 18
+_HEAD = 512  # bytes that tell whether a file is binary; further on it is a record's own trouble
+_GZIP = b"\x1f\x8b"
+_BOM = codecs.BOM_UTF8
+
+# What people have at hand that is no text: its first bytes, what it is, how to make a text of it.
+_OTHERS = (
+    (codecs.BOM_UTF32_LE, "it is UTF-32", "iconv -f UTF-32 -t UTF-8 {} > text.txt"),
+    (codecs.BOM_UTF16_LE, "it is UTF-16", "iconv -f UTF-16 -t UTF-8 {} > text.txt"),
+    (codecs.BOM_UTF16_BE, "it is UTF-16", "iconv -f UTF-16 -t UTF-8 {} > text.txt"),
+    (b"\x28\xb5\x2f\xfd", "it is compressed with zstd", "zstd -d {}"),
+    (b"\xfd7zXZ\0", "it is compressed with xz", "unxz --keep {}"),
+    (b"BZh", "it is compressed with bzip2", "bunzip2 --keep {}"),
+    (b"PK\x03\x04", "it is a zip archive, or a document that is kept in one", "unzip {}"),
+    (b"7z\xbc\xaf\x27\x1c", "it is a 7z archive", "7z x {}"),
+    (b"%PDF-", "it is a PDF", "pdftotext {} text.txt"),
+)
+
+
+def bad_source(shown: str, why: str, todo: str) -> InvalidDataError:
+    """The error for a source that cannot be used at all."""
+    return InvalidDataError(f"{shown} cannot be used as a source of calibration text", why, todo)
+
+
+@contextmanager
+def opened(path: Path, shown: str, on_bytes: Callable[[int], None]) -> Iterator[io.BufferedReader]:
+    """The bytes of a file, unpacked. Raises :class:`InvalidDataError` for what begins like no text in UTF-8."""
+    try:
+        raw = path.open("rb", buffering=0)
+    except OSError as error:
+        raise from_os_error(error, "opening a source of calibration text", shown) from error
+    with raw, _buffered(_Read(raw, shown, on_bytes)) as packed:
+        if packed.peek(2)[:2] != _GZIP:
+            yield _checked(packed, path, shown)
+            return
+        with gzip.GzipFile(fileobj=packed) as unzipped, _buffered(_Read(unzipped, shown)) as stream:
+            yield _checked(stream, path, shown)
+
+
+def _buffered(raw: _Read) -> io.BufferedReader:
+    return io.BufferedReader(raw, BLOCK)
+
+
+def _checked(stream: io.BufferedReader, path: Path, shown: str) -> io.BufferedReader:
+    head = stream.peek(1)
+    for magic, why, command in _OTHERS:
+        if head.startswith(magic):
+            raise bad_source(shown, why, f"Make a text of it first: {command.format(quoted(path))}")
+    if b"\0" in head[:_HEAD]:
+        raise _binary(shown, head.index(b"\0"))
+    return stream
+
+
+class _Read(io.RawIOBase):
+    """Another file's bytes, told as they are taken, and its errors as ours."""
+
+    def __init__(self, source: io.FileIO | gzip.GzipFile, shown: str, on_bytes: Callable[[int], None] | None = None) -> None:
+        self._source, self._shown, self._on_bytes = source, shown, on_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        try:
+            count = self._source.readinto(buffer)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise bad_source(self._shown, f"it is a damaged .gz file: {error}", "Download or make it again.") from error
+        except OSError as error:
+            raise from_os_error(error, "reading a source of calibration text", self._shown) from error
+        if self._on_bytes is not None and count:
+            self._on_bytes(count)
+        return count
+
+
+def text_blocks(stream: io.BufferedReader, path: Path, shown: str, *, strict: bool = True) -> Iterator[str]:
+    """UTF-8 text in blocks, without a byte order mark, CRLF as LF; the last may be empty.
+
+    Raises :class:`InvalidDataError` naming the byte and the line that are none; with ``strict`` off such bytes become lone
+    surrogates, for whoever can tell which record they spoil. NUL bytes are never text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("strict" if strict else "surrogateescape")
+    at, line, held = 0, 1, ""
+    while True:
+        block = stream.read(BLOCK)
+        if (nul := block.find(b"\0")) >= 0:
+            raise _binary(shown, at + nul)
+        try:
+            text = held + decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            # The decoder may have kept the beginning of a character from the block before.
+            byte = at + error.start - (len(error.object) - len(block))
+            line += error.object.count(b"\n", 0, error.start)
+            raise bad_source(shown, f"byte {byte} in line {line} is not valid UTF-8", _convert(path)) from error
+        text = text.removeprefix("\ufeff") if at == 0 else text
+        at += len(block)
+        line += block.count(b"\n")
+        held = "\r" if block and text.endswith("\r") else ""  # perhaps half of a CRLF
+        yield text.removesuffix(held).replace("\r\n", "\n")
+        if not block:
+            return
+
+
+def byte_lines(stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with their numbers, without white space at their ends; None for a line longer than ``limit`` bytes."""
+    number = 0
+    while line := stream.readline(limit + 1):
+        number += 1
+        if len(line) <= limit:
+            yield number, (line.removeprefix(_BOM) if number == 1 else line).strip()
+            continue
+        yield number, None
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(BLOCK)
+
+
+def quoted(path: Path) -> str:
+    """A path for a command to type, harmless on a terminal."""
+    return printable(shlex.quote(str(path)))
+
+
+def _convert(path: Path) -> str:
+    return f"Convert it, for example: iconv -f latin1 -t utf-8 {quoted(path)} > {quoted(Path(f'{path.stem}-utf8.txt'))}"
+
+
+def _binary(shown: str, byte: int) -> InvalidDataError:
+    return bad_source(shown, f"it is a binary file (byte {byte} is NUL)", "Give UTF-8 text, JSONL, JSON, CSV or Parquet.")

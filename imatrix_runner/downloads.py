@@ -1,0 +1,207 @@
+"""Careful downloads over HTTP: bounded, with progress, retried, and every way to fail in words of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+import tenacity
+
+from imatrix_runner.errors import DownloadError, from_os_error
+from imatrix_runner.files import human_bytes
+from imatrix_runner.signals import Stop
+
+if TYPE_CHECKING:
+    import httpx2
+
+T = TypeVar("T")
+OnBytes = Callable[[int, int | None], None]
+"""Hears how many bytes have come, and how many the server announces if it does; may raise to stop."""
+
+_BLOCK = 1 << 18
+_ATTEMPTS = 3
+
+
+class _TryAgain(Exception):
+    """A failure that may pass by itself; carries the error to show when it does not."""
+
+    def __init__(self, error: DownloadError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to tell people to do: each a sentence. ``missing``: for 404; ``refused``: for 403 and 429."""
+
+    later: str
+    unreachable: str
+    missing: str
+    refused: str
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a download brought. ``sha256`` is hex; ``content_type`` as the server called it, or empty."""
+
+    sha256: str
+    n_bytes: int
+    content_type: str
+
+
+@dataclass(frozen=True)
+class Fetcher:
+    """Gets things by URL. ``headers`` of a request follow from its URL; ``wait_seconds`` is the pause before the second attempt
+    and doubles."""
+
+    stop: Stop
+    advice: Advice
+    headers: Callable[[str], Mapping[str, str]]
+    timeout_seconds: float = 30.0
+    wait_seconds: float = 1.0
+
+    def read(self, url: str, what: str, *, limit: int) -> bytes:
+        """A small document of at most ``limit`` bytes."""
+        parts: list[bytes] = []
+
+        def attempt() -> None:
+            parts.clear()
+            self._stream(url, what, limit, lambda block, _total: parts.append(block), self._longer(what, limit))
+
+        self._persist(attempt)
+        return b"".join(parts)
+
+    def file(self, url: str, what: str, part: Path, *, size: int, on_bytes: Callable[[int], None]) -> str:
+        """Download exactly ``size`` bytes into ``part``; return their SHA-256 as hex. ``part`` is removed on any failure."""
+
+        def attempt() -> Arrived:
+            arrived = self._once(url, what, part, size, lambda done, _total: on_bytes(done), self._longer(what, size))
+            if arrived.n_bytes != size:
+                raise _TryAgain(_cut(what, f"{arrived.n_bytes} of {size} bytes arrived"))
+            return arrived
+
+        return self._into(part, what, attempt).sha256
+
+    def up_to(self, url: str, what: str, part: Path, *, limit: int, on_bytes: OnBytes) -> Arrived:
+        """Download a file of unknown length, but at most ``limit`` bytes, into ``part``, which is removed on any failure.
+
+        What announces more is refused at its first block.
+        """
+        large = DownloadError(
+            f"{what} is too large", f"more than {human_bytes(limit)} are offered; no more are taken", self.advice.later
+        )
+
+        def heed(done: int, total: int | None) -> None:
+            if total is not None and total > limit:
+                raise large
+            on_bytes(done, total)
+
+        return self._into(part, what, lambda: self._once(url, what, part, limit, heed, large))
+
+    def _into(self, part: Path, what: str, attempt: Callable[[], Arrived]) -> Arrived:
+        try:
+            return self._persist(attempt)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise from_os_error(error, f"downloading {what}", part) from error
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _once(self, url: str, what: str, part: Path, limit: int, on_bytes: OnBytes, too_large: DownloadError) -> Arrived:
+        digest = hashlib.sha256()
+        done = 0
+        with part.open("wb") as handle:
+
+            def write(block: bytes, total: int | None) -> None:
+                nonlocal done
+                handle.write(block)
+                digest.update(block)
+                done += len(block)
+                on_bytes(done, total)
+
+            content_type = self._stream(url, what, limit, write, too_large)
+            handle.flush()
+            os.fsync(handle.fileno())
+        return Arrived(digest.hexdigest(), done, content_type)
+
+    def _persist(self, attempt: Callable[[], T]) -> T:
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(_ATTEMPTS),
+            wait=tenacity.wait_exponential(multiplier=self.wait_seconds),
+            retry=tenacity.retry_if_exception_type(_TryAgain),
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except _TryAgain as last:
+            raise last.error from last
+
+    def _stream(
+        self, url: str, what: str, limit: int, write: Callable[[bytes, int | None], object], too_large: DownloadError
+    ) -> str:
+        """Give every block of an answer, and its announced length, to ``write``; return its content type."""
+        import httpx2
+
+        self.stop.check()
+        if urlsplit(url).scheme not in ("https", "http"):
+            raise DownloadError(f"{what} has an unusable address", f"{url!r} is not an http address", self.advice.later)
+        seen = 0
+        try:
+            with (
+                httpx2.Client(follow_redirects=True, timeout=self.timeout_seconds) as client,
+                client.stream("GET", url, headers=dict(self.headers(url))) as answer,
+            ):
+                self._require_success(answer, url, what)
+                total = _announced(answer)
+                for block in answer.iter_bytes(_BLOCK):
+                    self.stop.check()
+                    seen += len(block)
+                    if seen > limit:
+                        raise too_large
+                    write(block, total)
+                return str(answer.headers.get("content-type", ""))
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
+            why = f"no connection to {urlsplit(shown(url)).netloc} ({error})"
+            raise _TryAgain(DownloadError(f"{what} could not be reached", why, self.advice.unreachable)) from error
+        except httpx2.TransportError as error:
+            raise _TryAgain(_cut(what, str(error) or type(error).__name__)) from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise DownloadError(f"{what} could not be downloaded", f"{shown(url)}: {error}", self.advice.later) from error
+
+    def _require_success(self, answer: httpx2.Response, url: str, what: str) -> None:
+        status = answer.status_code
+        if status == 200:
+            return
+        where = f"{shown(url)} answered {status}"
+        if status == 404:
+            raise DownloadError(f"{what} does not exist", where, self.advice.missing)
+        if status in (403, 429):
+            limited = status == 429 or answer.headers.get("x-ratelimit-remaining") == "0"
+            why = f"{where}: the hourly limit for this address is used up" if limited else f"{where}: access is refused"
+            raise DownloadError(f"{what} was refused", why, self.advice.refused)
+        error = DownloadError(f"{what} could not be downloaded", where, self.advice.later)
+        raise _TryAgain(error) if status >= 500 else error
+
+    def _longer(self, what: str, limit: int) -> DownloadError:
+        return DownloadError(f"{what} is larger than announced", f"more than {limit} bytes came", self.advice.later)
+
+
+def shown(url: str) -> str:
+    """An address without what may be secret in it."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
+def _announced(answer: httpx2.Response) -> int | None:
+    told = answer.headers.get("content-length", "")
+    return int(told) if told.isascii() and told.isdigit() else None
+
+
+def _cut(what: str, why: str) -> DownloadError:
+    return DownloadError(f"The download of {what} was cut off", why, "Nothing was kept; run the same command again.")

@@ -1,0 +1,162 @@
+"""``calibration build``: open every source, find the tokenizer and the template, build, and put text and manifest in place."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from imatrix_runner.calibration.build import Builder, BuildOptions, Built, Rendered
+from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
+from imatrix_runner.calibration.manifest import TemplateFacts, manifest_path
+from imatrix_runner.calibration.rendering import Unrendered, render
+from imatrix_runner.calibration.templates import ChatTemplate, load_template
+from imatrix_runner.errors import InvalidDataError, UsageError
+from imatrix_runner.events import Saved
+from imatrix_runner.files import atomic_writer, require_space
+from imatrix_runner.process import Runner
+from imatrix_runner.workflow.calibration_sources import SourceOpener
+from imatrix_runner.workflow.calibration_tokeniser import find_tokeniser, tokenizer_files
+from imatrix_runner.workflow.context import Context
+
+DATE = "2026-01-01"
+"""What templates are told is today, so that the same inputs give the same text."""
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """``model``: a GGUF, a Hugging Face directory or a hub id whose tokenizer counts and whose template renders.
+
+    ``chunks`` (of ``options.n_ctx`` tokens) or ``options.tokens`` is the budget. ``field`` takes one field of every record as
+    plain text. ``force`` overwrites ``out``.
+    """
+
+    sources: tuple[str, ...]
+    out: Path
+    options: BuildOptions
+    model: str = ""
+    chat_template: Path | None = None
+    template_name: str = ""
+    field: str = ""
+    offline: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """``path`` and ``manifest_path`` are written (not in a dry run)."""
+
+    built: Built
+    path: Path
+    manifest_path: Path
+
+
+def build(request: BuildRequest, context: Context, *, dry_run: bool = False) -> BuildResult:
+    """Build a calibration text and its manifest. Raises errors of ours; nothing is left behind by one."""
+    _check(request)
+    out = request.out.expanduser().absolute()
+    _check_place(out, force=request.force)
+    runner = Runner(context.stop)
+    with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as scratch:
+        opener = SourceOpener(context, Path(scratch), request.field, request.offline)
+        sources = [opener.open(argument) for argument in request.sources]
+        _check_inputs(out, opener.paths)
+        model = tokenizer_files(request.model, context, offline=request.offline) if request.model else None
+        builder = Builder(
+            sources,
+            request.options,
+            tokeniser=find_tokeniser(model, runner) if model is not None else None,
+            render=partial(_render, request, model, runner),
+            near=_near(request.options.near_duplicates),
+            sink=context.sink,
+            stop=context.stop,
+            model=Path(request.model).name,
+        )
+        built = builder.build()
+    manifest = msgspec.structs.replace(built.manifest, text=out.name)
+    result = BuildResult(Built(built.text, manifest, built.at_start), out, manifest_path(out))
+    if not dry_run:
+        _write(result)
+        context.sink(Saved(str(out), "calibration text", manifest.bytes))
+    return result
+
+
+def _check(request: BuildRequest) -> None:
+    options = request.options
+    if not request.model and (options.tokens is not None or options.aligned):
+        what = "--align" if options.aligned else "A budget of chunks or tokens"
+        why, todo = "tokens are counted with the model's own tokenizer", "Add --model with its GGUF or directory."
+        raise UsageError(f"{what} needs a model", why, todo)
+    if request.chat_template is not None and not request.chat_template.is_file():
+        raise UsageError(f"There is no file {request.chat_template}", "it was given with --chat-template", "Check the path.")
+
+
+def _check_place(out: Path, *, force: bool) -> None:
+    for path in (out, manifest_path(out)):
+        if path.is_dir():
+            raise InvalidDataError(f"{path} is a folder", "a text is to be written there", "Choose another name with -o.")
+        if path.exists() and not force:
+            raise InvalidDataError(
+                f"{path} is there already", "files of yours are never overwritten", "Choose another name, or add --force."
+            )
+
+
+def _check_inputs(out: Path, paths: Sequence[Path]) -> None:
+    for path in paths:
+        inside = path.is_dir() and out.parent.resolve().is_relative_to(path.resolve())
+        if inside or (out.exists() and path.exists() and out.samefile(path)):
+            raise InvalidDataError(
+                f"{out} is {'inside' if inside else 'itself'} one of the sources",
+                "the text would become a source of the next one" if inside else "it would be overwritten while it is read",
+                "Choose another place with -o.",
+            )
+
+
+def _near(threshold: float) -> Callable[[str], bool] | None:
+    if threshold <= 0:
+        return None
+    from imatrix_runner.calibration.duplicates import NearDuplicates
+
+    near = NearDuplicates(threshold)
+    return lambda text: near.add(text) is not None
+
+
+def _render(
+    request: BuildRequest,
+    model: Path | None,
+    runner: Runner,
+    records: Sequence[Record],
+    on_progress: Callable[[int], None],
+) -> Rendered:
+    template = _template(request, model, records[0])
+    conversations = [record.content for record in records if isinstance(record.content, Conversation)]
+    found = render(template, conversations, runner, date=DATE, on_progress=on_progress)
+    texts = [
+        BadRecord(record.where, text.why, text.todo) if isinstance(text, Unrendered) else text
+        for record, text in zip(records, found, strict=True)
+    ]
+    return Rendered(texts, TemplateFacts(template.sha256, template.origin, DATE))
+
+
+def _template(request: BuildRequest, model: Path | None, record: Record) -> ChatTemplate:
+    if model is None:
+        raise UsageError(
+            f"{record.where} is a conversation, and there is no model to say how to write it down",
+            "every model has its own chat template, and another one's would calibrate for what it never sees",
+            "Give the model with --model; or take one field as plain text with --field.",
+        )
+    return load_template(model, request.chat_template, request.template_name)
+
+
+def _write(result: BuildResult) -> None:
+    """The manifest first: a text without one would be read without its special tokens."""
+    data = result.built.text.encode()
+    require_space(result.path, 2 * len(data) + (1 << 20), "the calibration text")
+    with atomic_writer(result.manifest_path) as handle:
+        handle.write(msgspec.json.format(msgspec.json.encode(result.built.manifest, order="deterministic"), indent=1) + b"\n")
+    with atomic_writer(result.path) as handle:
+        handle.write(data)
