@@ -305,7 +305,8 @@ class Builder:
     def _tell_bad(self) -> None:
         bad = sum(tally.bad for tally in self._tallies)
         if bad:
-            self._sink(warning(f"{bad} records were left out: {'; '.join(self._examples)}{' …' if bad > 3 else ''}"))
+            more = "; …" if bad > len(self._examples) else ""
+            self._sink(warning(f"{bad} broken record{'s' if bad > 1 else ''} left out: {'; '.join(self._examples)}{more}"))
 
     def _tell_shortage(self, composed: Composed, budget: int | None) -> None:
         options, sink = self._options, self._sink
@@ -325,9 +326,8 @@ class Builder:
                 sink(warning(f"{told}: it has no more documents that fit."))
         for number, tally in enumerate(self._tallies):
             if tally.long:
-                sink(
-                    info(f"{self._sources[number].name}: {tally.long} dialogues are longer than the budget and were left out.")
-                )
+                many = f"{tally.long} dialogues are" if tally.long > 1 else "1 dialogue is"
+                sink(info(f"{self._sources[number].name}: {many} longer than the budget and left out."))
 
     def _manifest(self, composed: Composed) -> Manifest:
         options = self._options

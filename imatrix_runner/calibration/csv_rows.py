@@ -42,7 +42,7 @@ def csv_rows(blocks: Iterable[str], shown: str, *, delimiter: str = "") -> Itera
                 raise bad_source(shown, f"its header line cannot be read: {why}", _NAME) from error
             where = f"{shown}, line {lines.began}"
             if lines.are_many:
-                yield BadRecord(where, f"a quoted field does not end within {MAX_ROW >> 20} MiB; the rest is not read", _MEND)
+                yield BadRecord(where, "a quoted field there does not end where it should; the rest is not read", _MEND)
                 return
             yield BadRecord(where, why, SHORTEN if refused else _MEND)
             continue

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 _MOST_ROWS = 64
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 32 << 20
 _PAGE_BUFFER = 1 << 20  # without it a whole column of a row group is read at once
 
 

@@ -115,7 +115,7 @@ def spool_stdin(stream: IO[bytes], folder: Path, on_bytes: Callable[[int], None]
             while block := stream.read(BLOCK):
                 target.write(block)
                 on_bytes(len(block))
-        return part.rename(part.with_suffix(_suffix_of(part)))
+        return part.replace(part.with_suffix(_suffix_of(part)))
     except OSError as error:
         discard(part)
         raise from_os_error(error, "copying stdin to a file", part) from error

@@ -25,7 +25,7 @@ DATE = "2026-01-01"
 same bytes."""
 
 _ROOT = Path(__file__).resolve().parents[2]
-_TODO = "Change this record to what the template takes, or give another template with --chat-template FILE."
+_TODO = "Change this record to what the template takes, or give another template with --chat-template-file FILE."
 _LONGEST_WHY = 340
 _FREE_BYTES = 64 << 20
 _BYTES_PER_BYTE = 4
@@ -214,7 +214,7 @@ def _stopped(answer: Mapping[str, Any], template: ChatTemplate, folder: Path) ->
         return InvalidDataError(
             f"The chat template {printable(template.origin)} writes without measure",
             f"it made {why} of these conversations",
-            "Give another template with --chat-template FILE.",
+            "Give another template with --chat-template-file FILE.",
         )
     return _broken(template, why)
 
@@ -223,7 +223,7 @@ def _broken(template: ChatTemplate, why: str) -> InvalidDataError:
     return InvalidDataError(
         f"The chat template {printable(template.origin)} cannot be compiled",
         why,
-        "Correct it, or give another one with --chat-template FILE.",
+        "Correct it, or give another one with --chat-template-file FILE.",
     )
 
 
@@ -231,7 +231,7 @@ def _given_up(template: ChatTemplate, failures: int, why: str) -> InvalidDataErr
     return InvalidDataError(
         f"The chat template {printable(template.origin)} cannot be used",
         f"{failures} conversations were given up; of the last, {why}",
-        "Give another template with --chat-template FILE, or take one field as plain text with --field NAME.",
+        "Give another template with --chat-template-file FILE, or take one field as plain text with --field NAME.",
     )
 
 

@@ -113,7 +113,7 @@ def _choose(found: Mapping[str, _Found], name: str, owner: Path) -> _Found:
     raise InvalidDataError(
         f"{owner} has several chat templates and none is the default",
         f"it has: {names}",
-        "Save the one you mean to a file and give it with --chat-template FILE.",
+        "Save the one you mean to a file and give it with --chat-template-file FILE.",
     )
 
 
@@ -218,7 +218,7 @@ def _special_of_directory(directory: Path) -> dict[str, str]:
 
 
 def _none(owner: Path) -> InvalidDataError:
-    todo = "Give the instruct model's GGUF, a template with --chat-template FILE, or take one field as plain text with --field."
+    todo = "Give the instruct model's GGUF, a template with --chat-template-file FILE, or take one field as plain text with --field."
     if owner.is_dir() and any(owner.glob("*.gguf")):
         todo = "Name the GGUF file in it."
     return InvalidDataError(
@@ -231,5 +231,5 @@ def _none(owner: Path) -> InvalidDataError:
 def _unusable(origin: str, why: str) -> InvalidDataError:
     what = f"The chat template {printable(origin)} cannot be used"
     return InvalidDataError(
-        what, why, "Give another one with --chat-template FILE, in Jinja as the model's publisher wrote it."
+        what, why, "Give another one with --chat-template-file FILE, in Jinja as the model's publisher wrote it."
     )

@@ -112,14 +112,17 @@ def _text_rows(text: TextFacts) -> Iterator[tuple[str, str]]:
 
 
 def _repeated(text: TextFacts) -> str:
-    near = text.near
-    if not text.lines.repeated and not near.repeated:
-        compared = "all" if near.all_compared else f"the first {near.n:,}"
-        return f"none of {text.lines.n:,} lines, and no passage, not even nearly ({compared} compared)"
-    told = f"{text.lines.repeated:,} of {text.lines.n:,} lines ({_percent(text.lines.share)} of the text)"
-    told += f", {near.repeated:,} of {near.n:,} passages, at least nearly ({_percent(near.share)})"
-    if text.lines.examples:
-        line, count = text.lines.examples[0]
+    near, lines, passages = text.near, text.lines, text.passages
+    first = "" if near.all_compared else "the first "
+    if not (lines.repeated or passages.repeated or near.repeated):
+        compared = "all compared" if near.all_compared else f"{first}{near.n:,} compared"
+        return f"none of {lines.n:,} lines, and no passage, not even nearly ({compared})"
+    told = f"{'about ' if lines.estimated else ''}{lines.repeated:,} of {lines.n:,} lines ({_percent(lines.share)} of the text)"
+    if not near.all_compared:
+        told += f", {passages.repeated:,} of {passages.n:,} passages ({_percent(passages.share)})"
+    told += f", {near.repeated:,} of {first}{near.n:,} passages at least nearly ({_percent(near.share)})"
+    if lines.examples:
+        line, count = lines.examples[0]
         told += f"; {count:,}×: {line}"
     elif near.examples:
         told += f"; for example: {near.examples[0][0]}"

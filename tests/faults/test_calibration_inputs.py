@@ -386,8 +386,22 @@ HOSTILE = [
     ("flat.json", '[{"a": [', "[],", "", 0, f"line 1: broken JSON at column 2: {DENSE}"),
     ("blank.json", "[", " ", '{"text": "x"}]', 1, ""),
     ("numbers.json", '{"ids": [', "12345.678,", '0], "data": [{"text": "x"}]}', 1, ""),
-    ("quote.csv", 'id,text\n1,x\n2,"', "words\n", "", 1, "line 3: a quoted field does not end within 16 MiB"),
-    ("quotes.csv", 'id,text\n1,x\n2,"', '","\n', "", 1, "line 3: a quoted field does not end within 16 MiB"),
+    (
+        "quote.csv",
+        'id,text\n1,x\n2,"',
+        "words\n",
+        "",
+        1,
+        "line 3: a quoted field there does not end where it should; the rest is not read",
+    ),
+    (
+        "quotes.csv",
+        'id,text\n1,x\n2,"',
+        '","\n',
+        "",
+        1,
+        "line 3: a quoted field there does not end where it should; the rest is not read",
+    ),
 ]
 
 

@@ -209,7 +209,7 @@ def test_what_a_template_refuses_is_said_in_its_own_words() -> None:
     refused, failed, fine = texts(source, CHATS["system"], CHATS["plain"], named)
     assert isinstance(refused, Unrendered)
     assert refused.why == "the template refuses it: System role not \ufffd[31msupported"
-    assert "--chat-template FILE" in refused.todo
+    assert "--chat-template-file FILE" in refused.todo
     assert isinstance(failed, Unrendered)
     assert failed.why == "the template fails in line 4: 'dict object' has no attribute 'name'"
     assert fine == "ab"
@@ -357,7 +357,7 @@ def test_one_template_under_another_name_is_the_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gguf", "directory", "json", "folder of ggufs"])
 def test_no_template_is_an_error_and_no_guess(kind: str, llama_models: Path, tmp_path: Path) -> None:
-    model, file, todo = tmp_path, None, "--chat-template FILE, or take one field as plain text with --field."
+    model, file, todo = tmp_path, None, "--chat-template-file FILE, or take one field as plain text with --field."
     if kind == "gguf":
         model = llama_models / "ggml-vocab-gpt-2.gguf"
     elif kind == "folder of ggufs":
