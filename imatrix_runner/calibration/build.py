@@ -172,7 +172,7 @@ class Builder:
                 self._bad(number, record)
                 continue
             tally.records += 1
-            if _letters(record) < self._options.least_chars:
+            if _letters(record) < max(1, self._options.least_chars):
                 tally.short += 1
                 continue
             reservoir.add(record)

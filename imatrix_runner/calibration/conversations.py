@@ -105,6 +105,8 @@ def _field(record: Mapping[Any, Any], field: str) -> str | Conversation | Unfit:
 def _text(value: Any, what: str) -> str | Unfit:
     if not isinstance(value, str):
         return Unfit(f"{what} is {_kind(value)}, not a text", "Say which field to take with --field NAME.")
+    if not value.strip():
+        return ""  # many published sets have such rows: a short document, nothing broken
     flaw = text_flaw(value)
     return Unfit(f"{what} {flaw}") if flaw else value
 

@@ -135,11 +135,12 @@ def test_a_plain_document_longer_than_the_budget_is_cut_at_a_word(cli: CommandLi
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_ends_a_long_build_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_long_build_and_leaves_nothing(chat_model: Path, tmp_path: Path) -> None:
     with (tmp_path / "big.jsonl").open("w", encoding="utf-8") as handle:
         for number in range(60_000):
             handle.write(json.dumps({"text": f"{number} " + "lorem ipsum dolor sit amet " * 60}) + "\n")
-    with started("calibration", "build", "big.jsonl", "-o", "out.txt", "--near-duplicates", "0", cwd=tmp_path) as running:
+    budget = ("--model", chat_model, "--chunks", "50")
+    with started("calibration", "build", "big.jsonl", "-o", "out.txt", *budget, cwd=tmp_path) as running:
         running.wait_for(lambda: psutil.Process(running.pid).cpu_times().user > 1.5)
         running.process.send_signal(signal.SIGINT)
         ran = running.finish(60)

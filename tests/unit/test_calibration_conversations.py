@@ -230,7 +230,6 @@ def test_a_tool_may_answer_with_an_object() -> None:
         ({"prompt": "", "response": "Because."}, "`prompt` is empty"),
         ({"question": "Why?", "answer": {"text": ["a"]}}, "`answer` is an object, neither a text nor messages"),
         ({"prompt": [], "response": "Because."}, "`prompt` is an empty conversation"),
-        ({"text": " "}, "`text` is empty"),
         ({"text": 7}, "`text` is a number, not a text"),
         ({"text": "a\0b"}, "`text` holds NUL characters"),
         ({"text": "\ud83d"}, "`text` holds half a surrogate pair, which is no character"),
@@ -239,12 +238,16 @@ def test_a_tool_may_answer_with_an_object() -> None:
         (None, "the record is null, not an object"),
         (True, "the record is true or false, not an object"),
         ([], "the record is an empty conversation"),
-        ("", "the record is empty"),
         (b"x", "the record is no JSON value, not an object"),
     ],
 )
 def test_what_is_unfit_and_why(record: Any, expected: str) -> None:
     assert why(record) == expected
+
+
+@pytest.mark.parametrize("record", [{"text": " \n"}, {"text": ""}, "", " "])
+def test_a_blank_text_is_a_short_document_and_nothing_broken(record: Any) -> None:
+    assert content_of(record) == ""
 
 
 def test_a_record_of_no_known_form_names_its_fields() -> None:
