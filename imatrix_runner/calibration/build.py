@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from imatrix_runner.calibration.composing import PARTING, Composed, Composer, batches, starting
 from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
@@ -106,7 +107,7 @@ class Builder:
         *,
         tokeniser: Tokeniser | None,
         render: Render,
-        near: Near | None,
+        near: Callable[[], Near] | None,
         sink: Sink,
         stop: Stop,
         model: str = "",
@@ -124,9 +125,9 @@ class Builder:
             reservoirs = self._read(limit)
             documents = self._documents(reservoirs)
             budget = self._budget(documents)
-            choice = choose(documents, self._weights, budget, self._is_near)
-            more = budget is not None and choice.size < budget and any(each.limited for each in reservoirs)
-            if not more or limit is None or limit >= MAX_BYTES:
+            near = self._near() if self._near is not None else None
+            choice = choose(documents, self._weights, budget, partial(self._is_near, near))
+            if limit is None or limit >= MAX_BYTES or not _lacking(choice, reservoirs, budget):
                 break
             # What was held turned out to be mostly alike, or of few tokens: look at more of it.
             limit = min(4 * limit, MAX_BYTES)
@@ -265,9 +266,9 @@ class Builder:
             return balanced_budget(self._weights, [sum(each.size for each in source) for source in documents])
         return None
 
-    def _is_near(self, document: Document) -> bool:
+    def _is_near(self, near: Near | None, document: Document) -> bool:
         self._stop.check()
-        return self._near is not None and self._near(document.text)
+        return near is not None and near(document.text)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -374,6 +375,12 @@ class Builder:
             sources=tuple(facts),
             documents=composed.places,
         )
+
+
+def _lacking(choice: Choice, reservoirs: Sequence[Reservoir], budget: int | None) -> bool:
+    """Whether a source ran out of documents of which there are more than were held."""
+    enough = budget is None or choice.size >= (1 - _NOTICEABLE) * budget
+    return not enough and any(each.limited and not left for each, left in zip(reservoirs, choice.left, strict=True))
 
 
 def _sizes(composed: Composed, n_sources: int) -> list[int]:

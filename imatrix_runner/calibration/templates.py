@@ -218,7 +218,7 @@ def _special_of_directory(directory: Path) -> dict[str, str]:
 
 
 def _none(owner: Path) -> InvalidDataError:
-    todo = "Give the instruct model's GGUF, a template with --chat-template-file FILE, or take one field as plain text with --field."
+    todo = "Give the instruct model's GGUF, a template with --chat-template-file FILE, or one field as plain text with --field."
     if owner.is_dir() and any(owner.glob("*.gguf")):
         todo = "Name the GGUF file in it."
     return InvalidDataError(

@@ -166,6 +166,7 @@ def _print_tables(parts: tuple[Part, ...], sets: tuple[ListedSet, ...]) -> None:
         public.add_row(*map(Text, cells))
     console.print(public)
     console.print()
+    console.print(Text("All shipped parts together are called shipped. Any of these names is a source for: calibration build"))
     for listed in sets:
         console.print(Text(f"{listed.set.name}: {listed.set.good_for}. {listed.set.origin}"))
     console.print(Text("Fetch one with: imatrix-runner calibration fetch NAME, or NAME:TEXT where a set has several texts."))

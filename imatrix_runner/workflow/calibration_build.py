@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from imatrix_runner.calibration.build import Builder, BuildOptions, Built, Rendered
+from imatrix_runner.calibration.build import Builder, BuildOptions, Built, Near, Rendered
 from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
 from imatrix_runner.calibration.manifest import TemplateFacts, manifest_path
 from imatrix_runner.calibration.rendering import Unrendered, render
@@ -116,13 +116,16 @@ def _check_inputs(out: Path, paths: Sequence[Path]) -> None:
             )
 
 
-def _near(threshold: float) -> Callable[[str], bool] | None:
-    if threshold <= 0:
-        return None
-    from imatrix_runner.calibration.duplicates import NearDuplicates
+def _near(threshold: float) -> Callable[[], Near] | None:
+    """Makes what recognises a near-duplicate of the texts it was shown, anew for every try at a choice."""
 
-    near = NearDuplicates(threshold)
-    return lambda text: near.add(text) is not None
+    def make() -> Near:
+        from imatrix_runner.calibration.duplicates import NearDuplicates
+
+        near = NearDuplicates(threshold)
+        return lambda text: near.add(text) is not None
+
+    return make if threshold > 0 else None
 
 
 def _render(

@@ -357,7 +357,7 @@ def test_one_template_under_another_name_is_the_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gguf", "directory", "json", "folder of ggufs"])
 def test_no_template_is_an_error_and_no_guess(kind: str, llama_models: Path, tmp_path: Path) -> None:
-    model, file, todo = tmp_path, None, "--chat-template-file FILE, or take one field as plain text with --field."
+    model, file, todo = tmp_path, None, "--chat-template-file FILE, or one field as plain text with --field."
     if kind == "gguf":
         model = llama_models / "ggml-vocab-gpt-2.gguf"
     elif kind == "folder of ggufs":
