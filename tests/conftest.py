@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from command_line import Ran, RunCommand, run_command
+from dialogues import TEMPLATE
+from in_process import CommandLine
 from llama_sources import fetch_llama_models
 from llama_tools import BareTools
 from tiny_models import sample_text, write_llama_gguf
@@ -62,6 +64,13 @@ def runner(tmp_path: Path) -> RunCommand:
     return run
 
 
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The command line in this process, in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    return CommandLine(capsys)
+
+
 @pytest.fixture(scope="session")
 def tools(toolchain: Toolchain) -> BareTools:
     """llama.cpp's programs without us, to compare with."""
@@ -72,6 +81,12 @@ def tools(toolchain: Toolchain) -> BareTools:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense llama of two layers with random weights: a level of it takes a tenth of a second."""
     return write_llama_gguf(tmp_path_factory.mktemp("tiny") / "tiny-BF16.gguf")
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a chat template, which writes BOS and EOS around every message."""
+    return write_llama_gguf(tmp_path_factory.mktemp("chat") / "chat-BF16.gguf", metadata={"tokenizer.chat_template": TEMPLATE})
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from dialogues import TEMPLATE, dialogues, write_jsonl
 from hub_server import HubServer
 from in_process import CommandLine
 from llama_tools import BareTools
-from tiny_models import sample_text, write_hf_directory, write_llama_gguf
+from tiny_models import sample_text, write_hf_directory
 
 from imatrix_runner.calibration.templates import load_template
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
@@ -27,19 +27,6 @@ from imatrix_runner.toolchain.store import cache_dir
 
 VOCABULARIES = ("qwen2", "phi-3", "gemma-4", "command-r")
 """GGUFs that carry the templates they were published with: without BOS, SentencePiece, and two that add BOS."""
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capsys)
-
-
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with weights, whose template uses its BOS and EOS."""
-    path = tmp_path_factory.mktemp("chat") / "chat-BF16.gguf"
-    return write_llama_gguf(path, metadata={"tokenizer.chat_template": TEMPLATE})
 
 
 def token_ids(tools: BareTools, model: Path, text: str, folder: Path) -> list[int]:

@@ -29,12 +29,6 @@ from imatrix_runner.workflow.context import Context
 CHAT = "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nGood day to you.<|im_end|>\n"
 
 
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capsys)
-
-
 @pytest.fixture(scope="module")
 def shipped() -> Path:
     return resource(CALIBRATION_TEXT)

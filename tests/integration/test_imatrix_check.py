@@ -84,12 +84,6 @@ def types_of(file: Path) -> dict[str, str]:
     return {tensor.name: tensor.type_name for tensor in read_header(file).tensors}
 
 
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capsys)
-
-
 def check(cli: CommandLine, matrix: Path, model: Path, levels: str, *more: str) -> dict[str, Any]:
     done = cli("imatrix", "check", matrix, "--model", model, "--levels", levels, "--json", *more)
     document = done.document

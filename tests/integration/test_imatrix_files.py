@@ -50,12 +50,6 @@ def measured(request: pytest.FixtureRequest, tools: BareTools, tmp_path_factory:
     return Measured(model, files)
 
 
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capsys)
-
-
 def agree(ours: Matrix, theirs: Matrix) -> None:
     """Equal up to float32, in which llama-imatrix adds."""
     assert (ours.chunk_size, ours.chunk_count) == (theirs.chunk_size, theirs.chunk_count)

@@ -11,23 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 from command_line import RunCommand, started
-from dialogues import TEMPLATE, dialogues, write_jsonl
+from dialogues import dialogues, write_jsonl
 from in_process import CommandLine
-from tiny_models import sample_text, write_llama_gguf
+from tiny_models import sample_text
 
 LINES = "".join(json.dumps({"text": sample_text(200, seed=number)}) + "\n" for number in range(5))
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.chdir(tmp_path)
-    return CommandLine(capsys)
-
-
-@pytest.fixture(scope="session")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("chat") / "chat-BF16.gguf"
-    return write_llama_gguf(path, metadata={"tokenizer.chat_template": TEMPLATE})
 
 
 Write = Callable[[Path], object]
