@@ -132,7 +132,7 @@ class Builder:
             # What was held turned out to be mostly alike, or of few tokens: look at more of it.
             limit = min(4 * limit, MAX_BYTES)
             self._forget()
-        return self._finish(choice, budget)
+        return self._finish(choice)
 
     # -- reading and choosing ---------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Builder:
         return min(max(_LEAST_HELD, _BYTES_PER_TOKEN * self._options.tokens), MAX_BYTES)
 
     def _forget(self) -> None:
-        self._tallies = [_Tally() for _ in self._sources]
+        self._tallies, self._examples = [_Tally() for _ in self._sources], []
 
     def _read(self, limit: int | None) -> list[Reservoir]:
         """Every source in one pass, each into a reservoir."""
@@ -219,20 +219,20 @@ class Builder:
 
     def _rendered(self, number: int, candidates: Sequence[Candidate]) -> list[str | None]:
         chats = [candidate.record for candidate in candidates if isinstance(candidate.record.content, Conversation)]
-        texts: dict[str, str | None] = {}
+        texts: Iterator[str | BadRecord] = iter(())
         if chats:
             self._sink(Started(RENDER, f"rendering {self._sources[number].name}", len(chats), "dialogues"))
             rendered = self._render(chats, lambda done: self._sink(Progress(RENDER, done, len(chats))))
             self._sink(Finished(RENDER, "done", f"{len(chats)} dialogues"))
-            self._template = rendered.facts
-            for record, text in zip(chats, rendered.texts, strict=True):
-                if isinstance(text, BadRecord):
-                    self._bad(number, text)
-                texts[record.where] = text if isinstance(text, str) else None
-        return [
-            each.record.content.strip() if isinstance(each.record.content, str) else texts[each.record.where]
-            for each in candidates
-        ]
+            self._template, texts = rendered.facts, iter(rendered.texts)
+        found: list[str | None] = []
+        for candidate in candidates:
+            content = candidate.record.content
+            text = content.strip() if isinstance(content, str) else next(texts)
+            if isinstance(text, BadRecord):
+                self._bad(number, text)
+            found.append(text if isinstance(text, str) else None)
+        return found
 
     def _count(self, texts: list[str]) -> tuple[list[str], list[int]]:
         """The tokens of each text with what parts it from the next (bytes where there is no tokenizer), and the texts as they
@@ -272,24 +272,22 @@ class Builder:
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
-    def _finish(self, choice: Choice, budget: int | None) -> Built:
+    def _finish(self, choice: Choice) -> Built:
         self._tell_bad()
-        for number, tally in enumerate(self._tallies):
-            tally.duplicates += choice.duplicates[number]
-            tally.near = choice.near_duplicates[number]
-            if budget is not None:
-                tally.long = sum(1 for each in choice.left[number] if each.chat and each.size > budget)
-        options = self._options
+        options, budget = self._options, self._options.tokens
         composer = Composer(self._tokeniser, options.seed, options.n_ctx, self._parse_special)
         if options.aligned:
             composed = composer.align(choice, budget)
         else:
             composed = composer.compose(choice, budget, whole_chunks=options.whole_chunks)
+        for number, tally in enumerate(self._tallies):
+            tally.duplicates += choice.duplicates[number]
+            tally.near = choice.near_duplicates[number]
+            tally.cut = composed.cut.count(number)
+            tally.long = sum(1 for each in choice.left[number] if each.chat and each.size > (budget or each.size))
         if not composed.documents:
             self._refuse_empty(choice, budget)
-        for number in composed.cut:
-            self._tallies[number].cut += 1
-        self._tell_shortage(composed, budget)
+        self._tell_shortage(composed)
         return Built(composed.text, self._manifest(composed), composed.at_start)
 
     def _refuse_empty(self, choice: Choice, budget: int | None) -> None:
@@ -309,7 +307,7 @@ class Builder:
             more = "; …" if bad > len(self._examples) else ""
             self._sink(warning(f"{bad} broken record{'s' if bad > 1 else ''} left out: {'; '.join(self._examples)}{more}"))
 
-    def _tell_shortage(self, composed: Composed, budget: int | None) -> None:
+    def _tell_shortage(self, composed: Composed) -> None:
         options, sink = self._options, self._sink
         if options.tokens is not None and composed.tokens is not None and composed.tokens < options.tokens:
             chunks = composed.tokens // options.n_ctx
@@ -322,7 +320,7 @@ class Builder:
         weights = self._weights
         for number, source in enumerate(self._sources):
             asked, given = weights[number] / sum(weights), used[number] / whole
-            if budget is not None and asked - given > _NOTICEABLE:
+            if options.tokens is not None and asked - given > _NOTICEABLE:
                 told = f"{source.name} gives {100 * given:.0f} % of the text instead of {100 * asked:.0f} %"
                 sink(warning(f"{told}: it has no more documents that fit."))
         for number, tally in enumerate(self._tallies):

@@ -46,25 +46,22 @@ class Composer:
     _cut: list[int] = field(default_factory=list)
 
     def compose(self, choice: Choice, budget: int | None, *, whole_chunks: bool) -> Composed:
-        """All that was chosen. With a budget the last place is filled with the beginning of a plain document, if there is one;
-        with ``whole_chunks`` documents are added or left out until the whole has just ``budget // n_ctx`` chunks."""
-        documents = list(choice.taken)
-        spare = [document for documents_ in choice.left for document in documents_]
+        """All that was chosen. With a budget the last place is filled, with the beginning of a plain document if need be; with
+        ``whole_chunks`` documents are added or left out until the whole has just ``budget // n_ctx`` chunks."""
         if budget is None or self.tokeniser is None:
-            return self._composed(shuffled(documents, self.seed))
-        documents += self._filling(budget - sum(each.size for each in documents), spare)
+            return self._composed(shuffled(choice.taken, self.seed))
+        spare = [document for documents in choice.left for document in documents]
+        documents = list(choice.taken)
         composed = self._composed(shuffled(documents, self.seed))
-        if not whole_chunks:
-            return composed
         # What documents count alone is not quite what they count side by side.
         for _ in range(_TRIES):
             assert composed.tokens is not None
             if composed.tokens < budget:
-                more = self._filling(budget - composed.tokens, spare)
-                if not more:
+                more = self._filling(budget - composed.tokens, spare, choice)
+                if more is None:
                     break
-                documents += more
-            elif composed.tokens >= budget + self.n_ctx:
+                documents.append(more)
+            elif whole_chunks and composed.tokens >= budget + self.n_ctx:
                 documents.pop()
             else:
                 break
@@ -73,9 +70,9 @@ class Composer:
 
     def align(self, choice: Choice, budget: int | None) -> Composed:
         """The chosen documents so that chunks begin with the beginning of one; each begins with a control token."""
-        assert self.tokeniser is not None
         order = shuffled(choice.taken, self.seed)
-        order += shuffled([document for documents in choice.left for document in documents], self.seed)
+        if budget is not None:
+            order += self._reserve(choice, budget)
         tokens = dict(zip((each.digest for each in order), self._tokenised([each.text for each in order]), strict=True))
         refused: set[tuple[bytes, int]] = set()
         rounds = 0
@@ -108,25 +105,30 @@ class Composer:
         composed = self._composed(documents)
         return replace(composed, at_start=_at_start(documents, self.n_ctx, composed.tokens))
 
-    def _filling(self, room: int, spare: list[Document]) -> list[Document]:
-        """From ``spare``: a whole document that just fits, or the beginning of a longer plain one."""
-        if room <= 0:
-            return []
+    def _reserve(self, choice: Choice, budget: int) -> list[Document]:
+        """More documents, about as much again: filling chunks leaves out the ends of some."""
+        reserve: list[Document] = []
+        for document in shuffled([each for documents in choice.left for each in documents], self.seed):
+            if sum(each.size for each in reserve) >= budget:
+                break
+            if choice.take(document):
+                reserve.append(document)
+        return reserve
+
+    def _filling(self, room: int, spare: list[Document], choice: Choice) -> Document | None:
+        """From ``spare``: the whole document that fits best, or the beginning of a longer plain one, or what is left."""
         whole = [each for each in spare if room <= each.size < room + self.n_ctx // 2]
-        if whole:
-            spare.remove(whole[0])
-            return [whole[0]]
-        for document in sorted((each for each in spare if not each.chat and each.size > room), key=lambda each: each.size):
+        plain = [each for each in spare if each.size > room and not each.chat]
+        for document in (*sorted(whole, key=_size), *sorted(plain, key=_size), *(each for each in spare if each.size < room)):
             spare.remove(document)
-            text = self._shortened(document.text, room)
-            if text:
+            if not choice.take(document):
+                continue
+            if document in whole or document.size < room:
+                return document
+            if text := self._shortened(document.text, room):
                 self._cut.append(document.source)
-                return [replace(document, text=text, size=room)]
-        smaller = [each for each in spare if each.size < room]
-        if smaller:
-            spare.remove(smaller[0])
-            return [smaller[0]]
-        return []
+                return replace(document, text=text, size=room)
+        return None
 
     def _shortened(self, text: str, keep: int) -> str:
         """The beginning of a text with at least ``keep`` tokens, up to the end of a line or a word."""
@@ -178,6 +180,10 @@ class Composer:
         for batch in batches(texts):
             found += self.tokeniser.tokenise(batch, parse_special=self.parse_special)
         return found
+
+
+def _size(document: Document) -> int:
+    return document.size
 
 
 def starting(text: str, tokens: TextTokens, vocabulary: Vocabulary) -> str:

@@ -132,17 +132,37 @@ def balanced_budget(weights: Sequence[float], available: Sequence[int]) -> int:
 
 @dataclass
 class Choice:
-    """Documents taken, and why others were not, each counted by source."""
+    """Documents taken, and why others were not, each counted by source.
 
+    ``is_near`` tells whether a document is nearly one that was taken; it is asked once for each document about to be taken.
+    """
+
+    n_sources: int
+    is_near: Callable[[Document], bool]
     taken: list[Document] = field(default_factory=list)
-    near_duplicates: list[int] = field(default_factory=list)
-    duplicates: list[int] = field(default_factory=list)
     left: list[list[Document]] = field(default_factory=list)
-    """Documents that were not taken because nothing of their size was wanted any more, in order, by source."""
+    """Documents for which there was no room, in order, by source."""
+
+    def __post_init__(self) -> None:
+        self.sizes, self.duplicates, self.near_duplicates = ([0] * self.n_sources for _ in range(3))
+        self._seen: set[bytes] = set()
 
     @property
     def size(self) -> int:
-        return sum(document.size for document in self.taken)
+        return sum(self.sizes)
+
+    def take(self, document: Document) -> bool:
+        """Take a document, unless it is there already or nearly so."""
+        if document.digest in self._seen:
+            self.duplicates[document.source] += 1
+        elif self.is_near(document):
+            self.near_duplicates[document.source] += 1
+        else:
+            self._seen.add(document.digest)
+            self.taken.append(document)
+            self.sizes[document.source] += document.size
+            return True
+        return False
 
 
 def choose(
@@ -153,40 +173,25 @@ def choose(
 ) -> Choice:
     """Take whole documents, source by source in their own order, up to each source's fair share of ``budget`` (None: all).
 
-    ``is_near`` tells whether a document is nearly one that was taken; it is asked once for each document about to be taken.
     What the shares leave over, because documents are whole, goes to the sources that fell shortest.
     """
-    choice = Choice([], [0] * len(sources), [0] * len(sources), [[] for _ in sources])
-    seen: set[bytes] = set()
-    sizes = [0] * len(sources)
+    choice = Choice(len(sources), is_near, left=[[] for _ in sources])
     shares = fair_shares(weights, [sum(each.size for each in source) for source in sources], budget) if budget else None
-
-    def take(document: Document) -> bool:
-        number = document.source
-        if document.digest in seen:
-            choice.duplicates[number] += 1
-            return False
-        if is_near(document):
-            choice.near_duplicates[number] += 1
-            return False
-        seen.add(document.digest)
-        choice.taken.append(document)
-        sizes[number] += document.size
-        return True
-
     for number, source in enumerate(sources):
         for document in source:
-            if shares is not None and sizes[number] + document.size > shares[number]:
+            if shares is not None and choice.sizes[number] + document.size > shares[number]:
                 choice.left[number].append(document)
             else:
-                take(document)
+                choice.take(document)
     if budget is None or shares is None:
         return choice
-    refused: list[list[Document]] = [[] for _ in sources]
-    for document in _by_need(choice.left, sizes, shares):
-        if sum(sizes) + document.size > budget or not take(document):
-            refused[document.source].append(document)
-    choice.left[:] = refused
+    too_large: list[list[Document]] = [[] for _ in sources]
+    for document in _by_need(choice.left, choice.sizes, shares):
+        if choice.size + document.size > budget:
+            too_large[document.source].append(document)
+        else:
+            choice.take(document)
+    choice.left = too_large
     return choice
 
 
