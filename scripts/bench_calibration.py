@@ -47,6 +47,8 @@ def texts(whole: str) -> Mapping[str, str]:
         WHOLE: whole,
         "every second passage": "\n\n".join(passages[::2]),
         "the other passages": "\n\n".join(passages[1::2]),
+        "every 8th passage": "\n\n".join(passages[::8]),
+        "every 32nd passage": "\n\n".join(passages[::32]),
         "first half": "\n\n".join(passages[:middle]),
         "second half": "\n\n".join(passages[middle:]),
         "random words": " ".join(words),

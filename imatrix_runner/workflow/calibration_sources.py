@@ -92,7 +92,7 @@ class SourceOpener:
     def _tell_skipped(self, name: str, skipped: Sequence[tuple[Path, str]]) -> None:
         counts = Counter(why for _, why in skipped)
         told = ", ".join(f"{count} {why}" for why, count in counts.most_common())
-        self.context.sink(info(f"{name}: {len(skipped)} entries passed over ({told})"))
+        self.context.sink(info(f"{name}: passed over {told}"))
         for path, why in skipped:
             self.context.sink(detail(f"{printable(str(path))}: passed over, {why}"))
 
