@@ -294,7 +294,7 @@ class Builder:
         tallies = self._tallies
         short, long = sum(tally.short for tally in tallies), sum(tally.long for tally in tallies)
         records = sum(tally.records for tally in tallies)
-        why = f"of {records} documents {short} are shorter than {self._options.least_chars} letters"
+        why = f"{short} of {records} documents are shorter than {self._options.least_chars} letters"
         todo = "Give other sources, or lower --min-chars."
         if long or any(choice.left):
             why += f" and {sum(map(len, choice.left))} are longer than the budget of {budget} tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -11,6 +12,7 @@ from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import read_json, sha256
 
 SUFFIX = ".manifest.json"
+_SCHEMA = "imatrix-runner/calibration-manifest"
 _VERSION = 1
 
 
@@ -78,7 +80,7 @@ class Manifest(msgspec.Struct, frozen=True):
     template: TemplateFacts | None
     sources: tuple[SourceFacts, ...]
     documents: tuple[DocumentPlace, ...]
-    schema: str = "imatrix-runner/calibration-manifest"
+    schema: str = _SCHEMA
     version: int = _VERSION
 
     @property
@@ -94,21 +96,27 @@ def manifest_path(text: Path) -> Path:
 
 
 def find_manifest(text: Path) -> Manifest | None:
-    """What was written beside a text when it was built; None if there is nothing.
+    """What was written beside a text when it was built; None if there is nothing, or something of another program's.
 
     Raises :class:`InvalidDataError` for one that cannot be read. Whether it still describes the text is for :func:`describes`.
     """
     path = manifest_path(text)
     if not path.is_file():
         return None
-    manifest = read_json(path, Manifest)
-    if manifest.version != _VERSION:
-        raise InvalidDataError(
-            f"{path} is of another version",
-            f"it says {manifest.version}, and {_VERSION} is known here",
-            "Upgrade with: pip install -U imatrix-runner; or move the manifest away to use the text alone.",
-        )
-    return manifest
+    found = read_json(path, dict[str, Any])
+    if found.get("schema") != _SCHEMA:
+        return None
+    if found.get("version") != _VERSION:
+        raise _unusable(path, f"it is of version {str(found.get('version'))[:20]}, and {_VERSION} is known here")
+    try:
+        return msgspec.convert(found, Manifest)
+    except msgspec.ValidationError as error:
+        raise _unusable(path, str(error)) from error
+
+
+def _unusable(path: Path, why: str) -> InvalidDataError:
+    todo = "Build the text again, or move the manifest away to use the text alone."
+    return InvalidDataError(f"{path} cannot be used", why, todo)
 
 
 def describes(manifest: Manifest, text: Path) -> bool:

@@ -17,6 +17,7 @@ from imatrix_runner.imatrix.coverage import examine
 from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.journal import Output, Record, describe_changes, differences, outputs_intact
+from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.sources import HubId, Model, Source
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.workflow.choice import EMBEDDED
@@ -167,7 +168,11 @@ def _as_built(request: ImatrixRequest, corpus: Corpus, sink: Sink) -> ImatrixReq
         sink(warning(f"{corpus.name} was changed since it was built: its manifest no longer says what is in it."))
     if not manifest.parse_special or not request.parse_as_built:
         return request
-    how = f"rendered with {manifest.template.origin}" if manifest.template is not None else "built with control tokens"
+    how = (
+        f"rendered with {printable(manifest.template.origin)[:200]}"
+        if manifest.template is not None
+        else "built with control tokens"
+    )
     sink(info(f"{corpus.name} was {how}: its special tokens are parsed (--parse-special)."))
     return replace(request, options=replace(request.options, parse_special=True))
 
