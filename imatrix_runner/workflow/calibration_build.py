@@ -13,7 +13,7 @@ import msgspec
 from imatrix_runner.calibration.build import Builder, BuildOptions, Built, Near, Rendered
 from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
 from imatrix_runner.calibration.manifest import TemplateFacts, manifest_path
-from imatrix_runner.calibration.rendering import Unrendered, render
+from imatrix_runner.calibration.rendering import DATE, Unrendered, render
 from imatrix_runner.calibration.templates import ChatTemplate, load_template
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.events import Saved
@@ -22,9 +22,6 @@ from imatrix_runner.process import Runner
 from imatrix_runner.workflow.calibration_sources import SourceOpener
 from imatrix_runner.workflow.calibration_tokeniser import find_tokeniser, tokenizer_files
 from imatrix_runner.workflow.context import Context
-
-DATE = "2026-01-01"
-"""What templates are told is today, so that the same inputs give the same text."""
 
 
 @dataclass(frozen=True)
