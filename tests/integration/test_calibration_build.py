@@ -250,6 +250,35 @@ def test_a_hub_s_model_lends_its_tokenizer_and_template(
     assert 3000 <= local["tokens"] < 3300
 
 
+def test_a_hub_s_data_set_is_a_source_with_its_licence_and_commit(
+    cli: CommandLine, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    tables = {}
+    for split, seed in (("train", 1), ("test", 2)):
+        file = tmp_path / f"{split}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(dialogues(25, seed)), file)
+        tables[f"data/{split}-00000-of-00001.parquet"] = file.read_bytes()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    with HubServer() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        held = hub.add("datasets/org/pharmacy", tables, card={"license": "cc-by-4.0"})
+        command = ("org/pharmacy::test=2", "fiction", "-o", "out.txt", "--model", chat_model, "--tokens", "9000", "--json")
+        document = build(cli, *command).document
+        assert hub.downloads() == ["data/test-00000-of-00001.parquet"]
+    first, second = document["sources"]
+    assert (first["records"], first["licence"]) == (25, "cc-by-4.0")
+    assert held.commit in first["revision"]
+    assert second["licence"] == "MIT or CC0-1.0"
+    assert first["share"] == pytest.approx(2 / 3, abs=0.12)
+    # The test split's dialogues, and nobody else's, offline too.
+    again = build(cli, *(word if word != "out.txt" else "again.txt" for word in command), "--offline").document
+    assert again["sha256"] == document["sha256"]
+
+
 @pytest.mark.convert
 def test_a_directory_s_tokens_are_those_of_transformers(cli: CommandLine, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
