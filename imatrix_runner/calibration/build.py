@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from imatrix_runner.calibration.composing import PARTING, Composed, Composer, batches, starting
 from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
@@ -125,8 +124,7 @@ class Builder:
             reservoirs = self._read(limit)
             documents = self._documents(reservoirs)
             budget = self._budget(documents)
-            near = self._near() if self._near is not None else None
-            choice = choose(documents, self._weights, budget, partial(self._is_near, near))
+            choice = self._choose(documents, budget)
             if limit is None or limit >= MAX_BYTES or not _lacking(choice, reservoirs, budget):
                 break
             # What was held turned out to be mostly alike, or of few tokens: look at more of it.
@@ -266,9 +264,21 @@ class Builder:
             return balanced_budget(self._weights, [sum(each.size for each in source) for source in documents])
         return None
 
-    def _is_near(self, near: Near | None, document: Document) -> bool:
-        self._stop.check()
-        return near is not None and near(document.text)
+    def _choose(self, documents: Sequence[Sequence[Document]], budget: int | None) -> Choice:
+        near = self._near() if self._near is not None else None
+        looked, total = 0, sum(map(len, documents))
+
+        def is_near(document: Document) -> bool:
+            nonlocal looked
+            self._stop.check()
+            looked += 1
+            self._sink(Progress(CHOOSE, looked, total))
+            return near is not None and near(document.text)
+
+        self._sink(Started(CHOOSE, "choosing", total, "documents"))
+        choice = choose(documents, self._weights, budget, is_near)
+        self._sink(Finished(CHOOSE, "done", f"{len(choice.taken)} of {total} documents"))
+        return choice
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
