@@ -307,7 +307,7 @@ JSON = st.recursive(
 def test_no_record_raises(record: Any, field: str) -> None:
     found = content_of(record, field)
     if isinstance(found, str):
-        assert not text_flaw(found)
+        assert not found or not text_flaw(found)  # a blank one is a short document
     elif isinstance(found, Conversation):
         assert found.messages
         assert all(isinstance(message["role"], str) and "content" in message for message in found.messages)
