@@ -129,10 +129,8 @@ class Builder:
                 break
             # What was held turned out to be mostly alike, or of few tokens: look at more of it.
             limit = min(4 * limit, MAX_BYTES)
-            self._forget()
+            self._tallies, self._examples = [_Tally() for _ in self._sources], []
         return self._finish(choice)
-
-    # -- reading and choosing ---------------------------------------------------------------------------------------
 
     @property
     def _weights(self) -> list[float]:
@@ -143,9 +141,6 @@ class Builder:
         if self._options.tokens is None:
             return None
         return min(max(_LEAST_HELD, _BYTES_PER_TOKEN * self._options.tokens), MAX_BYTES)
-
-    def _forget(self) -> None:
-        self._tallies, self._examples = [_Tally() for _ in self._sources], []
 
     def _read(self, limit: int | None) -> list[Reservoir]:
         """Every source in one pass, each into a reservoir."""
@@ -279,8 +274,6 @@ class Builder:
         choice = choose(documents, self._weights, budget, is_near)
         self._sink(Finished(CHOOSE, "done", f"{len(choice.taken)} of {total} documents"))
         return choice
-
-    # -- the end ----------------------------------------------------------------------------------------------------
 
     def _finish(self, choice: Choice) -> Built:
         self._tell_bad()

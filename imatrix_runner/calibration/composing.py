@@ -57,10 +57,10 @@ class Composer:
         for _ in range(_TRIES):
             assert composed.tokens is not None
             if composed.tokens < budget:
-                more = self._filling(budget - composed.tokens, spare, choice)
-                if more is None:
+                more = self._fillings(budget - composed.tokens, spare, choice)
+                if not more:
                     break
-                documents.append(more)
+                documents += more
             elif whole_chunks and composed.tokens >= budget + self.n_ctx:
                 documents.pop()
             else:
@@ -114,6 +114,14 @@ class Composer:
             if choice.take(document):
                 reserve.append(document)
         return reserve
+
+    def _fillings(self, room: int, spare: list[Document], choice: Choice) -> list[Document]:
+        """Documents for all of the room: of short ones it may take many."""
+        more: list[Document] = []
+        while room > 0 and (document := self._filling(room, spare, choice)) is not None:
+            more.append(document)
+            room -= document.size
+        return more
 
     def _filling(self, room: int, spare: list[Document], choice: Choice) -> Document | None:
         """From ``spare``: the whole document that fits best, or the beginning of a longer plain one, or what is left."""
