@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from command_line import Ran, RunCommand, clean_environment
 from dialogues import TEMPLATE, dialogues, write_jsonl
-from hub_server import HubServer
+from hub_server import HubServer, be_quick_and_anonymous
 from in_process import CommandLine
 from llama_tools import BareTools
 from tiny_models import sample_text, write_hf_directory
@@ -254,8 +254,8 @@ def test_a_hub_s_model_lends_its_tokenizer_and_template(
     (directory / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}), encoding="utf-8")
     write_jsonl(tmp_path / "d.jsonl", dialogues(20))
     local = build(cli, "d.jsonl", "-o", "local.txt", "--model", directory, "--tokens", "3000", "--json").document
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    be_quick_and_anonymous(monkeypatch, tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with HubServer() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         hub.add_directory("org/chat", directory)
@@ -276,8 +276,8 @@ def test_a_hub_s_data_set_is_a_source_with_its_licence_and_commit(
         file = tmp_path / f"{split}.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(dialogues(25, seed)), file)
         tables[f"data/{split}-00000-of-00001.parquet"] = file.read_bytes()
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    be_quick_and_anonymous(monkeypatch, tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with HubServer() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         held = hub.add("datasets/org/pharmacy", tables, card={"license": "cc-by-4.0"})
