@@ -12,10 +12,12 @@ from imatrix_runner.engines.embedded.protocol import (
     Answer,
     Check,
     Collect,
+    Judge,
     Pass,
     Plan,
     Probe,
     Quantize,
+    Refer,
     Tokenize,
     TokenizeTexts,
     decode_request,
@@ -56,6 +58,14 @@ def main() -> int:
             from imatrix_runner.engines.embedded.collecting import collect
 
             collect(request, tell)
+        elif isinstance(request, Refer):
+            from imatrix_runner.engines.embedded.evaluating import refer
+
+            refer(request, tell)
+        elif isinstance(request, Judge):
+            from imatrix_runner.engines.embedded.evaluating import judge
+
+            judge(request, tell)
         elif isinstance(request, Quantize):
             from imatrix_runner.engines.embedded.quantizing import quantize
 

@@ -19,6 +19,7 @@ from imatrix_runner.engines.base import (
     ChunkRange,
     CollectJob,
     DryRun,
+    JudgeJob,
     OnePass,
     OnPiece,
     PassedLevel,
@@ -28,6 +29,7 @@ from imatrix_runner.engines.base import (
     Piece,
     Quantized,
     QuantizeJob,
+    ReferJob,
     attempt,
 )
 from imatrix_runner.engines.binaries.argv import quantize_options
@@ -129,6 +131,34 @@ class EmbeddedEngine:
             job.fingerprint,
         )
         self._ask(request, _Answers(hear), job.log, "The imatrix could not be computed", writes=job.folder, enough=enough)
+
+    def refer(self, job: ReferJob, sink: Sink) -> None:
+        """Write the reference's log-probabilities; a stop ends it after the batch, and the same job continues."""
+        request = protocol.Refer(
+            job.step,
+            job.model.absolute(),
+            job.text.absolute(),
+            job.out.absolute(),
+            job.chunks.first,
+            job.chunks.count,
+            job.options,
+            job.fingerprint,
+        )
+        self._evaluate(request, job.log, sink, f"What {job.model.name} predicts could not be computed", job.out)
+
+    def judge(self, job: JudgeJob, sink: Sink) -> None:
+        """Compare a level with the reference; a stop ends it after the batch, and the same job continues."""
+        model, base, out = job.model.absolute(), job.base.absolute(), job.out.absolute()
+        request = protocol.Judge(job.step, model, base, out, job.options, job.fingerprint)
+        self._evaluate(request, job.log, sink, f"{job.model.name} could not be compared with its source", job.out)
+
+    def _evaluate(
+        self, request: protocol.Refer | protocol.Judge, log: Path | None, sink: Sink, what: str, writes: Path
+    ) -> None:
+        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
+        self._ask(request, answers, log, what, writes=writes, enough=threading.Event())
+        if not answers.only(protocol.Judged).done:
+            raise EngineError("The worker ended early", f"{writes.name} is not complete", "Run the same command again.")
 
     def dry_run(self, job: QuantizeJob) -> DryRun:
         answers = _Answers()

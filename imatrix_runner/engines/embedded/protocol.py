@@ -53,6 +53,31 @@ class Collect(msgspec.Struct, frozen=True, tag_field="ask", tag="collect"):
     fingerprint: str
 
 
+class Refer(msgspec.Struct, frozen=True, tag_field="ask", tag="refer"):
+    """Write what the reference model says of a text, chunks ``first`` .. ``first + count - 1``, into a
+    :mod:`~imatrix_runner.engines.logits_file`; what is there of it already, from the same ``fingerprint``, is continued."""
+
+    step: str
+    model: Path
+    text: Path
+    out: Path
+    first: int
+    count: int
+    options: CollectOptions
+    fingerprint: str
+
+
+class Judge(msgspec.Struct, frozen=True, tag_field="ask", tag="judge"):
+    """Compare a level with the reference in ``base``; scored tokens go to ``out`` (see :mod:`.scored`), continued likewise."""
+
+    step: str
+    model: Path
+    base: Path
+    out: Path
+    options: CollectOptions
+    fingerprint: str
+
+
 class Quantize(msgspec.Struct, frozen=True, tag_field="ask", tag="quantize"):
     """Write (or with ``dry_run`` only plan) one level; see :class:`~imatrix_runner.engines.base.QuantizeJob`."""
 
@@ -95,7 +120,7 @@ class Check(msgspec.Struct, frozen=True, tag_field="ask", tag="check"):
     threads: int | None
 
 
-Request = Probe | Tokenize | TokenizeTexts | Collect | Quantize | Plan | Pass | Check
+Request = Probe | Tokenize | TokenizeTexts | Collect | Refer | Judge | Quantize | Plan | Pass | Check
 
 
 class Proven(msgspec.Struct, frozen=True, tag_field="type", tag="proven"):
@@ -142,6 +167,15 @@ class Collected(msgspec.Struct, frozen=True, tag_field="type", tag="collected"):
     watching_seconds: float
 
 
+class Judged(msgspec.Struct, frozen=True, tag_field="type", tag="judged"):
+    """All chunks are there (``done``), or a stop left the first ``chunks`` of them."""
+
+    chunks: int
+    done: bool
+    seconds: float
+    load_seconds: float
+
+
 class Planned(msgspec.Struct, frozen=True, tag_field="type", tag="planned"):
     """The answer to a dry run."""
 
@@ -180,9 +214,23 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     exit_code: int
 
 
-AnswerT = TypeVar("AnswerT", Counted, Tokenized, Planned, Written, Checked)
+AnswerT = TypeVar("AnswerT", Counted, Tokenized, Judged, Planned, Written, Checked)
 
-Answer = Proven | Counted | Tokenized | Collected | Planned | Written | Passed | Checked | Failed | Progress | Metric | Notice
+Answer = (
+    Proven
+    | Counted
+    | Tokenized
+    | Judged
+    | Collected
+    | Planned
+    | Written
+    | Passed
+    | Checked
+    | Failed
+    | Progress
+    | Metric
+    | Notice
+)
 
 encode = msgspec.json.Encoder(enc_hook=str).encode
 _answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer, dec_hook=lambda kind, value: kind(value))

@@ -47,13 +47,17 @@ class Session:
         llama = self.library.llama
         llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
 
-    def compute(self, tokens: Tokens, piece: Slice) -> None:
-        """Compute ``tokens`` int32 [n_seq, n_slice], a slice of as many chunks. Raises :class:`Refusal`."""
+    def compute(self, tokens: Tokens, piece: Slice, first_output: int = 0) -> int:
+        """Compute ``tokens`` int32 [n_seq, n_slice], a slice of as many chunks. Raises :class:`Refusal`.
+
+        Positions from ``first_output`` on are outputs; returns how many there are, over all chunks.
+        """
         batch, n = self.batch, piece.n_tokens
         _view(batch.token, np.int32, n)[:] = tokens.ravel()
         _view(batch.pos, np.int32, n)[:] = np.tile(np.arange(piece.begin, piece.end, dtype=np.int32), piece.n_seq)
-        # Every token is an output: otherwise the last layer would compute, and show, only some of them.
-        _view(batch.logits, np.int8, n)[:] = 1
+        # Where an imatrix is collected every token is one: otherwise the last layer would compute, and show, only some of them.
+        outputs = np.tile(np.arange(piece.begin, piece.end) >= first_output, piece.n_seq)
+        _view(batch.logits, np.int8, n)[:] = outputs
         _view(batch.n_seq_id, np.int32, n)[:] = 1
         for index, sequence in enumerate(np.repeat(np.arange(piece.n_seq), piece.end - piece.begin).tolist()):
             batch.seq_id[index][0] = sequence
@@ -62,9 +66,10 @@ class Session:
         if answer:
             raise Refusal.failed("llama.cpp failed to compute a batch", f"llama_decode answered {answer}")
         self.library.llama.llama_synchronize(self.context)
+        return int(outputs.sum())
 
     def logits(self, n_tokens: int) -> npt.NDArray[np.float32]:
-        """float32 [n_tokens, n_vocab] of the slice computed last; valid until the next."""
+        """float32 [n_tokens, n_vocab], the outputs of the slice computed last; valid until the next."""
         address = self.library.llama.llama_get_logits(self.context)
         logits: npt.NDArray[np.float32] = _view(address, np.float32, n_tokens * self.n_vocab).reshape(n_tokens, -1)
         return logits
@@ -72,7 +77,7 @@ class Session:
 
 @contextmanager
 def open_session(library: Library, path: Path, options: CollectOptions, callback: Any) -> Iterator[Session]:
-    """Load a model and make a context whose computing ``callback`` watches. Raises :class:`Refusal`."""
+    """Load a model and make a context whose computing ``callback`` watches (None: nobody). Raises :class:`Refusal`."""
     llama = library.llama
     overrides = _overrides(library, options)
     model = open_model(library, path, _model_params(library, options, overrides))
@@ -140,7 +145,8 @@ def _context_params(library: Library, options: CollectOptions, callback: Any) ->
     params.n_threads = params.n_threads_batch = threads
     params.flash_attn_type = getattr(llama, f"LLAMA_FLASH_ATTN_TYPE_{_FLASH[options.flash_attn or 'auto']}")
     params.swa_full = False
-    params.cb_eval = callback
+    if callback is not None:
+        params.cb_eval = callback
     return params
 
 

@@ -1,0 +1,205 @@
+"""The worker's other job: a model's predictions over a text, kept as the reference, or compared with one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from imatrix_runner.engines.base import CollectOptions
+from imatrix_runner.engines.embedded.batches import batches, slices
+from imatrix_runner.engines.embedded.judging import block_rows, compare_rows, keep_rows
+from imatrix_runner.engines.embedded.library import load
+from imatrix_runner.engines.embedded.proof import check
+from imatrix_runner.engines.embedded.protocol import Answer, Judge, Judged, Refer
+from imatrix_runner.engines.embedded.refusal import Refusal
+from imatrix_runner.engines.embedded.scored import ScoredFile
+from imatrix_runner.engines.embedded.session import Session, open_session, usable_cpus
+from imatrix_runner.engines.embedded.stdin import Stop
+from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
+from imatrix_runner.engines.logits_file import LogitsHead, map_rows, read_head, read_tokens
+from imatrix_runner.events import Progress
+
+F32 = npt.NDArray[np.float32]
+
+
+def refer(request: Refer, tell: Callable[[Answer], None]) -> None:
+    """Write the reference's log-probabilities; at a stop what is whole stays, and the same request continues."""
+    began = time.monotonic()
+    options = request.options
+    with _evaluation(request.model, options) as work:
+        tokens = tokenize(work.session.library, work.session.vocab, request.text, parse_special=options.parse_special)
+        end = request.first + request.count
+        if len(tokens) < end * options.n_ctx:
+            raise Refusal.invalid(
+                f"The text has {len(tokens)} tokens, too few for {end} chunks of {options.n_ctx}",
+                "it is shorter than it was when it was counted",
+                "Run the same command again.",
+            )
+        chunks = tokens[request.first * options.n_ctx : end * options.n_ctx].reshape(-1, options.n_ctx)
+        head = LogitsHead(options.n_ctx, work.session.n_vocab, request.count)
+        with closing(_BaseFile(request.out, head, chunks, request.fingerprint)) as base:
+            done = base.chunks // options.chunks_at_once * options.chunks_at_once
+            base.cut(done)
+            loaded = time.monotonic()
+
+            done = work.run(
+                chunks, done, base.append, _keep, base.sync, lambda n: tell(Progress(request.step, n, request.count))
+            )
+    tell(Judged(done, done == request.count, time.monotonic() - loaded, loaded - began))
+
+
+def judge(request: Judge, tell: Callable[[Answer], None]) -> None:
+    """Compare a level with the reference, chunk by chunk."""
+    began = time.monotonic()
+    head = read_head(request.base)
+    options = request.options
+    with _evaluation(request.model, options) as work:
+        if work.session.n_vocab != head.n_vocab or options.n_ctx != head.n_ctx:
+            raise Refusal.invalid(
+                f"{request.model.name} cannot be compared with {request.base.name}",
+                f"one has a vocabulary of {work.session.n_vocab} tokens, the other of {head.n_vocab}"
+                if work.session.n_vocab != head.n_vocab
+                else f"that was written with chunks of {head.n_ctx} tokens, not {options.n_ctx}",
+                "Compare a level with the model it was made from.",
+            )
+        chunks, rows = read_tokens(request.base, head), map_rows(request.base, head)
+        with closing(ScoredFile(request.out, request.fingerprint, head.n_ctx)) as scored:
+            done = scored.chunks // options.chunks_at_once * options.chunks_at_once
+            scored.cut(done)
+            loaded = time.monotonic()
+
+            def compare(logits: F32, chunk: int, row: int, targets: Tokens) -> npt.NDArray[np.void]:
+                return compare_rows(logits, rows[chunk, row : row + len(targets)], targets)
+
+            done = work.run(
+                chunks, done, scored.append, compare, scored.sync, lambda n: tell(Progress(request.step, n, head.n_chunks))
+            )
+    tell(Judged(done, done == head.n_chunks, time.monotonic() - loaded, loaded - began))
+
+
+def _keep(logits: F32, _chunk: int, _row: int, targets: Tokens) -> npt.NDArray[np.uint16]:
+    return keep_rows(logits, targets)[0]
+
+
+@contextmanager
+def _evaluation(model: Path, options: CollectOptions) -> Iterator[_Evaluation]:
+    library = load()
+    check(library)
+    threads = options.threads or usable_cpus()
+    with ThreadPoolExecutor(threads) as pool, open_session(library, model, options, None) as session:
+        yield _Evaluation(session, pool, options, Stop(), model)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    session: Session
+    pool: ThreadPoolExecutor
+    options: CollectOptions
+    stop: Stop
+    model: Path
+
+    def run(
+        self,
+        chunks: Tokens,
+        done: int,
+        take: Callable[[list[Any]], None],
+        work: Callable[[F32, int, int, Tokens], Any],
+        sync: Callable[[], None],
+        tell: Callable[[int], None],
+    ) -> int:
+        """Compute ``chunks`` int32 [n, n_ctx] from number ``done`` on; returns how many are done.
+
+        ``work(logits, chunk, row, targets)`` is asked for blocks of a chunk's rows, side by side; ``take`` gets all that it
+        made of a chunk, in order.
+        """
+        for batch in batches(done, len(chunks) - done, self.options):
+            if self.stop.requested:
+                break
+            made = self._batch(chunks[batch.start : batch.stop], batch.start, work)
+            for pieces in made:
+                take(pieces)
+            sync()
+            done = batch.stop
+            tell(done)
+        return done
+
+    def _batch(self, chunks: Tokens, number: int, work: Callable[[F32, int, int, Tokens], Any]) -> list[list[Any]]:
+        session, n_ctx = self.session, self.options.n_ctx
+        first = n_ctx // 2
+        seen = chunks.copy()
+        if session.add_bos:
+            seen[:, 0] = session.bos
+        session.forget()
+        made: list[list[Any]] = [[] for _ in chunks]
+        for piece in slices(len(chunks), self.options):
+            count = session.compute(seen[:, piece.begin : piece.end], piece, first)
+            if not count:
+                continue
+            logits = session.logits(count).reshape(len(chunks), -1, session.n_vocab)
+            begin = max(piece.begin, first)
+            end = min(piece.end, n_ctx - 1)  # the last token has nothing to predict
+            step = block_rows(session.n_vocab)
+            blocks = [(chunk, row, min(row + step, end)) for chunk in range(len(chunks)) for row in range(begin, end, step)]
+
+            def block(place: tuple[int, int, int], logits: F32 = logits, begin: int = begin) -> Any:
+                chunk, row, stop = place
+                values = logits[chunk, row - begin : stop - begin]
+                if not np.isfinite(values.max(axis=1)).all():
+                    raise self._not_a_number(number + chunk)
+                return work(values, number + chunk, row - first, chunks[chunk, row + 1 : stop + 1])
+
+            for (chunk, _, _), result in zip(blocks, self.pool.map(block, blocks), strict=True):
+                made[chunk].append(result)
+        return made
+
+    def _not_a_number(self, chunk: int) -> Refusal:
+        return Refusal.invalid(
+            f"{self.model.name} computes no numbers",
+            f"its logits in chunk {chunk} are NaN or infinite",
+            "The file is damaged or overflows: make it again, or choose another type.",
+        )
+
+
+class _BaseFile:
+    """The reference's file on its way: head and tokens at once, then rows. A fingerprint beside it says what it is of."""
+
+    def __init__(self, path: Path, head: LogitsHead, chunks: Tokens, fingerprint: str) -> None:
+        self._head = head
+        note = path.with_name(path.name + ".of")
+        start = head.pack() + chunks.astype("<i4").tobytes()
+        same = note.is_file() and note.read_text(encoding="utf-8") == fingerprint and path.is_file()
+        self._handle: IO[bytes] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        same = same and self._handle.read(len(start)) == start
+        size = path.stat().st_size
+        self.chunks = max(0, size - head.rows_at) // head.chunk_bytes if same else 0
+        if not same:
+            self._handle.seek(0)
+            self._handle.write(start)
+            self._handle.truncate()
+            note.write_text(fingerprint, encoding="utf-8")
+
+    def cut(self, chunks: int) -> None:
+        self.chunks = chunks
+        self._handle.truncate(self._head.rows_at + chunks * self._head.chunk_bytes)
+        self._handle.seek(0, os.SEEK_END)
+
+    def append(self, rows: list[npt.NDArray[np.uint16]]) -> None:
+        for piece in rows:
+            self._handle.write(piece.tobytes())
+        self.chunks += 1
+
+    def sync(self) -> None:
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        self._handle.close()

@@ -1,0 +1,108 @@
+"""llama-perplexity's ``--kl-divergence-base`` file: a model's log-probabilities over a text, 16 bits each.
+
+Layout, little endian (tools/perplexity/perplexity.cpp): ``_logits_``, u32 n_ctx, i32 n_vocab, i32 n_chunk,
+i32 tokens[n_chunk * n_ctx], then for every chunk its scored rows. A row is f32 scale, f32 min_log_prob and u16 q[n_vocab] (one
+more where n_vocab is odd): log p = scale * q + min_log_prob.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from imatrix_runner.errors import InvalidDataError, from_os_error
+
+MAGIC = b"_logits_"
+_HEAD = struct.Struct("<8sIii")
+_MOST_VOCAB = 1 << 24
+_MOST_CTX = 1 << 24
+_LEADING = 4
+"""Of a row's u16: scale and min_log_prob."""
+
+Rows = npt.NDArray[np.uint16]
+
+
+def scored_tokens(n_ctx: int) -> int:
+    """Rows of a chunk: the predictions in its second half."""
+    return n_ctx - 1 - n_ctx // 2
+
+
+def row_words(n_vocab: int) -> int:
+    """u16 of a row."""
+    return 2 * ((n_vocab + 1) // 2) + _LEADING
+
+
+@dataclass(frozen=True)
+class LogitsHead:
+    """What a file is of. All sizes in bytes follow from these three numbers."""
+
+    n_ctx: int
+    n_vocab: int
+    n_chunks: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of one chunk."""
+        return scored_tokens(self.n_ctx)
+
+    @property
+    def chunk_bytes(self) -> int:
+        return 2 * self.rows * row_words(self.n_vocab)
+
+    @property
+    def tokens_at(self) -> int:
+        return _HEAD.size
+
+    @property
+    def rows_at(self) -> int:
+        """Where the first chunk's rows begin."""
+        return _HEAD.size + 4 * self.n_chunks * self.n_ctx
+
+    @property
+    def n_bytes(self) -> int:
+        """The whole file."""
+        return self.rows_at + self.n_chunks * self.chunk_bytes
+
+    def pack(self) -> bytes:
+        return _HEAD.pack(MAGIC, self.n_ctx, self.n_vocab, self.n_chunks)
+
+
+def read_head(path: Path) -> LogitsHead:
+    """Raises :class:`InvalidDataError` for what is no such file, or not all of one."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            data = handle.read(_HEAD.size)
+    except OSError as error:
+        raise from_os_error(error, "reading log-probabilities", path) from error
+    if len(data) < _HEAD.size or not data.startswith(MAGIC):
+        raise _bad(path, "it does not begin with _logits_")
+    _, n_ctx, n_vocab, n_chunks = _HEAD.unpack(data)
+    if not (2 < n_ctx <= _MOST_CTX and 0 < n_vocab <= _MOST_VOCAB and 0 < n_chunks <= 1 << 24):
+        raise _bad(path, f"it would hold {n_chunks} chunks of {n_ctx} tokens of a vocabulary of {n_vocab}")
+    head = LogitsHead(n_ctx, n_vocab, n_chunks)
+    if size != head.n_bytes:
+        raise _bad(
+            path, f"{head.n_chunks} chunks take {head.n_bytes} bytes, and it has {size}: the run that wrote it was ended"
+        )
+    return head
+
+
+def read_tokens(path: Path, head: LogitsHead) -> npt.NDArray[np.int32]:
+    """int32 [n_chunks, n_ctx]: the text, with its own first token in every chunk."""
+    tokens: npt.NDArray[np.int32] = np.fromfile(path, "<i4", head.n_chunks * head.n_ctx, offset=head.tokens_at)
+    return tokens.reshape(head.n_chunks, head.n_ctx)
+
+
+def map_rows(path: Path, head: LogitsHead) -> Rows:
+    """uint16 [n_chunks, rows, row_words], read as they are looked at."""
+    shape = (head.n_chunks, head.rows, row_words(head.n_vocab))
+    return np.memmap(path, "<u2", "r", head.rows_at, shape)
+
+
+def _bad(path: Path, why: str) -> InvalidDataError:
+    return InvalidDataError(f"{path} cannot be compared with", why, "Remove it: it is made again from the source model.")

@@ -1,0 +1,1 @@
+"""Measuring what quantisation costs: divergence from the source, and what follows from it."""

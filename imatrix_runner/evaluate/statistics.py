@@ -1,0 +1,102 @@
+"""From scored tokens to the figures people compare, by llama-perplexity's definitions (tools/perplexity/perplexity.cpp)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+KLD_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
+DP_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 0.001, 0.0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a level is from its source on a text. ``kld`` in nats; ``dp`` (p - p of the source) and ``same_top`` as shares.
+
+    ``kld_at`` and ``dp_at``: fraction of the tokens -> the value that so many do not exceed (0.5 is the median).
+    """
+
+    n_tokens: int
+    ppl: Estimate
+    ppl_base: Estimate
+    correlation: float
+    log_ratio: Estimate
+    ratio: Estimate
+    difference: Estimate
+    kld: Estimate
+    kld_at: Mapping[float, float]
+    dp: Estimate
+    dp_at: Mapping[float, float]
+    dp_rms: Estimate
+    same_top: Estimate
+
+
+def summarise(tokens: npt.NDArray[np.void]) -> Divergence:
+    """``tokens``: :data:`~imatrix_runner.engines.embedded.judging.TOKEN` [n], at least 2."""
+    n = len(tokens)
+    nll, base = tokens["nll"].astype(np.float64), tokens["base"].astype(np.float64)
+    kld, dp = tokens["kld"], tokens["dp"]
+    log_ppl, log_base = _mean(nll), _mean(base)
+    covariance = (float((nll * base).mean()) - float(nll.mean()) * float(base.mean())) / (n - 1) if n >= 10 else 0.0
+    ppl, ppl_base = _exp(log_ppl), _exp(log_base)
+    spread = math.sqrt(max(0.0, log_ppl.error**2 + log_base.error**2 - 2 * covariance))
+    log_ratio = Estimate(log_ppl.value - log_base.value, spread)
+    shared = ppl.value * ppl_base.value * covariance
+    apart = math.sqrt(max(0.0, ppl.error**2 + ppl_base.error**2 - 2 * shared))
+    both = log_ppl.error * log_base.error
+    squares = _mean(dp.astype(np.float64) ** 2)
+    rms = math.sqrt(squares.value)
+    same = float(tokens["same"].astype(np.float64).mean())
+    return Divergence(
+        n_tokens=n,
+        ppl=ppl,
+        ppl_base=ppl_base,
+        correlation=covariance / both if both else 1.0,
+        log_ratio=log_ratio,
+        ratio=_exp(log_ratio),
+        difference=Estimate(ppl.value - ppl_base.value, apart),
+        kld=_mean(kld),
+        kld_at=_fractions(kld.astype(np.float32), KLD_FRACTIONS),
+        dp=_mean(dp.astype(np.float64)),
+        dp_at=_fractions(dp, DP_FRACTIONS),
+        dp_rms=Estimate(rms, 0.5 / rms * squares.error if rms else 0.0),
+        same_top=Estimate(same, math.sqrt(same * (1 - same) / (n - 1))),
+    )
+
+
+def _mean(values: npt.NDArray[np.float64]) -> Estimate:
+    """The mean and its standard error; none for ten values or fewer."""
+    n = len(values)
+    mean = float(values.mean())
+    variance = float((values * values).mean()) - mean * mean
+    return Estimate(mean, math.sqrt(variance / (n - 1)) if variance > 0 and n > 10 else 0.0)
+
+
+def _exp(log: Estimate) -> Estimate:
+    value = math.exp(min(log.value, 700.0))
+    return Estimate(value, value * log.error)
+
+
+def _fractions(values: npt.NDArray[np.float32], fractions: tuple[float, ...]) -> dict[float, float]:
+    """Linear between the two nearest of the sorted values."""
+    ordered = np.sort(values)
+    found: dict[float, float] = {}
+    for fraction in fractions:
+        place = np.float32(fraction) * np.float32(len(ordered) - 1)
+        low = min(int(place), len(ordered) - 1)
+        share = place - np.float32(low)
+        high = min(low + 1, len(ordered) - 1)
+        found[fraction] = float((np.float32(1) - share) * ordered[low] + share * ordered[high])
+    return found
