@@ -1,0 +1,88 @@
+"""Was the imatrix worth it? A level and its twin made without one, measured on the same text, and a rule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from imatrix_runner.evaluate.statistics import Divergence, Estimate
+
+Verdict = Literal["not needed", "take it", "do not go without"]
+
+LITTLE, MUCH = 0.03, 0.10
+RULE = (
+    f"The rule: where the imatrix takes away less than {LITTLE:.0%} of the KLD it is not needed; more than {MUCH:.0%}: "
+    "do not go without; between: take it, it is free at inference."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``level`` with and without imatrix. ``saved``: the share of the twin's KLD that the imatrix takes away (negative: it
+    adds); ``kld``, ``ppl``, ``same_top``: with minus without. Errors are those of the paired difference where tokens are known.
+
+    ``sure``: the saved share is more than two of its standard errors from 0.
+    """
+
+    level: str
+    with_imatrix: Divergence
+    without: Divergence
+    saved: Estimate
+    kld: Estimate
+    ppl: Estimate
+    same_top: Estimate
+    verdict: Verdict
+    sure: bool
+
+
+def judge(saved: float) -> Verdict:
+    """:data:`RULE`."""
+    if saved < LITTLE:
+        return "not needed"
+    return "do not go without" if saved > MUCH else "take it"
+
+
+def compare(
+    level: str,
+    with_imatrix: Divergence,
+    without: Divergence,
+    tokens: tuple[npt.NDArray[np.void], npt.NDArray[np.void]] | None = None,
+) -> Comparison:
+    """``tokens``: the scored tokens of both, in the same order, for errors of paired differences: both stumble over the same
+    words, so their difference is known better than either. Without them the two count as independent."""
+    kld, ppl, same = _apart(with_imatrix, without) if tokens is None else _paired(with_imatrix, without, *tokens)
+    saved = _saved(without, kld)
+    sure = abs(saved.value) > 2 * saved.error
+    return Comparison(level, with_imatrix, without, saved, kld, ppl, same, judge(saved.value), sure)
+
+
+def _apart(one: Divergence, other: Divergence) -> tuple[Estimate, Estimate, Estimate]:
+    pairs = ((one.kld, other.kld), (one.ppl, other.ppl), (one.same_top, other.same_top))
+    kld, ppl, same = (Estimate(a.value - b.value, math.hypot(a.error, b.error)) for a, b in pairs)
+    return kld, ppl, same
+
+
+def _paired(
+    one: Divergence, other: Divergence, mine: npt.NDArray[np.void], theirs: npt.NDArray[np.void]
+) -> tuple[Estimate, Estimate, Estimate]:
+    kld = _mean(mine["kld"] - theirs["kld"])
+    same = _mean(mine["same"].astype(np.float64) - theirs["same"])
+    # PPL = exp(mean nll): d(PPL - PPL') = PPL * d(nll) - PPL' * d(nll'), token by token.
+    steps = one.ppl.value * mine["nll"].astype(np.float64) - other.ppl.value * theirs["nll"]
+    return kld, Estimate(one.ppl.value - other.ppl.value, _mean(steps).error), same
+
+
+def _saved(other: Divergence, difference: Estimate) -> Estimate:
+    """(without - with) / without, and its error as far as the difference has one (the twin's own KLD is known much better)."""
+    if other.kld.value <= 0:
+        return Estimate(0.0, 0.0)
+    return Estimate(-difference.value / other.kld.value, difference.error / other.kld.value)
+
+
+def _mean(values: npt.NDArray[np.float64]) -> Estimate:
+    n = len(values)
+    return Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else 0.0)

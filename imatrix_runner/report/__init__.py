@@ -1,0 +1,1 @@
+"""Facts -> ``report.json`` -> HTML, Markdown, PNG."""

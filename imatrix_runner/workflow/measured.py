@@ -1,0 +1,78 @@
+"""What the journal keeps of measurements, and whether it still holds.
+
+Steps: ``evaluate LEVEL`` (facts: :class:`Measured`), ``compare LEVEL`` (:class:`~imatrix_runner.evaluate.twins.Comparison`),
+``answer LEVEL`` (:class:`~imatrix_runner.evaluate.answers.DomainResult`). Each names the content of the level's file among its
+inputs (:data:`LEVEL_INPUT`): a level that was made again has no figures until it is measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.evaluate.answers import DomainResult
+from imatrix_runner.evaluate.statistics import Divergence
+from imatrix_runner.evaluate.twins import Comparison
+from imatrix_runner.journal import Journal, Record
+from imatrix_runner.report.document import ReportEvaluation
+
+LEVEL_INPUT = "level file"
+EVALUATE, COMPARE, ANSWER = "evaluate", "compare", "answer"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A level's figures and what they were measured with."""
+
+    divergence: Divergence
+    evaluation: ReportEvaluation
+
+
+def content_of(record: Record) -> str:
+    """The content of a finished level's files, from their hashes."""
+    hashes = [output.sha256 for output in record.outputs]
+    return f"sha256:{hashes[0] if len(hashes) == 1 else hashlib.sha256(''.join(hashes).encode()).hexdigest()}"
+
+
+def as_facts(value: Any) -> dict[str, object]:
+    """A value as a record's facts."""
+    facts: dict[str, object] = msgspec.to_builtins(value, str_keys=True)
+    return facts
+
+
+def levels_made(journal: Journal) -> dict[str, Record]:
+    """Every level that was ever finished, by name, in the order of making; the files may be gone since."""
+    return {step.removeprefix("level-"): record for step, record in journal.steps().items() if step.startswith("level-")}
+
+
+def measured(journal: Journal) -> dict[str, Measured]:
+    """The levels whose figures still hold."""
+    return dict(_holding(journal, EVALUATE, Measured))
+
+
+def comparisons(journal: Journal) -> dict[str, Comparison]:
+    return dict(_holding(journal, COMPARE, Comparison))
+
+
+def answered(journal: Journal) -> dict[str, DomainResult]:
+    return dict(_holding(journal, ANSWER, DomainResult))
+
+
+def _holding(journal: Journal, what: str, kind: type[T]) -> Iterator[tuple[str, T]]:
+    for level, made in levels_made(journal).items():
+        record = journal.get(f"{what} {level}")
+        if record is not None and record.inputs.get(LEVEL_INPUT) == content_of(made):
+            try:
+                yield level, msgspec.convert(record.facts, kind, str_keys=True)
+            except msgspec.ValidationError as error:
+                raise InvalidDataError(
+                    f"{journal.path} cannot be read",
+                    f"the figures of {level} ({what}) are not what this program wrote: {error}",
+                    "Measure again: imatrix-runner evaluate MODEL --again",
+                ) from error
