@@ -33,8 +33,8 @@ class ReportModel:
     """The source. ``fingerprint`` is ``sha256:…`` of its content; ``origin`` the hub id, or the name of the file or directory.
 
     ``base_models`` are hub ids (``org/name``), of the model itself first. ``license`` as the source's metadata has it (an
-    SPDX-like id), with the name and link of one that is ``other``. ``prompt_format`` is the chat template applied to a system message and
-    a user's, with ``{system_prompt}`` and ``{prompt}`` in their places; empty without a template.
+    SPDX-like id), with the name and link of one that is ``other``. ``prompt_format`` is the chat template applied to a system
+    message and a user's, with ``{system_prompt}`` and ``{prompt}`` in their places; empty without a template.
     """
 
     name: str
