@@ -125,35 +125,6 @@ class Piece:
     perplexity: Perplexity
 
 
-@dataclass(frozen=True)
-class ReferJob:
-    """Write what ``model`` predicts over chunks ``chunks`` of ``text`` into ``out``, llama-perplexity's format
-    (:mod:`~imatrix_runner.engines.logits_file`). Unfinished work of the same ``fingerprint`` in ``out`` is continued."""
-
-    step: str
-    model: Path
-    text: Path
-    chunks: ChunkRange
-    out: Path
-    options: CollectOptions
-    fingerprint: str
-    log: Path | None
-
-
-@dataclass(frozen=True)
-class JudgeJob:
-    """Compare what ``model`` predicts with the reference in ``base``, token by token, into ``out``
-    (:mod:`~imatrix_runner.engines.embedded.scored`). Unfinished work of the same ``fingerprint`` is continued."""
-
-    step: str
-    model: Path
-    base: Path
-    out: Path
-    options: CollectOptions
-    fingerprint: str
-    log: Path | None
-
-
 LEDGER_NAME = "ledger.jsonl"
 """The file beside an output of a pass that says which of its tensors are on the disk."""
 

@@ -3,44 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-KLD_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
-DP_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 0.001, 0.0)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its standard error."""
-
-    value: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far a level is from its source on a text. ``kld`` in nats; ``dp`` (p - p of the source) and ``same_top`` as shares.
-
-    ``kld_at`` and ``dp_at``: fraction of the tokens -> the value that so many do not exceed (0.5 is the median).
-    """
-
-    n_tokens: int
-    ppl: Estimate
-    ppl_base: Estimate
-    correlation: float
-    log_ratio: Estimate
-    ratio: Estimate
-    difference: Estimate
-    kld: Estimate
-    kld_at: Mapping[float, float]
-    dp: Estimate
-    dp_at: Mapping[float, float]
-    dp_rms: Estimate
-    same_top: Estimate
+from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Divergence, Estimate
 
 
 def summarise(tokens: npt.NDArray[np.void]) -> Divergence:

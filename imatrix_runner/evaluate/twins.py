@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from imatrix_runner.evaluate.statistics import Divergence, Estimate
+from imatrix_runner.engines.measures import Divergence, Estimate
 
 Verdict = Literal["not needed", "take it", "do not go without"]
 

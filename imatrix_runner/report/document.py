@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from imatrix_runner.engines.measures import Divergence, Estimate
 from imatrix_runner.evaluate.answers import DomainResult
 from imatrix_runner.evaluate.picks import Pick
-from imatrix_runner.evaluate.statistics import Divergence, Estimate
 from imatrix_runner.evaluate.twins import Comparison
 
 SCHEMA: Final = "imatrix-runner/report"

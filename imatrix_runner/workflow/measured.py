@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from imatrix_runner.engines.measures import Divergence
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.answers import DomainResult
-from imatrix_runner.evaluate.statistics import Divergence
 from imatrix_runner.evaluate.twins import Comparison
 from imatrix_runner.journal import Journal, Record
 from imatrix_runner.report.document import ReportEvaluation

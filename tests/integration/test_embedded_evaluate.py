@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,15 @@ from divergence import save_logits
 from llama_tools import BareTools
 from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import ChunkRange, CollectOptions, JudgeJob, ReferJob
+from imatrix_runner.engines.base import ChunkRange, CollectOptions
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.embedded.find import find, worker_command
 from imatrix_runner.engines.embedded.protocol import Judge
 from imatrix_runner.engines.embedded.scored import read_scored
 from imatrix_runner.engines.logits_file import read_head, read_tokens
-from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.evaluate.statistics import DP_FRACTIONS, KLD_FRACTIONS, summarise
+from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, JudgeJob, ReferJob
+from imatrix_runner.errors import EngineError, InvalidDataError
+from imatrix_runner.evaluate.statistics import summarise
 from imatrix_runner.events import ignore
 from imatrix_runner.process import Runner, child_environment
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
@@ -125,7 +126,7 @@ def test_every_figure_is_the_one_that_llama_perplexity_prints(
     level: str, engine: EmbeddedEngine, tools: BareTools, base: Path, levels: dict[str, Path], folder: Path
 ) -> None:
     """Both read the reference that we wrote."""
-    found = summarise(read_scored(judge(engine, levels[level], base, folder / f"{level}.scored"), 512))
+    found = summarise(read_scored(judge(engine, levels[level], base, folder / f"{level}.scored"), "level", 512).ravel())
     said = ask_theirs(tools, levels[level], base)
     estimates = {
         "Mean PPL(Q)": found.ppl,
@@ -155,7 +156,7 @@ def test_every_figure_is_the_one_that_llama_perplexity_prints(
 
 
 def test_the_source_does_not_differ_from_itself(engine: EmbeddedEngine, demo_model: Path, base: Path, folder: Path) -> None:
-    found = summarise(read_scored(judge(engine, demo_model, base, folder / "itself.scored"), 512))
+    found = summarise(read_scored(judge(engine, demo_model, base, folder / "itself.scored"), "level", 512).ravel())
     assert found.n_tokens == CHUNKS * 255
     assert abs(found.kld.value) < 1e-6
     assert found.same_top.value > 0.999
@@ -168,7 +169,7 @@ def test_a_killed_comparison_goes_on_to_the_same_bytes(
 ) -> None:
     whole = judge(engine, levels["Q4_K_M"], base, folder / "whole.scored").read_bytes()
     out = folder / "killed.scored"
-    request = Judge("judge", levels["Q4_K_M"], base, out, OPTIONS, "level")
+    request = Judge("judge", levels["Q4_K_M"], base, out, 0, None, OPTIONS, "level")
     command = worker_command(request, find(os.environ, cache_dir()).library)
     kept = []
     for least in (1, 5, 9):
@@ -222,3 +223,27 @@ def test_a_level_of_another_vocabulary_is_refused(engine: EmbeddedEngine, base: 
     other = write_llama_gguf(folder / "other.gguf", vocab=600)
     with pytest.raises(InvalidDataError, match="vocabulary of"):
         judge(engine, other, base, folder / "other.scored")
+
+
+def test_references_of_parts_of_the_text_give_what_one_of_the_whole_gives(
+    engine: EmbeddedEngine, demo_model: Path, base: Path, levels: dict[str, Path], folder: Path
+) -> None:
+    """Half the disk, twice: 8 chunks, compared; then the other 8, into the same file."""
+    out, text = folder / "halves.scored", resource(HELD_OUT_TEXT)
+    for first in (0, 8):
+        half = folder / "half.base"
+        engine.refer(ReferJob("refer", demo_model, text, ChunkRange(first, 8), half, OPTIONS, f"half {first}", None), ignore)
+        engine.judge(JudgeJob("judge", levels["Q2_K"], half, out, OPTIONS, "level", None, first), ignore)
+    whole = judge(engine, levels["Q2_K"], base, folder / "at-once.scored")
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_limit_compares_so_many_chunks_and_a_gap_is_refused(
+    engine: EmbeddedEngine, base: Path, levels: dict[str, Path], folder: Path
+) -> None:
+    out = folder / "limited.scored"
+    job = JudgeJob("judge", levels["Q8_0"], base, out, OPTIONS, "level", None, limit=5)
+    engine.judge(job, ignore)
+    assert read_scored(out, "level", 512).shape == (5, OPTIONS.scored_tokens)
+    with pytest.raises(EngineError, match="was compared with 5 chunks only"):
+        engine.judge(replace(job, first=8), ignore)

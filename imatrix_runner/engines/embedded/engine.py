@@ -19,7 +19,6 @@ from imatrix_runner.engines.base import (
     ChunkRange,
     CollectJob,
     DryRun,
-    JudgeJob,
     OnePass,
     OnPiece,
     PassedLevel,
@@ -29,7 +28,6 @@ from imatrix_runner.engines.base import (
     Piece,
     Quantized,
     QuantizeJob,
-    ReferJob,
     attempt,
 )
 from imatrix_runner.engines.binaries.argv import quantize_options
@@ -38,6 +36,7 @@ from imatrix_runner.engines.embedded import protocol
 from imatrix_runner.engines.embedded.compiled import Native, compile_kernels
 from imatrix_runner.engines.embedded.find import Bindings, worker_command
 from imatrix_runner.engines.embedded.levels import quant_types
+from imatrix_runner.engines.measures import JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError
 from imatrix_runner.events import Metric, Notice, Progress, Sink
 from imatrix_runner.process import Outcome, Runner
@@ -149,7 +148,7 @@ class EmbeddedEngine:
     def judge(self, job: JudgeJob, sink: Sink) -> None:
         """Compare a level with the reference; a stop ends it after the batch, and the same job continues."""
         model, base, out = job.model.absolute(), job.base.absolute(), job.out.absolute()
-        request = protocol.Judge(job.step, model, base, out, job.options, job.fingerprint)
+        request = protocol.Judge(job.step, model, base, out, job.first, job.limit, job.options, job.fingerprint)
         self._evaluate(request, job.log, sink, f"{job.model.name} could not be compared with its source", job.out)
 
     def _evaluate(

@@ -71,19 +71,27 @@ def judge(request: Judge, tell: Callable[[Answer], None]) -> None:
                 else f"that was written with chunks of {head.n_ctx} tokens, not {options.n_ctx}",
                 "Compare a level with the model it was made from.",
             )
-        chunks, rows = read_tokens(request.base, head), map_rows(request.base, head)
+        count = head.n_chunks if request.limit is None else min(request.limit, head.n_chunks)
+        chunks, rows = read_tokens(request.base, head)[:count], map_rows(request.base, head)
         with closing(ScoredFile(request.out, request.fingerprint, head.n_ctx)) as scored:
-            done = scored.chunks // options.chunks_at_once * options.chunks_at_once
-            scored.cut(done)
+            if scored.chunks < request.first:
+                raise Refusal.failed(
+                    f"{request.model.name} was compared with {scored.chunks} chunks only",
+                    f"the reference at hand begins with chunk {request.first}",
+                )
+            done = scored.chunks - request.first
+            if done < count:
+                done = done // options.chunks_at_once * options.chunks_at_once
+                scored.cut(request.first + done)
             loaded = time.monotonic()
 
             def compare(logits: F32, chunk: int, row: int, targets: Tokens) -> npt.NDArray[np.void]:
                 return compare_rows(logits, rows[chunk, row : row + len(targets)], targets)
 
             done = work.run(
-                chunks, done, scored.append, compare, scored.sync, lambda n: tell(Progress(request.step, n, head.n_chunks))
+                chunks, done, scored.append, compare, scored.sync, lambda n: tell(Progress(request.step, request.first + n))
             )
-    tell(Judged(done, done == head.n_chunks, time.monotonic() - loaded, loaded - began))
+    tell(Judged(done, done >= count, time.monotonic() - loaded, loaded - began))
 
 
 def _keep(logits: F32, _chunk: int, _row: int, targets: Tokens) -> npt.NDArray[np.uint16]:

@@ -74,6 +74,8 @@ class Judge(msgspec.Struct, frozen=True, tag_field="ask", tag="judge"):
     model: Path
     base: Path
     out: Path
+    first: int
+    limit: int | None
     options: CollectOptions
     fingerprint: str
 

@@ -6,6 +6,7 @@ A kill leaves at most one torn record, which does not count; the fingerprint at 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import zlib
 from collections.abc import Sequence
@@ -60,13 +61,16 @@ class ScoredFile:
         self._handle.close()
 
 
-def read_scored(path: Path, n_ctx: int) -> Tokens:
-    """All whole chunks, :data:`TOKEN` [n_chunks * rows]."""
-    record = scored_tokens(n_ctx) * TOKEN.itemsize + 4
-    data = path.read_bytes()[_HEAD:]
-    records = [data[at : at + record] for at in range(0, len(data) - record + 1, record)]
-    whole = [each[:-4] for each in records if _sealed(each)]
-    return np.frombuffer(b"".join(whole), TOKEN)
+def read_scored(path: Path, fingerprint: str, n_ctx: int) -> Tokens:
+    """The whole chunks from the first on, :data:`TOKEN` [n_chunks, rows]; none where the file is of something else."""
+    rows = scored_tokens(n_ctx)
+    record = rows * TOKEN.itemsize + 4
+    data = path.read_bytes() if path.is_file() else b""
+    if not data.startswith(hashlib.sha256(fingerprint.encode()).digest()):
+        return np.zeros((0, rows), TOKEN)
+    records = (data[at : at + record] for at in range(_HEAD, len(data) - record + 1, record))
+    whole = [each[:-4] for each in itertools.takewhile(_sealed, records)]
+    return np.frombuffer(b"".join(whole), TOKEN).reshape(-1, rows)
 
 
 def _sealed(record: bytes) -> bool:
