@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +127,11 @@ def sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}", path) from error
     return digest.hexdigest()
+
+
+def joint_sha256(hashes: Sequence[str]) -> str:
+    """``sha256:…`` of a file that lies in parts, from their hex hashes in order: of one, its own."""
+    return f"sha256:{hashes[0] if len(hashes) == 1 else hashlib.sha256(''.join(hashes).encode()).hexdigest()}"
 
 
 def existing_parent(path: Path) -> Path:

@@ -133,6 +133,10 @@ class Journal:
             self._hashes[str(path.absolute())] = Hashed(at, sha256)
             self._save()
 
+    def hashes(self) -> Mapping[str, Hashed]:
+        """Every content hash that was ever remembered, by absolute path; the files may be gone or changed since."""
+        return dict(self._hashes)
+
     def fact(self, name: str) -> str | None:
         return self._facts.get(name)
 

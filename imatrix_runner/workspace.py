@@ -44,6 +44,16 @@ class Workspace:
         """Where levels grow until they are verified, a folder each."""
         return self.root / ".partial"
 
+    @property
+    def evaluation(self) -> Path:
+        """Scored tokens, and while levels are measured what they are compared with."""
+        return self.root / ".evaluation"
+
+    @property
+    def twins(self) -> Path:
+        """A workspace of its own for levels made without imatrix, while they are measured."""
+        return self.root / ".twins"
+
     def ledger(self, level: str) -> Path:
         """How a finished level's tensors came to be: what other levels may copy."""
         return self.root / ".ledgers" / f"{level}.jsonl"

@@ -23,6 +23,8 @@ PYTHON = _BIN / ("python.exe" if os.name == "nt" else "python")
 _BINDINGS = "llama-cpp-python==0.3.36"
 _NO_NATIVE_BUILD = {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}
 _TORCH = "torch==2.13.0"
+_BROWSER_PACKAGES = ("chromium", "chromium-driver")
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def say(text: str) -> None:
@@ -65,6 +67,20 @@ def ensure_venv(*extras: str) -> None:
     run(PYTHON, *quiet, "--editable", f".[{','.join(extras)}]" if extras else ".")
     with stamp.open("a") as handle:
         handle.write(wanted + "\n")
+
+
+def ensure_browser() -> None:
+    """Chromium and its driver, with which tests look at pages: Debian's packages, where we may install them."""
+    if shutil.which("chromedriver") and any(map(shutil.which, _BROWSERS)):
+        return
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        raise SystemExit(
+            "Chromium and chromedriver are needed for the tests of pages. On Debian or Ubuntu: "
+            f"sudo apt-get install {' '.join(_BROWSER_PACKAGES)}. Or leave these tests out: scripts/test --no-browser"
+        )
+    say(f"installing {' and '.join(_BROWSER_PACKAGES)} (once)")
+    run("apt-get", "update", "--quiet")
+    run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *_BROWSER_PACKAGES, DEBIAN_FRONTEND="noninteractive")
 
 
 def ensure_tools() -> None:

@@ -63,7 +63,7 @@ def write_llama_gguf(
     seed: int = 0,
     odd: bool = False,
     context: int = 2048,
-    metadata: Mapping[str, str | float | bool] | None = None,
+    metadata: Mapping[str, str | float | bool | Sequence[str]] | None = None,
     extra: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
     """A llama GGUF with random weights and a byte-level BPE tokenizer (model gpt2, pre gpt-2, BOS added).
@@ -271,15 +271,17 @@ def add_tensor(writer: Any, name: str, array: Array, dtype: DType) -> None:
         writer.add_tensor(name, quantize(array, GGMLQuantizationType.BF16), raw_dtype=GGMLQuantizationType.BF16)
 
 
-def add_value(writer: Any, key: str, value: str | float | bool) -> None:
+def add_value(writer: Any, key: str, value: str | float | bool | Sequence[str]) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
-    else:
+    elif isinstance(value, str):
         writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
 
 
 def _bytes_of(array: Array, dtype: DType) -> bytes:

@@ -43,11 +43,12 @@ class Unfit:
     todo: str = _CORRECT
 
 
-def content_of(record: Any, field: str = "") -> str | Conversation | Unfit:
+def content_of(record: Any, field: str = "", *, unanswered: bool = False) -> str | Conversation | Unfit:
     """What to take of a JSON value read from a source.
 
     ``field`` names the one field to take, perhaps deeper down (``data.dialogue``): a string there is plain text, a list of
-    messages a conversation, an object a record of its own. Never raises for bad data.
+    messages a conversation, an object a record of its own. ``unanswered``: a ``prompt``, ``instruction`` or ``question`` is a
+    conversation without an answer too. Never raises for bad data.
     """
     if isinstance(record, str):
         return _text(record, "the record")
@@ -65,7 +66,7 @@ def content_of(record: Any, field: str = "") -> str | Conversation | Unfit:
             return _conversation(_messages(value, f"`{name}`", sharegpt=True), record)
     for asked, answers in _PAIRS:
         answered = next((name for name in answers if record.get(name) is not None), "")
-        if record.get(asked) is not None and answered:
+        if record.get(asked) is not None and (answered or unanswered):
             return _conversation(_pair(record, asked, answered), record)
     for name in ("chosen", "completion"):
         if isinstance(record.get(name), (list, tuple)):
@@ -227,9 +228,9 @@ def _is_bare(tool: Mapping[Any, Any]) -> bool:
 
 
 def _pair(record: Mapping[Any, Any], asked: str, answered: str) -> list[Message] | Unfit:
-    """A question and its answer; each may itself be a list of messages."""
+    """A question and its answer, if there is one; each may itself be a list of messages."""
     question = _side(record[asked], "user", f"`{asked}`")
-    answer = _side(record[answered], "assistant", f"`{answered}`")
+    answer = _side(record[answered], "assistant", f"`{answered}`") if answered else []
     for side in (question, answer):
         if isinstance(side, Unfit):
             return side

@@ -24,8 +24,9 @@ _SOMETHING = re.compile(r"[^ \t\n\r]")
 _KINDS = ((dict, "an object"), (list, "a list"), (str, "a text"), (bool, "true or false"), ((int, float), "a number"))
 
 
-def jsonl_rows(stream: io.BufferedReader, shown: str) -> Iterator[Row | BadRecord]:
-    """One row for each line that is a JSON object; blank lines are passed over."""
+def jsonl_rows(stream: io.BufferedReader, shown: str, *, strings: bool = False) -> Iterator[Row | BadRecord]:
+    """One row for each line that is a JSON object; blank lines are passed over. ``strings``: a string is a row too, with it as
+    ``text``."""
     for number, line in byte_lines(stream, MAX_ROW):
         if line == b"":
             continue
@@ -35,11 +36,13 @@ def jsonl_rows(stream: io.BufferedReader, shown: str) -> Iterator[Row | BadRecor
         elif too_many(line):
             yield BadRecord(where, TOO_MANY, SHORTEN)
         else:
-            yield _line(line, where)
+            yield _line(line, where, strings)
 
 
-def _line(line: bytes, where: str) -> Row | BadRecord:
+def _line(line: bytes, where: str, strings: bool = False) -> Row | BadRecord:
     try:
+        if strings and line.startswith(b'"'):
+            return Row(where, {"text": msgspec.json.decode(line, type=str)})
         return Row(where, msgspec.json.decode(line, type=dict[str, Any]))
     except msgspec.DecodeError as error:
         return BadRecord(where, f"it is no JSON object: {printable(str(error))}", _MEND)
@@ -79,8 +82,9 @@ def lists_in(value: Mapping[str, Any]) -> list[str]:
     return [name for name, field in value.items() if isinstance(field, list) and field and isinstance(field[0], dict)]
 
 
-def json_rows(blocks: Iterable[str], shown: str) -> Iterator[Row | BadRecord]:
+def json_rows(blocks: Iterable[str], shown: str, *, strings: bool = False) -> Iterator[Row | BadRecord]:
     """The objects of a list, or of the one list of objects that an object holds. Broken JSON ends them with a bad record.
+    ``strings``: as for :func:`jsonl_rows`.
 
     Raises :class:`InvalidDataError` where an object holds several such lists.
     """
@@ -91,6 +95,8 @@ def json_rows(blocks: Iterable[str], shown: str) -> Iterator[Row | BadRecord]:
             where = f"{shown}, item {number}"
             if isinstance(item, dict):
                 yield Row(where, item)
+            elif strings and isinstance(item, str):
+                yield Row(where, {"text": item})
             else:
                 kind = next((name for kind, name in _KINDS if isinstance(item, kind)), "null")
                 yield BadRecord(where, f"it is {kind}, not an object", "Mend or remove it.")

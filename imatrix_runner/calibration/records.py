@@ -59,15 +59,16 @@ def read_source(
     on_bytes: Callable[[int], None] = _nobody,
     on_skipped: Callable[[Path, str], None] = _unheard,
     name: str | None = None,
+    strings: bool = False,
 ) -> Documents:
     """The documents of a file or a folder.
 
     ``interpret`` says what a data file's rows are. ``on_bytes`` hears of bytes taken from the disk (:func:`source_bytes` in
     all) and may raise to stop; ``on_skipped`` of each file of a folder that is passed over, with a word or two why: ``binary``,
-    ``too large``. ``name`` is shown in place of the path. Raises :class:`InvalidDataError` for a source that is not readable,
+    ``too large``. ``name`` is shown in place of the path; ``strings``: as for :func:`jsonl_rows`. Raises :class:`InvalidDataError` for a source that is not readable,
     not what its name says, or without any record.
     """
-    reader = _Reader(interpret, on_bytes, on_skipped)
+    reader = _Reader(interpret, on_bytes, on_skipped, strings)
     shown = printable(name or str(path))
     empty = True
     for document in reader.folder(path, shown) if path.is_dir() else reader.file(path, shown):
@@ -163,6 +164,7 @@ class _Reader:
     interpret: Interpret
     on_bytes: Callable[[int], None]
     on_skipped: Callable[[Path, str], None]
+    strings: bool
 
     def folder(self, folder: Path, shown: str) -> Documents:
         dataset, entries = _listed(folder, shown)
@@ -231,7 +233,7 @@ class _Reader:
                 yield from csv_rows(blocks, shown, delimiter="\t" if kind == ".tsv" else "")
         elif _holds_lines(kind, path, shown):
             with opened(path, shown, self.on_bytes) as stream:
-                yield from jsonl_rows(stream, shown)
+                yield from jsonl_rows(stream, shown, strings=self.strings)
         else:
             yield from self._document(path, shown)
 
@@ -244,7 +246,7 @@ class _Reader:
             yield Row(shown, value)
             return
         with opened(path, shown, self.on_bytes) as stream:
-            yield from json_rows(text_blocks(stream, path, shown, strict=False), shown)
+            yield from json_rows(text_blocks(stream, path, shown, strict=False), shown, strings=self.strings)
 
     def _interpreted(self, rows: Iterable[Row | BadRecord]) -> Documents:
         for row in rows:

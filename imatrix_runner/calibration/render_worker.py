@@ -45,7 +45,7 @@ class Request:
     """``conversations``: a JSONL file of ``{"messages": […], "tools": […]}``, of which the first ``skip`` are left out;
     ``out``: the file for the results. ``seconds`` and ``characters`` bound one conversation, ``memory`` (bytes) what the
     process may take beyond what it starts with, ``total`` (bytes) the file of results. ``date`` (YYYY-MM-DD) is what
-    ``strftime_now`` tells.
+    ``strftime_now`` tells. ``generation_prompt``: the text ends where the model's answer begins.
     """
 
     template: str
@@ -59,6 +59,7 @@ class Request:
     characters: int
     memory: int
     total: int
+    generation_prompt: bool = False
 
 
 class _TooLong(Exception):
@@ -134,7 +135,11 @@ def _text(template: jinja2.Template, messages: list[dict[str, Any]], tools: list
     random.seed(0)  # there is a filter `random`, and the same inputs must give the same bytes
     text, size = io.StringIO(), 0
     for piece in template.generate(
-        messages=messages, tools=tools or None, documents=None, add_generation_prompt=False, **request.special
+        messages=messages,
+        tools=tools or None,
+        documents=None,
+        add_generation_prompt=request.generation_prompt,
+        **request.special,
     ):
         size += len(piece)
         if size > request.characters:

@@ -56,13 +56,15 @@ def render(
     runner: Runner,
     *,
     date: str = DATE,
+    generation_prompt: bool = False,
     on_progress: Callable[[int], None] | None = None,
     limits: Limits | None = None,
 ) -> list[str | Unrendered]:
     """Each conversation's text (or why there is none), in order; ``on_progress`` hears how many are done.
 
-    The texts are what transformers' ``apply_chat_template(…, tokenize=False)`` gives on the day ``date`` (YYYY-MM-DD). All are
-    held: at most 64 MiB and four times the size of the conversations.
+    The texts are what transformers' ``apply_chat_template(…, tokenize=False)`` gives on the day ``date`` (YYYY-MM-DD), with
+    ``generation_prompt`` as its ``add_generation_prompt``. All are held: at most 64 MiB and four times the size of the
+    conversations.
 
     Raises :class:`UsageError` for what is no date; :class:`InvalidDataError` for a template that does not compile, writes
     without measure, or takes too long or ends its process for ``limits.failures`` conversations; ``InterruptedRunError`` once a
@@ -91,6 +93,7 @@ def render(
                 characters=limits.characters,
                 memory=limits.memory,
                 total=total,
+                generation_prompt=generation_prompt,
             )
             answers = _Answers(len(results), on_progress)
             outcome = _run(request, folder / "request.json", runner, answers)

@@ -77,6 +77,22 @@ class LevelNames(click.ParamType[tuple[str, ...]]):
         return [CompletionItem(head + comma + name) for name in _USUAL_LEVELS if name.startswith(last.upper())]
 
 
+class Size(click.ParamType[int]):
+    """Bytes, as people write them: ``4GiB``, ``500MB``, ``1.5g``; with or without the i a K is 1024, as ``df -h`` has it."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]?)(?:i?b)?\s*", str(value), re.IGNORECASE)
+        n_bytes = int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")) if match else 0
+        if n_bytes < 1:
+            self.fail(f"{value!r} is no size; it is written like 4GiB or 500MiB", param, ctx)
+        return n_bytes
+
+
+SIZE = Size()
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
@@ -122,11 +138,7 @@ source_options = together(
     click.option("--offline", is_flag=True, help="Never use the network: only what is here or in the hub's cache."),
 )
 
-collect_options = together(
-    setting("-f", "--file", "text", type=_FILE, metavar="TEXT", help="Calibration text (default: the shipped one)."),
-    setting(
-        "-c", "--ctx-size", type=click.IntRange(min=16), metavar="N", default=512, show_default=True, help="Tokens per chunk."
-    ),
+placement_options = together(
     setting(
         "-b", "--batch-size", type=click.IntRange(min=1), metavar="N", default=2048, show_default=True, help="Tokens per batch."
     ),
@@ -146,6 +158,18 @@ collect_options = together(
     setting("-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFFER", help="Where matching tensors lie."),
     setting("-fa", "--flash-attn", type=click.Choice(("on", "off", "auto")), help="Flash attention (default: auto)."),
     setting("--mmap/--no-mmap", default=True, show_default=True, help="Map the model's file into memory."),
+)
+
+compute_options = together(
+    setting(
+        "-c", "--ctx-size", type=click.IntRange(min=16), metavar="N", default=512, show_default=True, help="Tokens per chunk."
+    ),
+    placement_options,
+)
+
+collect_options = together(
+    setting("-f", "--file", "text", type=_FILE, metavar="TEXT", help="Calibration text (default: the shipped one)."),
+    compute_options,
     setting("--chunks", type=click.IntRange(min=1), metavar="N", help="Compute at most so many chunks (default: all)."),
     setting(
         "--chunk",
@@ -258,7 +282,8 @@ def source_request(model: str, options: dict[str, Any]) -> SourceRequest:
     return SourceRequest(model, options["outtype"], options["mmproj"], options["trust_remote_code"])
 
 
-def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: Any) -> ImatrixRequest:
+def compute_request(options: dict[str, Any], **changes: Any) -> CollectOptions:
+    """How chunks are computed."""
     layers = options["n_gpu_layers"]
     _check_placement(options)
     if layers and layers not in ("auto", "all") and not layers.isdecimal():
@@ -271,18 +296,25 @@ def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: 
             "a chunk is computed in whole batches",
             "Make -c a multiple of -b, or -b at least -c.",
         )
-    collect = CollectOptions(
-        n_ctx=options["ctx_size"],
-        n_batch=options["batch_size"],
-        n_ubatch=options["ubatch_size"],
-        threads=options["threads"],
-        n_gpu_layers=layers,
-        tensor_split=options["tensor_split"],
-        split_mode=options["split_mode"] or "",
-        main_gpu=options["main_gpu"],
-        override_tensors=tuple(options["override_tensor"]),
-        flash_attn=options["flash_attn"] or "",
-        mmap=options["mmap"],
+    values = {
+        "n_ctx": options["ctx_size"],
+        "n_batch": options["batch_size"],
+        "n_ubatch": options["ubatch_size"],
+        "threads": options["threads"],
+        "n_gpu_layers": layers,
+        "tensor_split": options["tensor_split"],
+        "split_mode": options["split_mode"] or "",
+        "main_gpu": options["main_gpu"],
+        "override_tensors": tuple(options["override_tensor"]),
+        "flash_attn": options["flash_attn"] or "",
+        "mmap": options["mmap"],
+    }
+    return CollectOptions(**{**values, **changes})
+
+
+def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: Any) -> ImatrixRequest:
+    collect = compute_request(
+        options,
         parse_special=bool(options["parse_special"]),
         process_output=options["process_output"],
         ppl=options["ppl"],

@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from imatrix_runner.errors import InterruptedRunError, RunnerError
 from imatrix_runner.events import Sink
 from imatrix_runner.toolchain.probe import QuantType
+
+if TYPE_CHECKING:
+    from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
 
 
 @dataclass(frozen=True)
@@ -343,6 +346,15 @@ class Engine(Protocol):
 
     def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:
         """Compute the job's ranges. Progress counts the chunks done of the whole job; a stop ends it after what can be kept."""
+        ...
+
+    def refer(self, job: ReferJob, sink: Sink) -> None:
+        """Write what the source predicts. Progress counts chunks; a stop ends it after what can be kept."""
+        ...
+
+    def judge(self, job: JudgeJob, sink: Sink) -> Divergence | None:
+        """Compare a level with the source. None: the scored tokens lie in ``job.out``
+        (:func:`~imatrix_runner.engines.embedded.scored.read_scored`), else what the engine itself makes of them."""
         ...
 
     def dry_run(self, job: QuantizeJob) -> DryRun: ...

@@ -71,6 +71,18 @@ class LogitsHead:
         return _HEAD.pack(MAGIC, self.n_ctx, self.n_vocab, self.n_chunks)
 
 
+def note_path(path: Path) -> Path:
+    """Beside a file that is being written: the fingerprint of what it is of."""
+    return path.with_name(path.name + ".of")
+
+
+def is_whole(path: Path, head: LogitsHead, fingerprint: str) -> bool:
+    """Whether all of it was written for this ``fingerprint``."""
+    note = note_path(path)
+    written = path.is_file() and note.is_file() and path.stat().st_size == head.n_bytes
+    return written and note.read_text(encoding="utf-8") == fingerprint
+
+
 def read_head(path: Path) -> LogitsHead:
     """Raises :class:`InvalidDataError` for what is no such file, or not all of one."""
     try:
@@ -102,6 +114,13 @@ def map_rows(path: Path, head: LogitsHead) -> Rows:
     """uint16 [n_chunks, rows, row_words], read as they are looked at."""
     shape = (head.n_chunks, head.rows, row_words(head.n_vocab))
     return np.memmap(path, "<u2", "r", head.rows_at, shape)
+
+
+def first_wild_chunk(path: Path, head: LogitsHead) -> int | None:
+    """The first chunk with a row of logits that are NaN or infinite: its scale or its least log-probability is such too."""
+    leading = np.ascontiguousarray(map_rows(path, head)[:, :, :_LEADING]).view("<f4")
+    wild = ~np.isfinite(leading).all(axis=(1, 2))
+    return int(wild.argmax()) if wild.any() else None
 
 
 def _bad(path: Path, why: str) -> InvalidDataError:

@@ -15,7 +15,12 @@ DP_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 0
 @dataclass(frozen=True)
 class ReferJob:
     """Write what ``model`` predicts over chunks ``chunks`` of ``text`` into ``out``, llama-perplexity's format
-    (:mod:`~imatrix_runner.engines.logits_file`). Unfinished work of the same ``fingerprint`` in ``out`` is continued."""
+    (:mod:`~imatrix_runner.engines.logits_file`). Unfinished work of the same ``fingerprint`` in ``out`` is continued.
+
+    ``scored`` (:mod:`~imatrix_runner.engines.embedded.scored`, with its own fingerprint) gets the model's exact -ln p of every
+    scored token, after those of the chunks before: ``out`` holds none below e^-16 of the likeliest one. Engines that cannot
+    leave it out.
+    """
 
     step: str
     model: Path
@@ -25,6 +30,7 @@ class ReferJob:
     options: CollectOptions
     fingerprint: str
     log: Path | None
+    scored: tuple[Path, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,39 @@ class Divergence:
     dp_at: Mapping[float, float]
     dp_rms: Estimate
     same_top: Estimate
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text for a model to go on from. ``parse_special``: control tokens are written out in it and mean themselves."""
+
+    text: str
+    parse_special: bool
+
+
+@dataclass(frozen=True)
+class AnswerJob:
+    """Let ``model`` answer the prompts in ``prompts`` (a :class:`Prompt` on each line, as JSON) greedily, in ``n_predict``
+    tokens at most, into ``out`` (:mod:`~imatrix_runner.engines.embedded.completions`). Unfinished work of the same
+    ``fingerprint`` is continued; of ``options`` what concerns chunks means nothing."""
+
+    step: str
+    model: Path
+    prompts: Path
+    out: Path
+    n_predict: int
+    options: CollectOptions
+    fingerprint: str
+    log: Path | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The answer to prompt number ``prompt`` (from 0), which has ``n_prompt`` tokens. ``ended``: by itself, with a token that
+    ends a generation and is not among ``ids``."""
+
+    prompt: int
+    n_prompt: int
+    ids: tuple[int, ...]
+    ended: bool
+    text: str

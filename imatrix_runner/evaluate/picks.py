@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from imatrix_runner.files import human_bytes
+
 Why = Literal["quality", "balanced", "small", "target"]
 
 NEAR_SOURCE = 0.01
@@ -81,13 +83,15 @@ def _knee(best: Sequence[Measure]) -> Measure | None:
     return knee if below(knee) > 0 else None
 
 
-def within_kld(measures: Sequence[Measure], target: float) -> Measure | None:
-    """The smallest level whose mean KLD is at most ``target``."""
-    fit = [each for each in measures if each.kld <= target]
-    return min(fit, key=lambda each: (each.n_bytes, each.kld), default=None)
-
-
-def within_size(measures: Sequence[Measure], target: int) -> Measure | None:
-    """The level closest to the source among those of at most ``target`` bytes."""
-    fit = [each for each in measures if each.n_bytes <= target]
-    return min(fit, key=lambda each: (each.kld, each.n_bytes), default=None)
+def target(measures: Sequence[Measure], kld: float | None, n_bytes: int | None) -> Pick | None:
+    """The level that meets a target: the smallest with a mean KLD of at most ``kld``, else the closest to the source of at most
+    ``n_bytes``; with both, the closest that meets both. None: no level does."""
+    fit = [each for each in measures if (kld is None or each.kld <= kld) and (n_bytes is None or each.n_bytes <= n_bytes)]
+    if not fit:
+        return None
+    if n_bytes is None:
+        small = min(fit, key=lambda each: (each.n_bytes, each.kld))
+        return Pick("target", small.level, f"the smallest with a mean KLD of at most {kld:g}")
+    close = min(fit, key=lambda each: (each.kld, each.n_bytes))
+    beside = f" and a mean KLD of at most {kld:g}" if kld is not None else ""
+    return Pick("target", close.level, f"the closest to the source with at most {human_bytes(n_bytes)}{beside}")

@@ -136,7 +136,11 @@ class ReportCalibration:
 
 @dataclass(frozen=True)
 class ReportImatrix:
-    """``made_here``: collected in this workspace; then ``ppl``, ``curve``, ``calibration`` and ``seconds`` may be known."""
+    """``made_here``: collected in this workspace; then ``ppl``, ``curve``, ``calibration`` and ``seconds`` may be known.
+
+    ``tokens`` it was collected from; ``stopped`` is ``chunks``, ``converged``, ``covered`` or ``text``; ``origin`` of a published
+    one: ``repo@commit:file``.
+    """
 
     file: ReportFile
     format: str
@@ -156,6 +160,7 @@ class ReportImatrix:
     without_data: tuple[str, ...] = ()
     experts: tuple[ReportExperts, ...] = ()
     curve: tuple[ReportCurvePoint, ...] = ()
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,10 @@ class ReportStep:
 
 @dataclass(frozen=True)
 class Report:
-    """One workspace. ``made`` is ISO 8601 in UTC; ``command`` the line that was typed; ``toolchain`` the engine's identity."""
+    """One workspace. ``made`` is ISO 8601 in UTC; ``command`` the line that was typed; ``toolchain`` the engine's identity.
+
+    ``quantized_by``: whom the model card names as the maker of these files; empty: nobody.
+    """
 
     model: ReportModel
     levels: tuple[ReportLevel, ...]
@@ -201,5 +209,6 @@ class Report:
     domain: tuple[DomainResult, ...] = ()
     picks: tuple[Pick, ...] = ()
     steps: tuple[ReportStep, ...] = ()
+    quantized_by: str = ""
     schema: Literal["imatrix-runner/report"] = SCHEMA
     version: Literal[1] = VERSION

@@ -5,12 +5,27 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix_runner.process import Command, capture
 
 _SECONDS = 10.0
 _MAX_GPUS = 64
+_TOLD = re.compile(
+    r"(?:(?P<device>[\w.-]{1,40}): )?(?P<name>.{1,200}?)(?: \((?P<total>\d{1,9}) MiB(?:, (?P<free>\d{1,9}) MiB free)?\))?"
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its name, and its memory in bytes as far as it is told (Apple's shares the machine's). ``device``: llama.cpp's
+    name for it, ``CUDA0``."""
+
+    name: str
+    n_bytes: int | None = None
+    free_bytes: int | None = None
+    device: str = ""
 
 
 def gpus() -> tuple[str, ...]:
@@ -20,6 +35,24 @@ def gpus() -> tuple[str, ...]:
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         found.append(f"{_say('sysctl', '-n', 'machdep.cpu.brand_string').strip() or 'Apple GPU'} (Metal)")
     return tuple(found[:_MAX_GPUS])
+
+
+def parse_gpus(lines: Sequence[str]) -> tuple[Gpu, ...]:
+    """GPUs as :func:`gpus` tells them, or as ``--list-devices`` does: ``CUDA0: NVIDIA H200 (143771 MiB, 143041 MiB free)``.
+
+    A build with several backends names each GPU once for each: those of the first backend count.
+    """
+    found = [_gpu(match) for line in lines[:_MAX_GPUS] if (match := _TOLD.fullmatch(line))]
+    return tuple(gpu for gpu in found if _backend(gpu) == _backend(found[0]))
+
+
+def _gpu(match: re.Match[str]) -> Gpu:
+    total, free = (int(match[part]) << 20 if match[part] else None for part in ("total", "free"))
+    return Gpu(match["name"], total, free, match["device"] or "")
+
+
+def _backend(gpu: Gpu) -> str:
+    return gpu.device.rstrip("0123456789")
 
 
 def may_have_gpu(devices: Path = Path("/dev"), system: str = platform.system()) -> bool:

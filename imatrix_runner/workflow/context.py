@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from imatrix_runner.engines.base import CheckJob, Engine
-from imatrix_runner.events import Sink
+from imatrix_runner.events import Sink, warning
 from imatrix_runner.journal import Journal
 from imatrix_runner.process import Runner
 from imatrix_runner.quantize.levels import offered
@@ -15,7 +17,7 @@ from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.probe import QuantType
 from imatrix_runner.workflow.choice import Choice, Machine, Needs, choose
 from imatrix_runner.workflow.request import EnvironmentRequest
-from imatrix_runner.workspace import Workspace
+from imatrix_runner.workspace import Workspace, hold
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,15 @@ def settle(request: EnvironmentRequest, needs: Needs, sink: Sink) -> tuple[Machi
     if choice.notice is not None:
         sink(choice.notice)
     return machine, choice
+
+
+@contextmanager
+def held(workspace: Workspace, request: EnvironmentRequest, context: Context, *, dry_run: bool) -> Iterator[Runner]:
+    """Be the one who writes to a workspace, and run children there. A dry run writes nothing, so it needs no lock."""
+    if dry_run:
+        yield context.runner(request)
+        return
+    with hold(workspace, request.command) as found:
+        if found.orphans:
+            context.sink(warning(f"An earlier run was killed; {found.orphans} of its programs still ran and were ended."))
+        yield Runner(context.stop, hang_seconds=request.hang_seconds, on_child=found.on_child)

@@ -108,7 +108,7 @@ class LevelPlanner:
             further=_further(self.request),
         )
         record = journal.get(name)
-        intact = record is not None and _still_there(record, workspace, journal, name, save=not self.session.dry_run)
+        intact = record is not None and still_there(record, workspace, journal, name, save=not self.session.dry_run)
         return _Draft(level, inputs, record, intact, needs_dry_run(record, inputs, intact=intact))
 
     def _plan(self, draft: _Draft, resolver: Resolver, fingerprint: str) -> LevelStep:
@@ -139,7 +139,7 @@ def final_files(workspace: Workspace, level: Level, frozen: Frozen, *, keep_spli
     return tuple(single.with_name(f"{single.stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1))
 
 
-def _still_there(record: Record, workspace: Workspace, journal: Journal, step: str, *, save: bool) -> bool:
+def still_there(record: Record, workspace: Workspace, journal: Journal, step: str, *, save: bool) -> bool:
     """Whether the recorded files are what they were: by stamp, or (a copied or restored workspace) by content."""
     fresh: list[Output] = []
     for output in record.outputs:

@@ -7,17 +7,17 @@ inputs (:data:`LEVEL_INPUT`): a level that was made again has no figures until i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
-from imatrix_runner.engines.measures import Divergence
+from imatrix_runner.engines.measures import Divergence, Estimate
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.answers import DomainResult
 from imatrix_runner.evaluate.twins import Comparison
+from imatrix_runner.files import joint_sha256
 from imatrix_runner.journal import Journal, Record
 from imatrix_runner.report.document import ReportEvaluation
 
@@ -28,16 +28,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Measured:
-    """A level's figures and what they were measured with."""
+    """A level's figures and what they were measured with. ``ppl_ratio``: its perplexity over the source's own, which
+    ``divergence.ratio``, as llama-perplexity computes it, takes from a reference that knows no token rarer than e^-16."""
 
     divergence: Divergence
+    ppl_ratio: Estimate
     evaluation: ReportEvaluation
 
 
 def content_of(record: Record) -> str:
     """The content of a finished level's files, from their hashes."""
-    hashes = [output.sha256 for output in record.outputs]
-    return f"sha256:{hashes[0] if len(hashes) == 1 else hashlib.sha256(''.join(hashes).encode()).hexdigest()}"
+    return joint_sha256([output.sha256 for output in record.outputs])
 
 
 def as_facts(value: Any) -> dict[str, object]:

@@ -65,6 +65,30 @@ class LevelsRequest:
 
 
 @dataclass(frozen=True)
+class MeasureRequest:
+    """What is measured and how. ``levels`` empty: all that are there. ``text`` None means the shipped held-out text; of its
+    chunks the first ``chunks``, all without. ``max_disk``: bytes that files of the measurement may take at once. ``base``: a
+    file of log-probabilities to compare with, in place of text and source. ``again``: whatever is known is measured anew.
+
+    ``twins``: each level is compared with one made without imatrix. ``domain``: a file of prompts that source and levels
+    answer, in ``n_predict`` tokens at most. ``target_kld`` (nats) and ``target_size`` (bytes) decide which level is picked.
+    """
+
+    levels: tuple[str, ...] = ()
+    text: Path | None = None
+    options: CollectOptions = field(default_factory=CollectOptions)
+    chunks: int | None = None
+    max_disk: int | None = None
+    base: Path | None = None
+    again: bool = False
+    twins: bool = False
+    domain: Path | None = None
+    n_predict: int = 128
+    target_kld: float | None = None
+    target_size: int | None = None
+
+
+@dataclass(frozen=True)
 class SourceRequest:
     """The model as named by the user and how to turn it into a GGUF if it is none."""
 
@@ -88,9 +112,20 @@ class EnvironmentRequest:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without)."""
+    """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without). ``measure``: what comes after."""
 
     source: SourceRequest
     environment: EnvironmentRequest
     imatrix: ImatrixRequest
     levels: LevelsRequest | None
+    measure: MeasureRequest | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """``evaluate``; ``making`` is how levels were made, for their twins."""
+
+    source: SourceRequest
+    environment: EnvironmentRequest
+    measure: MeasureRequest
+    making: LevelsRequest

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,20 +17,19 @@ from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.imatrix.formats import read as read_matrix
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.sources import Model, Source, parse_source
-from imatrix_runner.process import Runner
 from imatrix_runner.quantize.levels import DEFAULT_LEVELS, Level, offered, preset_levels, resolve_levels
 from imatrix_runner.quantize.recipe import ignored_tensor_types
 from imatrix_runner.toolchain.hardware import likes_bf16
 from imatrix_runner.toolchain.probe import QuantType
 from imatrix_runner.workflow import imatrix as imatrix_flow
 from imatrix_runner.workflow.choice import Choice, Needs, make_checker
-from imatrix_runner.workflow.context import Context, Session, settle
+from imatrix_runner.workflow.context import Context, Session, held, settle
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
 from imatrix_runner.workflow.plan import ImatrixStep, LevelStep, Plan
 from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
 from imatrix_runner.workflow.source import announce, freeze, name_of, open_source
-from imatrix_runner.workspace import Workspace, hold
+from imatrix_runner.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def run(
     source = parse_source(request.source.model)
     name = name_of(source, request.source.model)
     workspace = Workspace(request.environment.work_dir.expanduser().absolute() / name, name)
-    with _held(workspace, request, context, dry_run=dry_run) as runner:
+    with held(workspace, request.environment, context, dry_run=dry_run) as runner:
         engine = choice.make(runner)
         journal, beside = Journal(workspace.journal), choice.make_beside(runner)
         full = request.levels is not None and request.levels.verify == "full"
@@ -108,18 +106,6 @@ def run(
 def _needs(request: RunRequest) -> Needs:
     options = request.imatrix.options
     return Needs(request.levels.names if request.levels is not None else (), options.extra, options.n_gpu_layers)
-
-
-@contextmanager
-def _held(workspace: Workspace, request: RunRequest, context: Context, *, dry_run: bool) -> Iterator[Runner]:
-    """A dry run writes nothing, so it needs no lock."""
-    if dry_run:
-        yield context.runner(request.environment)
-        return
-    with hold(workspace, request.environment.command) as held:
-        if held.orphans:
-            context.sink(warning(f"An earlier run was killed; {held.orphans} of its programs still ran and were ended."))
-        yield Runner(context.stop, hang_seconds=request.environment.hang_seconds, on_child=held.on_child)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, info
-from imatrix_runner.files import Stamp, human_bytes, publish, sha256, stamp
+from imatrix_runner.files import Stamp, human_bytes, joint_sha256, publish, sha256, stamp
 from imatrix_runner.journal import Output, Record, differences, outputs_intact
 from imatrix_runner.models.sources import (
     HubId,
@@ -174,8 +174,7 @@ def freeze(model: Model, session: Session) -> Frozen:
     """Fingerprint the model's content. Hashes are remembered with the file's stamp, so a second run reads nothing."""
     stamps = tuple(stamp(path) for path in model.files)
     hashes = hash_files(model.files, session)
-    whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    frozen = Frozen(model, f"sha256:{whole}", stamps)
+    frozen = Frozen(model, joint_sha256(hashes), stamps)
     frozen.check_unchanged()
     return frozen
 

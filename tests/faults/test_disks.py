@@ -13,6 +13,13 @@ import pytest
 from command_line import RunCommand, run_command, started
 from llama_tools import WORK_ONLY, BareTools, digest, fake_tools, leftovers, levels_in
 
+from imatrix_runner.engines.base import ChunkRange, CollectOptions
+from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.measures import ReferJob
+from imatrix_runner.errors import NoSpaceError
+from imatrix_runner.events import ignore
+from imatrix_runner.process import Runner
+
 NUMBER = r"[\d.]+ (?:B|KiB|MiB)"
 
 
@@ -199,6 +206,18 @@ def test_a_disk_that_becomes_full_under_the_imatrix(
     assert "4 chunks kept" in again.err
     assert runner(*arguments, "work").code == 0
     assert digest(small_disk / "tiny" / "imatrix.gguf") == digest(tmp_path / "work" / "tiny" / "imatrix.gguf")
+
+
+@pytest.mark.parametrize("small_disk", ["300k"], indirect=True)
+def test_a_disk_that_becomes_full_under_llama_perplexity_s_reference(
+    small_disk: Path, tiny_model: Path, tiny_text: Path, tools: BareTools
+) -> None:
+    """It does not look whether what it writes is written, and ends with 0."""
+    options = CollectOptions(n_ctx=64, n_batch=64, threads=1)
+    job = ReferJob("refer", tiny_model, tiny_text, ChunkRange(0, 20), small_disk / "reference.logits", options, "of", None)
+    with pytest.raises(NoSpaceError, match="the disk became full"):
+        BinariesEngine(tools.toolchain, Runner()).refer(job, ignore)
+    assert list(small_disk.iterdir()) == []
 
 
 def test_a_work_directory_that_is_read_only(tiny_model: Path, runner: RunCommand, tmp_path: Path) -> None:

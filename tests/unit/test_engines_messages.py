@@ -44,6 +44,7 @@ NO_TYPES_FILE = "parse_tensor_type_file: failed to open file 't.txt': No such fi
 VULKAN = "ggml_vulkan: Device memory allocation of size 1 failed.\nvk::Device::allocateMemory: ErrorOutOfDeviceMemory"
 NO_GGUF = "gguf_init_from_file_impl: invalid magic characters: 'xxxx', expected 'GGUF'"
 TOO_SHORT = "0.00.039.042 E compute_imatrix: you need at least 1024 tokens for a context of 512 tokens"
+TOO_SHORT_TO_MEASURE = "0.00.1 E perplexity: you need at least 1024 tokens to evaluate perplexity with a context of 512"
 LOAD = "llama_model_load: error loading model: "
 QUANTIZE = "llama_model_quantize: failed to quantize: "
 
@@ -79,6 +80,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     ),
     (f"{QUANTIZE}quantized data validation failed", InvalidDataError, "does not fit its shape", "--output-tensor-type"),
     (TOO_SHORT, InvalidDataError, "at least 1024 tokens", "-f"),
+    (TOO_SHORT_TO_MEASURE, InvalidDataError, "at least 1024 tokens", "--text"),
     ("error: invalid argument: --frobnicate", UsageError, "option --frobnicate", "--help"),
     (NO_SUCH_FILE, UsageError, "-f: error: failed to open file", "Correct"),
     (

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.measures import JudgeJob, ReferJob
 from imatrix_runner.errors import UsageError
 from imatrix_runner.process import Command
 from imatrix_runner.toolchain.probe import Toolchain
@@ -13,6 +14,8 @@ from imatrix_runner.toolchain.probe import Toolchain
 # llama-imatrix's periodic saves are torn (they happen inside the callback, between two tensors of a chunk), and
 # ``-ofreq 0`` divides by zero: a number no run reaches switches them off.
 NEVER = "1000000000"
+
+PERPLEXITY = "llama-perplexity"
 
 # With --no-ppl there is no line per chunk; at this verbosity the collector names the chunk it is in.
 _VERBOSE = "5"
@@ -25,7 +28,7 @@ def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolc
         str(tools.tool("llama-imatrix")),
         *("-m", str(job.model), "-f", str(job.text), "-o", str(out)),
         *("--output-frequency", NEVER, "--chunk", str(chunks.first), "--chunks", str(chunks.count)),
-        *_compute(options, tools),
+        *_compute("llama-imatrix", options, tools),
     ]
     if options.parse_special:
         argv.append("--parse-special")
@@ -37,21 +40,63 @@ def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolc
     return Command(tuple(argv))
 
 
-def _compute(options: CollectOptions, tools: Toolchain) -> list[str]:
+def refer_command(job: ReferJob, out: Path, tools: Toolchain) -> Command:
+    """llama-perplexity over the first chunks of a text, its log-probabilities into ``out``. Raises :class:`UsageError` for what
+    it cannot do."""
+    if job.chunks.first:
+        raise _begins_at_the_beginning(f"the job begins with chunk {job.chunks.first}")
+    if job.options.parse_special:
+        raise UsageError(
+            "llama-perplexity reads every text as plain text",
+            "special tokens written in it were to be read as such, and it has no --parse-special",
+            "Leave that option out, or use --engine embedded.",
+        )
+    argv = [
+        str(tools.tool(PERPLEXITY)),
+        *("-m", str(job.model), "-f", str(job.text), "--kl-divergence-base", str(out), "--chunks", str(job.chunks.count)),
+        *_compute(PERPLEXITY, job.options, tools),
+        *job.options.extra,
+    ]
+    return Command(tuple(argv))
+
+
+def judge_command(job: JudgeJob, base: Path, tools: Toolchain) -> Command:
+    """llama-perplexity comparing a level with all of ``base``; the text's tokens are in that. Raises :class:`UsageError` where
+    it is a text's later part: percentiles of parts cannot be put together."""
+    if job.first:
+        raise _begins_at_the_beginning(f"the reference at hand begins with chunk {job.first}")
+    argv = [
+        str(tools.tool(PERPLEXITY)),
+        *("-m", str(job.model), "--kl-divergence", "--kl-divergence-base", str(base)),
+        *_compute(PERPLEXITY, job.options, tools),
+        *job.options.extra,
+    ]
+    return Command(tuple(argv))
+
+
+def _begins_at_the_beginning(why: str) -> UsageError:
+    return UsageError(
+        "llama-perplexity measures a text in one go, from its beginning",
+        why,
+        "Allow more disk with --max-disk, measure fewer chunks with --chunks, or use --engine embedded.",
+    )
+
+
+def _compute(tool: str, options: CollectOptions, tools: Toolchain) -> list[str]:
     argv = ["-c", str(options.n_ctx), "-b", str(options.n_batch), "-ub", str(options.n_ubatch)]
     if options.threads:
         argv += ["-t", str(options.threads)]
     if options.n_gpu_layers:
         argv += ["-ngl", options.n_gpu_layers]
     explicit = options.n_gpu_layers not in ("", "auto") or not tools.devices
-    if explicit and tools.knows("llama-imatrix", "-fit") and "-fit" not in options.extra:
+    if explicit and tools.knows(tool, "-fit") and "-fit" not in options.extra:
         # Fitting to free memory may place layers differently from one segment to the next; it also loads twice.
         argv += ["-fit", "off"]
-    return argv + _placement(options, tools)
+    return argv + _placement(tool, options, tools)
 
 
-def _placement(options: CollectOptions, tools: Toolchain) -> list[str]:
-    """What goes where, in the spelling these tools know."""
+def _placement(tool: str, options: CollectOptions, tools: Toolchain) -> list[str]:
+    """What goes where, in the spelling the tool knows."""
     argv: list[str] = []
     main_gpu = str(options.main_gpu) if options.main_gpu is not None else ""
     for names, values in (
@@ -62,21 +107,21 @@ def _placement(options: CollectOptions, tools: Toolchain) -> list[str]:
         (("-fa", "--flash-attn"), (options.flash_attn,)),
     ):
         for value in filter(None, values):
-            argv += [_known(tools, *names), value]
+            argv += [_known(tool, tools, *names), value]
     if not options.mmap:
         # Since 2026 loading has modes, and --no-mmap is gone.
-        name = _known(tools, "--no-mmap", "--load-mode")
+        name = _known(tool, tools, "--no-mmap", "--load-mode")
         argv += [name, "none"] if name == "--load-mode" else [name]
     return argv
 
 
-def _known(tools: Toolchain, *names: str) -> str:
-    """The first spelling that this llama-imatrix knows."""
+def _known(tool: str, tools: Toolchain, *names: str) -> str:
+    """The first spelling that this tool knows."""
     for name in names:
-        if tools.knows("llama-imatrix", name):
+        if tools.knows(tool, name):
             return name
     raise UsageError(
-        f"This llama-imatrix has no {names[0]}",
+        f"This {tool} has no {names[0]}",
         f"its help ({tools.identity()}, {tools.directory}) lists neither {' nor '.join(names)}",
         "Leave the option out, or build the current tools with: imatrix-runner tools build",
     )

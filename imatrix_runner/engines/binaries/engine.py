@@ -1,4 +1,4 @@
-"""llama-imatrix, llama-quantize and llama-tokenize behind the :class:`~imatrix_runner.engines.base.Engine` contract."""
+"""llama.cpp's programs behind the :class:`~imatrix_runner.engines.base.Engine` contract."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from imatrix_runner.engines.base import (
     QuantizeJob,
     attempt,
 )
+from imatrix_runner.engines.binaries import perplexity
 from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, tokenize_command
 from imatrix_runner.engines.binaries.lines import ImatrixOutput, QuantizeOutput, parse_token_ids
 from imatrix_runner.engines.binaries.messages import explain
+from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink
 from imatrix_runner.process import Runner
@@ -126,6 +128,14 @@ class BinariesEngine:
         except OSError as error:  # it does not mind when it cannot write
             raise from_os_error(error, "looking for what llama-imatrix wrote", part) from error
         return Piece(chunks, path, outcome.seconds, loaded_at - began, _perplexity(output, job.options))
+
+    def refer(self, job: ReferJob, sink: Sink) -> None:
+        """Write the reference's log-probabilities, whole or not at all."""
+        perplexity.refer(job, sink, self.toolchain, self._runner)
+
+    def judge(self, job: JudgeJob, sink: Sink) -> Divergence:
+        """Compare a level with the reference: the figures are what llama-perplexity prints of them."""
+        return perplexity.judge(job, sink, self.toolchain, self._runner)
 
     def dry_run(self, job: QuantizeJob) -> DryRun:
         output = QuantizeOutput()

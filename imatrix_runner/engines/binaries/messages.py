@@ -151,6 +151,12 @@ KNOWN: tuple[Known, ...] = (
         "Give a longer text with -f, or a smaller context with -c.",
     ),
     _known(
+        r"you need at least (\d+) tokens to evaluate perplexity with a context of (\d+)",
+        InvalidDataError,
+        "the text is too short: llama-perplexity wants at least {1} tokens",
+        "Give a longer text with --text, or a smaller context with -c.",
+    ),
+    _known(
         r"error: invalid argument: (\S+)",
         UsageError,
         "these llama.cpp tools do not know the option {1}",
@@ -224,8 +230,13 @@ def with_log(todo: str, outcome: Outcome) -> str:
 
 def _disk_full(text: str, what: str, writes: Path) -> NoSpaceError | None:
     said = "iostream error" in text or "No space left on device" in text or "Disk quota exceeded" in text
+    return full_disk(what, writes) if said else None
+
+
+def full_disk(what: str, writes: Path) -> NoSpaceError | None:
+    """The error for a write that failed, if the disk at ``writes`` is full."""
     free = free_bytes(writes)
-    if not said or free > _NEARLY_FULL:
+    if free > _NEARLY_FULL:
         return None
     return NoSpaceError(
         what,

@@ -12,6 +12,7 @@ from imatrix_runner.engines.embedded.protocol import (
     Answer,
     Check,
     Collect,
+    Generate,
     Judge,
     Pass,
     Plan,
@@ -66,6 +67,10 @@ def main() -> int:
             from imatrix_runner.engines.embedded.evaluating import judge
 
             judge(request, tell)
+        elif isinstance(request, Generate):
+            from imatrix_runner.engines.embedded.answering import answer
+
+            answer(request, tell)
         elif isinstance(request, Quantize):
             from imatrix_runner.engines.embedded.quantizing import quantize
 

@@ -36,7 +36,7 @@ from imatrix_runner.engines.embedded import protocol
 from imatrix_runner.engines.embedded.compiled import Native, compile_kernels
 from imatrix_runner.engines.embedded.find import Bindings, worker_command
 from imatrix_runner.engines.embedded.levels import quant_types
-from imatrix_runner.engines.measures import JudgeJob, ReferJob
+from imatrix_runner.engines.measures import AnswerJob, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError
 from imatrix_runner.events import Metric, Notice, Progress, Sink
 from imatrix_runner.process import Outcome, Runner
@@ -142,6 +142,7 @@ class EmbeddedEngine:
             job.chunks.count,
             job.options,
             job.fingerprint,
+            (job.scored[0].absolute(), job.scored[1]) if job.scored is not None else None,
         )
         self._evaluate(request, job.log, sink, f"What {job.model.name} predicts could not be computed", job.out)
 
@@ -158,6 +159,16 @@ class EmbeddedEngine:
         self._ask(request, answers, log, what, writes=writes, enough=threading.Event())
         if not answers.only(protocol.Judged).done:
             raise EngineError("The worker ended early", f"{writes.name} is not complete", "Run the same command again.")
+
+    def answer(self, job: AnswerJob, sink: Sink) -> None:
+        """Let a model answer prompts; a stop ends it after the group at work, and the same job continues."""
+        model, prompts, out = job.model.absolute(), job.prompts.absolute(), job.out.absolute()
+        request = protocol.Generate(job.step, model, prompts, out, job.n_predict, job.options, job.fingerprint)
+        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
+        what = f"{job.model.name} could not answer the prompts"
+        self._ask(request, answers, job.log, what, writes=job.out, enough=threading.Event())
+        if not answers.only(protocol.Answered).done:
+            raise EngineError("The worker ended early", f"{job.out.name} is not complete", "Run the same command again.")
 
     def dry_run(self, job: QuantizeJob) -> DryRun:
         answers = _Answers()

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.embedded.batches import batches, slices
-from imatrix_runner.engines.embedded.judging import block_rows, compare_rows, keep_rows
+from imatrix_runner.engines.embedded.judging import TOKEN, block_rows, compare_rows, keep_rows
 from imatrix_runner.engines.embedded.library import load
 from imatrix_runner.engines.embedded.proof import check
 from imatrix_runner.engines.embedded.protocol import Answer, Judge, Judged, Refer
@@ -25,7 +25,7 @@ from imatrix_runner.engines.embedded.scored import ScoredFile
 from imatrix_runner.engines.embedded.session import Session, open_session, usable_cpus
 from imatrix_runner.engines.embedded.stdin import Stop
 from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
-from imatrix_runner.engines.logits_file import LogitsHead, map_rows, read_head, read_tokens
+from imatrix_runner.engines.logits_file import LogitsHead, Rows, map_rows, note_path, read_head, read_tokens
 from imatrix_runner.events import Progress
 
 F32 = npt.NDArray[np.float32]
@@ -46,14 +46,27 @@ def refer(request: Refer, tell: Callable[[Answer], None]) -> None:
             )
         chunks = tokens[request.first * options.n_ctx : end * options.n_ctx].reshape(-1, options.n_ctx)
         head = LogitsHead(options.n_ctx, work.session.n_vocab, request.count)
-        with closing(_BaseFile(request.out, head, chunks, request.fingerprint)) as base:
-            done = base.chunks // options.chunks_at_once * options.chunks_at_once
+        with ExitStack() as files:
+            base = files.enter_context(closing(_BaseFile(request.out, head, chunks, request.fingerprint)))
+            scored = _open_scored(request, files)
+            done = base.chunks if scored is None else min(base.chunks, max(0, scored.chunks - request.first))
+            done = done // options.chunks_at_once * options.chunks_at_once
             base.cut(done)
+            if scored is not None and scored.chunks < request.first + request.count:
+                scored.cut(request.first + done)
             loaded = time.monotonic()
 
-            done = work.run(
-                chunks, done, base.append, _keep, base.sync, lambda n: tell(Progress(request.step, n, request.count))
-            )
+            def take(pieces: list[tuple[Rows, F32]]) -> None:
+                base.append([rows for rows, _ in pieces])
+                if scored is not None and scored.chunks < request.first + base.chunks:
+                    scored.append([_exact(nll) for _, nll in pieces])
+
+            def sync() -> None:
+                base.sync()
+                if scored is not None:
+                    scored.sync()
+
+            done = work.run(chunks, done, take, _keep, sync, lambda n: tell(Progress(request.step, n, request.count)))
     tell(Judged(done, done == request.count, time.monotonic() - loaded, loaded - began))
 
 
@@ -94,8 +107,23 @@ def judge(request: Judge, tell: Callable[[Answer], None]) -> None:
     tell(Judged(done, done >= count, time.monotonic() - loaded, loaded - began))
 
 
-def _keep(logits: F32, _chunk: int, _row: int, targets: Tokens) -> npt.NDArray[np.uint16]:
-    return keep_rows(logits, targets)[0]
+def _keep(logits: F32, _chunk: int, _row: int, targets: Tokens) -> tuple[Rows, F32]:
+    return keep_rows(logits, targets)
+
+
+def _open_scored(request: Refer, files: ExitStack) -> ScoredFile | None:
+    """Where the reference's exact figures go. One that lacks chunks before these begins anew, and is then not kept at all."""
+    if request.scored is None:
+        return None
+    scored = files.enter_context(closing(ScoredFile(*request.scored, request.options.n_ctx)))
+    return scored if scored.chunks >= request.first else None
+
+
+def _exact(nll: F32) -> npt.NDArray[np.void]:
+    """The reference beside itself: :data:`TOKEN` [n]."""
+    tokens = np.zeros(len(nll), TOKEN)
+    tokens["nll"], tokens["base"], tokens["same"] = nll, nll, 1
+    return tokens
 
 
 @contextmanager
@@ -182,7 +210,7 @@ class _BaseFile:
 
     def __init__(self, path: Path, head: LogitsHead, chunks: Tokens, fingerprint: str) -> None:
         self._head = head
-        note = path.with_name(path.name + ".of")
+        note = note_path(path)
         start = head.pack() + chunks.astype("<i4").tobytes()
         same = note.is_file() and note.read_text(encoding="utf-8") == fingerprint and path.is_file()
         self._handle: IO[bytes] = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")

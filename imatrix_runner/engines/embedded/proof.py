@@ -16,6 +16,7 @@ _FUNCTIONS = (
     *("llama_model_get_vocab", "llama_vocab_get_add_bos", "llama_vocab_get_add_eos", "llama_vocab_bos", "llama_vocab_n_tokens"),
     *("llama_tokenize", "llama_batch_init", "llama_decode", "llama_get_memory", "llama_memory_clear", "llama_synchronize"),
     *("llama_get_logits", "llama_model_quantize", "llama_log_set", "llama_print_system_info"),
+    *("llama_model_n_ctx_train", "llama_token_to_piece", "llama_vocab_is_eog"),
 )
 _PREFIX = "LLAMA_FTYPE_"
 

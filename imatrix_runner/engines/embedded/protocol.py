@@ -65,6 +65,7 @@ class Refer(msgspec.Struct, frozen=True, tag_field="ask", tag="refer"):
     count: int
     options: CollectOptions
     fingerprint: str
+    scored: tuple[Path, str] | None
 
 
 class Judge(msgspec.Struct, frozen=True, tag_field="ask", tag="judge"):
@@ -76,6 +77,18 @@ class Judge(msgspec.Struct, frozen=True, tag_field="ask", tag="judge"):
     out: Path
     first: int
     limit: int | None
+    options: CollectOptions
+    fingerprint: str
+
+
+class Generate(msgspec.Struct, frozen=True, tag_field="ask", tag="generate"):
+    """Answer prompts; see :class:`~imatrix_runner.engines.measures.AnswerJob`."""
+
+    step: str
+    model: Path
+    prompts: Path
+    out: Path
+    n_predict: int
     options: CollectOptions
     fingerprint: str
 
@@ -122,7 +135,7 @@ class Check(msgspec.Struct, frozen=True, tag_field="ask", tag="check"):
     threads: int | None
 
 
-Request = Probe | Tokenize | TokenizeTexts | Collect | Refer | Judge | Quantize | Plan | Pass | Check
+Request = Probe | Tokenize | TokenizeTexts | Collect | Refer | Judge | Generate | Quantize | Plan | Pass | Check
 
 
 class Proven(msgspec.Struct, frozen=True, tag_field="type", tag="proven"):
@@ -178,6 +191,15 @@ class Judged(msgspec.Struct, frozen=True, tag_field="type", tag="judged"):
     load_seconds: float
 
 
+class Answered(msgspec.Struct, frozen=True, tag_field="type", tag="answered"):
+    """All prompts are answered (``done``), or a stop left ``prompts`` of them."""
+
+    prompts: int
+    done: bool
+    seconds: float
+    load_seconds: float
+
+
 class Planned(msgspec.Struct, frozen=True, tag_field="type", tag="planned"):
     """The answer to a dry run."""
 
@@ -216,13 +238,14 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     exit_code: int
 
 
-AnswerT = TypeVar("AnswerT", Counted, Tokenized, Judged, Planned, Written, Checked)
+AnswerT = TypeVar("AnswerT", Counted, Tokenized, Judged, Answered, Planned, Written, Checked)
 
 Answer = (
     Proven
     | Counted
     | Tokenized
     | Judged
+    | Answered
     | Collected
     | Planned
     | Written

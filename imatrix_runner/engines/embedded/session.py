@@ -52,21 +52,26 @@ class Session:
 
         Positions from ``first_output`` on are outputs; returns how many there are, over all chunks.
         """
-        batch, n = self.batch, piece.n_tokens
-        _view(batch.token, np.int32, n)[:] = tokens.ravel()
-        _view(batch.pos, np.int32, n)[:] = np.tile(np.arange(piece.begin, piece.end, dtype=np.int32), piece.n_seq)
+        positions = np.tile(np.arange(piece.begin, piece.end, dtype=np.int32), piece.n_seq)
         # Where an imatrix is collected every token is one: otherwise the last layer would compute, and show, only some of them.
-        outputs = np.tile(np.arange(piece.begin, piece.end) >= first_output, piece.n_seq)
+        outputs = positions >= first_output
+        self.feed(tokens.ravel(), positions, np.repeat(np.arange(piece.n_seq), piece.end - piece.begin), outputs)
+        return int(outputs.sum())
+
+    def feed(self, tokens: Tokens, positions: Tokens, sequences: npt.NDArray[np.int64], outputs: npt.NDArray[np.bool_]) -> None:
+        """Compute one batch, [n] each: the tokens, where in which sequence they stand, which of them are outputs."""
+        batch, n = self.batch, len(tokens)
+        _view(batch.token, np.int32, n)[:] = tokens
+        _view(batch.pos, np.int32, n)[:] = positions
         _view(batch.logits, np.int8, n)[:] = outputs
         _view(batch.n_seq_id, np.int32, n)[:] = 1
-        for index, sequence in enumerate(np.repeat(np.arange(piece.n_seq), piece.end - piece.begin).tolist()):
+        for index, sequence in enumerate(sequences.tolist()):
             batch.seq_id[index][0] = sequence
         batch.n_tokens = n
         answer = self.library.llama.llama_decode(self.context, batch)
         if answer:
             raise Refusal.failed("llama.cpp failed to compute a batch", f"llama_decode answered {answer}")
         self.library.llama.llama_synchronize(self.context)
-        return int(outputs.sum())
 
     def logits(self, n_tokens: int) -> npt.NDArray[np.float32]:
         """float32 [n_tokens, n_vocab], the outputs of the slice computed last; valid until the next."""
@@ -78,18 +83,35 @@ class Session:
 @contextmanager
 def open_session(library: Library, path: Path, options: CollectOptions, callback: Any) -> Iterator[Session]:
     """Load a model and make a context whose computing ``callback`` watches (None: nobody). Raises :class:`Refusal`."""
-    llama = library.llama
-    overrides = _overrides(library, options)
-    model = open_model(library, path, _model_params(library, options, overrides))
-    context = batch = None
-    try:
-        vocab = llama.llama_model_get_vocab(model)
-        if llama.llama_vocab_get_add_eos(vocab):
+    with open_weights(library, path, options) as model:
+        if library.llama.llama_vocab_get_add_eos(library.llama.llama_model_get_vocab(model)):
             raise Refusal.invalid(
                 f"{path.name} cannot be calibrated",
                 "its vocabulary ends every text with a token (an encoder's), and chunks of a text have no end",
                 "Leave the imatrix out (--imatrix none).",
             )
+        with open_context(library, model, path, options, callback) as session:
+            yield session
+
+
+@contextmanager
+def open_weights(library: Library, path: Path, options: CollectOptions) -> Iterator[Any]:
+    """Load a model."""
+    overrides = _overrides(library, options)
+    model = open_model(library, path, _model_params(library, options, overrides))
+    try:
+        yield model
+    finally:
+        library.llama.llama_model_free(model)
+
+
+@contextmanager
+def open_context(library: Library, model: Any, path: Path, options: CollectOptions, callback: Any) -> Iterator[Session]:
+    """A context of a loaded model. Raises :class:`Refusal`."""
+    llama = library.llama
+    context = batch = None
+    try:
+        vocab = llama.llama_model_get_vocab(model)
         context = llama.llama_init_from_model(model, _context_params(library, options, callback))
         if not context:
             raise Refusal.failed(
@@ -106,7 +128,6 @@ def open_session(library: Library, path: Path, options: CollectOptions, callback
             llama.llama_batch_free(batch)
         if context:
             llama.llama_free(context)
-        llama.llama_model_free(model)
 
 
 def _view(pointer: Any, kind: Any, count: int) -> Any:

@@ -41,12 +41,13 @@ def tokenize_texts(request: TokenizeTexts, tell: Callable[[Answer], None]) -> No
     texts = msgspec.json.decode(request.texts.read_bytes(), type=list[str])
     with _open_vocabulary(library, request.model) as vocab:
         tokens = [
-            _tokenize(library, vocab, text.encode(), add_special=False, parse_special=request.parse_special) for text in texts
+            tokenize_bytes(library, vocab, text.encode(), add_special=False, parse_special=request.parse_special)
+            for text in texts
         ]
         lengths = np.array([len(each) for each in tokens], np.int64)
         ids = np.concatenate([*tokens, np.empty(0, np.int32)]).astype(np.int32)
         distinct, places = np.unique(ids, return_inverse=True)
-        sizes = np.array([len(_piece(library, vocab, int(token))) for token in distinct], np.int32)[places]
+        sizes = np.array([len(piece(library, vocab, int(token))) for token in distinct], np.int32)[places]
         with request.out.open("wb") as handle:
             np.savez(handle, ids=ids, sizes=sizes, lengths=lengths)
         n_vocab = llama.llama_vocab_n_tokens(vocab)
@@ -69,7 +70,7 @@ def _open_vocabulary(library: Library, path: Path) -> Iterator[Any]:
         library.llama.llama_model_free(model)
 
 
-def _piece(library: Library, vocab: Any, token: int) -> bytes:
+def piece(library: Library, vocab: Any, token: int) -> bytes:
     """What a token stands for in a text, control tokens written out."""
     room = 64
     while True:
@@ -95,10 +96,11 @@ def tokenize(library: Library, vocab: Any, text: Path, *, parse_special: bool) -
     """
     data = text.read_bytes()
     data = data[:-1] if data.endswith(b"\n") else data
-    return _tokenize(library, vocab, data, add_special=True, parse_special=parse_special)
+    return tokenize_bytes(library, vocab, data, add_special=True, parse_special=parse_special)
 
 
-def _tokenize(library: Library, vocab: Any, data: bytes, *, add_special: bool, parse_special: bool) -> Tokens:
+def tokenize_bytes(library: Library, vocab: Any, data: bytes, *, add_special: bool, parse_special: bool) -> Tokens:
+    """int32 [n_tokens]; ``add_special``: with what the vocabulary adds at the ends."""
     room = len(data) + 16  # no tokenizer gives more tokens than bytes, but for what it adds at the ends
     while True:
         tokens: Tokens = np.empty(room, np.int32)

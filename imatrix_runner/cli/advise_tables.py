@@ -1,0 +1,263 @@
+"""What ``advise`` found, for people: the levels as a table, and every reason as a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from imatrix_runner.calibration.languages import SHORT, UNKNOWN
+from imatrix_runner.files import human_bytes, human_seconds
+from imatrix_runner.models.bounded import printable
+from imatrix_runner.quantize.benefit import KLD_SOURCE, PPL_SOURCE, REASONS
+from imatrix_runner.quantize.memory import SPARE_BYTES
+
+if TYPE_CHECKING:
+    from imatrix_runner.workflow.advise import Advice, LevelAdvice, MachineFacts
+    from imatrix_runner.workflow.probe import Timing
+
+_NEEDS = {
+    "required": ("required", "bold"),
+    "strongly useful": ("useful", ""),
+    "marginal": ("marginal", "dim"),
+    "none": ("none", "dim"),
+    "unknown": ("unknown", "dim"),
+}
+"""A level's need of an imatrix: the word in the table, and how it looks."""
+
+_PLACES = {"GPU": "green", "GPU and RAM": "yellow", "RAM": "", "nowhere": "red"}
+_SEVERITIES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_FAR = 0.1
+"""A probe whose two pairs differ by more is told as a range."""
+_LANGUAGES = 3
+_LABEL = 9
+
+Row = tuple[str, Text]
+
+
+def print_advice(advice: Advice, commands: Sequence[str], console: Console) -> None:
+    """Everything, the answer last: that is where the eye is when a command ends."""
+    _rows(console, _overview(advice))
+    console.print()
+    _levels(console, advice)
+    console.print()
+    _rows(console, _notes(advice))
+    _part(console, "Calibration", _calibration(advice))
+    _part(console, "Time and disk", [*_time(advice), *_disk(advice)])
+    _part(console, "Advice", _recommended(advice, commands))
+
+
+def _part(console: Console, title: str, rows: Iterable[Row]) -> None:
+    console.print()
+    console.print(Text(title, style="bold"))
+    _rows(console, rows)
+
+
+def _rows(console: Console, rows: Iterable[Row]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True, min_width=_LABEL)
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        grid.add_row(name, value)
+    console.print(grid)
+
+
+def _overview(advice: Advice) -> Iterator[Row]:
+    model, machine, context = advice.model, advice.machine, advice.context
+    told = [f"{_weights(model.n_params)} weights in {model.n_layers or '?'} layers"]
+    told += [f"{model.n_experts} experts"] if model.n_experts else []
+    told += [f"{model.main_type} of {human_bytes(model.n_bytes)}", f"{'a' if advice.has_template else 'no'} chat template"]
+    yield "Model", Text(f"{model.name}: {model.architecture}, {', '.join(told)}")
+    yield "Machine", Text(_machine(machine))
+    if machine.idle:
+        yield "", Text(machine.idle, style="yellow")
+    if model.n_bytes > machine.ram and not machine.planned:
+        yield "", Text("The source is larger than the memory: its imatrix is computed from the disk.", style="yellow")
+    note = f" ({context.note})" if context.note else ""
+    yield "Context", Text(f"{context.n_ctx:,} tokens take {context.describe()}{note}")
+    if advice.trained_context and context.n_ctx > advice.trained_context:
+        yield "", Text(f"The model is made for at most {advice.trained_context:,} tokens.", style="yellow")
+
+
+def _weights(count: int) -> str:
+    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _machine(machine: MachineFacts) -> str:
+    free = f" ({human_bytes(machine.ram_free)} free now)" if machine.ram_free is not None else ""
+    told = [f"{human_bytes(machine.ram)} RAM{free}"]
+    told += [f"{gpu.name}{f' with {human_bytes(gpu.n_bytes)}' if gpu.n_bytes else ''}" for gpu in machine.gpus] or ["no GPU"]
+    return f"{', '.join(told)}; {human_bytes(machine.disk_free)} of disk free at {printable(str(machine.disk))}"
+
+
+@dataclass(frozen=True)
+class _Column:
+    heading: str
+    cell: Callable[[LevelAdvice], Text]
+    left: bool = False
+
+
+_COLUMNS = (
+    _Column("Level", lambda each: Text(each.level), left=True),
+    _Column("Size", lambda each: Text(_size(each.n_bytes))),
+    _Column("Bits", lambda each: Text(f"{each.bits_per_weight:.2f}" if each.bits_per_weight is not None else "-")),
+    _Column("Needs", lambda each: Text(_size(each.fit.n_bytes if each.fit is not None else None))),
+    _Column("Runs in", lambda each: _place(each), left=True),
+    _Column("Imatrix", lambda each: Text(*_NEEDS[each.benefit.need]), left=True),
+    _Column("PPL error", lambda each: Text(_pair(each.benefit.ppl_error, ".2f", " %"))),
+    _Column("KLD", lambda each: Text(_pair(each.benefit.kld, ".4f"))),
+)
+# Given up one by one, in this order, when the terminal is too narrow for all.
+_DISPENSABLE = ("Bits", "Needs")
+
+
+def _size(n_bytes: int | None) -> str:
+    return human_bytes(n_bytes) if n_bytes is not None else "-"
+
+
+def _place(level: LevelAdvice) -> Text:
+    if level.fit is None:
+        return Text("fails" if level.failure else "-", style="red" if level.failure else "")
+    style = _PLACES[level.fit.place]
+    if level.fit.place == "GPU and RAM":
+        return Text(f"GPU {level.fit.n_gpu_layers}/{level.fit.n_layers}", style=style)
+    return Text(level.fit.place, style=style)
+
+
+def _pair(pair: tuple[float | None, float | None] | None, form: str, unit: str = "") -> str:
+    """``1.08 → 0.75 %``: without and with; of one figure alone just that."""
+    if pair is None:
+        return ""
+    return " → ".join(format(value, form) for value in pair if value is not None) + unit
+
+
+def _levels(console: Console, advice: Advice) -> None:
+    shown = list(_COLUMNS)
+    unlimited = console.options.update(max_width=10_000)
+    for heading in _DISPENSABLE:
+        if console.measure(_table(advice, shown), options=unlimited).maximum <= console.width:
+            break
+        shown = [column for column in shown if column.heading != heading]
+    console.print(_table(advice, shown))
+
+
+def _table(advice: Advice, columns: Sequence[_Column]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.heading, justify="left" if column.left else "right", no_wrap=True)
+    for level in advice.levels:
+        table.add_row(*(column.cell(level) for column in columns))
+    return table
+
+
+def _notes(advice: Advice) -> Iterator[Row]:
+    """What the columns mean, where their figures come from, and what is special about single levels."""
+    counted = "" if advice.context.n_bytes is None else ", the context"
+    spare = f"{human_bytes(SPARE_BYTES)} left free for compute buffers on each device, as llama.cpp does (--fit-target)"
+    yield "Runs in", Text(f"where its size{counted} and {spare} have room")
+    if any(level.fit is not None and level.fit.place == "GPU and RAM" for level in advice.levels):
+        yield "", Text("GPU n/m: with -ngl n on the GPU, the rest of its m layers in RAM")
+    needs = {level.benefit.need for level in advice.levels}
+    for label, (need, reason) in zip(_labels("Imatrix"), ((n, r) for n, r in REASONS.items() if n in needs), strict=False):
+        yield label, Text(f"{need}: {reason}")
+    yield "PPL error", Text(f"how much the perplexity exceeds the source's, without → with an imatrix ({PPL_SOURCE})")
+    yield "KLD", Text(f"mean divergence from the source in nats, without → with ({KLD_SOURCE}; IQ types and Q2_K_S only with)")
+    yield "", Text("Both are other models'; yours is measured with: imatrix-runner evaluate MODEL --ab")
+    for level in advice.levels:
+        if level.failure:
+            yield level.level, Text(f"cannot be made: {printable(level.failure)}", style="red")
+        elif level.fallbacks:
+            told = f"{level.fallbacks} tensors ({100 * level.fallback_share:.0f} % of the weights) get another type"
+            yield level.level, Text(f"{told}, because their rows do not divide into blocks", style="yellow")
+    if advice.left_out:
+        yield "Left out", Text(f"{', '.join(advice.left_out)}: for models trained in these types; --levels judges them")
+
+
+def _labels(first: str) -> Iterator[str]:
+    """The label of the first of several rows, and none for the others."""
+    yield first
+    while True:
+        yield ""
+
+
+def _calibration(advice: Advice) -> Iterator[Row]:
+    text = advice.text
+    told = [each for each in text.inspected.inspection.text.languages if each.code not in (SHORT, UNKNOWN)]
+    largest = sorted(told, key=lambda each: -each.share)[:_LANGUAGES]
+    shares = ", ".join(f"{each.name} {100 * each.share:.0f} %" for each in largest)
+    name = f"{printable(text.corpus.name)}{' (the shipped one)' if text.shipped else ''}"
+    yield "Text", Text(f"{name}: {text.n_chunks:,} chunks of {text.n_ctx} tokens; {shares}")
+    for judgement in text.judgements:
+        line = Text(f"{printable(judgement.text)}.")
+        if judgement.todo:
+            line.append(f"\n{printable(judgement.todo)}", style="dim")
+        yield judgement.severity.capitalize(), line
+    if all(judgement.severity == "info" for judgement in text.judgements):
+        yield "", Text("Nothing speaks against it.", style="green")
+
+
+def _time(advice: Advice) -> Iterator[Row]:
+    timing, n_chunks, held_out = advice.timing, advice.text.n_chunks, advice.held_out_chunks
+    if timing is None:
+        yield "Imatrix", Text(f"not timed: {advice.untimed}")
+        return
+    yield "Imatrix", Text(f"{_span(timing, n_chunks)} for {n_chunks:,} chunks on this machine, {advice.engine} engine")
+    yield "", Text(_how(timing))
+    measuring = f"{_span(timing, held_out)} for the {held_out:,} held-out chunks of the source"
+    yield "Evaluate", Text(f"{measuring}, and for each level if it is as quick")
+    yield "Quantise", Text("was not timed")
+
+
+def _span(timing: Timing, n_chunks: int) -> str:
+    """``about 12:30``, or from the quicker pair to the slower where they differ much."""
+    if timing.second is None or timing.apart is None or timing.apart <= _FAR:
+        return f"about {human_seconds(timing.expected(n_chunks))}"
+    least, most = sorted((timing.first, timing.second))
+    return f"{human_seconds(timing.load_seconds + n_chunks * least)} to {human_seconds(timing.load_seconds + n_chunks * most)}"
+
+
+def _how(timing: Timing) -> str:
+    if timing.second is None or timing.apart is None:
+        return f"2 chunks took {timing.first:.2f} s each; the text is too short to time more"
+    told = (
+        f"2 chunks took {timing.second:.2f} s each, the 2 before them {timing.first:.2f} s, loading {timing.load_seconds:.1f} s"
+    )
+    return (
+        told if timing.apart <= _FAR else f"{told}: {100 * timing.apart:.0f} % apart, so this is rough (is the machine busy?)"
+    )
+
+
+def _disk(advice: Advice) -> Iterator[Row]:
+    sizes = sorted(level.n_bytes for level in advice.levels if level.n_bytes is not None)
+    free = advice.machine.disk_free
+    many = "the level" if len(sizes) == 1 else f"all {len(sizes)} levels"
+    told = (
+        f"{human_bytes(sum(sizes))} for {many}, {human_bytes(advice.imatrix_bytes)} for the imatrix, {human_bytes(free)} free"
+    )
+    room, fitting = free - advice.imatrix_bytes, 0
+    for n_bytes in sizes:
+        room -= n_bytes
+        fitting += room >= 0
+    if fitting == len(sizes):
+        yield "Disk", Text(told)
+    else:
+        few = f"only the {fitting} smallest have room" if fitting else "not even the smallest has room"
+        yield "Disk", Text(f"{told}: {few}", style="yellow")
+
+
+def _recommended(advice: Advice, commands: Sequence[str]) -> Iterator[Row]:
+    for each in advice.recommendations:
+        told = Text()
+        told.append(each.level, style="bold green")
+        told.append(f": {each.reason}")
+        yield each.place[0].upper() + each.place[1:], told
+    if not advice.recommendations:
+        needed = [level.fit.n_bytes for level in advice.levels if level.fit is not None]
+        least = f"the smallest needs {human_bytes(min(needed))}" if needed else "none can be made"
+        yield "", Text(f"No level fits: {least}. Take a smaller model, or a shorter context with -c.", style="red")
+    for label, command in zip(("Make", "Measure"), commands, strict=False):
+        yield label, Text(printable(command), style="bold")

@@ -1,0 +1,95 @@
+"""What ``evaluate`` plans and what came of it, for people and as a document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from imatrix_runner.cli.documents import document
+from imatrix_runner.cli.report_table import print_report
+from imatrix_runner.errors import RunnerError
+from imatrix_runner.files import human_bytes
+from imatrix_runner.report.wording import shown
+from imatrix_runner.workflow.evaluate import EvaluateResult, MeasurePlan
+from imatrix_runner.workflow.measuring import Subject
+from imatrix_runner.workflow.report import ReportFiles
+
+
+def print_measure_plan(plan: MeasurePlan, console: Console) -> None:
+    """What is measured with what, and what it takes on the disk."""
+    stick = plan.yardstick
+    extent, space = stick.extent, stick.fit
+    what = f"Measured on {shown(stick.name)}: {extent.n_chunks} chunks of {extent.n_ctx}, {extent.n_tokens:,} tokens scored"
+    console.print(Text(f"{what}."))
+    todo, known = [subject.name for subject in plan.todo], len(plan.subjects) - len(plan.todo)
+    told = f"To measure: {', '.join(todo) or 'nothing'}"
+    console.print(Text(told + (f"; {known} known already." if known else ".")))
+    if plan.twins:
+        console.print(Text(f"Made without imatrix, measured and removed: {', '.join(plan.twins)}."))
+    for name, why in plan.alone.items():
+        console.print(Text(f"{name} {why}.", style="yellow"))
+    if not (todo or plan.twins):
+        return
+    passes = "one pass" if space.n_passes == 1 else f"{space.n_passes} passes, because of --max-disk"
+    disk = f"Disk: at most {human_bytes(space.n_bytes)} at a time, {human_bytes(plan.free_bytes)} free"
+    console.print(Text(f"{disk}; the source is computed in {passes}."))
+
+
+def print_reported(report: ReportFiles | None, console: Console) -> None:
+    """The table, and where the report lies."""
+    if report is None:
+        return
+    print_report(report.report, console)
+    console.print(Text(f"Report: {report.html}"))
+
+
+def print_failed(result: EvaluateResult, console: Console) -> None:
+    for name, error in result.failed.items():
+        console.print(Text(f"{name}: {error.what}; {error.why}. {error.todo}", style="red"))
+
+
+def evaluate_document(result: EvaluateResult, exit_code: int) -> dict[str, Any]:
+    """``levels`` are the figures of :class:`~imatrix_runner.engines.measures.Divergence` by name."""
+    plan, stick = result.plan, result.plan.yardstick
+    report = result.report
+    return document(
+        "evaluate",
+        exit_code=exit_code,
+        workspace=str(result.workspace.root),
+        plan={
+            "text": stick.name,
+            "sha256": stick.sha256,
+            "chunks": stick.extent.n_chunks,
+            "context": stick.extent.n_ctx,
+            "tokens": stick.extent.n_tokens,
+            "overlap": stick.overlap,
+            "disk_bytes": stick.fit.n_bytes,
+            "passes": stick.fit.n_passes,
+            "levels": [_planned(subject) for subject in plan.subjects],
+            "twins": list(plan.twins),
+            "without_twin": dict(plan.alone),
+        },
+        levels={name: _plain(found) for name, found in result.measured.items()},
+        failed={name: _error(error) for name, error in result.failed.items()},
+        comparisons=[_plain(pair) for pair in result.comparisons],
+        domain=[_plain(found) for found in result.domain],
+        picks=[_plain(pick) for pick in report.report.picks] if report is not None else [],
+        target=_plain(result.target) if result.target is not None else None,
+        report=[str(path) for path in report.paths] if report is not None else [],
+        seconds=round(result.seconds, 3),
+    )
+
+
+def _planned(subject: Subject) -> dict[str, str]:
+    return {"level": subject.name, "state": "todo" if subject.todo else "up-to-date", "reason": subject.reason}
+
+
+def _plain(value: Any) -> Any:
+    return msgspec.to_builtins(value, str_keys=True)
+
+
+def _error(error: RunnerError) -> dict[str, str]:
+    return {"kind": error.kind, "what": error.what, "why": error.why, "do": error.todo}

@@ -1,0 +1,120 @@
+"""The report on a terminal: every level's figures in one table, which to take, and whether the imatrix was worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from imatrix_runner.engines.measures import Divergence
+from imatrix_runner.evaluate.answers import DomainResult
+from imatrix_runner.evaluate.twins import RULE, Comparison
+from imatrix_runner.files import human_bytes, human_seconds
+from imatrix_runner.report.document import Report, ReportLevel
+from imatrix_runner.report.wording import error, figure, kld, kld_error, percent, shown
+
+T = TypeVar("T")
+
+PICKED = "*"
+"""What stands behind the name of a recommended level."""
+
+
+@dataclass(frozen=True)
+class Column(Generic[T]):
+    """``cell`` gives None where there is nothing to say; a column without any cell is not shown. Where the terminal is too
+    narrow, the columns with a ``rank`` go, the highest first."""
+
+    heading: str
+    cell: Callable[[T], str | None]
+    rank: int = 0
+    left: bool = False
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Levels from the largest, the recommended ones, and comparisons and answers if there are any."""
+    picked = {pick.level for pick in report.picks}
+    console.print(_table("Report", _level_columns(picked), report.levels, console, bold=picked))
+    evaluation = report.evaluation
+    if evaluation is not None:
+        console.print(
+            Text(
+                f"Measured on {shown(evaluation.text)}: {evaluation.n_tokens:,} tokens in {evaluation.n_chunks} chunks of "
+                f"{evaluation.n_ctx}; the source's PPL is {figure(evaluation.ppl.value)} ± {error(evaluation.ppl)}. {_LEGEND}",
+                style="dim",
+            )
+        )
+    for pick in report.picks:
+        line = Text(f"{PICKED} {shown(pick.level)}", style="bold green")
+        console.print(line.append(f" ({pick.why}): {shown(pick.rule)}", style="not bold default"))
+    if report.comparisons:
+        console.print()
+        console.print(_table("With and without imatrix", _TWINS, report.comparisons, console))
+        console.print(Text(RULE, style="dim"))
+    if report.domain:
+        console.print()
+        console.print(_table("Answers to your prompts", _ANSWERS, report.domain, console))
+
+
+_LEGEND = (
+    "KLD: how far predictions are from the source's, in nats (0: the same). PPL: against the source's. Same top: how often "
+    "both put the same token first. Δp: how much the right token's probability changes."
+)
+
+
+def _level_columns(picked: set[str]) -> tuple[Column[ReportLevel], ...]:
+    def measured(form: Callable[[Divergence], str]) -> Callable[[ReportLevel], str | None]:
+        return lambda level: form(level.measured) if level.measured is not None else None
+
+    return (
+        Column("Level", lambda level: shown(level.name) + (f" {PICKED}" if level.name in picked else ""), left=True),
+        Column("Size", lambda level: human_bytes(level.n_bytes)),
+        Column("Bits/weight", lambda level: f"{level.bits_per_weight:.2f}" if level.bits_per_weight is not None else None, 3),
+        Column("Mean KLD", measured(lambda found: kld_error(found.kld))),
+        Column("PPL", measured(lambda found: f"{100 * (found.ratio.value - 1):+.2f} %"), 1),
+        Column("Same top", measured(lambda found: percent(found.same_top.value))),
+        Column("Δp RMS", measured(lambda found: percent(found.dp_rms.value)), 2),
+        Column("Time", lambda level: human_seconds(level.seconds) if level.seconds else None, 4),
+    )
+
+
+_TWINS: tuple[Column[Comparison], ...] = (
+    Column("Level", lambda pair: shown(pair.level), left=True),
+    Column("KLD with", lambda pair: kld(pair.with_imatrix.kld.value), 1),
+    Column("without", lambda pair: kld(pair.without.kld.value), 2),
+    Column("Saved", lambda pair: f"{100 * pair.saved.value:.1f} ± {percent(pair.saved.error)}"),
+    Column("PPL", lambda pair: f"{pair.ppl.value:+.3f} ± {pair.ppl.error:.3f}", 4),
+    Column("Same top", lambda pair: f"{100 * pair.same_top.value:+.2f} %", 3),
+    Column("Verdict", lambda pair: pair.verdict + ("" if pair.sure else " (within the error)"), left=True),
+)
+
+_ANSWERS: tuple[Column[DomainResult], ...] = (
+    Column("Level", lambda found: shown(found.level), left=True),
+    Column("Prompts", lambda found: f"{found.n_prompts}", 2),
+    Column("Same answer", lambda found: percent(found.same)),
+    Column("Same tokens", lambda found: percent(found.shared)),
+    Column("Agree for", lambda found: f"{found.agreement_mean:.1f} of {found.n_predict} tokens", 1),
+    Column("Median", lambda found: f"{found.agreement_median:.10g}", 3),
+)
+
+
+def _table(
+    title: str, columns: Sequence[Column[T]], rows: Sequence[T], console: Console, *, bold: set[str] | None = None
+) -> Table:
+    """As many columns as have something to say and as the console has room for."""
+    shown_columns = [column for column in columns if any(column.cell(row) is not None for row in rows)]
+    wide = console.options.update(max_width=10_000)
+    while True:
+        table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
+        for column in shown_columns:
+            table.add_column(column.heading, justify="left" if column.left else "right", no_wrap=column is not columns[-1])
+        for row in rows:
+            cells = [Text(column.cell(row) or "-") for column in shown_columns]
+            table.add_row(*cells, style="green" if bold and cells[0].plain.removesuffix(f" {PICKED}") in bold else "")
+        droppable = [column for column in shown_columns if column.rank]
+        if not droppable or console.measure(table, options=wide).maximum <= console.width:
+            return table
+        shown_columns.remove(max(droppable, key=lambda column: column.rank))

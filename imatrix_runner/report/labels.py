@@ -1,0 +1,117 @@
+"""Where the names of a plot's points go, so that none covers another or a point; Vega-Lite places each as if it were alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, Literal
+
+Align = Literal["left", "center", "right"]
+
+_GAP: Final = 9
+_POINT: Final = 6
+_HEIGHT: Final = 15
+_CHARACTER: Final = 7.4
+"""A character's width in pixels at 12 pixels and bold; a name of a level is capitals and digits."""
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A point in pixels, y downwards; ``must``: its name is written even where there is no room."""
+
+    x: float
+    y: float
+    text: str
+    must: bool = False
+
+
+@dataclass(frozen=True)
+class Label:
+    """From its point: ``dx`` and ``dy`` in pixels to the middle of the text's height; ``shown``: there is room for it."""
+
+    dx: float
+    dy: float
+    align: Align
+    shown: bool
+
+
+@dataclass(frozen=True)
+class _Box:
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: _Box) -> bool:
+        return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
+
+    def within(self, width: float, height: float) -> bool:
+        return self.left >= 0 and self.right <= width and self.top >= 0 and self.bottom <= height
+
+
+# Away from the front, which falls from the left to the right, first.
+_PLACES: Final[tuple[tuple[float, float, Align], ...]] = (
+    (_GAP, -8, "left"),
+    (_GAP, 0, "left"),
+    (0, -14, "center"),
+    (-_GAP, 8, "right"),
+    (-_GAP, 0, "right"),
+    (0, 15, "center"),
+    (_GAP, 9, "left"),
+    (-_GAP, -8, "right"),
+)
+
+
+def place(
+    spots: Sequence[Spot],
+    width: float,
+    height: float,
+    *,
+    avoid: Sequence[tuple[float, float]] = (),
+    line: Sequence[tuple[float, float]] = (),
+) -> list[Label]:
+    """A label for every spot of a plot of this size; those that must be shown choose first.
+
+    ``avoid``: more points; ``line``: the corners of a line that no label should cross.
+    """
+    taken = [_around(spot.x, spot.y) for spot in spots] + [_around(x, y) for x, y in avoid]
+    taken += [_around(x, y, 2) for one, other in pairwise(line) for x, y in _between(one, other)]
+    found: dict[int, Label] = {}
+    for at in sorted(range(len(spots)), key=lambda at: not spots[at].must):
+        spot = spots[at]
+        own = taken[at]
+        free = next(
+            (
+                (choice, box)
+                for choice in _PLACES
+                for box in [_box(spot, *choice)]
+                if box.within(width, height) and not any(box.meets(other) for other in taken if other is not own)
+            ),
+            None,
+        )
+        if free is None:
+            found[at] = Label(*_PLACES[0], shown=spot.must)
+        else:
+            found[at] = Label(*free[0], shown=True)
+            taken.append(free[1])
+    return [found[at] for at in range(len(spots))]
+
+
+def _around(x: float, y: float, radius: float = _POINT) -> _Box:
+    return _Box(x - radius, y - radius, x + radius, y + radius)
+
+
+def _between(one: tuple[float, float], other: tuple[float, float]) -> Iterator[tuple[float, float]]:
+    """Points of a stretch, as close to each other as a label is high at most, and clear of its ends' own labels."""
+    steps = max(1, math.ceil(math.dist(one, other) / 8))
+    for step in range(1, steps):
+        share = step / steps
+        yield one[0] + share * (other[0] - one[0]), one[1] + share * (other[1] - one[1])
+
+
+def _box(spot: Spot, dx: float, dy: float, align: Align) -> _Box:
+    length = _CHARACTER * len(spot.text)
+    left = spot.x + dx - {"left": 0.0, "center": length / 2, "right": length}[align]
+    return _Box(left, spot.y + dy - _HEIGHT / 2, left + length, spot.y + dy + _HEIGHT / 2)

@@ -1,0 +1,220 @@
+"""``report.html``: the report as one page that needs nothing else, neither network nor server.
+
+Everything in it is inlined: style, script, Vega-Lite and the charts' data. A Content-Security-Policy allows exactly these
+scripts and this style, by their hashes, and no connection at all. jinja2 escapes every text; charts travel as JSON, in which no
+``<`` is left that could end their element.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from imatrix_runner.evaluate.answers import AnswerPair, DomainResult
+from imatrix_runner.evaluate.picks import Pick
+from imatrix_runner.evaluate.twins import RULE
+from imatrix_runner.files import human_bytes, human_seconds
+from imatrix_runner.models.origin import repository_in
+from imatrix_runner.report import charts, heat, wording
+from imatrix_runner.report.colours import variables
+from imatrix_runner.report.descriptions import PICKED
+from imatrix_runner.report.differing import Run, differences
+from imatrix_runner.report.document import Report, ReportLevel
+from imatrix_runner.report.pareto import pareto
+from imatrix_runner.report.provenance import provenance
+from imatrix_runner.report.tables import level_table
+
+if TYPE_CHECKING:
+    import jinja2
+
+TEMPLATES: Final = Path(__file__).parent / "templates"
+ANSWERS: Final = 200
+"""Prompts per level whose answers are on the page; ``report.json`` has all."""
+_TENSORS, _NAMES = 2_000, 60
+"""Rows of a chart's table; names in a sentence."""
+_STOPPED: Final = {
+    "chunks": "after the chunks that were asked for",
+    "converged": "when it had converged",
+    "covered": "when every expert had seen enough",
+    "text": "at the end of the text",
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A pick with its level."""
+
+    pick: Pick
+    name: str
+    level: ReportLevel
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart's element, its JSON, and what it shows in words."""
+
+    id: str
+    json: str
+    description: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with both answers in runs; ``same`` when nothing differs."""
+
+    pair: AnswerPair
+    prompt: str
+    source: list[Run]
+    level: list[Run]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A level's answers, ``left_out`` of them not on the page."""
+
+    result: DomainResult
+    id: str
+    answers: list[Answer]
+    left_out: int
+
+
+def render_html(report: Report) -> str:
+    """The whole page. Pure: the same report gives the same page."""
+    style, script, library = _style(), _source("report.js"), _library()
+    heats = [(figure, _chart(f"heat-{figure.key}", heat.heat_map(report, figure.key))) for figure in heat.FIGURES]
+    chosen = _chosen(report)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            hub=_hub_link(report.model.repo),
+            stopped=_STOPPED,
+            style=style,
+            scripts=[library, script],
+            policy=_policy([library, script], [style]),
+            chosen=chosen,
+            answer=next((each for each in chosen if each.pick.why == "target"), chosen[0] if chosen else None),
+            named={each.level.name: each.name for each in chosen},
+            table=level_table(report.levels),
+            pareto=_chart("pareto", pareto(report)),
+            saved=_chart("saved", charts.saved(report)),
+            rule=RULE,
+            heats=[(figure, chart) for figure, chart in heats if chart is not None],
+            curve=_chart("curve", charts.curve(report)),
+            coverage=_chart("coverage", heat.coverage(report)),
+            expert_groups=heat.expert_groups(report.imatrix.experts) if report.imatrix is not None else [],
+            most_rows=_TENSORS,
+            most_names=_NAMES,
+            domain=[_answers(result, at) for at, result in enumerate(report.domain)],
+            provenance=provenance(report),
+        )
+    )
+
+
+def _hub_link(text: str) -> str:
+    """The hub's page of a repository; empty for what is no repository's name."""
+    repo = repository_in(text)
+    return f"https://huggingface.co/{repo}" if repo else ""
+
+
+def embedded_json(value: Any) -> str:
+    """JSON that stays inside a ``<script>`` element whatever it holds."""
+    text = msgspec.json.encode(value).decode()
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _chosen(report: Report) -> list[Chosen]:
+    levels = {level.name: level for level in report.levels}
+    return [Chosen(pick, PICKED[pick.why], levels[pick.level]) for pick in report.picks if pick.level in levels]
+
+
+def _chart(name: str, spec: charts.Spec | None) -> Chart | None:
+    return Chart(name, embedded_json(spec), spec["description"]) if spec is not None else None
+
+
+def _answers(result: DomainResult, number: int) -> Answers:
+    pairs = result.pairs[:ANSWERS]
+    return Answers(result, f"answers-{number}", list(map(_answer, pairs)), len(result.pairs) - len(pairs))
+
+
+def _answer(pair: AnswerPair) -> Answer:
+    source, level = differences(wording.shown_text(pair.source), wording.shown_text(pair.level))
+    return Answer(pair, wording.shown_text(pair.prompt), source, level)
+
+
+def _policy(scripts: list[str], styles: list[str]) -> str:
+    """Nothing but these, and no connection anywhere."""
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {' '.join(_hashes(scripts))}",
+            f"style-src {' '.join(_hashes(styles))}",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+
+
+def _hashes(texts: list[str]) -> Iterator[str]:
+    for text in texts:
+        yield f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _style() -> str:
+    """The style sheet; dark on a dark screen, never on paper."""
+    light = f":root {{ color-scheme: light; {variables()} }}"
+    dark = f"@media screen and (prefers-color-scheme: dark) {{ :root {{ color-scheme: dark; {variables(dark=True)} }} }}"
+    return "\n".join([light, dark, _source("report.css")])
+
+
+def _source(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+@lru_cache(maxsize=1)
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script that sets ``vegaEmbed``; about a second, once."""
+    import vl_convert
+
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return f"(() => {{\n{bundle}\n}})();"
+
+
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        size=human_bytes,
+        seconds=human_seconds,
+        shown=wording.shown,
+        shown_text=wording.shown_text,
+        kld=wording.kld,
+        kld_error=wording.kld_error,
+        figure=wording.figure,
+        error=wording.error,
+        percent=wording.percent,
+        points=wording.points,
+        difference=wording.difference,
+        count=wording.count,
+        moment=wording.moment,
+    )
+    environment.globals.update(many=wording.many)
+    return environment

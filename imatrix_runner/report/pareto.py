@@ -1,0 +1,204 @@
+"""The picture of the whole: every level's size against its divergence from the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Final
+
+from imatrix_runner.engines.measures import Divergence
+from imatrix_runner.evaluate.picks import Measure, front
+from imatrix_runner.files import human_bytes
+from imatrix_runner.report import wording
+from imatrix_runner.report.charts import Spec, legend, log_ticks, quantitative, spec, tip
+from imatrix_runner.report.colours import var
+from imatrix_runner.report.document import Report, ReportLevel
+from imatrix_runner.report.labels import Spot, place
+
+PICKED, OTHER, TWIN = "recommended", "other levels", "without imatrix"
+_WIDE, _NARROW, _HEIGHT = 1000, 250, 420
+"""Pixels inside the axes for which names are placed."""
+_NARROW_BELOW: Final = 560
+"""A plot narrower than this uses the places of the narrow one."""
+_MARGIN: Final = 0.06
+
+Point = dict[str, Any]
+
+
+def unit(n_bytes: int) -> tuple[str, int]:
+    """The unit for sizes up to this one, as :func:`~imatrix_runner.files.human_bytes` would choose it, and its bytes."""
+    name = human_bytes(n_bytes).split()[1]
+    return name, 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name)
+
+
+def pareto(report: Report, *, width: float = _WIDE, height: float = _HEIGHT) -> Spec | None:
+    """Size against mean KLD, the front as a line, twins without imatrix joined to their levels.
+
+    The scale of the KLD is a logarithm's: levels with none at all have no place on it. Names are placed for a plot of ``width``
+    and ``height`` pixels.
+    """
+    plotted = [(level, level.measured) for level in report.levels if level.measured is not None and _has_place(level.measured)]
+    if not plotted:
+        return None
+    name, scale = unit(max(level.n_bytes for level, _ in plotted))
+    picked = {pick.level for pick in report.picks}
+    twins = {each.level: each.without for each in report.comparisons if _has_place(each.without)}
+    points: list[Point] = []
+    joined: list[Point] = []
+    for level, found in plotted:
+        points.append(_point(level, found, PICKED if level.name in picked else OTHER, scale))
+        if level.name in twins:
+            points.append(_point(level, twins[level.name], TWIN, scale))
+            joined.append({"x": level.n_bytes / scale, "low": found.kld.value, "high": twins[level.name].kld.value})
+    x_range, y_range = _ranges(points)
+    for point in points:
+        point["low"], point["high"] = max(point["kld"] - point["error"], y_range[0]), point["kld"] + point["error"]
+    best = front([Measure(level.name, level.n_bytes, found.kld.value, found.same_top.value) for level, found in plotted])
+    line = [{"x": each.n_bytes / scale, "kld": each.kld} for each in best]
+    _name_points(points, line, x_range, y_range, width, height)
+    x_axis = {"grid": False, "tickCount": 8}
+    x = quantitative("x", f"Size ({name})", scale={"domain": x_range, "zero": False, "nice": False}, axis=x_axis)
+    return spec(_told(report, plotted), height, encoding={"x": x}, layer=_layers(points, line, joined, y_range))
+
+
+def _has_place(found: Divergence) -> bool:
+    return 0 < found.kld.value < math.inf
+
+
+def _point(level: ReportLevel, found: Divergence, role: str, scale: int) -> Point:
+    return {
+        "level": wording.shown(level.name),
+        "role": role,
+        "x": level.n_bytes / scale,
+        "kld": found.kld.value,
+        "error": found.kld.error,
+        "size": human_bytes(level.n_bytes),
+        "figure": wording.kld_error(found.kld),
+        "same": wording.percent(found.same_top.value),
+    }
+
+
+def _layers(points: list[Point], line: list[Point], joined: list[Point], y_range: list[float]) -> list[Spec]:
+    """The front, what joins twins, standard errors, points, names: each over the one before."""
+    scale = {"type": "log", "domain": y_range, "nice": False}
+    ticks = {"values": log_ticks(*y_range), "format": "~g"}
+    y = quantitative("kld", "Mean KLD (nats, log scale)", scale=scale, axis=ticks)
+    reaching = {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
+    is_picked = f"datum.role === '{PICKED}'"
+    return [
+        {
+            "name": "front",
+            "data": {"values": line},
+            "mark": {"type": "line", "color": var("accent"), "opacity": 0.45, "aria": False},
+            "encoding": {"y": y},
+        },
+        {
+            "name": "twins",
+            "data": {"values": joined},
+            "mark": {"type": "rule", "color": var("twin"), "opacity": 0.6, "aria": False},
+            "encoding": reaching,
+        },
+        {
+            "name": "errors",
+            "data": {"values": points},
+            "mark": {"type": "rule", "aria": False},
+            "encoding": {**reaching, "color": _roles(points)},
+        },
+        {
+            "name": "points",
+            "data": {"values": points},
+            "mark": {"type": "point", "filled": True, "opacity": 1, "size": {"expr": f"{is_picked} ? 130 : 58"}},
+            "encoding": {
+                "y": y,
+                "color": _roles(points),
+                "shape": _roles(points, ("circle", "circle", "diamond")),
+                "tooltip": tip(level="Level", role="Shown as", size="Size", figure="Mean KLD", same="Same top token"),
+            },
+        },
+        {
+            "name": "names",
+            "data": {"values": [point for point in points if point["role"] != TWIN]},
+            "mark": {"type": "text", "baseline": "middle", "aria": False, **_placed(is_picked)},
+            "encoding": {
+                "y": y,
+                "text": {"field": "level"},
+                "size": {"condition": {"test": is_picked, "value": 13}, "value": 11.5},
+                "color": {"condition": {"test": is_picked, "value": var("accent")}, "value": var("soft")},
+            },
+        },
+    ]
+
+
+def _ranges(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    """The axes' ends, with room for names."""
+    sizes = [point["x"] for point in points]
+    apart = (max(sizes) - min(sizes)) or max(sizes)
+    low = min(point["kld"] for point in points)
+    high = max(point["kld"] + point["error"] for point in points)
+    stretch = max(high / low, 2.0) ** _MARGIN
+    return [max(0.0, min(sizes) - _MARGIN * apart), max(sizes) + _MARGIN * apart], [low / stretch, high * stretch]
+
+
+def _name_points(
+    points: Sequence[Point],
+    line: Sequence[Point],
+    x_range: list[float],
+    y_range: list[float],
+    width: float,
+    height: float,
+) -> None:
+    """Give every level's point the places of its name, in a wide and in a narrow plot."""
+    levels = [point for point in points if point["role"] != TWIN]
+    twins = [point for point in points if point["role"] == TWIN]
+    for key, across in (("wide", width), ("narrow", _NARROW)):
+
+        def at(point: Point, across: float = across) -> tuple[float, float]:
+            x = (point["x"] - x_range[0]) / (x_range[1] - x_range[0])
+            y = math.log(point["kld"] / y_range[0]) / math.log(y_range[1] / y_range[0])
+            return x * across, (1 - y) * height
+
+        spots = [Spot(*at(point), point["level"], must=point["role"] == PICKED) for point in levels]
+        labels = place(spots, across, height, avoid=list(map(at, twins)), line=list(map(at, line)))
+        for point, label in zip(levels, labels, strict=True):
+            point[key] = asdict(label)
+
+
+def _placed(is_picked: str) -> dict[str, Any]:
+    """A text mark's properties, from the places its datum has."""
+
+    def where(key: str) -> str:
+        return f"(width < {_NARROW_BELOW} ? datum.narrow.{key} : datum.wide.{key})"
+
+    return {
+        "dx": {"expr": where("dx")},
+        "dy": {"expr": where("dy")},
+        "align": {"expr": where("align")},
+        "opacity": {"expr": f"{where('shown')} ? 1 : 0"},
+        "fontWeight": {"expr": f"{is_picked} ? 'bold' : 'normal'"},
+    }
+
+
+def _roles(points: Sequence[Point], values: Sequence[str] = (var("accent"), var("other"), var("twin"))) -> dict[str, Any]:
+    """The roles that occur, each with its own of ``values``."""
+    there = {role: value for role, value in zip((PICKED, OTHER, TWIN), values, strict=True) if _occurs(role, points)}
+    scale = {"domain": list(there), "range": list(there.values())}
+    return {"field": "role", "type": "nominal", "title": None, "scale": scale, "legend": legend()}
+
+
+def _occurs(role: str, points: Sequence[Point]) -> bool:
+    return any(point["role"] == role for point in points)
+
+
+def _told(report: Report, plotted: Sequence[tuple[ReportLevel, Divergence]]) -> str:
+    def named(level: ReportLevel, found: Divergence) -> str:
+        return f"{wording.shown(level.name)} with {human_bytes(level.n_bytes)} and {wording.kld(found.kld.value)}"
+
+    text = f"Size against mean KLD for {wording.many(len(plotted), 'level')}: "
+    text += f"from {named(*plotted[0])} to {named(*plotted[-1])}." if len(plotted) > 1 else f"{named(*plotted[0])}."
+    if report.picks:
+        text += f" Recommended: {', '.join(wording.shown(pick.level) for pick in report.picks)}."
+    shown = {level.name for level, _ in plotted}
+    if same := [wording.shown(each.name) for each in report.levels if each.measured is not None and each.name not in shown]:
+        text += f" Without a place on the log scale: {', '.join(same)}, whose KLD is 0."
+    return text

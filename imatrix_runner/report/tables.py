@@ -1,0 +1,129 @@
+"""The report's tables: what stands in each column, as text and as a value to sort by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from imatrix_runner.engines.measures import Divergence
+from imatrix_runner.files import human_bytes, human_seconds
+from imatrix_runner.report import wording
+from imatrix_runner.report.document import ReportLevel
+
+_TAIL: Final = 0.99
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``value``: what to sort by, a number or a text; empty sorts last."""
+
+    text: str
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """``heading`` over a column of numbers or texts, and what it means."""
+
+    key: str
+    heading: str
+    meaning: str
+    cell: Callable[[ReportLevel], Cell | None]
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns that have something in any row; ``rows``: the level and its cells, in the columns' order."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[ReportLevel, tuple[Cell, ...]], ...]
+
+
+def _number(text: str, value: float) -> Cell:
+    return Cell(text, repr(float(value)))
+
+
+def _measured(cell: Callable[[Divergence], Cell | None]) -> Callable[[ReportLevel], Cell | None]:
+    return lambda level: cell(level.measured) if level.measured is not None else None
+
+
+def _bits(level: ReportLevel) -> Cell | None:
+    bits = level.bits_per_weight
+    return _number(f"{bits:.2f}", bits) if bits is not None else None
+
+
+def _tail(found: Divergence) -> Cell | None:
+    value = found.kld_at.get(_TAIL)
+    return _number(wording.kld(value), value) if value is not None else None
+
+
+def _fallbacks(level: ReportLevel) -> Cell | None:
+    if not level.fallbacks:
+        return None
+    return _number(f"{level.fallbacks} ({wording.percent(level.fallback_share)})", level.fallbacks)
+
+
+LEVEL_COLUMNS: Final = (
+    Column(
+        "level", "Level", "llama.cpp's name of the mixture.", lambda level: Cell(wording.shown(level.name), level.name), False
+    ),
+    Column("size", "Size", "all files of the level.", lambda level: _number(human_bytes(level.n_bytes), level.n_bytes)),
+    Column("bits", "Bits/weight", "of the file, averaged over all weights.", _bits),
+    Column(
+        "kld",
+        "Mean KLD",
+        "how far the level's predictions are from the source's, in nats per token, ± its standard error; 0 is the same.",
+        _measured(lambda found: _number(wording.kld_error(found.kld), found.kld.value)),
+    ),
+    Column(
+        "kld99",
+        "99 % KLD",
+        "what the KLD of 99 % of the tokens does not exceed: how bad the bad moments are.",
+        _measured(_tail),
+    ),
+    Column(
+        "ppl",
+        "PPL",
+        "perplexity on the text. Its standard error is mostly the text's own: compare the ratio.",
+        _measured(lambda found: _number(wording.figure(found.ppl.value), found.ppl.value)),
+    ),
+    Column(
+        "ratio",
+        "PPL ratio",
+        "that perplexity, divided by the source's.",
+        _measured(lambda found: _number(f"{found.ratio.value:.4f} ± {found.ratio.error:.4f}", found.ratio.value)),
+    ),
+    Column(
+        "same",
+        "Same top",
+        "share of the tokens for which level and source put the same one first.",
+        _measured(lambda found: _number(wording.percent(found.same_top.value, 2), found.same_top.value)),
+    ),
+    Column(
+        "dp",
+        "Δp RMS",
+        "how much the probability of the right token changes, root mean square.",
+        _measured(lambda found: _number(wording.percent(found.dp_rms.value, 2), found.dp_rms.value)),
+    ),
+    Column(
+        "fallbacks", "Fallbacks", "tensors that got another type than the level's, and their share of the weights.", _fallbacks
+    ),
+    Column(
+        "time",
+        "Time",
+        "of making it; of the whole pass for levels made in one.",
+        lambda level: _number(human_seconds(level.seconds), level.seconds) if level.seconds else None,
+    ),
+)
+
+
+def level_table(levels: Sequence[ReportLevel]) -> Table:
+    """All levels, in their order, with the columns that any of them has something in."""
+    rows = [(level, [column.cell(level) for column in LEVEL_COLUMNS]) for level in levels]
+    used = [at for at in range(len(LEVEL_COLUMNS)) if any(cells[at] is not None for _, cells in rows)]
+    return Table(
+        tuple(LEVEL_COLUMNS[at] for at in used),
+        tuple((level, tuple(cells[at] or Cell("–") for at in used)) for level, cells in rows),
+    )

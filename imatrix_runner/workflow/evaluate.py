@@ -1,0 +1,287 @@
+"""``evaluate``, and what ``run --evaluate`` does at its end: every level against its source, and with twins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from imatrix_runner.engines.measures import Divergence
+from imatrix_runner.errors import RunnerError, UsageError
+from imatrix_runner.evaluate.answers import DomainResult
+from imatrix_runner.evaluate.passes import waves
+from imatrix_runner.evaluate.picks import Measure, Pick, target
+from imatrix_runner.evaluate.twins import Comparison, compare
+from imatrix_runner.events import info, warning
+from imatrix_runner.files import free_bytes
+from imatrix_runner.journal import Journal, Record, differences
+from imatrix_runner.models.sources import parse_source
+from imatrix_runner.quantize.levels import Level, offered
+from imatrix_runner.workflow.choice import Needs
+from imatrix_runner.workflow.context import Context, Session, held, settle
+from imatrix_runner.workflow.levels import still_there
+from imatrix_runner.workflow.measured import (
+    COMPARE,
+    EVALUATE,
+    LEVEL_INPUT,
+    as_facts,
+    comparisons,
+    content_of,
+    levels_made,
+    measured,
+)
+from imatrix_runner.workflow.measuring import Measurer, Subject
+from imatrix_runner.workflow.plan import LevelStep
+from imatrix_runner.workflow.report import ReportFiles, make_report, remember_target
+from imatrix_runner.workflow.request import EvaluateRequest, LevelsRequest, MeasureRequest
+from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
+from imatrix_runner.workflow.twins import Twins
+from imatrix_runner.workflow.yardstick import Yardstick, choose_yardstick
+from imatrix_runner.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class MeasurePlan:
+    """What will be measured with what. ``twins`` by level; ``alone``: levels without a twin, and why."""
+
+    yardstick: Yardstick
+    subjects: tuple[Subject, ...]
+    twins: Mapping[str, tuple[LevelStep, Subject]]
+    alone: Mapping[str, str]
+    free_bytes: int
+
+    @property
+    def room_for_twins(self) -> int:
+        """Bytes beside the reference and the scored tokens."""
+        extent, space = self.yardstick.extent, self.yardstick.fit
+        reference = 0 if self.yardstick.base is not None else extent.reference_bytes(space.chunks)
+        return space.limit - extent.kept_bytes - reference
+
+    @property
+    def todo(self) -> tuple[Subject, ...]:
+        return tuple(subject for subject in self.subjects if subject.todo)
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """``measured`` and ``failed`` by level (a twin by its subject's name); a dry run has neither."""
+
+    workspace: Workspace
+    plan: MeasurePlan
+    measured: Mapping[str, Divergence] = field(default_factory=dict)
+    failed: Mapping[str, RunnerError] = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...] = ()
+    domain: tuple[DomainResult, ...] = ()
+    target: Pick | None = None
+    report: ReportFiles | None = None
+    seconds: float = 0.0
+
+
+OnPlan = Callable[[MeasurePlan], None]
+
+
+def evaluate(
+    request: EvaluateRequest, context: Context, *, dry_run: bool = False, on_plan: OnPlan | None = None
+) -> EvaluateResult:
+    """Measure the levels of a workspace. Raises errors of ours for what concerns all of them."""
+    needs = Needs((), (), request.measure.options.n_gpu_layers)
+    machine, choice = settle(request.environment, needs, context.sink)
+    source = parse_source(request.source.model)
+    name = name_of(source, request.source.model)
+    workspace = Workspace(request.environment.work_dir.expanduser().absolute() / name, name)
+    if not workspace.journal.is_file():
+        raise UsageError(
+            f"There is nothing to measure in {workspace.root}",
+            "no level of this model was made there",
+            f"Make some first: imatrix-runner run {request.source.model}",
+        )
+    with held(workspace, request.environment, context, dry_run=dry_run) as runner:
+        engine, journal = choice.make(runner), Journal(workspace.journal)
+        session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, choice.make_beside(runner))
+        model = open_source(source, request.source, session, allow_requantize=True)
+        announce(model, session.sink)
+        before = {key: journal.fact(key) or "" for key in ("command", "finished")}
+        if not dry_run:
+            journal.remember(command=request.environment.command, finished="no")
+        result = evaluate_levels(request.measure, request.making, freeze(model, session), session, on_plan=on_plan)
+        if not dry_run:  # what `status` shows when this is over is the command that made the levels
+            journal.remember(**({key: value for key, value in before.items() if value} or {"finished": "yes"}))
+            result = replace(result, report=make_report(workspace, journal, runner, session.sink))
+        return result
+
+
+def evaluate_levels(
+    request: MeasureRequest,
+    making: LevelsRequest,
+    frozen: Frozen,
+    session: Session,
+    *,
+    on_plan: OnPlan | None = None,
+) -> EvaluateResult:
+    """Measure levels of an open workspace. A dry run ends with the plan."""
+    began = time.monotonic()
+    job = _Evaluation(request, frozen, session, Twins(making, frozen, session))
+    plan = job.plan()
+    if on_plan is not None:
+        on_plan(plan)
+    if session.dry_run:
+        return EvaluateResult(session.workspace, plan)
+    return job.run(plan, began)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    request: MeasureRequest
+    frozen: Frozen
+    session: Session
+    twins: Twins
+
+    def plan(self) -> MeasurePlan:
+        session = self.session
+        made = self._levels()
+        steps, alone = self.twins.plan([self._level(name) for name in made]) if self.request.twins else ((), {})
+        sizes = [step.facts.n_bytes or 0 for step in steps]
+        yardstick = choose_yardstick(self.request, self.frozen, len(made), sizes, session)
+        subjects = tuple(self._subject(name, record, yardstick) for name, record in made.items())
+        pairs = {step.level.name: (step, self.twins.subject(step)) for step in steps}
+        wanted = {name: pair for name, pair in pairs.items() if self._compare_again(name, made[name], yardstick, pair[1])}
+        return MeasurePlan(yardstick, subjects, wanted, alone, free_bytes(session.workspace.root))
+
+    def run(self, plan: MeasurePlan, began: float) -> EvaluateResult:
+        session = self.session
+        measurer = Measurer(plan.yardstick, self.frozen, session, session.sink)
+        found: dict[str, Divergence] = {}
+        failed: dict[str, RunnerError] = {}
+        if plan.yardstick.base is not None and (plan.todo or plan.twins):
+            measurer.check_given()
+        _sort(measurer.measure(plan.todo), found, failed)
+        everything = {**self._known(plan), **found}
+        pairs = self._compare(plan, measurer, everything, failed)
+        measurer.tidy()
+        self.twins.tidy()
+        return EvaluateResult(
+            session.workspace,
+            plan,
+            everything,
+            failed,
+            pairs,
+            (),
+            self._target(everything),
+            seconds=time.monotonic() - began,
+        )
+
+    def _levels(self) -> dict[str, Record]:
+        """The finished levels that were asked for, in the order asked."""
+        session = self.session
+        journal, root = session.journal, session.workspace.root
+        there = {
+            name: record
+            for name, record in levels_made(journal).items()
+            if still_there(record, session.workspace, journal, f"level-{name}", save=not session.dry_run)
+        }
+        if not self.request.levels:
+            if not there:
+                raise UsageError(
+                    f"There is nothing to measure in {root}",
+                    "no level was made there, or their files are gone",
+                    f"Make some first: imatrix-runner run {self.frozen.model.source.location}",
+                )
+            return there
+        known = {name.upper(): name for name in there}
+        missing = [name for name in self.request.levels if name.upper() not in known]
+        if missing:
+            raise UsageError(
+                f"{', '.join(missing)} cannot be measured",
+                f"{root} has no such finished level; there are: {', '.join(there) or 'none'}",
+                f"Make it first: imatrix-runner run {self.frozen.model.source.location} --levels {','.join(missing)}",
+            )
+        return {known[name.upper()]: there[known[name.upper()]] for name in self.request.levels}
+
+    def _level(self, name: str) -> Level:
+        return offered(self.session.types)[name.upper()]
+
+    def _subject(self, name: str, record: Record, yardstick: Yardstick) -> Subject:
+        inputs = {LEVEL_INPUT: content_of(record)}
+        whole = {**yardstick.inputs, "chunks": str(yardstick.extent.n_chunks), **inputs}
+        before = self.session.journal.get(f"{EVALUATE} {name}")
+        reason = "not measured yet"
+        if before is not None:
+            changed = differences(before, whole)
+            reason = f"changed: {', '.join(changed)}" if changed else ("asked for" if self.request.again else "")
+        file = self.session.workspace.root / record.outputs[0].name
+        return Subject(name, f"{EVALUATE} {name}", file, inputs, reason)
+
+    def _known(self, plan: MeasurePlan) -> dict[str, Divergence]:
+        """The figures of levels that need not be measured again."""
+        there = measured(self.session.journal)
+        return {subject.name: there[subject.name].divergence for subject in plan.subjects if not subject.todo}
+
+    def _compare_again(self, name: str, made: Record, yardstick: Yardstick, twin: Subject) -> bool:
+        before = self.session.journal.get(f"{COMPARE} {name}")
+        return self.request.again or before is None or bool(differences(before, _pair_inputs(made, yardstick, twin)))
+
+    def _compare(
+        self, plan: MeasurePlan, measurer: Measurer, known: Mapping[str, Divergence], failed: dict[str, RunnerError]
+    ) -> tuple[Comparison, ...]:
+        """Make twins, as many at a time as fit, measure them, and set each beside its level."""
+        if not self.request.twins:
+            return ()
+        for name, why in plan.alone.items():
+            self.session.sink(info(f"{name} {why}."))
+        todo = {name: pair for name, pair in plan.twins.items() if name in known}
+        sizes = {name: step.facts.n_bytes or 0 for name, (step, _) in todo.items()}
+        for wave in waves(sizes, plan.room_for_twins):
+            steps = [todo[name][0] for name in wave]
+            spoiled = self.twins.make(steps)
+            failed.update({todo[name][1].name: error for name, error in spoiled.items()})
+            found: dict[str, Divergence] = {}
+            _sort(measurer.measure([todo[name][1] for name in wave if name not in spoiled]), found, failed)
+            for name in wave:
+                twin = todo[name][1]
+                if twin.name in found:
+                    self._record_pair(plan, measurer, name, known[name], found[twin.name], twin)
+            self.twins.remove(steps)
+        there = comparisons(self.session.journal)
+        return tuple(there[subject.name] for subject in plan.subjects if subject.name in there)
+
+    def _record_pair(
+        self, plan: MeasurePlan, measurer: Measurer, name: str, mine: Divergence, theirs: Divergence, twin: Subject
+    ) -> None:
+        level = next(subject for subject in plan.subjects if subject.name == name)
+        tokens = measurer.scored(level), measurer.scored(twin)
+        paired = len(tokens[0]) == len(tokens[1]) == mine.n_tokens
+        pair = compare(name, mine, theirs, tokens if paired else None)
+        inputs = _pair_inputs(levels_made(self.session.journal)[name], plan.yardstick, twin)
+        record = Record.now(inputs, [], "asked for", 0.0, facts=as_facts(pair))
+        self.session.journal.record(f"{COMPARE} {name}", record)
+
+    def _target(self, known: Mapping[str, Divergence]) -> Pick | None:
+        """The level that meets ``--target-kld`` and ``--target-size``, by what was measured."""
+        request = self.request
+        if request.target_kld is None and request.target_size is None:
+            return None
+        remember_target(self.session.journal, request.target_kld, request.target_size)
+        made = levels_made(self.session.journal)
+        sizes = {name: sum(output.stamp.size for output in made[name].outputs) for name in known}
+        points = [Measure(name, sizes[name], found.kld.value, found.same_top.value) for name, found in known.items()]
+        pick = target(points, request.target_kld, request.target_size)
+        if pick is None:
+            best = min(points, key=lambda each: each.kld, default=None)
+            closest = f"; the closest to the source is {best.level} with {best.kld:.4g}" if best is not None else ""
+            self.session.sink(warning(f"No measured level meets the target{closest}."))
+        return pick
+
+
+def _pair_inputs(made: Record, yardstick: Yardstick, twin: Subject) -> dict[str, str]:
+    chunks = str(yardstick.extent.n_chunks)
+    return {**yardstick.inputs, "chunks": chunks, LEVEL_INPUT: content_of(made), "twin": twin.inputs[LEVEL_INPUT]}
+
+
+def _sort(
+    found: Mapping[str, Divergence | RunnerError], measured: dict[str, Divergence], failed: dict[str, RunnerError]
+) -> None:
+    for name, outcome in found.items():
+        if isinstance(outcome, Divergence):
+            measured[name] = outcome
+        else:
+            failed[name] = outcome

@@ -1,0 +1,248 @@
+"""Measuring: the source's log-probabilities once (or part by part), then every level against them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from imatrix_runner.calibration.corpus import stage
+from imatrix_runner.engines.base import ChunkRange
+from imatrix_runner.engines.embedded.scored import read_scored
+from imatrix_runner.engines.logits_file import is_whole, note_path
+from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
+from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
+from imatrix_runner.evaluate.passes import next_range
+from imatrix_runner.evaluate.statistics import perplexity_ratio, summarise
+from imatrix_runner.events import Finished, Sink, Started
+from imatrix_runner.files import human_bytes
+from imatrix_runner.journal import Record
+from imatrix_runner.report.document import ReportEvaluation
+from imatrix_runner.workflow.choice import EMBEDDED
+from imatrix_runner.workflow.context import Session
+from imatrix_runner.workflow.measured import Measured, as_facts
+from imatrix_runner.workflow.source import Frozen
+from imatrix_runner.workflow.yardstick import Yardstick
+
+_STRANGE = 0.02
+"""Mean KLD in nats of a source against its own log-probabilities. Their 16 bits and another build cost less than 0.001."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to measure. ``inputs`` name what its figures depend on besides the yardstick; ``reason`` is why it is measured,
+    empty where its figures are known."""
+
+    name: str
+    step: str
+    file: Path
+    inputs: Mapping[str, str]
+    reason: str
+
+    @property
+    def todo(self) -> bool:
+        return bool(self.reason)
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures subjects with one yardstick; its files lie in ``folder``."""
+
+    yardstick: Yardstick
+    frozen: Frozen
+    session: Session
+    sink: Sink = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.session.workspace.evaluation
+
+    @cached_property
+    def _base(self) -> Path:
+        return self.yardstick.base or self.folder / _BASE
+
+    @property
+    def _source(self) -> Subject:
+        return Subject("source", _REFERENCE, self.frozen.model.path, {}, "")
+
+    def scored(self, subject: Subject) -> npt.NDArray[np.void]:
+        """The scored tokens of a subject that was measured here, :data:`~imatrix_runner.engines.embedded.judging.TOKEN` [n]."""
+        extent = self.yardstick.extent
+        tokens = read_scored(self._out(subject), self._fingerprint(subject), extent.n_ctx)[: extent.n_chunks]
+        return tokens.reshape(-1)
+
+    def measure(self, subjects: Sequence[Subject]) -> dict[str, Divergence | RunnerError]:
+        """The figures of each by name, or why it has none. What concerns all of them is raised."""
+        found: dict[str, Divergence | RunnerError] = {}
+        extent, whole = self.yardstick.extent, self.session.engine.name != EMBEDDED
+        self._make_folder()
+        waiting = {subject.name: subject for subject in subjects}
+        done = {
+            name: 0 if whole else len(read_scored(self._out(each), self._fingerprint(each), extent.n_ctx))
+            for name, each in waiting.items()
+        }
+        while waiting:
+            chunks = next_range([done[name] for name in waiting], extent, self.yardstick.fit.chunks)
+            if chunks is not None:
+                self._refer(chunks)
+            for name, subject in list(waiting.items()):
+                outcome = self._judge(subject, chunks, done)
+                if outcome is not None:
+                    found[name] = outcome
+                    del waiting[name]
+        return found
+
+    def tidy(self) -> None:
+        """Remove the reference: it is large, and quickly made again."""
+        reference = self.folder / _BASE
+        for path in (reference, note_path(reference), self.folder / _TEXT, self.folder / _CHECK):
+            path.unlink(missing_ok=True)
+
+    def _refer(self, chunks: ChunkRange) -> None:
+        """Have the source's log-probabilities of these chunks in :attr:`_base`."""
+        yardstick, sink = self.yardstick, self.sink
+        if yardstick.text is None:
+            return
+        inputs = {**yardstick.inputs, "chunks": f"{chunks.count} from {chunks.first}"}
+        fingerprint = msgspec.json.encode(inputs).decode()
+        head = replace(yardstick.base_head, n_chunks=chunks.count)
+        if is_whole(self._base, head, fingerprint):
+            return
+        text = self.folder / _TEXT
+        stage(yardstick.text, text)
+        part = "" if chunks.count == yardstick.extent.n_chunks else f" (chunks {chunks.first} to {chunks.end - 1})"
+        sink(Started(_REFERENCE, f"reference {self.frozen.model.name}{part}", chunks.count, "chunks"))
+        began = time.monotonic()
+        job = ReferJob(
+            _REFERENCE,
+            self.frozen.model.path,
+            text,
+            chunks,
+            self._base,
+            yardstick.options,
+            fingerprint,
+            self.session.log("evaluate-reference"),
+            (self._out(self._source), self._fingerprint(self._source)),
+        )
+        try:
+            self.session.engine.refer(job, sink)
+        except NoSpaceError as error:
+            raise self._disk_full() from error
+        self.frozen.check_unchanged()
+        sink(Finished(_REFERENCE, "done", human_bytes(head.n_bytes), time.monotonic() - began))
+
+    def check_given(self) -> None:
+        """Whether somebody's log-probabilities are those of this source: it must be next to nothing away from them.
+
+        The vocabulary alone does not tell: models of one family share it. Raises :class:`InvalidDataError`.
+        """
+        self._make_folder()
+        out = self.folder / _CHECK
+        self.sink(Started("check", f"is {self.yardstick.name} of {self.frozen.model.name}", None, "chunks"))
+        limit = self.yardstick.options.chunks_at_once
+        job = replace(self._job(replace(self._source, step="check"), out, 0), limit=limit)
+        told = self.session.engine.judge(job, self.sink)
+        found = told or summarise(read_scored(out, job.fingerprint, self.yardstick.extent.n_ctx).reshape(-1))
+        if found.kld.value > _STRANGE:
+            raise InvalidDataError(
+                f"{self.yardstick.name} was written by another model than {self.frozen.model.name}",
+                f"their predictions are {found.kld.value:.3g} nats apart; the same model stays below {_STRANGE:g}",
+                "Give the file that was written from this model, or leave it out to have one made.",
+            )
+        self.sink(Finished("check", "done", f"KLD {found.kld.value:.2g}"))
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise from_os_error(error, "making room for the measurement", self.folder) from error
+
+    def _judge(self, subject: Subject, chunks: ChunkRange | None, done: dict[str, int]) -> Divergence | RunnerError | None:
+        """Compare a subject with what is referred to now; None while there is more to come."""
+        began, extent = time.monotonic(), self.yardstick.extent
+        told: Divergence | None = None
+        try:
+            if chunks is not None and done[subject.name] < chunks.end:
+                told = self._compare(subject, chunks)
+                done[subject.name] = chunks.end
+            if done[subject.name] < extent.n_chunks:
+                return None
+            found = told or summarise(self.scored(subject))
+        except (InterruptedRunError, NoSpaceError):
+            raise
+        except RunnerError as error:
+            self.sink(Finished(subject.step, "failed", error.why, time.monotonic() - began))
+            self.frozen.check_unchanged()
+            return error
+        measured = self._facts(subject, found)
+        self.sink(Finished(subject.step, "done", describe(measured), time.monotonic() - began))
+        facts = as_facts(measured)
+        inputs = {**self.yardstick.inputs, "chunks": str(extent.n_chunks), **subject.inputs}
+        self.session.journal.record(subject.step, Record.now(inputs, [], subject.reason, time.monotonic() - began, facts=facts))
+        return found
+
+    def _compare(self, subject: Subject, chunks: ChunkRange) -> Divergence | None:
+        self.sink(Started(subject.step, f"measure {subject.name}", self.yardstick.extent.n_chunks, "chunks"))
+        try:
+            return self.session.engine.judge(self._job(subject, self._out(subject), chunks.first), self.sink)
+        except NoSpaceError as error:
+            raise self._disk_full() from error
+
+    def _job(self, subject: Subject, out: Path, first: int) -> JudgeJob:
+        log = self.session.log(subject.step.replace(" ", "-"))
+        limit = self.yardstick.extent.n_chunks if self.yardstick.base is not None else None
+        return JudgeJob(
+            subject.step, subject.file, self._base, out, self.yardstick.options, self._fingerprint(subject), log, first, limit
+        )
+
+    def _out(self, subject: Subject) -> Path:
+        return self.folder / f"{subject.name.replace(' ', '-')}.scored"
+
+    def _fingerprint(self, subject: Subject) -> str:
+        """Of the scored tokens: chunks are left out, for more of them continue."""
+        return msgspec.json.encode({**self.yardstick.inputs, **subject.inputs}).decode()
+
+    def _facts(self, subject: Subject, found: Divergence) -> Measured:
+        yardstick, model = self.yardstick, self.frozen.model
+        source, ratio = found.ppl_base, found.ratio
+        exact, mine = self.scored(self._source), self.scored(subject)
+        if len(exact) == len(mine) == found.n_tokens:  # what the reference's file says of rare tokens is cut off at e^-16
+            source, ratio = perplexity_ratio(mine["nll"], exact["nll"])
+        evaluation = ReportEvaluation(
+            yardstick.name,
+            yardstick.sha256,
+            yardstick.extent.n_chunks,
+            yardstick.extent.n_ctx,
+            found.n_tokens,
+            self.session.engine.identity(),
+            f"{model.name} {model.main_type}",
+            source,
+            yardstick.overlap,
+        )
+        return Measured(found, ratio, evaluation)
+
+    def _disk_full(self) -> NoSpaceError:
+        need = self.yardstick.fit.n_bytes
+        return NoSpaceError(
+            "The disk became full while levels were measured",
+            f"the measurement takes {human_bytes(need)} at most, and something else took the space it counted on",
+            "Free some space or lower --max-disk, then run the same command again: it continues.",
+        )
+
+
+_BASE, _TEXT, _CHECK, _REFERENCE = "reference.logits", "text.txt", "check.scored", "reference"
+
+
+def describe(measured: Measured) -> str:
+    """One line for people: the three figures that are compared most."""
+    found = measured.divergence
+    return (
+        f"KLD {found.kld.value:.4g} ± {found.kld.error:.2g}, "
+        f"PPL {found.ppl.value:.4g} ({measured.ppl_ratio.value - 1:+.2%}), same top token {found.same_top.value:.1%}"
+    )

@@ -1,0 +1,177 @@
+"""What a report says of the imatrix that levels were made with: its file, its statistics, and how it was collected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from imatrix_runner.files import read_json, sha256, stamp
+from imatrix_runner.imatrix.formats import MatrixFile, read
+from imatrix_runner.imatrix.statistics import statistics
+from imatrix_runner.journal import Journal, Record
+from imatrix_runner.models.bounded import printable
+from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.report.document import (
+    CalibrationSource,
+    ReportCalibration,
+    ReportCurvePoint,
+    ReportExperts,
+    ReportFile,
+    ReportImatrix,
+    ReportTensor,
+)
+from imatrix_runner.workflow.imatrix import STEP
+from imatrix_runner.workflow.published import MatrixSource
+from imatrix_runner.workflow.report_source import is_same, last_part
+from imatrix_runner.workspace import Workspace
+
+NONE = "none"
+"""What a level that was made without imatrix names as its imatrix."""
+
+
+def describe_imatrix(
+    workspace: Workspace, journal: Journal, used: str, level: Path | None, before: ReportImatrix | None = None
+) -> ReportImatrix | None:
+    """``used``: what levels name as their input, ``imatrix.gguf sha256:…`` (empty: there are no levels; the workspace's own).
+    Where its file is gone, ``level``, the file of a finished level, tells what llama.cpp kept of it.
+
+    ``before``: an earlier description, whose statistics need not be computed again if it is of the same file. Raises
+    :class:`InvalidDataError` for a file that cannot be read.
+    """
+    name, _, wanted = used.rpartition(" sha256:")
+    path = next(_candidates(workspace, journal, name, wanted), None)
+    if path is None:
+        return _gone(workspace, journal, name, wanted, level)
+    digest = wanted or _digest(path, journal)
+    return _described(read(path), digest, collected(workspace, journal, digest), before)
+
+
+def _candidates(workspace: Workspace, journal: Journal, name: str, wanted: str) -> Iterator[Path]:
+    """Files with the wanted content: in the workspace, or where the journal saw it."""
+    for path in (workspace.find_imatrix(), workspace.root / last_part(name) if wanted else None):
+        if path is not None and path.is_file() and (not wanted or _digest(path, journal) == wanted):
+            yield path
+    for place, hashed in journal.hashes().items():
+        if hashed.sha256 == wanted and is_same(Path(place), hashed):
+            yield Path(place)
+
+
+def _digest(path: Path, journal: Journal) -> str:
+    return journal.known_hash(path) or sha256(path)
+
+
+def collected(workspace: Workspace, journal: Journal, digest: str) -> Record | None:
+    """The record of how the matrix with this content was made here; None for one that came from elsewhere.
+
+    A record names its file by place and stamp; the content under that stamp is known from when levels were made.
+    """
+    hashes = {hashed.stamp: hashed.sha256 for hashed in journal.hashes().values()}
+    for step, record in journal.steps().items():
+        if step != STEP and not step.startswith(f"{STEP} "):
+            continue
+        (output,) = record.outputs
+        path = workspace.root / output.name
+        known = hashes.get(output.stamp)
+        if known is None and path.is_file() and stamp(path) == output.stamp:
+            known = sha256(path)
+        if known == digest:
+            return record
+    return None
+
+
+def _described(file: MatrixFile, digest: str, record: Record | None, before: ReportImatrix | None) -> ReportImatrix:
+    matrix = file.matrix
+    if before is not None and before.file.sha256 == digest and before.tensors:
+        tensors, experts, without_data = before.tensors, before.experts, before.without_data
+    else:
+        tensors, experts, without_data = _statistics(file)
+    return ReportImatrix(
+        file=ReportFile(printable(file.path.name), file.path.stat().st_size, digest),
+        format=file.format,
+        entries=len(matrix.entries),
+        chunks=matrix.chunk_count,
+        chunk_size=matrix.chunk_size,
+        datasets=tuple(last_part(name) for name in matrix.datasets),
+        made_here=record is not None,
+        tokens=matrix.chunk_count * matrix.chunk_size or None,
+        tensors=tensors,
+        experts=experts,
+        without_data=without_data,
+        origin=_published(file.path, digest),
+        **(_collection(record) if record is not None else {}),
+    )
+
+
+def _statistics(file: MatrixFile) -> tuple[tuple[ReportTensor, ...], tuple[ReportExperts, ...], tuple[str, ...]]:
+    found = statistics(file.matrix)
+    tensors = tuple(
+        ReportTensor(each.layer, each.tensor, each.total, each.active, each.entropy_percent / 100) for each in found.tensors
+    )
+    experts = tuple(
+        ReportExperts(each.layer, each.tensor, each.experts, each.without_tokens, each.fewest, each.median, each.most)
+        for each in found.experts
+    )
+    return tensors, experts, found.without_data
+
+
+def _collection(record: Record) -> dict[str, Any]:
+    """What the journal knows of a collection (``workflow/imatrix.py``, ``_facts``)."""
+    facts = record.facts
+    calibration: Any = facts.get("calibration")
+    curve: Any = facts.get("curve") or ()
+    return {
+        "ppl": facts.get("ppl"),
+        "ppl_error": facts.get("ppl_error"),
+        "stopped": facts.get("stopped") or "",
+        "seconds": record.seconds,
+        "engine": record.inputs.get("engine", ""),
+        "curve": tuple(ReportCurvePoint(each["chunks"], each["worst"], each["tensor"], each["median"]) for each in curve),
+        "calibration": _calibration(calibration, record) if calibration is not None else None,
+    }
+
+
+def _calibration(facts: Mapping[str, Any], record: Record) -> ReportCalibration:
+    return ReportCalibration(
+        name=printable(last_part(facts["path"])),
+        n_bytes=facts["bytes"],
+        sha256=facts["sha256"],
+        manifest=facts.get("manifest") or "",
+        parse_special="--parse-special" in record.inputs.get("options", "").split(),
+        template=facts.get("template") or "",
+        sources=tuple(
+            CalibrationSource(printable(each["name"]), each["sha256"], printable(each["licence"]), each["share"])
+            for each in facts.get("sources", ())
+        ),
+    )
+
+
+def _published(path: Path, digest: str) -> str:
+    """Where a published matrix came from, if the note beside it is still about it."""
+    note = path.with_suffix(".source.json")
+    if not note.is_file():
+        return ""
+    source = read_json(note, MatrixSource)
+    return printable(f"{source.repo}@{source.commit}:{source.path}")[:500] if source.sha256 == digest else ""
+
+
+def _gone(workspace: Workspace, journal: Journal, name: str, wanted: str, level: Path | None) -> ReportImatrix | None:
+    """Of a matrix that is no longer there, what llama-quantize wrote into the level; None where even its size is forgotten."""
+    sizes = [hashed.stamp.size for hashed in journal.hashes().values() if hashed.sha256 == wanted]
+    if not wanted or not sizes or level is None:
+        return None
+    record, header = collected(workspace, journal, wanted), read_header(level)
+    chunks = header.integer("quantize.imatrix.chunks_count") or 0
+    chunk_size = int(record.inputs["context"]) if record is not None else 0
+    dataset = header.text("quantize.imatrix.dataset")
+    return ReportImatrix(
+        file=ReportFile(printable(last_part(name)), sizes[0], wanted),
+        format="gguf" if record is not None else "",
+        entries=header.integer("quantize.imatrix.entries_count") or 0,
+        chunks=chunks,
+        chunk_size=chunk_size,
+        datasets=(last_part(dataset),) if dataset else (),
+        made_here=record is not None,
+        tokens=chunks * chunk_size or None,
+        **(_collection(record) if record is not None else {}),
+    )

@@ -1,0 +1,194 @@
+"""What a report says of the model that levels were made from: told by its files, else by what was remembered of them, else by a
+finished level, which carries the source's metadata."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from imatrix_runner.events import Sink, info, warning
+from imatrix_runner.files import joint_sha256, stamp
+from imatrix_runner.journal import Hashed, Journal
+from imatrix_runner.models.bounded import printable
+from imatrix_runner.models.gguf_file import GgufHeader
+from imatrix_runner.models.sources import Model, open_gguf, shard_names
+from imatrix_runner.process import Runner
+from imatrix_runner.report.document import ReportFile, ReportModel
+from imatrix_runner.workflow.prompt_format import prompt_format
+from imatrix_runner.workspace import Workspace
+
+DESCRIBED = "described"
+"""The journal's fact that keeps a source's description for when its files are gone."""
+
+PROJECTOR = "mmproj-"
+
+_HUB_URL = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})/?", re.ASCII
+)
+_ID, _NAME, _LINK = 100, 200, 500
+_MOST_BASES, _MOST_LANGUAGES, _MOST_TAGS = 8, 200, 50
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the user named, without anybody's folders: ``location`` is the hub id, or the name of the file or directory."""
+
+    location: str
+    repo: str = ""
+    commit: str = ""
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of a source as the journal knows them; ``paths`` is empty unless all are still what they were."""
+
+    files: tuple[ReportFile, ...] = ()
+    paths: tuple[Path, ...] = ()
+
+
+def describe_source(
+    workspace: Workspace, journal: Journal, fingerprint: str, level: Path | None, runner: Runner, sink: Sink
+) -> ReportModel:
+    """``fingerprint`` is that of the source's content, ``level`` the first file of a finished level (None: there is none).
+
+    ``type`` is empty and sizes are 0 where nothing is left that knows them. Raises :class:`InvalidDataError` for damaged files.
+    """
+    origin, source = origin_of(journal), find_source(workspace, journal, fingerprint)
+    name = printable(journal.fact("model") or workspace.model)
+    remembered = _remembered(journal, fingerprint)
+    files = (*source.files, *_projectors(workspace))
+    if remembered is not None and not source.paths:
+        return replace(remembered, name=name, origin=origin.location, files=files, repo=origin.repo, commit=origin.commit)
+    n_bytes = sum(file.n_bytes for file in source.files)
+    known = ReportModel(name, "", 0, n_bytes, "", origin.location, files, fingerprint, repo=origin.repo, commit=origin.commit)
+    path = source.paths[0] if source.paths else level
+    if path is None:
+        return known
+    model = open_gguf(path, allow_requantize=True, name=name)
+    if not source.paths:
+        sink(info(f"The source of {name} is gone; the report says of it what {path.name} tells."))
+    described = _with_metadata(known, model, sink)
+    return replace(
+        described, type=model.main_type if source.paths else "", prompt_format=prompt_format(model.header, runner, sink)
+    )
+
+
+def remember_source(journal: Journal, described: ReportModel) -> None:
+    """Keep a description that was told by the source's own files."""
+    if described.type:
+        journal.remember(**{DESCRIBED: msgspec.json.encode(described).decode()})
+
+
+def _remembered(journal: Journal, fingerprint: str) -> ReportModel | None:
+    text = journal.fact(DESCRIBED)
+    described = msgspec.json.decode(text, type=ReportModel) if text else None
+    return described if described is not None and described.fingerprint == fingerprint else None
+
+
+def origin_of(journal: Journal) -> Origin:
+    """Where the source came from, as the last run was told."""
+    location = printable(journal.fact("source") or "")
+    repo, _, commit = printable(journal.fact("hub") or "").partition("@")
+    if repo and re.match(re.escape(repo) + "(?:[@:]|$)", location):
+        return Origin(location, repo, commit)
+    return Origin(last_part(location))
+
+
+def last_part(path: str) -> str:
+    """The name of a file or folder, whichever system its path is of."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def find_source(workspace: Workspace, journal: Journal, fingerprint: str) -> SourceFiles:
+    """The files whose content has the fingerprint, where they were or (a moved workspace) in the workspace."""
+    hashes, found = journal.hashes(), SourceFiles()
+    for first in map(Path, hashes):
+        names = shard_names(first)
+        known = [hashes.get(str(first.with_name(name))) for name in names]
+        whole = [each for each in known if each is not None]
+        if first.name != names[0] or len(whole) < len(names) or joint_sha256([each.sha256 for each in whole]) != fingerprint:
+            continue
+        pairs = tuple(zip(names, whole, strict=True))
+        files = tuple(ReportFile(printable(name), each.stamp.size, each.sha256) for name, each in pairs)
+        for folder in (first.parent, workspace.root):
+            if all(is_same(folder / name, each) for name, each in pairs):
+                return SourceFiles(files, tuple(folder / name for name in names))
+        found = SourceFiles(files)
+    return found
+
+
+def _projectors(workspace: Workspace) -> tuple[ReportFile, ...]:
+    """What ``--mmproj`` converted beside the model: files to publish with the levels, not counted among the source's bytes."""
+    paths = sorted(workspace.root.glob(f"{PROJECTOR}*.gguf"))
+    return tuple(ReportFile(printable(path.name), path.stat().st_size) for path in paths)
+
+
+def is_same(path: Path, hashed: Hashed) -> bool:
+    """Whether a file is still the one that was hashed."""
+    try:
+        return path.is_file() and stamp(path) == hashed.stamp
+    except OSError:
+        return False  # on a disk that went away, or in a folder that is closed to us: not to be had
+
+
+# -- metadata: a publisher's words ------------------------------------------------------------------------------------------
+
+
+def _with_metadata(known: ReportModel, model: Model, sink: Sink) -> ReportModel:
+    header = model.header
+    words = _Words(header, sink)
+    return replace(
+        known,
+        architecture=model.architecture,
+        n_params=model.n_params,
+        n_layers=model.n_layers,
+        n_experts=model.n_experts,
+        context_length=header.integer(f"{model.architecture}.context_length"),
+        base_models=_base_models(header, known.repo),
+        license=words.line("general.license", _ID),
+        license_name=words.line("general.license.name", _NAME),
+        license_link=words.line("general.license.link", _LINK),
+        languages=words.several("general.languages", _ID, _MOST_LANGUAGES),
+        tags=words.several("general.tags", _ID, _MOST_TAGS),
+    )
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Reads texts of a header. One that is too long to be what its key says is left out: cut, it would say something else."""
+
+    header: GgufHeader
+    sink: Sink
+
+    def line(self, key: str, limit: int) -> str:
+        value = (self.header.text(key) or "").strip()
+        if len(value) > limit:
+            self.sink(warning(f"{key} of {self.header.path.name} has {len(value)} characters; the report leaves it out."))
+            return ""
+        return value
+
+    def several(self, key: str, limit: int, most: int) -> tuple[str, ...]:
+        value = self.header.metadata.get(key)
+        given = [printable(item).strip() for item in value if isinstance(item, str)] if isinstance(value, tuple) else []
+        fit = [item for item in given if item and len(item) <= limit][:most]
+        if len(fit) < len(given):
+            self.sink(warning(f"{key} of {self.header.path.name}: {len(fit)} of {len(given)} are left in the report."))
+        return tuple(dict.fromkeys(fit))
+
+
+def _base_models(header: GgufHeader, repo: str) -> tuple[str, ...]:
+    """Hub ids: of the model itself, then of those it was made from. None where its own is not known: files made from a chat
+    model are not files of the base model that was tuned."""
+    own = repo or _hub_id(header, "general.repo_url")
+    if not own:
+        return ()
+    bases = (_hub_id(header, f"general.base_model.{number}.repo_url") for number in range(_MOST_BASES))
+    return tuple(dict.fromkeys((own, *filter(None, bases))))
+
+
+def _hub_id(header: GgufHeader, key: str) -> str:
+    match = _HUB_URL.fullmatch((header.text(key) or "").strip())
+    return match[1] if match is not None else ""

@@ -1,0 +1,101 @@
+"""Levels made without imatrix, only to be measured: what each level would be without one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from imatrix_runner.errors import RunnerError, from_os_error
+from imatrix_runner.journal import Journal, Record
+from imatrix_runner.quantize.levels import Level
+from imatrix_runner.workflow.context import Session
+from imatrix_runner.workflow.levels import LevelPlanner
+from imatrix_runner.workflow.making import LevelMaker
+from imatrix_runner.workflow.measured import EVALUATE, LEVEL_INPUT
+from imatrix_runner.workflow.measuring import Subject
+from imatrix_runner.workflow.plan import LevelStep, level_inputs, step_name
+from imatrix_runner.workflow.request import LevelsRequest
+from imatrix_runner.workflow.source import Frozen
+from imatrix_runner.workspace import Workspace
+
+_NONE = "none"
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Plans, makes and removes them, in a workspace of their own inside the model's."""
+
+    request: LevelsRequest
+    frozen: Frozen
+    session: Session
+
+    @cached_property
+    def _inside(self) -> Session:
+        """The session, working in the twins' workspace."""
+        workspace = Workspace(self.session.workspace.twins, self.session.workspace.model)
+        return replace(self.session, workspace=workspace, journal=Journal(workspace.journal))
+
+    @cached_property
+    def _planner(self) -> LevelPlanner:
+        return LevelPlanner(replace(self.request, one_by_one=False, verify="header"), self.frozen, self._inside)
+
+    def plan(self, levels: Sequence[Level]) -> tuple[tuple[LevelStep, ...], dict[str, str]]:
+        """The twins that can exist, and for each level that has none the reason."""
+        with_one: list[Level] = []
+        reasons: dict[str, str] = {}
+        for level in levels:
+            if why := self._unlike(level):
+                reasons[level.name] = why
+            else:
+                with_one.append(level)
+        steps = self._planner.plan(with_one, None, _NONE) if with_one else ()
+        failing = [step for step in steps if step.state == "fails"]
+        reasons |= {step.level.name: f"cannot be made without an imatrix: {step.reason}" for step in failing}
+        return tuple(step for step in steps if step.state != "fails"), reasons
+
+    def _unlike(self, level: Level) -> str:
+        """Why a twin of a level would differ from it by more than the imatrix; empty where it would not."""
+        record = self.session.journal.get(step_name(level))
+        assert record is not None
+        if record.inputs.get("imatrix") == _NONE:
+            return "was made without an imatrix itself"
+        engine = self.session.engine_for(level.name).identity()
+        imatrix, source = record.inputs["imatrix"], self.frozen.fingerprint
+        mine = level_inputs(level, self.request.options, source=source, imatrix=imatrix, engine=engine, further="")
+        for name in ("model file", "options", "engine"):
+            if mine[name] != record.inputs.get(name):
+                return f"was made with another {name} ({_short(record, name)}): make it again, or use run --evaluate --ab"
+        return ""
+
+    def subject(self, step: LevelStep) -> Subject:
+        name = f"{step.level.name} without imatrix"
+        content = " ".join(("twin of", step.inputs["options"], step.inputs["engine"], step.inputs["model file"]))
+        return Subject(name, f"{EVALUATE} {name}", step.files[0], {LEVEL_INPUT: content}, "its level is compared with it")
+
+    def make(self, steps: Sequence[LevelStep]) -> dict[str, RunnerError]:
+        """Make those that are not there; by level the error of each that could not be made."""
+        inside = self._inside
+        try:
+            inside.workspace.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise from_os_error(error, "making room for twins", inside.workspace.root) from error
+        todo = [step for step in steps if step.state == "todo"]
+        if not todo:
+            return {}
+        maker = LevelMaker(self._planner.request, self.frozen, inside, None, None, inside.sink)
+        made = maker.run(todo)
+        return {result.step.level.name: result.error for result in made.results if result.error is not None}
+
+    def remove(self, steps: Sequence[LevelStep]) -> None:
+        for step in steps:
+            for file in step.files:
+                file.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        shutil.rmtree(self._inside.workspace.root, ignore_errors=True)
+
+
+def _short(record: Record, name: str) -> str:
+    return record.inputs.get(name, "")[:60]

@@ -1,0 +1,183 @@
+"""What levels are measured with: a text nothing was calibrated with, so many chunks of it, and the engine that computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from imatrix_runner.calibration.corpus import Corpus, open_corpus
+from imatrix_runner.calibration.overlap import overlap_files, verdict
+from imatrix_runner.engines.base import CollectOptions
+from imatrix_runner.engines.logits_file import LogitsHead, read_head
+from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
+from imatrix_runner.evaluate.passes import Extent, Fit, disk_limit, fit
+from imatrix_runner.events import Finished, Started, warning
+from imatrix_runner.files import free_bytes, sha256
+from imatrix_runner.models.gguf_file import LongArray
+from imatrix_runner.models.sources import Model
+from imatrix_runner.resources import HELD_OUT_TEXT, resource
+from imatrix_runner.workflow.choice import EMBEDDED
+from imatrix_runner.workflow.context import Session
+from imatrix_runner.workflow.imatrix import STEP as IMATRIX_STEP
+from imatrix_runner.workflow.request import MeasureRequest
+from imatrix_runner.workflow.source import Frozen
+
+_LEAST_CHUNKS = 2
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """``text`` is None where a file of log-probabilities, ``base``, is compared with. ``overlap``: share of the text that
+    stands in the calibration text too, None where that is not known. ``inputs``: the named fingerprints of every figure."""
+
+    name: str
+    sha256: str
+    text: Corpus | None
+    base: Path | None
+    options: CollectOptions
+    extent: Extent
+    fit: Fit
+    overlap: float | None
+    inputs: dict[str, str]
+
+    @property
+    def base_head(self) -> LogitsHead:
+        return LogitsHead(self.extent.n_ctx, self.extent.n_vocab, self.extent.n_chunks)
+
+
+def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, twins: list[int], session: Session) -> Yardstick:
+    """Raises :class:`InvalidDataError` for a text that is too short, or that the model was calibrated with."""
+    options = replace(request.options, parse_special=False)
+    if request.base is not None:
+        return _given(request.base, request, options, frozen, n_subjects, twins, session)
+    corpus = open_corpus(request.text or resource(HELD_OUT_TEXT))
+    overlap = _overlap(corpus, session)
+    n_tokens = session.engine.count_tokens(frozen.model.path, corpus.path, parse_special=False, log=session.log("tokenize"))
+    there = n_tokens // options.n_ctx
+    if there < _LEAST_CHUNKS:
+        raise InvalidDataError(
+            f"{corpus.name} is too short to measure with",
+            f"it has {n_tokens} tokens, and {_LEAST_CHUNKS} chunks of {options.n_ctx} need {_LEAST_CHUNKS * options.n_ctx}",
+            "Give a longer --text, leave it out to use the shipped one, or use a smaller -c.",
+        )
+    n_chunks = there if request.chunks is None else min(there, request.chunks)
+    if request.chunks is not None and there < request.chunks:
+        session.sink(
+            warning(f"{corpus.name} has only {there} chunks of {options.n_ctx} tokens, {request.chunks} were asked for.")
+        )
+    extent = Extent(vocabulary_size(frozen.model), options.n_ctx, n_chunks, options.chunks_at_once, n_subjects + len(twins))
+    whole = session.engine.name != EMBEDDED
+    space = fit(extent, disk_limit(request.max_disk, free_bytes(session.workspace.root)), twins, whole=whole)
+    if whole and space.chunks < n_chunks:
+        session.sink(
+            warning(
+                f"{space.chunks} of {n_chunks} chunks are measured: more do not fit into --max-disk, and llama-perplexity "
+                "cannot go on in a second pass. The embedded engine can."
+            )
+        )
+        extent = replace(extent, n_chunks=space.chunks)
+    named = {"text": f"sha256:{corpus.sha256}", "context": str(options.n_ctx)}
+    return Yardstick(
+        corpus.name, corpus.sha256, corpus, None, options, extent, space, overlap, _inputs(named, options, frozen, session)
+    )
+
+
+def _given(
+    base: Path,
+    request: MeasureRequest,
+    options: CollectOptions,
+    frozen: Frozen,
+    n_subjects: int,
+    twins: list[int],
+    session: Session,
+) -> Yardstick:
+    """Somebody's file of log-probabilities, as llama-perplexity writes it."""
+    head = read_head(base)
+    if head.n_vocab != vocabulary_size(frozen.model):
+        raise InvalidDataError(
+            f"{base.name} is not of {frozen.model.name}",
+            f"it is of a vocabulary of {head.n_vocab} tokens, and the model has {vocabulary_size(frozen.model)}",
+            "Give the one written from this model, or leave it out to have one made.",
+        )
+    if request.chunks is not None and session.engine.name != EMBEDDED:
+        raise UsageError(
+            "--chunks has no effect with --kl-divergence-base here",
+            "llama-perplexity compares with the whole file",
+            "Leave --chunks out, or use --engine embedded.",
+        )
+    options = replace(options, n_ctx=head.n_ctx, n_batch=max(options.n_batch, head.n_ctx))
+    n_chunks = head.n_chunks if request.chunks is None else min(head.n_chunks, request.chunks)
+    extent = Extent(head.n_vocab, head.n_ctx, n_chunks, options.chunks_at_once, n_subjects + len(twins))
+    n_bytes = extent.kept_bytes + max(twins, default=0)
+    digest = session.journal.known_hash(base) or sha256(base, lambda _bytes: session.stop.check())
+    named = {"reference": f"sha256:{digest}", "context": str(head.n_ctx)}
+    limit = disk_limit(request.max_disk, free_bytes(session.workspace.root))
+    space = Fit(n_chunks, 1, n_bytes, limit)
+    inputs = _inputs(named, options, frozen, session)
+    return Yardstick(base.name, digest, None, base, options, extent, space, None, inputs)
+
+
+def _inputs(named: dict[str, str], options: CollectOptions, frozen: Frozen, session: Session) -> dict[str, str]:
+    return {"model file": frozen.fingerprint, **named, "options": _how(options), "engine": session.engine.arithmetic()}
+
+
+def _how(options: CollectOptions) -> str:
+    """The options that may change a bit of what is computed; threads do not."""
+    how = [f"-b {options.n_batch} -ub {options.n_ubatch}", f"-ngl {options.n_gpu_layers}" if options.n_gpu_layers else ""]
+    how += [f"-fa {options.flash_attn}" if options.flash_attn else ""]
+    return " ".join(filter(None, how))
+
+
+def vocabulary_size(model: Model) -> int:
+    """Tokens of the vocabulary: as many as llama.cpp has logits for each position."""
+    tokens = model.header.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, LongArray):
+        return tokens.length
+    if isinstance(tokens, tuple):
+        return len(tokens)
+    raise InvalidDataError(
+        f"{model.name} cannot be measured",
+        "its GGUF names no vocabulary (tokenizer.ggml.tokens)",
+        "Convert it again with its tokenizer files beside it.",
+    )
+
+
+def _overlap(corpus: Corpus, session: Session) -> float | None:
+    """How much of the text stands in those that matrices of this workspace were collected from. Raises for too much."""
+    worst: float | None = None
+    for calibration in _calibrations(session):
+        session.sink(Started("overlap", f"comparing {corpus.name} with {calibration.name}"))
+        found = overlap_files(calibration, corpus.path)
+        session.sink(Finished("overlap", "done", f"{found.share:.1%} in common"))
+        judged = verdict(found)
+        if judged == "void":
+            raise InvalidDataError(
+                f"{corpus.name} cannot say how good the levels are",
+                f"{found.share:.0%} of it stands in {calibration.name}, which the imatrix was collected from: "
+                "the figures would say how well that is remembered",
+                "Give another --text, or leave it out to use the shipped one.",
+            )
+        if judged == "some":
+            session.sink(
+                warning(f"{found.share:.1%} of {corpus.name} stands in {calibration.name} too, for example: {found.example}")
+            )
+        worst = max(worst or 0.0, found.share)
+    return worst
+
+
+def _calibrations(session: Session) -> list[Path]:
+    """The calibration texts of this workspace's matrices, as far as they are still where and what they were."""
+    found: dict[Path, None] = {}
+    for step, record in session.journal.steps().items():
+        facts = record.facts.get("calibration") if step.split(" ")[0] == IMATRIX_STEP else None
+        if not isinstance(facts, dict):
+            continue
+        path = Path(str(facts.get("path", "")))
+        try:
+            if path.is_file() and sha256(path) == facts.get("sha256"):
+                found[path] = None
+            else:
+                session.sink(warning(f"{path.name} is gone or was changed: whether the text overlaps it cannot be told."))
+        except OSError as error:
+            raise from_os_error(error, "reading the calibration text", path) from error
+    return list(found)

@@ -1,0 +1,180 @@
+"""``scripts/bench evaluation``: the embedded engine's worker against llama-perplexity: the reference, and a level against it.
+
+Both are timed as whole processes, in turn, the order reversed every round, on the same model, text, base file and threads;
+ratios are of medians. "Pass" is without loading the model: llama-perplexity's log says when it begins, the worker tells its
+own. Memory is the peak resident set of the process itself (``ru_maxrss``): what is mapped of the model and of the base counts,
+as far as it was looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from bench_imatrix import write
+from tiny_models import sample_text
+
+from imatrix_runner.engines.base import ChunkRange, CollectOptions, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.binaries.argv import judge_command, quantize_command, refer_command
+from imatrix_runner.engines.embedded.find import find, worker_command
+from imatrix_runner.engines.embedded.protocol import Judge, Refer
+from imatrix_runner.engines.measures import JudgeJob, ReferJob
+from imatrix_runner.process import Command, Runner, child_environment
+from imatrix_runner.resources import DEMO_MODEL, HELD_OUT_TEXT, resource
+from imatrix_runner.toolchain.locate import locate, require
+from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.toolchain.store import cache_dir
+
+TIME_GOAL, MEMORY_GOAL = 1.1, 1.0
+PROGRAMS = ("llama-perplexity", "embedded")
+_BEGINS = re.compile(r"^(\d+)\.(\d+)\.(\d+)\.(\d+) I (?:perplexity: tokenizing|kl_divergence: computing)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Took:
+    """One process: seconds from start to end and of these without loading, peak memory in bytes."""
+
+    seconds: float
+    computing: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source, a level of it, and the text they are measured with."""
+
+    name: str
+    source: Path
+    level: Path
+    text: Path
+    chunks: int
+
+
+def run(command: Command, folder: Path) -> tuple[float, int, str]:
+    """Seconds, peak memory, and all it said."""
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as out:
+        env = child_environment(command.env)
+        child = subprocess.Popen(
+            command.argv, cwd=command.cwd or folder, env=env, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.monotonic() - began
+        child.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        said = out.read().decode()
+    if child.returncode:
+        raise SystemExit(f"{command.argv[0]} ended with {child.returncode}: {said[-500:]}")
+    return seconds, usage.ru_maxrss * 1024, said
+
+
+def theirs(command: Command, folder: Path) -> Took:
+    took, peak, said = run(command, folder)
+    begins = _BEGINS.search(said)
+    if begins is None:
+        raise SystemExit(f"llama-perplexity does not say when it begins: {said[-500:]}")
+    minutes, seconds, milli, micro = (int(part) for part in begins.groups())
+    return Took(took, took - (60 * minutes + seconds + milli / 1e3 + micro / 1e6), peak)
+
+
+def ours(request: Refer | Judge, library: Path | None, folder: Path) -> Took:
+    command = worker_command(request, library)
+    took, peak, said = run(command, folder)
+    told = next(json.loads(line) for line in said.splitlines() if line.startswith('{"type":"judged"'))
+    return Took(took, told["seconds"], peak)
+
+
+def once(case: Case, what: str, who: str, tools: Toolchain, library: Path | None, folder: Path, threads: int) -> Took:
+    """Each has a base of its own; a level is compared with llama-perplexity's by both."""
+    options = CollectOptions(threads=threads)
+    base, mine, out = folder / "theirs.logits", folder / "ours.logits", folder / "scored"
+    for old in (mine, out):
+        old.unlink(missing_ok=True)
+    if what == "reference" and who == "embedded":
+        return ours(Refer("bench", case.source, case.text, mine, 0, case.chunks, options, "bench", None), library, folder)
+    if what == "reference":
+        job = ReferJob("bench", case.source, case.text, ChunkRange(0, case.chunks), base, options, "bench", None)
+        return theirs(refer_command(job, base, tools), folder)
+    if who == "embedded":
+        return ours(Judge("bench", case.level, base, out, 0, None, options, "bench"), library, folder)
+    return theirs(judge_command(JudgeJob("bench", case.level, base, out, options, "bench", None), base, tools), folder)
+
+
+def compare(case: Case, tools: Toolchain, library: Path | None, folder: Path, options: argparse.Namespace) -> None:
+    for what in ("reference", "level"):
+        rounds: dict[str, list[Took]] = {who: [] for who in PROGRAMS}
+        for number in range(options.rounds):
+            for who in PROGRAMS if number % 2 == 0 else PROGRAMS[::-1]:
+                rounds[who].append(once(case, what, who, tools, library, folder, options.threads))
+        show(f"{case.name:12} {what:9}", rounds)
+
+
+def show(title: str, rounds: dict[str, list[Took]]) -> None:
+    figures, ratios = [], []
+    for who in PROGRAMS:
+        whole, computing = (
+            statistics.median(values) for values in zip(*((t.seconds, t.computing) for t in rounds[who]), strict=True)
+        )
+        peak = max(took.peak for took in rounds[who])
+        figures.append(f"{who} {whole:6.2f} s, pass {computing:6.2f} s, {peak / 1e6:5.0f} MB")
+        ratios.append((whole, computing, peak))
+    whole, computing, peak = (mine / their for their, mine in zip(*ratios, strict=True))
+    met = computing <= TIME_GOAL and peak <= MEMORY_GOAL
+    print(f"{title}  {'   '.join(figures)}   ", end="")
+    print(f"time {whole:.3f}, pass {computing:.3f}, memory {peak:.2f}  {'' if met else 'MISSED'}", flush=True)
+
+
+def cases(folder: Path, tools: Toolchain, options: argparse.Namespace) -> list[Case]:
+    """The demo model, and random weights with vocabularies as large as models have."""
+    text = folder / "text.txt"
+    text.write_text(sample_text(options.chunks * 4000), encoding="utf-8")
+    sources = [("demo", resource(DEMO_MODEL), resource(HELD_OUT_TEXT), 48)]
+    for vocab in options.vocab:
+        model = folder / f"{vocab // 1000}k.gguf"
+        # In a process of its own: a child's peak memory counts from the process that started it.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(write, model, vocab, "f16").result()
+        sources.append((f"{vocab // 1000}k tokens", model, text, options.chunks))
+    found = []
+    for name, source, words, chunks in sources:
+        level = folder / f"{source.stem}-{options.level}.gguf"
+        job = QuantizeJob("bench", source, level, options.level, QuantizeOptions(), None, options.threads, None)
+        Runner().run(quantize_command(job, tools))
+        found.append(Case(name, source, level, words, chunks))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--chunks", type=int, default=8, help="of the models with random weights")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--vocab", type=int, nargs="*", default=[32000, 131072])
+    parser.add_argument("--level", default="Q4_K_M")
+    options = parser.parse_args()
+    tools = require(locate(None, env=os.environ, cache=cache_dir()))
+    bindings = find(os.environ, cache_dir())
+    print(f"{tools.identity()}; {bindings.identity()}; {options.level}, {options.threads} threads, medians of ", end="")
+    print(f"{options.rounds}; load {os.getloadavg()[0]:.1f}")
+    print(f"goal: a pass at most {TIME_GOAL} of llama-perplexity's time, memory at most {MEMORY_GOAL:g} of its")
+    with tempfile.TemporaryDirectory(prefix="imatrix-runner-bench-") as name:
+        folder = Path(name)
+        for case in cases(folder, tools, options):
+            compare(case, tools, bindings.library, folder, options)
+
+
+if __name__ == "__main__":
+    main()

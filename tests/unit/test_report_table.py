@@ -1,0 +1,100 @@
+"""The report on a terminal: what is shown, and what goes when there is no room."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from reports import bare_report, moe_report, sample_report
+from rich.console import Console
+
+from imatrix_runner.cli.report_table import print_report
+from imatrix_runner.evaluate.twins import RULE
+from imatrix_runner.report.document import Report
+
+
+def printed(report: Report, width: int = 200) -> str:
+    stream = io.StringIO()
+    print_report(report, Console(file=stream, width=width, highlight=False, markup=False, emoji=False))
+    return stream.getvalue()
+
+
+def row(text: str, level: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(level))
+
+
+def test_every_level_stands_there_with_its_figures() -> None:
+    report = sample_report()
+    text = printed(report)
+    for level in report.levels:
+        assert level.measured is not None
+        line = row(text, level.name)
+        assert f"{level.bits_per_weight:.2f}" in line
+        assert f"{100 * level.measured.same_top.value:.1f} %" in line
+    assert "0.0181 ± 0.0002   +1.13 %    92.6 %   3.2 %" in row(text, "Q4_K_M")
+    assert "25,600 tokens in 100 chunks of 512" in text
+
+
+def test_recommended_levels_are_marked_and_their_rule_is_told() -> None:
+    report = sample_report()
+    text = printed(report)
+    marked = {line.split(" *")[0] for line in text.splitlines() if " *  " in line}
+    assert marked == {pick.level for pick in report.picks}
+    for pick in report.picks:
+        assert f"* {pick.level} ({pick.why}): {pick.rule}" in text
+
+
+def test_comparisons_come_with_verdict_and_rule() -> None:
+    text = printed(sample_report())
+    twins = text[text.index("With and without imatrix") :]
+    assert "take it" in row(twins, "Q4_K_M")
+    assert "14.2 ± 1.8 %" in row(twins, "IQ4_XS")
+    assert row(twins, "Q6_K").endswith("not needed (within the error)")
+    assert RULE in twins
+
+
+def test_answers_are_summed_up() -> None:
+    text = printed(sample_report())
+    answers = text[text.index("Answers to your prompts") :]
+    assert "33.3 %" in row(answers, "Q4_K_M")
+    assert "of 128 tokens" in row(answers, "Q4_K_M")
+
+
+def test_what_was_not_measured_is_not_there() -> None:
+    text = printed(bare_report())
+    for word in ("KLD", "PPL", "*", "imatrix", "Answers", "Measured", "-  "):
+        assert word not in text
+    assert "641.25 MiB" in row(text, "Q4_K_M")
+
+
+def test_a_level_without_figures_among_others_has_dashes() -> None:
+    report = sample_report()
+    first = replace(report.levels[0], measured=None, bits_per_weight=None)
+    line = row(printed(replace(report, levels=(first, *report.levels[1:]))), "Q8_0")
+    assert line.split() == ["Q8_0", "7.95", "GiB", "-", "-", "-", "-", "-", "6:52"]
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 50])
+@pytest.mark.parametrize("report", [sample_report(), moe_report()], ids=["dense", "moe"])
+def test_columns_go_before_a_figure_is_cut(width: int, report: Report) -> None:
+    text = printed(report, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    levels = text[: text.index("Measured on")]
+    assert all(len(row(levels, level.name).split()) >= 6 for level in report.levels)  # name, size, unit, KLD, ±, its error
+
+
+def test_time_is_the_first_to_go_at_80_columns() -> None:
+    head = printed(sample_report(), 80).splitlines()[1]
+    assert head.split() == ["Level", "Size", "Bits/weight", "Mean", "KLD", "PPL", "Same", "top", "Δp", "RMS"]
+
+
+def test_no_name_commands_the_terminal() -> None:
+    report = sample_report()
+    evil = "\x1b]0;owned\x07Q4\u202e[bold]"
+    levels = (replace(report.levels[0], name=evil), *report.levels[1:])
+    assert report.evaluation is not None
+    text = printed(replace(report, levels=levels, evaluation=replace(report.evaluation, text=evil)))
+    assert not set(text) & {"\x1b", "\x07", "\u202e"}
+    assert "[bold]" in text
