@@ -79,8 +79,8 @@ def ensure_browser() -> None:
             f"sudo apt-get install {' '.join(_BROWSER_PACKAGES)}. Or leave these tests out: scripts/test --no-browser"
         )
     say(f"installing {' and '.join(_BROWSER_PACKAGES)} (once)")
-    run("apt-get", "update", "--quiet")
-    run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *_BROWSER_PACKAGES, DEBIAN_FRONTEND="noninteractive")
+    run("apt-get", "-qq", "update")
+    run("apt-get", "-qq", "install", "--yes", "--no-install-recommends", *_BROWSER_PACKAGES, DEBIAN_FRONTEND="noninteractive")
 
 
 def ensure_tools() -> None:

@@ -101,7 +101,7 @@ def hashed(name: str) -> str:
 
 def level(name: str, bits: float, kld: float | None, *, model: str = "Ministral-8B", n_params: int = N_PARAMS) -> ReportLevel:
     n_bytes = int(n_params * bits / 8)
-    file = f"{model}-{name}.gguf"
+    file, measured = f"{model}-{name}.gguf", divergence(kld) if kld is not None else None
     return ReportLevel(
         name=name,
         ftype=name.replace("_L", "_M") if name.endswith("_L") else name,
@@ -115,7 +115,8 @@ def level(name: str, bits: float, kld: float | None, *, model: str = "Ministral-
         seconds=412.5,
         finished="2026-07-14T09:41:07+00:00",
         command=f"llama-quantize --imatrix imatrix.gguf {model}-BF16.gguf {file} {name}",
-        measured=divergence(kld) if kld is not None else None,
+        measured=measured,
+        ppl_ratio=measured.ratio if measured is not None else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,8 @@ from imatrix_runner.journal import Journal, Record
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import Report
 from imatrix_runner.workflow.measured import ANSWER, COMPARE, EVALUATE, LEVEL_INPUT, Measured, as_facts, content_of
-from imatrix_runner.workflow.report import ReportFiles, gather, make_report
+from imatrix_runner.workflow.report import NAMES, STEP, ReportFiles, gather, make_report
+from imatrix_runner.workflow.report_source import DESCRIBED
 from imatrix_runner.workspace import Workspace
 
 LEVELS = ("Q8_0", "Q4_K_M", "IQ2_XS")
@@ -30,6 +32,17 @@ def run_here(folder: Path, *arguments: str | Path) -> Workspace:
     assert code == 0
     (root,) = (folder / "work").iterdir()
     return Workspace(root, root.name)
+
+
+def unreported(workspace: Workspace) -> Workspace:
+    """As if no report had ever been made of it."""
+    for name in NAMES:
+        (workspace.root / name).unlink(missing_ok=True)
+    journal = json.loads(workspace.journal.read_text(encoding="utf-8"))
+    journal["steps"].pop(STEP, None)
+    journal["facts"].pop(DESCRIBED, None)
+    workspace.journal.write_text(json.dumps(journal), encoding="utf-8")
+    return workspace
 
 
 def reported(workspace: Workspace, sink: Sink = ignore) -> Report:
@@ -56,7 +69,7 @@ def measure(workspace: Workspace, klds: Mapping[str, float] | None = None, **cha
     """Have the journal say that levels were measured to have these mean KLDs; ``changes`` to what they were measured with."""
     journal, facts = Journal(workspace.journal), evaluation(seconds=0.0, **changes)
     for name, kld in (klds or KLDS).items():
-        _record(journal, EVALUATE, name, Measured(divergence(kld), facts), 3.5)
+        _record(journal, EVALUATE, name, Measured(divergence(kld), divergence(kld).ratio, facts), 3.5)
 
 
 def compare_and_answer(workspace: Workspace, level: str) -> None:

@@ -65,8 +65,8 @@ def read_source(
 
     ``interpret`` says what a data file's rows are. ``on_bytes`` hears of bytes taken from the disk (:func:`source_bytes` in
     all) and may raise to stop; ``on_skipped`` of each file of a folder that is passed over, with a word or two why: ``binary``,
-    ``too large``. ``name`` is shown in place of the path; ``strings``: as for :func:`jsonl_rows`. Raises :class:`InvalidDataError` for a source that is not readable,
-    not what its name says, or without any record.
+    ``too large``. ``name`` is shown in place of the path; ``strings``: as for :func:`~.json_rows.jsonl_rows`. Raises
+    :class:`InvalidDataError` for a source that is not readable, not what its name says, or without any record.
     """
     reader = _Reader(interpret, on_bytes, on_skipped, strings)
     shown = printable(name or str(path))

@@ -24,7 +24,7 @@ from imatrix_runner.quantize.levels import PRESETS
 from imatrix_runner.workflow.request import LevelsRequest, SourceRequest
 
 if TYPE_CHECKING:
-    from imatrix_runner.workflow.advise import Advice
+    from imatrix_runner.workflow.advise import Advice, LevelAdvice
 
 _USES = ("general", "chat", "code", "multilingual")
 
@@ -136,6 +136,28 @@ def next_commands(model: str, advice: Advice, options: dict[str, Any]) -> list[s
     return [shlex.join([PROGRAM, "run", *levels, *text, *layers]), measured]
 
 
+def _level(level: LevelAdvice) -> dict[str, Any]:
+    need, fit = level.benefit, level.fit
+    return {
+        "level": level.level,
+        "bytes": level.n_bytes,
+        "bits_per_weight": level.bits_per_weight,
+        "failure": level.failure,
+        "fit": {
+            "place": fit.place,
+            "bytes": fit.n_bytes,
+            "n_gpu_layers": fit.n_gpu_layers,
+            "n_layers": fit.n_layers,
+            "reason": fit.reason,
+        }
+        if fit is not None
+        else None,
+        "imatrix": {"need": need.need, "reason": need.reason, "ppl_error": need.ppl_error, "kld": need.kld},
+        "fallbacks": level.fallbacks,
+        "fallback_share": level.fallback_share,
+    }
+
+
 def _print_json(advice: Advice, commands: list[str]) -> None:
     import msgspec
 
@@ -143,11 +165,6 @@ def _print_json(advice: Advice, commands: list[str]) -> None:
     from imatrix_runner.quantize.benefit import KLD_SOURCE, PPL_SOURCE
 
     model, machine, text, timing = advice.model, advice.machine, advice.text, advice.timing
-    levels = [
-        msgspec.to_builtins(each)
-        | {"needs_imatrix": each.benefit.need, "reason": each.benefit.reason, "memory": each.fit.n_bytes if each.fit else None}
-        for each in advice.levels
-    ]
     print_document(
         document(
             "advise",
@@ -170,7 +187,7 @@ def _print_json(advice: Advice, commands: list[str]) -> None:
                 "certainty": advice.context.certainty,
                 "note": advice.context.note,
             },
-            levels=levels,
+            levels=[_level(each) for each in advice.levels],
             left_out=list(advice.left_out),
             sources={"ppl_error": PPL_SOURCE, "kld": KLD_SOURCE},
             calibration={
@@ -194,6 +211,7 @@ def _print_json(advice: Advice, commands: list[str]) -> None:
             untimed=advice.untimed,
             held_out_chunks=advice.held_out_chunks,
             imatrix_bytes=advice.imatrix_bytes,
+            measured=list(advice.measured),
             recommendations=msgspec.to_builtins(advice.recommendations),
             commands=commands,
         )

@@ -33,7 +33,8 @@ _PLACES = {"GPU": "green", "GPU and RAM": "yellow", "RAM": "", "nowhere": "red"}
 _SEVERITIES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _FAR = 0.1
 """A probe whose two pairs differ by more is told as a range."""
-_LANGUAGES = 3
+_WORTH_NAMING = 0.05
+"""Share of a text from which a language of it is named."""
 _LABEL = 9
 
 Row = tuple[str, Text]
@@ -89,7 +90,7 @@ def _weights(count: int) -> str:
 
 def _machine(machine: MachineFacts) -> str:
     free = f" ({human_bytes(machine.ram_free)} free now)" if machine.ram_free is not None else ""
-    told = [f"{human_bytes(machine.ram)} RAM{free}"]
+    told = [f"{human_bytes(machine.ram)} RAM{free or ' as given'}"]
     told += [f"{gpu.name}{f' with {human_bytes(gpu.n_bytes)}' if gpu.n_bytes else ''}" for gpu in machine.gpus] or ["no GPU"]
     return f"{', '.join(told)}; {human_bytes(machine.disk_free)} of disk free at {printable(str(machine.disk))}"
 
@@ -186,11 +187,10 @@ def _labels(first: str) -> Iterator[str]:
 
 def _calibration(advice: Advice) -> Iterator[Row]:
     text = advice.text
-    told = [each for each in text.inspected.inspection.text.languages if each.code not in (SHORT, UNKNOWN)]
-    largest = sorted(told, key=lambda each: -each.share)[:_LANGUAGES]
-    shares = ", ".join(f"{each.name} {100 * each.share:.0f} %" for each in largest)
+    known = [each for each in text.inspected.inspection.text.languages if each.code not in (SHORT, UNKNOWN)]
+    shares = "".join(f", {each.name} {100 * each.share:.0f} %" for each in known if each.share >= _WORTH_NAMING)
     name = f"{printable(text.corpus.name)}{' (the shipped one)' if text.shipped else ''}"
-    yield "Text", Text(f"{name}: {text.n_chunks:,} chunks of {text.n_ctx} tokens; {shares}")
+    yield "Text", Text(f"{name}: {text.n_chunks:,} chunks of {text.n_ctx} tokens{shares}")
     for judgement in text.judgements:
         line = Text(f"{printable(judgement.text)}.")
         if judgement.todo:
@@ -259,5 +259,8 @@ def _recommended(advice: Advice, commands: Sequence[str]) -> Iterator[Row]:
         needed = [level.fit.n_bytes for level in advice.levels if level.fit is not None]
         least = f"the smallest needs {human_bytes(min(needed))}" if needed else "none can be made"
         yield "", Text(f"No level fits: {least}. Take a smaller model, or a shorter context with -c.", style="red")
+    if advice.measured:
+        names = ", ".join(advice.measured)
+        yield "Measured", Text(f"{names} of this very model, by evaluate: see its report, which is worth more than all of this")
     for label, command in zip(("Make", "Measure"), commands, strict=False):
         yield label, Text(printable(command), style="bold")

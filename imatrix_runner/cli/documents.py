@@ -12,6 +12,7 @@ from imatrix_runner import __version__
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.workflow.evaluate import EvaluateResult
 from imatrix_runner.workflow.making import LevelResult
 from imatrix_runner.workflow.plan import LevelStep, Plan
 from imatrix_runner.workflow.run import RunResult
@@ -55,8 +56,30 @@ def run_document(result: RunResult, exit_code: int) -> dict[str, Any]:
         collected=collected_content(result.collected) if result.collected is not None else None,
         levels=[_level(level) for level in result.levels],
         passes=[msgspec.to_builtins(figures) for figures in result.passes],
+        measured=measured_content(result.evaluated) if result.evaluated is not None else None,
+        report=[str(path) for path in result.report.paths] if result.report is not None else [],
         seconds=round(result.seconds, 3),
     )
+
+
+def measured_content(result: EvaluateResult) -> dict[str, Any]:
+    """``levels`` are the figures of :class:`~imatrix_runner.engines.measures.Divergence` by name."""
+    return {
+        "levels": {name: _plain(found) for name, found in result.measured.items()},
+        "failed": {name: error_content(error) for name, error in result.failed.items()},
+        "comparisons": [_plain(pair) for pair in result.comparisons],
+        "domain": [_plain(found) for found in result.domain],
+        "target": _plain(result.target) if result.target is not None else None,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return msgspec.to_builtins(value, str_keys=True)
+
+
+def error_content(error: RunnerError) -> dict[str, str]:
+    return {"kind": error.kind, "what": error.what, "why": error.why, "do": error.todo}
 
 
 def plan_content(plan: Plan) -> dict[str, Any]:
@@ -123,7 +146,7 @@ def _level(level: LevelResult) -> dict[str, Any]:
         "bits_per_weight": level.step.facts.bits_per_weight,
         "seconds": round(level.seconds, 3),
         "without_weights": list(level.without_weights),
-        "error": {"kind": error.kind, "what": error.what, "why": error.why, "do": error.todo} if error else None,
+        "error": error_content(error) if error else None,
     }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from imatrix_runner.cli.invocation import Invocation
+from imatrix_runner.cli.measure_options import measure_options, measure_request
 from imatrix_runner.cli.options import (
-    SIZE,
     LevelNames,
     compute_options,
     compute_request,
@@ -20,60 +20,11 @@ from imatrix_runner.cli.options import (
     source_options,
     source_request,
     threads_option,
-    together,
 )
 from imatrix_runner.cli.render import listening
 from imatrix_runner.cli.settings import SettingsCommand, setting
 from imatrix_runner.errors import SomeLevelsFailedError, UsageError
-from imatrix_runner.workflow.request import EvaluateRequest, LevelsRequest, MeasureRequest
-
-_FILE = click.Path(path_type=Path, dir_okay=False)
-
-measure_options = together(
-    setting(
-        "--text",
-        "held_out",
-        type=_FILE,
-        metavar="HELD_OUT",
-        help="Text to measure on; nothing of it may be in the calibration text (default: a shipped one).",
-    ),
-    setting("--max-disk", type=SIZE, help="Most that the measurement's own files may take at a time (default: 8GiB)."),
-    setting("--ab", is_flag=True, help="Measure each level without imatrix too, and say whether it was worth it."),
-    setting(
-        "--domain",
-        type=_FILE,
-        metavar="PROMPTS",
-        help="Prompts that the source and each level answer, to read side by side (JSON lines or text).",
-    ),
-    setting(
-        "--predict",
-        type=click.IntRange(1, 4096),
-        metavar="N",
-        default=128,
-        show_default=True,
-        help="Tokens of an answer at most.",
-    ),
-    setting(
-        "--target-kld",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="X",
-        help="Name the smallest level with a mean KLD of at most X.",
-    ),
-    setting("--target-size", type=SIZE, help="Name the best level of at most this size."),
-)
-
-
-def measure_request(given: dict[str, Any], **changes: Any) -> MeasureRequest:
-    values = {
-        "text": given["held_out"],
-        "max_disk": given["max_disk"],
-        "twins": given["ab"],
-        "domain": given["domain"],
-        "n_predict": given["predict"],
-        "target_kld": given["target_kld"],
-        "target_size": given["target_size"],
-    }
-    return MeasureRequest(**{**values, **changes})
+from imatrix_runner.workflow.request import EvaluateRequest, LevelsRequest
 
 
 @click.command(cls=SettingsCommand)
@@ -84,7 +35,7 @@ def measure_request(given: dict[str, Any], **changes: Any) -> MeasureRequest:
 @setting(
     "--kl-divergence-base",
     "base",
-    type=_FILE,
+    type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Compare with these log-probabilities, as llama-perplexity wrote them, and not with the source's on a text.",
 )

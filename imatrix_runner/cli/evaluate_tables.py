@@ -8,9 +8,8 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from imatrix_runner.cli.documents import document
+from imatrix_runner.cli.documents import document, measured_content
 from imatrix_runner.cli.report_table import print_report
-from imatrix_runner.errors import RunnerError
 from imatrix_runner.files import human_bytes
 from imatrix_runner.report.wording import shown
 from imatrix_runner.workflow.evaluate import EvaluateResult, MeasurePlan
@@ -72,24 +71,11 @@ def evaluate_document(result: EvaluateResult, exit_code: int) -> dict[str, Any]:
             "twins": list(plan.twins),
             "without_twin": dict(plan.alone),
         },
-        levels={name: _plain(found) for name, found in result.measured.items()},
-        failed={name: _error(error) for name, error in result.failed.items()},
-        comparisons=[_plain(pair) for pair in result.comparisons],
-        domain=[_plain(found) for found in result.domain],
-        picks=[_plain(pick) for pick in report.report.picks] if report is not None else [],
-        target=_plain(result.target) if result.target is not None else None,
+        measured=measured_content(result),
+        picks=[msgspec.to_builtins(pick) for pick in report.report.picks] if report is not None else [],
         report=[str(path) for path in report.paths] if report is not None else [],
-        seconds=round(result.seconds, 3),
     )
 
 
 def _planned(subject: Subject) -> dict[str, str]:
     return {"level": subject.name, "state": "todo" if subject.todo else "up-to-date", "reason": subject.reason}
-
-
-def _plain(value: Any) -> Any:
-    return msgspec.to_builtins(value, str_keys=True)
-
-
-def _error(error: RunnerError) -> dict[str, str]:
-    return {"kind": error.kind, "what": error.what, "why": error.why, "do": error.todo}

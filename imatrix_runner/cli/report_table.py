@@ -74,7 +74,7 @@ def _level_columns(picked: set[str]) -> tuple[Column[ReportLevel], ...]:
         Column("Size", lambda level: human_bytes(level.n_bytes)),
         Column("Bits/weight", lambda level: f"{level.bits_per_weight:.2f}" if level.bits_per_weight is not None else None, 3),
         Column("Mean KLD", measured(lambda found: kld_error(found.kld))),
-        Column("PPL", measured(lambda found: f"{100 * (found.ratio.value - 1):+.2f} %"), 1),
+        Column("PPL", lambda level: f"{100 * (level.ppl_ratio.value - 1):+.2f} %" if level.ppl_ratio is not None else None, 1),
         Column("Same top", measured(lambda found: percent(found.same_top.value))),
         Column("Δp RMS", measured(lambda found: percent(found.dp_rms.value)), 2),
         Column("Time", lambda level: human_seconds(level.seconds) if level.seconds else None, 4),

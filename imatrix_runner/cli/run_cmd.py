@@ -8,8 +8,10 @@ from typing import Any
 import click
 
 from imatrix_runner.cli.invocation import Invocation
+from imatrix_runner.cli.measure_options import measure_options, measure_request
 from imatrix_runner.cli.options import (
     collect_options,
+    compute_request,
     dry_run_option,
     environment_options,
     environment_request,
@@ -23,8 +25,9 @@ from imatrix_runner.cli.options import (
 )
 from imatrix_runner.cli.render import listening
 from imatrix_runner.cli.settings import SettingsCommand, setting
+from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.errors import SomeLevelsFailedError, UsageError
-from imatrix_runner.workflow.request import ImatrixRequest, RunRequest
+from imatrix_runner.workflow.request import ImatrixRequest, MeasureRequest, RunRequest
 
 
 @click.command(cls=SettingsCommand)
@@ -39,6 +42,8 @@ from imatrix_runner.workflow.request import ImatrixRequest, RunRequest
 @level_options
 @collect_options
 @threads_option
+@setting("--evaluate", is_flag=True, help="Then measure every level against the source (see imatrix-runner evaluate --help).")
+@measure_options
 @source_options
 @environment_options
 @dry_run_option
@@ -54,14 +59,24 @@ def run(invocation: Invocation, /, model: str, imatrix: str, **options: Any) -> 
     imatrix-runner run model-BF16.gguf
     imatrix-runner run org/name --preset bartowski -ngl 99
     imatrix-runner run model-BF16.gguf --levels Q4_K_M,IQ3_XXS --dry-run
+    imatrix-runner run model-BF16.gguf --preset bartowski --target-size 4GiB
     """
     request = RunRequest(
         source_request(model, options),
         environment_request(options, invocation),
         imatrix_request(options, invocation.extra, mode=imatrix),
         levels_request(options),
+        _measure(options),
     )
     return perform(request, options)
+
+
+def _measure(options: dict[str, Any]) -> MeasureRequest | None:
+    """What is measured at the end; None without ``--evaluate`` and whatever implies it. -c and --chunks are the imatrix's."""
+    implied = ("held_out", "ab", "domain", "target_kld", "target_size")
+    if not options["evaluate"] and not any(options[name] for name in implied):
+        return None
+    return measure_request(options, options=compute_request({**options, "ctx_size": CollectOptions.n_ctx}))
 
 
 @click.command(cls=SettingsCommand)
@@ -143,7 +158,8 @@ def perform(request: RunRequest, options: dict[str, Any]) -> int:
 
         with stop_on_signals(context.stop):
             result = run_workflow(request, context, dry_run=dry_run, on_plan=show)
-    failed = result.plan.failing if dry_run else result.failed
+    unmeasured = result.evaluated.failed if result.evaluated is not None else {}
+    failed = bool(result.plan.failing if dry_run else result.failed) or bool(unmeasured)
     code = SomeLevelsFailedError.exit_code if failed else 0
     out = stdout_console()
     if as_json:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imatrix_runner.cli.report_table import print_report
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, Plan
 from imatrix_runner.workflow.run import RunResult
@@ -71,8 +72,11 @@ def _remarks(plan: Plan) -> list[Text]:
 
 
 def print_result(result: RunResult, console: Console) -> None:
-    """What became of every level, and where the files are."""
-    if result.levels:
+    """What became of every level, and where the files are; once they were measured, the report's table."""
+    if result.evaluated is not None and result.report is not None:
+        print_report(result.report.report, console)
+        print_failures(result, console)
+    elif result.levels:
         table = Table(box=None, pad_edge=False, header_style="bold", title="Result", title_justify="left", title_style="bold")
         for heading in ("Level", "Size", "Of source", "Bits/weight", "Fallback", "Time", "State"):
             numbers = heading in ("Size", "Of source", "Bits/weight", "Time")
@@ -91,6 +95,8 @@ def print_result(result: RunResult, console: Console) -> None:
         console.print(table)
         print_failures(result, console)
     console.print(Text(f"{_summary(result)} in {human_seconds(result.seconds)}, in {result.plan.workspace}"))
+    if result.report is not None:
+        console.print(Text(f"Report: {result.report.html}"))
 
 
 def print_failures(result: RunResult, console: Console) -> None:
@@ -99,6 +105,9 @@ def print_failures(result: RunResult, console: Console) -> None:
         assert level.error is not None
         line = f"{level.step.level.name}: {level.error.what}; {level.error.why}. {level.error.todo}"
         console.print(Text(line, style="red"))
+    unmeasured = result.evaluated.failed if result.evaluated is not None else {}
+    for name, error in unmeasured.items():
+        console.print(Text(f"{name} could not be measured: {error.what}; {error.why}. {error.todo}", style="red"))
 
 
 def _summary(result: RunResult) -> str:

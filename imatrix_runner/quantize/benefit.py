@@ -6,7 +6,6 @@ The figures are other models' and told as such; :mod:`imatrix_runner.evaluate.tw
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
@@ -70,7 +69,7 @@ REASONS: dict[Need, str] = {
     "(PR 4897)",
     "strongly useful": "at 4 bits and less it took away a fifth to two fifths of an error of 1 to 19 % (PR 4930)",
     "marginal": "at 5 bits and more the error is small already, 0.2 to 0.6 % without one (PR 4930)",
-    "none": "the type does not look at it (ggml-quants.c leaves quant_weights unused): the same tensors with and without",
+    "none": "its main type is rounded without a look at it (ggml-quants.c leaves quant_weights unused)",
     "unknown": "nothing is known of its type",
 }
 """Why a level has its need. The tables above hold the figures."""
@@ -93,16 +92,16 @@ class Benefit:
         return REASONS[self.need]
 
 
-def benefit(level: str, ftype: str, *, needs_imatrix: bool, types: Iterable[str]) -> Benefit:
-    """``level`` made as llama.cpp's ``ftype``; ``types``: of the tensors it quantises. A publisher's variant (``Q4_K_L``) has
+def benefit(level: str, ftype: str, *, needs_imatrix: bool, main_type: str) -> Benefit:
+    """``level`` made as llama.cpp's ``ftype``; ``main_type``: of most weights. A publisher's variant (``Q4_K_L``) has
     its ftype's need, and no figures: nobody measured it."""
-    return Benefit(_need(ftype, needs_imatrix, frozenset(types)), PPL_ERRORS.get(level), KLDS.get(level))
+    return Benefit(_need(ftype, main_type, needs_imatrix=needs_imatrix), PPL_ERRORS.get(level), KLDS.get(level))
 
 
-def _need(ftype: str, needs_imatrix: bool, types: frozenset[str]) -> Need:
+def _need(ftype: str, main_type: str, *, needs_imatrix: bool) -> Need:
     if needs_imatrix:
         return "required"
-    if types <= IGNORE_WEIGHTS:
+    if main_type in IGNORE_WEIGHTS:
         return "none"
     bits = _BITS.search(ftype.upper())
     if bits is None:

@@ -162,7 +162,7 @@ def _row(level: ReportLevel, advice: str) -> _Row:
         bits=f"{level.bits_per_weight:.2f}" if level.bits_per_weight is not None else _UNKNOWN,
         kld=wording.kld_error(found.kld) if found else _UNKNOWN,
         same_top=wording.percent(found.same_top.value) if found else _UNKNOWN,
-        ratio=f"{wording.points(found.ratio.value - 1)} %" if found else _UNKNOWN,
+        ratio=f"{wording.points(level.ppl_ratio.value - 1)} %" if level.ppl_ratio else _UNKNOWN,
         advice=advice,
     )
 

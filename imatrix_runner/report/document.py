@@ -61,7 +61,11 @@ class ReportModel:
 
 @dataclass(frozen=True)
 class ReportLevel:
-    """One finished level. ``seconds``: of its making (of the whole pass, for levels made in one); ``measured`` None: not."""
+    """One finished level. ``seconds``: of its making (of the whole pass, for levels made in one); ``measured`` None: not.
+
+    ``ppl_ratio``: its perplexity over the source's own, which people compare; ``measured.ratio`` is llama-perplexity's, whose
+    reference knows no token rarer than e^-16.
+    """
 
     name: str
     ftype: str
@@ -76,6 +80,7 @@ class ReportLevel:
     finished: str
     command: str = ""
     measured: Divergence | None = None
+    ppl_ratio: Estimate | None = None
 
 
 @dataclass(frozen=True)

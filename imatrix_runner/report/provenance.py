@@ -40,7 +40,7 @@ def _source(report: Report) -> list[Fact]:
         Fact("Commit", code=wording.shown(model.commit)),
         Fact("Content", code=wording.shown(model.fingerprint)),
         *(
-            Fact("File", f"{wording.shown(file.name)}, {human_bytes(file.n_bytes)}", file.sha256)
+            Fact("File", f"{wording.shown(file.name)}, {human_bytes(file.n_bytes)}", wording.shown(file.sha256))
             for file in model.files[:_FILES]
         ),
         Fact("Licence", wording.shown(licence)),
@@ -52,7 +52,11 @@ def _imatrix(report: Report) -> list[Fact]:
     if imatrix is None:
         return []
     return _known(
-        Fact("File", f"{wording.shown(imatrix.file.name)}, {human_bytes(imatrix.file.n_bytes)}", imatrix.file.sha256),
+        Fact(
+            "File",
+            f"{wording.shown(imatrix.file.name)}, {human_bytes(imatrix.file.n_bytes)}",
+            wording.shown(imatrix.file.sha256),
+        ),
         Fact("Format", f"{wording.shown(imatrix.format)}, {wording.many(imatrix.entries, 'entry', 'entries')}"),
         Fact("From", wording.shown(", ".join(imatrix.datasets))),
         Fact("Made", "here" if imatrix.made_here else "elsewhere: how is not known beyond what the file says"),
@@ -66,7 +70,7 @@ def _calibration(report: Report) -> list[Fact]:
     if text is None:
         return []
     facts = [
-        Fact("Text", f"{wording.shown(text.name)}, {human_bytes(text.n_bytes)}", text.sha256),
+        Fact("Text", f"{wording.shown(text.name)}, {human_bytes(text.n_bytes)}", wording.shown(text.sha256)),
         Fact("Manifest", code=wording.shown(text.manifest)),
         Fact("Template", wording.shown(text.template)),
         Fact("Special tokens", "parsed" if text.parse_special else "taken as text"),
@@ -74,7 +78,7 @@ def _calibration(report: Report) -> list[Fact]:
     for source in text.sources[:_PARTS]:
         share = wording.percent(source.share, 0) if source.share is not None else ""
         told = ", ".join(part for part in (wording.shown(source.name), share, wording.shown(source.licence)) if part)
-        facts.append(Fact("Part", told, source.sha256))
+        facts.append(Fact("Part", told, wording.shown(source.sha256)))
     return _known(*facts)
 
 

@@ -59,6 +59,11 @@ def _tail(found: Divergence) -> Cell | None:
     return _number(wording.kld(value), value) if value is not None else None
 
 
+def _ratio(level: ReportLevel) -> Cell | None:
+    ratio = level.ppl_ratio
+    return _number(f"{ratio.value:.4f} ± {ratio.error:.4f}", ratio.value) if ratio is not None else None
+
+
 def _fallbacks(level: ReportLevel) -> Cell | None:
     if not level.fallbacks:
         return None
@@ -93,7 +98,7 @@ LEVEL_COLUMNS: Final = (
         "ratio",
         "PPL ratio",
         "that perplexity, divided by the source's.",
-        _measured(lambda found: _number(f"{found.ratio.value:.4f} ± {found.ratio.error:.4f}", found.ratio.value)),
+        _ratio,
     ),
     Column(
         "same",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,9 +34,10 @@ from imatrix_runner.workflow.choice import Choice, Needs
 from imatrix_runner.workflow.context import Context, Session, settle
 from imatrix_runner.workflow.imatrix import matrix_bytes
 from imatrix_runner.workflow.levels import LevelPlanner
+from imatrix_runner.workflow.measured import measured
 from imatrix_runner.workflow.plan import LevelStep
 from imatrix_runner.workflow.probe import Timing, probe
-from imatrix_runner.workflow.recommend import Recommendation, recommend
+from imatrix_runner.workflow.recommend import Candidate, Recommendation, recommend
 from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest, SourceRequest
 from imatrix_runner.workflow.run import choose_levels
 from imatrix_runner.workflow.source import Frozen, name_of, open_source
@@ -112,7 +114,8 @@ class TextAdvice:
 
 @dataclass(frozen=True)
 class Advice:
-    """Everything found. ``untimed``: why there is no ``timing``; ``held_out_chunks``: of the shipped text to measure with."""
+    """Everything found. ``untimed``: why there is no ``timing``; ``held_out_chunks``: of the shipped text to measure with;
+    ``measured``: levels whose own divergence the workspace knows already."""
 
     model: Model
     trained_context: int | None
@@ -128,6 +131,7 @@ class Advice:
     held_out_chunks: int
     imatrix_bytes: int
     recommendations: tuple[Recommendation, ...]
+    measured: tuple[str, ...]
 
 
 def advise(request: AdviseRequest, context: Context) -> Advice:
@@ -171,9 +175,8 @@ def advise(request: AdviseRequest, context: Context) -> Advice:
         untimed=untimed,
         held_out_chunks=_held_out_chunks(model, engine, request.options.n_ctx),
         imatrix_bytes=matrix_bytes(model),
-        recommendations=recommend(
-            [(each.level, each.n_bytes or 0, each.fit) for each in judged if each.fit is not None], facts.budget
-        ),
+        measured=tuple(measured(journal)),
+        recommendations=recommend(_candidates(judged), facts.budget),
     )
 
 
@@ -223,7 +226,7 @@ def _machine(request: AdviseRequest, session: Session, choice: Choice) -> Machin
         here = parse_gpus(gpus())
         idle = choice.no_gpu() if here else ""
     if request.vram is not None:
-        here, idle = (Gpu("another machine's", request.vram),), ""
+        here, idle = (Gpu("a GPU as given", request.vram),), ""
     elif request.options.n_gpu_layers == "0" or request.ram is not None:
         here, idle = (), ""
     planned = request.ram is not None or request.vram is not None
@@ -249,17 +252,26 @@ def _level(step: LevelStep, held: ContextMemory, budget: Budget) -> LevelAdvice:
     assert step.resolved is not None
     facts, recipe, level = step.facts, step.resolved.recipe, step.level
     failure = step.reason if step.state == "fails" else ""
-    types = [tensor.type for tensor in recipe.tensors if tensor.changes]
+    sizes: Counter[str] = Counter()
+    for tensor in recipe.tensors:
+        sizes[tensor.type] += tensor.n_elements
+    main_type = max(sizes, key=sizes.__getitem__, default="")
     return LevelAdvice(
         level=level.name,
         n_bytes=facts.n_bytes if not failure else None,
         bits_per_weight=facts.bits_per_weight if not failure else None,
-        benefit=benefit(level.name, level.ftype, needs_imatrix=facts.needs_imatrix, types=types),
+        benefit=benefit(level.name, level.ftype, needs_imatrix=facts.needs_imatrix, main_type=main_type),
         fit=fit(recipe.tensors, facts.n_bytes, held, budget) if facts.n_bytes is not None and not failure else None,
         fallbacks=len(facts.fallbacks),
         fallback_share=facts.fallback_share,
         failure=failure,
     )
+
+
+def _candidates(levels: Sequence[LevelAdvice]) -> list[Candidate]:
+    return [
+        Candidate(each.level, each.n_bytes, each.fit) for each in levels if each.n_bytes is not None and each.fit is not None
+    ]
 
 
 def _text(request: AdviseRequest, corpus: Corpus, model: Model, session: Session, context: Context) -> TextAdvice:
@@ -281,8 +293,12 @@ def _text(request: AdviseRequest, corpus: Corpus, model: Model, session: Session
         model.n_experts,
         used,
     )
-    judgements = (*inspected.judgements, *suits(suitability))
+    judgements = tuple(sorted((*inspected.judgements, *suits(suitability)), key=_gravity))
     return TextAdvice(corpus, request.text is None, inspected, n_ctx, n_tokens, n_tokens // n_ctx, judgements)
+
+
+def _gravity(judgement: Judgement) -> int:
+    return ("error", "warning", "info").index(judgement.severity)
 
 
 def _has_template(model: Model) -> bool:

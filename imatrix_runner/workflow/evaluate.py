@@ -12,7 +12,7 @@ from imatrix_runner.evaluate.answers import DomainResult
 from imatrix_runner.evaluate.passes import waves
 from imatrix_runner.evaluate.picks import Measure, Pick, target
 from imatrix_runner.evaluate.twins import Comparison, compare
-from imatrix_runner.events import info, warning
+from imatrix_runner.events import warning
 from imatrix_runner.files import free_bytes
 from imatrix_runner.journal import Journal, Record, differences
 from imatrix_runner.models.sources import parse_source
@@ -226,8 +226,6 @@ class _Evaluation:
         """Make twins, as many at a time as fit, measure them, and set each beside its level."""
         if not self.request.twins:
             return ()
-        for name, why in plan.alone.items():
-            self.session.sink(info(f"{name} {why}."))
         todo = {name: pair for name, pair in plan.twins.items() if name in known}
         sizes = {name: step.facts.n_bytes or 0 for name, (step, _) in todo.items()}
         for wave in waves(sizes, plan.room_for_twins):

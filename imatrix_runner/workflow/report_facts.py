@@ -9,14 +9,13 @@ from datetime import datetime, timezone
 import msgspec
 
 from imatrix_runner import __version__
-from imatrix_runner.engines.measures import Divergence
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.picks import Measure, Pick, recommend, target
 from imatrix_runner.events import Sink, detail, warning
 from imatrix_runner.journal import Journal, Record, outputs_intact
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import Report, ReportEvaluation, ReportFile, ReportLevel
-from imatrix_runner.workflow.measured import EVALUATE, answered, comparisons, levels_made, measured
+from imatrix_runner.workflow.measured import EVALUATE, Measured, answered, comparisons, levels_made, measured
 from imatrix_runner.workflow.plan import facts_of_record
 from imatrix_runner.workflow.report_imatrix import NONE, collected, describe_imatrix
 from imatrix_runner.workflow.report_source import describe_source, origin_of
@@ -106,16 +105,14 @@ def _newest(records: Mapping[str, Record]) -> Record | None:
 
 def _measured(
     journal: Journal, records: Mapping[str, Record], sink: Sink
-) -> tuple[dict[str, Divergence], ReportEvaluation | None]:
+) -> tuple[dict[str, Measured], ReportEvaluation | None]:
     """Figures that can be compared with each other: those measured with the same text, chunks and reference as the newest."""
     found = {name: figures for name, figures in measured(journal).items() if name in records}
     if not found:
         return {}, None
     runs = {name: journal[f"{EVALUATE} {name}"] for name in found}
     yardstick = found[max(runs, key=lambda name: runs[name].finished)].evaluation
-    same = {
-        name: figures.divergence for name, figures in found.items() if _yardstick(figures.evaluation) == _yardstick(yardstick)
-    }
+    same = {name: figures for name, figures in found.items() if _yardstick(figures.evaluation) == _yardstick(yardstick)}
     if len(same) < len(found):
         others = ", ".join(name for name in found if name not in same)
         sink(warning(f"{others} were measured otherwise than the others; the report leaves those figures out. Measure again."))
@@ -139,7 +136,7 @@ def _imatrix_used(records: Mapping[str, Record], sink: Sink) -> str:
     return used
 
 
-def _level(name: str, record: Record, figures: Divergence | None, location: str) -> ReportLevel:
+def _level(name: str, record: Record, figures: Measured | None, location: str) -> ReportLevel:
     facts = facts_of_record(record)
     files = tuple(ReportFile(output.name, output.stamp.size, output.sha256) for output in record.outputs)
     return ReportLevel(
@@ -155,7 +152,8 @@ def _level(name: str, record: Record, figures: Divergence | None, location: str)
         seconds=record.seconds,
         finished=record.finished,
         command=bare_command(record.command, location),
-        measured=figures,
+        measured=figures.divergence if figures is not None else None,
+        ppl_ratio=figures.ppl_ratio if figures is not None else None,
     )
 
 

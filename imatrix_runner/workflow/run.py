@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.calibration.corpus import open_corpus
 from imatrix_runner.engines.base import PassFigures
 from imatrix_runner.errors import InvalidDataError, NoSpaceError
-from imatrix_runner.events import Sink, info, warning
+from imatrix_runner.events import Sink, detail, info, warning
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.imatrix.formats import read as read_matrix
@@ -24,11 +24,13 @@ from imatrix_runner.toolchain.probe import QuantType
 from imatrix_runner.workflow import imatrix as imatrix_flow
 from imatrix_runner.workflow.choice import Choice, Needs, make_checker
 from imatrix_runner.workflow.context import Context, Session, held, settle
+from imatrix_runner.workflow.evaluate import EvaluateResult, evaluate_levels
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
 from imatrix_runner.workflow.plan import ImatrixStep, LevelStep, Plan
+from imatrix_runner.workflow.report import ReportFiles, make_report
 from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
-from imatrix_runner.workflow.source import announce, freeze, name_of, open_source
+from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
 from imatrix_runner.workspace import Workspace
 
 
@@ -50,6 +52,8 @@ class RunResult:
     seconds: float
     collected: Mapping[str, object] | None = None
     passes: tuple[PassFigures, ...] = ()
+    evaluated: EvaluateResult | None = None
+    report: ReportFiles | None = None
 
     @property
     def failed(self) -> tuple[LevelResult, ...]:
@@ -83,24 +87,38 @@ def run(
         if chosen.request is not None:
             job.advise_type(model)
         planner = LevelPlanner(request.levels, frozen, session) if request.levels is not None else None
-        plan = job.plan(model, chosen.step, planner, levels, chosen.file)
+        plan = job.within_target(job.plan(model, chosen.step, planner, levels, chosen.file))
         if on_plan is not None:
             on_plan(plan)
         matrix = chosen.file
-        made = MadeLevels((), ())
+        made, evaluated, report = MadeLevels((), ()), None, None
         if not dry_run:
             refuse_hopeless(plan, one_by_one=request.levels is not None and request.levels.one_by_one)
             job.begin(model, levels)
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, session)
                 imatrix_flow.tell_weaknesses(matrix, model, session.sink)
-                plan = job.plan(model, chosen.step, planner, levels, matrix)
+                plan = job.within_target(job.plan(model, chosen.step, planner, levels, matrix))
             if planner is not None:
                 made = make_levels(plan, planner, matrix, session)
+                evaluated = job.evaluate(made, frozen)
+                report = make_report(workspace, journal, runner, context.sink, command=request.environment.command)
             session.journal.remember(finished="yes")
         seconds = time.monotonic() - began
         collected = imatrix_flow.collected_facts(matrix, session)
-        return RunResult(plan, model, engine.name, engine.identity(), matrix, made.results, seconds, collected, made.passes)
+        return RunResult(
+            plan,
+            model,
+            engine.name,
+            engine.identity(),
+            matrix,
+            made.results,
+            seconds,
+            collected,
+            made.passes,
+            evaluated,
+            report,
+        )
 
 
 def _needs(request: RunRequest) -> Needs:
@@ -165,6 +183,32 @@ class _Job:
         self.session.journal.remember(
             model=model.name, source=model.source.location, levels=names, command=command, finished="no"
         )
+
+    def within_target(self, plan: Plan) -> Plan:
+        """The plan without the levels that are larger than ``--target-size``: they could not be picked."""
+        target = self.request.measure.target_size if self.request.measure is not None else None
+        if target is None:
+            return plan
+        fit = tuple(step for step in plan.levels if (step.facts.n_bytes or 0) <= target)
+        if not fit:
+            least = min(plan.levels, key=lambda step: step.facts.n_bytes or 0)
+            raise InvalidDataError(
+                f"No level is as small as {human_bytes(target)}",
+                f"the smallest of those asked for is {least.level.name} with {human_bytes(least.facts.n_bytes or 0)}",
+                "Ask for smaller --levels (IQ2_XXS, IQ1_S), or raise --target-size.",
+            )
+        left_out = [step.level.name for step in plan.levels if step not in fit]
+        if left_out:
+            self.session.sink(detail(f"Larger than {human_bytes(target)}, left out: {', '.join(left_out)}."))
+        return replace(plan, levels=fit)
+
+    def evaluate(self, made: MadeLevels, frozen: Frozen) -> EvaluateResult | None:
+        """``--evaluate``: measure the levels that are there now."""
+        request, levels = self.request.measure, self.request.levels
+        there = tuple(result.step.level.name for result in made.results if result.status != "failed")
+        if request is None or levels is None or not there:
+            return None
+        return evaluate_levels(replace(request, levels=there), levels, frozen, self.session)
 
     def advise_type(self, model: Model) -> None:
         """A matrix is about to be computed: say so when another type of the same model would take much less time."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from imatrix_runner.errors import RunnerError, from_os_error
-from imatrix_runner.journal import Journal, Record
+from imatrix_runner.journal import Journal, describe_change
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.levels import LevelPlanner
@@ -66,7 +66,8 @@ class Twins:
         mine = level_inputs(level, self.request.options, source=source, imatrix=imatrix, engine=engine, further="")
         for name in ("model file", "options", "engine"):
             if mine[name] != record.inputs.get(name):
-                return f"was made with another {name} ({_short(record, name)}): make it again, or use run --evaluate --ab"
+                change = describe_change(name, record.inputs.get(name), mine[name])
+                return f"was made otherwise ({change}): make it again, or use run --evaluate --ab"
         return ""
 
     def subject(self, step: LevelStep) -> Subject:
@@ -95,7 +96,3 @@ class Twins:
 
     def tidy(self) -> None:
         shutil.rmtree(self._inside.workspace.root, ignore_errors=True)
-
-
-def _short(record: Record, name: str) -> str:
-    return record.inputs.get(name, "")[:60]

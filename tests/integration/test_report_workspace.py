@@ -22,6 +22,7 @@ from workspaces import (
     reported,
     run_here,
     timeless,
+    unreported,
 )
 
 from imatrix_runner.errors import InvalidDataError
@@ -31,7 +32,7 @@ from imatrix_runner.imatrix.statistics import statistics
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.report.stored import encode_report, read_report
-from imatrix_runner.workflow.report import NAMES, remember_target
+from imatrix_runner.workflow.report import remember_target
 from imatrix_runner.workflow.report_source import find_source
 from imatrix_runner.workspace import Workspace
 
@@ -57,9 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(source: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Three levels and their imatrix, measured, without a report; for those who only read."""
-    workspace = run_here(tmp_path_factory.mktemp("secret-work"), "run", source, *RUN, "-f", tiny_text)
-    for name in NAMES:
-        (workspace.root / name).unlink(missing_ok=True)
+    workspace = unreported(run_here(tmp_path_factory.mktemp("secret-work"), "run", source, *RUN, "-f", tiny_text))
     measure(workspace)
     compare_and_answer(workspace, "Q4_K_M")
     return workspace
@@ -128,7 +127,7 @@ def test_figures_pairs_and_answers_come_with_their_levels(made: Workspace) -> No
     assert (report.evaluation.text, report.evaluation.seconds) == ("held_out.txt", 10.5)
     assert [pair.level for pair in report.comparisons] == ["Q4_K_M"]
     assert [found.level for found in report.domain] == ["Q4_K_M"]
-    assert [pick.why for pick in report.picks][0] == "quality"
+    assert report.picks[0].why == "quality"
 
 
 def test_every_step_is_told_in_order_with_its_command(made: Workspace) -> None:
@@ -201,6 +200,7 @@ def test_whom_the_card_names_is_remembered(own: Workspace) -> None:
 
 
 def test_the_level_that_meets_a_target_is_named_first_until_it_is_forgotten(own: Workspace) -> None:
+    report_files(own)
     journal = Journal(own.journal)
     remember_target(journal, 0.05, None)
     picks = reported(own).picks
@@ -246,11 +246,16 @@ def test_a_source_that_is_gone_is_told_as_it_was(source: Path, tiny_text: Path, 
     assert timeless(reported(workspace)) == timeless(before)
 
 
+def forget_place(workspace: Workspace, folder: str) -> None:
+    """As if what lay in ``folder`` had been hashed in another one, which is gone."""
+    journal = json.loads(workspace.journal.read_text(encoding="utf-8"))
+    moved = {path.replace(folder, "no-more"): found for path, found in journal["hashes"].items()}
+    workspace.journal.write_text(json.dumps({**journal, "hashes": moved}), encoding="utf-8")
+
+
 def test_a_source_that_went_before_any_report_is_told_by_a_level(made: Workspace, own: Workspace) -> None:
     whole = reported(made).model
-    journal = json.loads(own.journal.read_text(encoding="utf-8"))
-    moved = {path.replace("secret-source", "no-more"): found for path, found in journal["hashes"].items()}
-    own.journal.write_text(json.dumps({**journal, "hashes": moved}), encoding="utf-8")
+    forget_place(own, "secret-source")
     heard = Heard()
     told = report_files(own, heard).report.model
     assert told == replace(whole, type="")
@@ -260,6 +265,7 @@ def test_a_source_that_went_before_any_report_is_told_by_a_level(made: Workspace
 def test_an_imatrix_that_is_gone_is_told_by_the_journal_and_a_level(made: Workspace, own: Workspace) -> None:
     whole = reported(made).imatrix
     (own.root / "imatrix.gguf").unlink()
+    forget_place(own, "secret-work")
     told = report_files(own).report.imatrix
     assert whole is not None
     assert told == replace(whole, tensors=(), experts=(), without_data=())

@@ -70,7 +70,7 @@ def test_what_was_not_measured_is_not_there() -> None:
 
 def test_a_level_without_figures_among_others_has_dashes() -> None:
     report = sample_report()
-    first = replace(report.levels[0], measured=None, bits_per_weight=None)
+    first = replace(report.levels[0], measured=None, ppl_ratio=None, bits_per_weight=None)
     line = row(printed(replace(report, levels=(first, *report.levels[1:]))), "Q8_0")
     assert line.split() == ["Q8_0", "7.95", "GiB", "-", "-", "-", "-", "-", "6:52"]
 

@@ -1,0 +1,60 @@
+"""The options of measuring, for ``evaluate`` and for what comes at the end of ``run``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imatrix_runner.cli.options import SIZE, together
+from imatrix_runner.cli.settings import setting
+from imatrix_runner.workflow.request import MeasureRequest
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+measure_options = together(
+    setting(
+        "--text",
+        "held_out",
+        type=_FILE,
+        metavar="HELD_OUT",
+        help="Text to measure on; nothing of it may be in the calibration text (default: a shipped one).",
+    ),
+    setting("--max-disk", type=SIZE, help="Most that the measurement's own files may take at a time (default: 8GiB)."),
+    setting("--ab", is_flag=True, help="Measure each level without imatrix too, and say whether it was worth it."),
+    setting(
+        "--domain",
+        type=_FILE,
+        metavar="PROMPTS",
+        help="Prompts that the source and each level answer, to read side by side (JSON lines or text).",
+    ),
+    setting(
+        "--predict",
+        type=click.IntRange(1, 4096),
+        metavar="N",
+        default=128,
+        show_default=True,
+        help="Tokens of an answer at most.",
+    ),
+    setting(
+        "--target-kld",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="X",
+        help="Name the smallest level with a mean KLD of at most X.",
+    ),
+    setting("--target-size", type=SIZE, help="Name the best level of at most this size."),
+)
+
+
+def measure_request(given: dict[str, Any], **changes: Any) -> MeasureRequest:
+    values = {
+        "text": given["held_out"],
+        "max_disk": given["max_disk"],
+        "twins": given["ab"],
+        "domain": given["domain"],
+        "n_predict": given["predict"],
+        "target_kld": given["target_kld"],
+        "target_size": given["target_size"],
+    }
+    return MeasureRequest(**{**values, **changes})

@@ -1,0 +1,183 @@
+"""``--domain``: source and levels answer somebody's own prompts, and how far the answers agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+
+from imatrix_runner.calibration.documents import Record as Asked
+from imatrix_runner.calibration.templates import ChatTemplate
+from imatrix_runner.engines.base import CollectOptions
+from imatrix_runner.engines.embedded.completions import read_completions
+from imatrix_runner.engines.embedded.engine import EmbeddedEngine
+from imatrix_runner.engines.measures import AnswerJob, Completion
+from imatrix_runner.errors import InterruptedRunError, NoSpaceError, RunnerError, UsageError
+from imatrix_runner.evaluate.answers import DomainResult, compare_answers
+from imatrix_runner.events import Finished, Progress, Started, info
+from imatrix_runner.files import atomic_writer, sha256
+from imatrix_runner.journal import Record, differences
+from imatrix_runner.workflow.context import Session
+from imatrix_runner.workflow.measured import ANSWER, LEVEL_INPUT, answered, as_facts
+from imatrix_runner.workflow.prompts import describe, read_prompts, template_of, write_prompts
+from imatrix_runner.workflow.source import Frozen
+
+_SOURCE = "source"
+
+
+@dataclass(frozen=True)
+class DomainRequest:
+    """``prompts``: a file of them; answers of at most ``n_predict`` tokens. ``chat_template``: a file in place of the model's
+    own. ``again``: levels answer anew, whatever is known."""
+
+    prompts: Path
+    n_predict: int = 128
+    options: CollectOptions = field(default_factory=CollectOptions)
+    chat_template: Path | None = None
+    again: bool = False
+
+
+def answer_levels(
+    request: DomainRequest, frozen: Frozen, levels: Sequence[tuple[str, Path, str]], session: Session, folder: Path
+) -> dict[str, DomainResult | RunnerError]:
+    """How far each level's answers are its source's, or why there is no telling; ``levels`` are name, first file and content
+    (``sha256:…``). Answers lie in ``folder``, and what is recorded in the journal and still holds is not computed again.
+
+    Raises :class:`UsageError` without the embedded engine, ``InvalidDataError`` for prompts that are none, and whatever keeps
+    the source from answering.
+    """
+    engine = session.engine
+    if not isinstance(engine, EmbeddedEngine):
+        raise UsageError(
+            "Answers can only be compared by the embedded engine",
+            f"this is the {engine.name} engine, and llama.cpp's programs do not tell the tokens of an answer",
+            "Leave --engine out, or --domain.",
+        )
+    asked, template = read_prompts(request.prompts), template_of(frozen.model, request.chat_template)
+    return _Answering(request, asked, template, frozen, session, engine, folder).run(levels)
+
+
+@dataclass(frozen=True)
+class _Answering:
+    request: DomainRequest
+    asked: list[Asked]
+    template: ChatTemplate | None
+    frozen: Frozen
+    session: Session
+    engine: EmbeddedEngine
+    folder: Path
+
+    def run(self, levels: Sequence[tuple[str, Path, str]]) -> dict[str, DomainResult | RunnerError]:
+        known = answered(self.session.journal)
+        reasons = {name: self._reason(name, content) for name, _, content in levels}
+        todo = [level for level in levels if reasons[level[0]] or level[0] not in known]
+        found: dict[str, DomainResult | RunnerError] = {}
+        source = self._source() if todo else []
+        for name, file, content in levels:
+            if (name, file, content) not in todo:
+                found[name] = known[name]
+            else:
+                found[name] = self._level(name, file, content, source, reasons[name] or "not answered yet")
+        return found
+
+    @cached_property
+    def _inputs(self) -> dict[str, str]:
+        return {
+            "model file": self.frozen.fingerprint,
+            "prompts": f"sha256:{sha256(self.request.prompts)}",
+            "template": f"sha256:{self.template.sha256}" if self.template is not None else "none",
+            "options": _how(self.request),
+            "engine": self.engine.arithmetic(),
+        }
+
+    def _reason(self, name: str, content: str) -> str:
+        """Why a level must answer; empty if what is recorded holds."""
+        before = self.session.journal.get(f"{ANSWER} {name}")
+        if before is None:
+            return "not answered yet"
+        changed = differences(before, {**self._inputs, LEVEL_INPUT: content})
+        return f"changed: {', '.join(changed)}" if changed else ("asked for" if self.request.again else "")
+
+    def _source(self) -> list[Completion]:
+        model, sink = self.frozen.model, self.session.sink
+        if self.template is None:
+            sink(info(f"{model.name} has no chat template: it goes on from each prompt as plain text."))
+        self._write()
+        completions = self._complete(f"{ANSWER} {_SOURCE}", f"{_SOURCE} answers", model.path, self.frozen.fingerprint, _SOURCE)
+        self.frozen.check_unchanged()
+        sink(Finished(f"{ANSWER} {_SOURCE}", "done", f"{len(completions)} answers"))
+        return completions
+
+    def _level(self, name: str, file: Path, content: str, source: list[Completion], reason: str) -> DomainResult | RunnerError:
+        step, sink, began = f"{ANSWER} {name}", self.session.sink, time.monotonic()
+        try:
+            answers = self._complete(step, f"{name} answers", file, content, name)
+        except (InterruptedRunError, NoSpaceError):
+            raise
+        except RunnerError as error:
+            sink(Finished(step, "failed", error.why, time.monotonic() - began))
+            return error
+        shown = [describe(record) for record in self.asked]
+        result = compare_answers(name, shown, source, answers, self.request.n_predict)
+        sink(Finished(step, "done", summary(result), time.monotonic() - began))
+        inputs, facts = {**self._inputs, LEVEL_INPUT: content}, as_facts(result)
+        self.session.journal.record(step, Record.now(inputs, [], reason, time.monotonic() - began, facts=facts))
+        return result
+
+    @property
+    def _prompts(self) -> Path:
+        return self.folder / "prompts.jsonl"
+
+    def _write(self) -> None:
+        """The prompts as the models read them, for the worker."""
+        total, sink = len(self.asked), self.session.sink
+        sink(Started("prompts", f"writing down {total} prompts", total))
+        heard = write_prompts(
+            self.asked, self.template, self.session.runner, lambda done: sink(Progress("prompts", done, total))
+        )
+        with atomic_writer(self._prompts) as handle:
+            handle.writelines(msgspec.json.encode(prompt) + b"\n" for prompt in heard)
+        sink(Finished("prompts", "done"))
+
+    def _complete(self, step: str, title: str, model: Path, content: str, name: str) -> list[Completion]:
+        """A model's answers to all prompts, from where they lie already or the engine."""
+        out = self.folder / f"{name}.answers"
+        whole = {**self._inputs, "model file": content, "prompts": sha256(self._prompts)}
+        fingerprint = msgspec.json.encode(whole).decode()
+        if self.request.again:
+            out.unlink(missing_ok=True)
+        completions = read_completions(out, fingerprint)
+        self.session.sink(Started(step, title, len(self.asked), "prompts"))
+        if len(completions) < len(self.asked):
+            log = self.session.log(step.replace(" ", "-"))
+            options, n_predict = self.request.options, self.request.n_predict
+            self.engine.answer(
+                AnswerJob(step, model, self._prompts, out, n_predict, options, fingerprint, log), self.session.sink
+            )
+            completions = read_completions(out, fingerprint)
+        return completions
+
+
+def summary(result: DomainResult) -> str:
+    """One line for people."""
+    return (
+        f"{result.same:.0%} of the answers are the source's, {result.shared:.0%} of their tokens, "
+        f"and half of them for at least {result.agreement_median:g} tokens"
+    )
+
+
+def _how(request: DomainRequest) -> str:
+    """What may change an answer; threads do not."""
+    options = request.options
+    how = [f"--predict {request.n_predict} -ub {options.n_ubatch}"]
+    how += [f"-ngl {options.n_gpu_layers}" if options.n_gpu_layers else ""]
+    how += [f"-ts {options.tensor_split}" if options.tensor_split else ""]
+    how += [f"-sm {options.split_mode}" if options.split_mode else ""]
+    how += [f"-mg {options.main_gpu}" if options.main_gpu is not None else ""]
+    how += [f"-ot {override}" for override in options.override_tensors]
+    how += [f"-fa {options.flash_attn}" if options.flash_attn else ""]
+    return " ".join(filter(None, how))
