@@ -119,7 +119,8 @@ def next_commands(model: str, advice: Advice, options: dict[str, Any]) -> list[s
     """What to type next: make the recommended levels, then measure them. Empty where none fits."""
     import shlex
 
-    wanted = list(dict.fromkeys(each.level for each in advice.recommendations))
+    good = [each for each in advice.recommendations if not each.poor] or advice.recommendations
+    wanted = list(dict.fromkeys(each.level for each in good))
     if not wanted:
         return []
     needs = {each.level: each.benefit.need for each in advice.levels}

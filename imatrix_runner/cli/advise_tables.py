@@ -158,15 +158,16 @@ def _table(advice: Advice, columns: Sequence[_Column]) -> Table:
 def _notes(advice: Advice) -> Iterator[Row]:
     """What the columns mean, where their figures come from, and what is special about single levels."""
     counted = "" if advice.context.n_bytes is None else ", the context"
-    spare = f"{human_bytes(SPARE_BYTES)} left free for compute buffers on each device, as llama.cpp does (--fit-target)"
-    yield "Runs in", Text(f"where its size{counted} and {spare} have room")
+    spare = f"{human_bytes(SPARE_BYTES)} for compute buffers and to spare (llama.cpp's own margin, --fit-target)"
+    yield "Runs in", Text(f"what has room for its size{counted} and {spare}")
     if any(level.fit is not None and level.fit.place == "GPU and RAM" for level in advice.levels):
         yield "", Text("GPU n/m: with -ngl n on the GPU, the rest of its m layers in RAM")
     needs = {level.benefit.need for level in advice.levels}
     for label, (need, reason) in zip(_labels("Imatrix"), ((n, r) for n, r in REASONS.items() if n in needs), strict=False):
         yield label, Text(f"{need}: {reason}")
     yield "PPL error", Text(f"how much the perplexity exceeds the source's, without → with an imatrix ({PPL_SOURCE})")
-    yield "KLD", Text(f"mean divergence from the source in nats, without → with ({KLD_SOURCE}; IQ types and Q2_K_S only with)")
+    yield "KLD", Text(f"mean divergence from the source in nats, without → with ({KLD_SOURCE})")
+    yield "", Text("one figure: measured with only (IQ types, Q2_K_S) or without only (the others)")
     yield "", Text("Both are other models'; yours is measured with: imatrix-runner evaluate MODEL --ab")
     for level in advice.levels:
         if level.failure:
@@ -192,6 +193,8 @@ def _calibration(advice: Advice) -> Iterator[Row]:
     name = f"{printable(text.corpus.name)}{' (the shipped one)' if text.shipped else ''}"
     yield "Text", Text(f"{name}: {text.n_chunks:,} chunks of {text.n_ctx} tokens{shares}")
     for judgement in text.judgements:
+        if text.shipped and judgement.severity == "info" and not judgement.todo:
+            continue  # known of the shipped one, and nothing to be done
         line = Text(f"{printable(judgement.text)}.")
         if judgement.todo:
             line.append(f"\n{printable(judgement.todo)}", style="dim")
@@ -234,10 +237,12 @@ def _how(timing: Timing) -> str:
 def _disk(advice: Advice) -> Iterator[Row]:
     sizes = sorted(level.n_bytes for level in advice.levels if level.n_bytes is not None)
     free = advice.machine.disk_free
-    many = "the level" if len(sizes) == 1 else f"all {len(sizes)} levels"
-    told = (
-        f"{human_bytes(sum(sizes))} for {many}, {human_bytes(advice.imatrix_bytes)} for the imatrix, {human_bytes(free)} free"
-    )
+    wanted = {each.level for each in advice.recommendations}
+    best = sum(level.n_bytes or 0 for level in advice.levels if level.level in wanted)
+    parts = [f"{human_bytes(advice.imatrix_bytes)} for the imatrix"]
+    parts += [f"{human_bytes(best)} for what is recommended"] if wanted else []
+    parts += [f"{human_bytes(sum(sizes))} for {'the level' if len(sizes) == 1 else f'all {len(sizes)} levels'}"]
+    told = f"{', '.join(parts)}; {human_bytes(free)} are free"
     room, fitting = free - advice.imatrix_bytes, 0
     for n_bytes in sizes:
         room -= n_bytes

@@ -15,7 +15,7 @@ from imatrix_runner.evaluate.answers import DomainResult
 from imatrix_runner.evaluate.twins import RULE, Comparison
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.report.document import Report, ReportLevel
-from imatrix_runner.report.wording import error, figure, kld, kld_error, percent, shown
+from imatrix_runner.report.wording import error, figure, kld, kld_error, percent, points, shown, signed
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def _level_columns(picked: set[str]) -> tuple[Column[ReportLevel], ...]:
         Column("Size", lambda level: human_bytes(level.n_bytes)),
         Column("Bits/weight", lambda level: f"{level.bits_per_weight:.2f}" if level.bits_per_weight is not None else None, 3),
         Column("Mean KLD", measured(lambda found: kld_error(found.kld))),
-        Column("PPL", lambda level: f"{100 * (level.ppl_ratio.value - 1):+.2f} %" if level.ppl_ratio is not None else None, 1),
+        Column("PPL", lambda level: f"{points(level.ppl_ratio.value - 1)} %" if level.ppl_ratio is not None else None, 1),
         Column("Same top", measured(lambda found: percent(found.same_top.value))),
         Column("Δp RMS", measured(lambda found: percent(found.dp_rms.value)), 2),
         Column("Time", lambda level: human_seconds(level.seconds) if level.seconds else None, 4),
@@ -85,9 +85,9 @@ _TWINS: tuple[Column[Comparison], ...] = (
     Column("Level", lambda pair: shown(pair.level), left=True),
     Column("KLD with", lambda pair: kld(pair.with_imatrix.kld.value), 1),
     Column("without", lambda pair: kld(pair.without.kld.value), 2),
-    Column("Saved", lambda pair: f"{100 * pair.saved.value:.1f} ± {percent(pair.saved.error)}"),
-    Column("PPL", lambda pair: f"{pair.ppl.value:+.3f} ± {pair.ppl.error:.3f}", 4),
-    Column("Same top", lambda pair: f"{100 * pair.same_top.value:+.2f} %", 3),
+    Column("Saved", lambda pair: f"{points(pair.saved.value, 1)} ± {percent(pair.saved.error)}"),
+    Column("PPL", lambda pair: f"{signed(pair.ppl.value)} ± {figure(pair.ppl.error)}", 4),
+    Column("Same top", lambda pair: f"{points(pair.same_top.value)} %", 3),
     Column("Verdict", lambda pair: pair.verdict + ("" if pair.sure else " (within the error)"), left=True),
 )
 

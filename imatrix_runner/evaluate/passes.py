@@ -19,13 +19,14 @@ _FREE_SHARE = 0.8
 @dataclass(frozen=True)
 class Extent:
     """What is measured: ``n_chunks`` of ``n_ctx`` tokens of a vocabulary of ``n_vocab``, ``at_once`` chunks side by side,
-    for ``n_levels`` levels."""
+    for ``n_levels`` levels. ``given``: the reference is somebody's file, and takes nothing more."""
 
     n_vocab: int
     n_ctx: int
     n_chunks: int
     at_once: int
     n_levels: int
+    given: bool = False
 
     @property
     def n_tokens(self) -> int:
@@ -34,22 +35,22 @@ class Extent:
 
     @property
     def kept_bytes(self) -> int:
-        """The scored tokens of all levels, which stay."""
-        return self.n_levels * self.n_tokens * _SCORED_BYTES
+        """The scored tokens of all levels and of the source, which stay."""
+        return (self.n_levels + 1) * self.n_tokens * _SCORED_BYTES
 
     def reference_bytes(self, n_chunks: int) -> int:
-        return LogitsHead(self.n_ctx, self.n_vocab, n_chunks).n_bytes
+        return 0 if self.given else LogitsHead(self.n_ctx, self.n_vocab, n_chunks).n_bytes
 
 
 @dataclass(frozen=True)
 class Fit:
-    """``chunks`` of the reference at a time, all in ``n_passes`` passes of the source; ``n_bytes`` at most on the disk at once,
-    within ``limit``."""
+    """``chunks`` of the reference at a time, all in ``n_passes`` passes of the source; ``n_bytes`` at most on the disk at once.
+    ``room``: what twins may take of it together."""
 
     chunks: int
     n_passes: int
     n_bytes: int
-    limit: int
+    room: int
 
 
 def disk_limit(asked: int | None, free: int) -> int:
@@ -65,24 +66,23 @@ def fit(extent: Extent, limit: int, twins: Sequence[int] = (), *, whole: bool = 
     Raises :class:`NoSpaceError` when not even one batch fits.
     """
     largest = max(twins, default=0)
-    room = limit - extent.kept_bytes - largest
-    if extent.reference_bytes(extent.n_chunks) <= room:
-        n_bytes = extent.kept_bytes + largest + extent.reference_bytes(extent.n_chunks)
-        return Fit(extent.n_chunks, 1, n_bytes, limit)
+    beside = extent.kept_bytes + largest
     least = 1 if whole else min(extent.at_once, extent.n_chunks)
-    each = extent.reference_bytes(1) if whole else extent.reference_bytes(extent.at_once) / extent.at_once
-    chunks = int(max(0, room) // each) // least * least
-    if chunks < least:
-        need = extent.kept_bytes + largest + extent.reference_bytes(least)
+    if beside + extent.reference_bytes(least) > limit:
         twin = f", with the largest twin of {human_bytes(largest)}" if largest else ""
         raise NoSpaceError(
-            "There is no room for the reference's log-probabilities",
-            f"{least} chunks of {extent.n_ctx} tokens take {human_bytes(need)}{twin}, "
+            "There is no room to measure",
+            f"{least} chunks of {extent.n_ctx} tokens take {human_bytes(beside + extent.reference_bytes(least))}{twin}, "
             f"and {human_bytes(max(0, limit))} may be used",
             "Free some space or raise --max-disk; a smaller -c takes less too.",
         )
+    chunks = extent.n_chunks
+    if beside + extent.reference_bytes(chunks) > limit:
+        chunks = (limit - beside) * least // extent.reference_bytes(least) // least * least
+    reference = extent.reference_bytes(chunks)
+    room = limit - extent.kept_bytes - reference
     passes = 1 if whole else -(-extent.n_chunks // chunks)
-    return Fit(chunks, passes, extent.kept_bytes + largest + extent.reference_bytes(chunks), limit)
+    return Fit(chunks, passes, extent.kept_bytes + reference + min(room, sum(twins)), room)
 
 
 def next_range(done: Sequence[int], extent: Extent, at_a_time: int) -> ChunkRange | None:

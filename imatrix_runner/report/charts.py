@@ -21,8 +21,8 @@ _PHONE: Final = 400
 """Pixels inside the axes below which a legend's names stand one below the other."""
 
 
-def spec(description: str, height: float, **parts: Any) -> Spec:
-    """What all charts have in common: the page's width, the house's look."""
+def spec(description: str, height: float, *, small: bool = False, **parts: Any) -> Spec:
+    """What all charts have in common: the page's width (part of it for a ``small`` one), the house's look."""
     return {
         "$schema": SCHEMA,
         "description": description,
@@ -30,6 +30,7 @@ def spec(description: str, height: float, **parts: Any) -> Spec:
         "height": height,
         "autosize": {"type": "fit-x", "contains": "padding"},
         "config": config(),
+        "usermeta": {"small": small},
         **parts,
     }
 

@@ -28,7 +28,7 @@ COLOURS: Final = {
 
 _LIGHT_RAMP = ("#edf3f1", "#6db3a9", "#063f3b")
 _DARK_RAMP = ("#1d2a2c", "#2c857c", "#c6f7ee")
-RAMP_STEPS: Final = 9
+RAMP_STEPS: Final = 7
 
 FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 

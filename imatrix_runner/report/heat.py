@@ -18,6 +18,8 @@ Figure = Literal["total", "active", "entropy"]
 
 OUTSIDE: Final = "–"
 """In place of a layer's number, for tensors outside the layers."""
+_FEW: Final = 8
+"""Layers up to which a heat map does not need the page's width."""
 MOST_CELLS: Final = 20_000
 """Above this a heat map is no picture any more: the largest models have about 2,000 tensors."""
 _ORDER: Final = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -92,6 +94,7 @@ def heat_map(report: Report, figure: Figure) -> Spec | None:
             "labelExpr": f"isFinite(datum.value) ? {label} : ''",
             "gradientThickness": 10,
             "labelOverlap": "greedy",
+            "labelFontSize": 11,
         },
     }
     layers: list[Spec] = [
@@ -115,7 +118,7 @@ def heat_map(report: Report, figure: Figure) -> Spec | None:
                 "encoding": {**place, "tooltip": tip(name="Without data")},
             }
         )
-    return spec(_told(tensors, text, len(lacking)), _ROW * len(rows), layer=layers)
+    return spec(_told(tensors, text, len(lacking)), _ROW * len(rows), layer=layers, small=len(columns) <= _FEW)
 
 
 def thresholds(values: Sequence[float]) -> list[float]:

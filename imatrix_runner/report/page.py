@@ -63,6 +63,7 @@ class Chart:
     id: str
     json: str
     description: str
+    small: bool
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _chosen(report: Report) -> list[Chosen]:
 
 
 def _chart(name: str, spec: charts.Spec | None) -> Chart | None:
-    return Chart(name, embedded_json(spec), spec["description"]) if spec is not None else None
+    return Chart(name, embedded_json(spec), spec["description"], spec["usermeta"]["small"]) if spec is not None else None
 
 
 def _answers(result: DomainResult, number: int) -> Answers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from imatrix_runner.engines.measures import Divergence
@@ -32,18 +32,43 @@ def unit(n_bytes: int) -> tuple[str, int]:
     return name, 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(name)
 
 
+@dataclass(frozen=True)
+class _Upright:
+    """The scale of the KLD, from ``low`` to ``high``; a logarithm's wherever any level has a place on it."""
+
+    low: float
+    high: float
+    log: bool
+
+    def height(self, kld: float) -> float:
+        """0 at the lower end, 1 at the upper."""
+        if not self.log:
+            return (kld - self.low) / (self.high - self.low)
+        return math.log(kld / self.low) / math.log(self.high / self.low)
+
+    def encoding(self) -> dict[str, Any]:
+        domain = [self.low, self.high]
+        if not self.log:
+            return quantitative("kld", "Mean KLD (nats)", scale={"domain": domain, "nice": False}, axis={"tickCount": 5})
+        scale = {"type": "log", "domain": domain, "nice": False}
+        ticks = {"values": log_ticks(self.low, self.high), "format": "~g"}
+        return quantitative("kld", "Mean KLD (nats, log scale)", scale=scale, axis=ticks)
+
+
 def pareto(report: Report, *, width: float = _WIDE, height: float = _HEIGHT) -> Spec | None:
     """Size against mean KLD, the front as a line, twins without imatrix joined to their levels.
 
-    The scale of the KLD is a logarithm's: levels with none at all have no place on it. Names are placed for a plot of ``width``
-    and ``height`` pixels.
+    The scale of the KLD is a logarithm's: a level with none at all has no place on it, unless that is so of all. Names are
+    placed for a plot of ``width`` and ``height`` pixels.
     """
-    plotted = [(level, level.measured) for level in report.levels if level.measured is not None and _has_place(level.measured)]
+    measured = [(level, level.measured) for level in report.levels if level.measured is not None]
+    placed = [(level, found) for level, found in measured if found.kld.value > 0]
+    plotted = placed or measured
     if not plotted:
         return None
     name, scale = unit(max(level.n_bytes for level, _ in plotted))
     picked = {pick.level for pick in report.picks}
-    twins = {each.level: each.without for each in report.comparisons if _has_place(each.without)}
+    twins = {each.level: each.without for each in report.comparisons if each.without.kld.value > 0}
     points: list[Point] = []
     joined: list[Point] = []
     for level, found in plotted:
@@ -51,19 +76,16 @@ def pareto(report: Report, *, width: float = _WIDE, height: float = _HEIGHT) -> 
         if level.name in twins:
             points.append(_point(level, twins[level.name], TWIN, scale))
             joined.append({"x": level.n_bytes / scale, "low": found.kld.value, "high": twins[level.name].kld.value})
-    x_range, y_range = _ranges(points)
+    across, upright = _across(points), _upright(points, log=bool(placed))
     for point in points:
-        point["low"], point["high"] = max(point["kld"] - point["error"], y_range[0]), point["kld"] + point["error"]
+        point["low"], point["high"] = max(point["kld"] - point["error"], upright.low), point["kld"] + point["error"]
     best = front([Measure(level.name, level.n_bytes, found.kld.value, found.same_top.value) for level, found in plotted])
     line = [{"x": each.n_bytes / scale, "kld": each.kld} for each in best]
-    _name_points(points, line, x_range, y_range, width, height)
+    _name_points(points, line, across, upright, width, height)
     x_axis = {"grid": False, "tickCount": 8}
-    x = quantitative("x", f"Size ({name})", scale={"domain": x_range, "zero": False, "nice": False}, axis=x_axis)
-    return spec(_told(report, plotted), height, encoding={"x": x}, layer=_layers(points, line, joined, y_range))
-
-
-def _has_place(found: Divergence) -> bool:
-    return 0 < found.kld.value < math.inf
+    x = quantitative("x", f"Size ({name})", scale={"domain": across, "zero": False, "nice": False}, axis=x_axis)
+    layers = _layers(points, line, joined, upright.encoding())
+    return spec(_told(report, plotted), height, encoding={"x": x}, layer=layers)
 
 
 def _point(level: ReportLevel, found: Divergence, role: str, scale: int) -> Point:
@@ -79,11 +101,8 @@ def _point(level: ReportLevel, found: Divergence, role: str, scale: int) -> Poin
     }
 
 
-def _layers(points: list[Point], line: list[Point], joined: list[Point], y_range: list[float]) -> list[Spec]:
+def _layers(points: list[Point], line: list[Point], joined: list[Point], y: dict[str, Any]) -> list[Spec]:
     """The front, what joins twins, standard errors, points, names: each over the one before."""
-    scale = {"type": "log", "domain": y_range, "nice": False}
-    ticks = {"values": log_ticks(*y_range), "format": "~g"}
-    y = quantitative("kld", "Mean KLD (nats, log scale)", scale=scale, axis=ticks)
     reaching = {"y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
     is_picked = f"datum.role === '{PICKED}'"
     return [
@@ -130,21 +149,27 @@ def _layers(points: list[Point], line: list[Point], joined: list[Point], y_range
     ]
 
 
-def _ranges(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    """The axes' ends, with room for names."""
+def _across(points: Sequence[Point]) -> list[float]:
+    """The ends of the sizes' axis, with room for names."""
     sizes = [point["x"] for point in points]
     apart = (max(sizes) - min(sizes)) or max(sizes)
+    return [max(0.0, min(sizes) - _MARGIN * apart), max(sizes) + _MARGIN * apart]
+
+
+def _upright(points: Sequence[Point], *, log: bool) -> _Upright:
     low = min(point["kld"] for point in points)
     high = max(point["kld"] + point["error"] for point in points)
+    if not log:
+        return _Upright(low - 1e-6, high + 1e-6, log)
     stretch = max(high / low, 2.0) ** _MARGIN
-    return [max(0.0, min(sizes) - _MARGIN * apart), max(sizes) + _MARGIN * apart], [low / stretch, high * stretch]
+    return _Upright(low / stretch, high * stretch, log)
 
 
 def _name_points(
     points: Sequence[Point],
     line: Sequence[Point],
-    x_range: list[float],
-    y_range: list[float],
+    ends: list[float],
+    upright: _Upright,
     width: float,
     height: float,
 ) -> None:
@@ -154,9 +179,8 @@ def _name_points(
     for key, across in (("wide", width), ("narrow", _NARROW)):
 
         def at(point: Point, across: float = across) -> tuple[float, float]:
-            x = (point["x"] - x_range[0]) / (x_range[1] - x_range[0])
-            y = math.log(point["kld"] / y_range[0]) / math.log(y_range[1] / y_range[0])
-            return x * across, (1 - y) * height
+            x = (point["x"] - ends[0]) / (ends[1] - ends[0])
+            return x * across, (1 - upright.height(point["kld"])) * height
 
         spots = [Spot(*at(point), point["level"], must=point["role"] == PICKED) for point in levels]
         labels = place(spots, across, height, avoid=list(map(at, twins)), line=list(map(at, line)))

@@ -64,7 +64,7 @@ def moment(iso: str) -> str:
 
 def percent(share: float, decimals: int = 1) -> str:
     """``0.926`` -> ``92.6 %``."""
-    return f"{100 * share:.{decimals}f} %"
+    return f"{_signed(100 * share, decimals).removeprefix('+')} %"
 
 
 def points(share: float, decimals: int = 2) -> str:
@@ -73,8 +73,8 @@ def points(share: float, decimals: int = 2) -> str:
 
 
 def difference(estimate: Estimate) -> str:
-    """A difference and its error, both with the decimals of the error's two digits: ``−0.090 ± 0.016``."""
-    decimals = max(0, 1 - _exponent(estimate.error)) if estimate.error else 4
+    """A difference and its error, both with the decimals of the error's two digits, four at most: ``−0.090 ± 0.016``."""
+    decimals = min(4, max(0, 1 - _exponent(estimate.error))) if estimate.error else 4
     return f"{_signed(estimate.value, decimals)} ± {estimate.error:.{decimals}f}"
 
 

@@ -50,6 +50,13 @@ def answer_levels(
     Raises :class:`UsageError` without the embedded engine, ``InvalidDataError`` for prompts that are none, and whatever keeps
     the source from answering.
     """
+    engine, asked = check_answerable(request, session)
+    template = template_of(frozen.model, request.chat_template)
+    return _Answering(request, asked, template, frozen, session, engine, folder).run(levels)
+
+
+def check_answerable(request: DomainRequest, session: Session) -> tuple[EmbeddedEngine, list[Asked]]:
+    """The engine and the prompts, or why there can be no answers: known before anything else is measured."""
     engine = session.engine
     if not isinstance(engine, EmbeddedEngine):
         raise UsageError(
@@ -57,8 +64,7 @@ def answer_levels(
             f"this is the {engine.name} engine, and llama.cpp's programs do not tell the tokens of an answer",
             "Leave --engine out, or --domain.",
         )
-    asked, template = read_prompts(request.prompts), template_of(frozen.model, request.chat_template)
-    return _Answering(request, asked, template, frozen, session, engine, folder).run(levels)
+    return engine, read_prompts(request.prompts)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from imatrix_runner.files import free_bytes
 from imatrix_runner.journal import Journal, Record, differences
 from imatrix_runner.models.sources import parse_source
 from imatrix_runner.quantize.levels import Level, offered
+from imatrix_runner.workflow.answers import DomainRequest, answer_levels, check_answerable
 from imatrix_runner.workflow.choice import Needs
 from imatrix_runner.workflow.context import Context, Session, held, settle
 from imatrix_runner.workflow.levels import still_there
@@ -139,6 +140,8 @@ class _Evaluation:
     def plan(self) -> MeasurePlan:
         session = self.session
         made = self._levels()
+        if self.domain is not None:
+            check_answerable(self.domain, session)
         steps, alone = self.twins.plan([self._level(name) for name in made]) if self.request.twins else ((), {})
         sizes = [step.facts.n_bytes or 0 for step in steps]
         yardstick = choose_yardstick(self.request, self.frozen, len(made), sizes, session)
@@ -159,13 +162,14 @@ class _Evaluation:
         pairs = self._compare(plan, measurer, everything, failed)
         measurer.tidy()
         self.twins.tidy()
+        answers = self._answers(plan, failed)
         return EvaluateResult(
             session.workspace,
             plan,
             everything,
             failed,
             pairs,
-            (),
+            answers,
             self._target(everything),
             seconds=time.monotonic() - began,
         )
@@ -241,6 +245,23 @@ class _Evaluation:
             self.twins.remove(steps)
         there = comparisons(self.session.journal)
         return tuple(there[subject.name] for subject in plan.subjects if subject.name in there)
+
+    @property
+    def domain(self) -> DomainRequest | None:
+        """``--domain``: what is asked."""
+        request = self.request
+        if request.domain is None:
+            return None
+        return DomainRequest(request.domain, request.n_predict, request.options, again=request.again)
+
+    def _answers(self, plan: MeasurePlan, failed: dict[str, RunnerError]) -> tuple[DomainResult, ...]:
+        """What source and levels say to somebody's prompts; a level that computes no numbers is not asked."""
+        if self.domain is None:
+            return ()
+        levels = [(each.name, each.file, each.inputs[LEVEL_INPUT]) for each in plan.subjects if each.name not in failed]
+        found = answer_levels(self.domain, self.frozen, levels, self.session, self.session.workspace.evaluation)
+        failed.update({name: outcome for name, outcome in found.items() if isinstance(outcome, RunnerError)})
+        return tuple(outcome for outcome in found.values() if isinstance(outcome, DomainResult))
 
     def _record_pair(
         self, plan: MeasurePlan, measurer: Measurer, name: str, mine: Divergence, theirs: Divergence, twin: Subject

@@ -20,6 +20,9 @@ POOR = 0.5
 to 10 times the source's (llama.cpp PR 6936)."""
 
 
+Place = Literal["GPU", "GPU and RAM", "RAM", "smaller"]
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A level that can be made: its bytes and where it runs."""
@@ -33,42 +36,41 @@ class Candidate:
         """What others measured for it."""
         return closeness(self.level)
 
+    @property
+    def poor(self) -> bool:
+        return self.kld is not None and self.kld > POOR
+
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A level for a place to run it in, or a smaller one, and why that one."""
+    """A level for a place to run it in, or a smaller one, and why that one. ``poor``: beyond :data:`POOR`."""
 
-    place: Literal["GPU", "GPU and RAM", "RAM", "smaller"]
+    place: Place
     level: str
     reason: str
+    poor: bool = False
 
 
 def recommend(levels: Sequence[Candidate], budget: Budget) -> tuple[Recommendation, ...]:
     """The best that fits wholly on the GPU; the best that fits in memory; the best that needs both, if it is better than those;
     and of all that run somewhere the one at the bend of the curve of sizes and divergences, if that is another."""
-    wholly = [each for each in levels if each.fit.place == "GPU"]
-    partly = [each for each in levels if each.fit.place == "GPU and RAM"]
-    in_ram = [each for each in levels if each.fit.n_bytes <= budget.ram]
+    groups: tuple[tuple[Place, str, list[Candidate]], ...] = (
+        ("GPU", "wholly on the GPU", [each for each in levels if each.fit.place == "GPU"]),
+        ("RAM", "in memory", [each for each in levels if each.fit.n_bytes <= budget.ram]),
+        ("GPU and RAM", "on the GPU in part", [each for each in levels if each.fit.place == "GPU and RAM"]),
+    )
     found: list[Recommendation] = []
     taken: list[Candidate] = []
-    if wholly:
-        taken.append(_best(wholly))
-        found.append(Recommendation("GPU", taken[-1].level, _why(wholly, "wholly on the GPU", taken[-1].fit.reason)))
-    if in_ram:
-        best = _best(in_ram)
-        helped = f"; -ngl {best.fit.n_gpu_layers} puts as many of its {best.fit.n_layers} layers on the GPU"
-        figures = f"{human_bytes(best.fit.n_bytes)} of {human_bytes(budget.ram)}"
+    for place, where, group in groups:
+        best = _best(group) if group else None
+        if best is None or (place == "GPU and RAM" and _best([best, *taken]) in taken):
+            continue
         taken.append(best)
-        told = figures + (helped if best.fit.place == "GPU and RAM" else "")
-        found.append(Recommendation("RAM", best.level, _why(in_ram, "in memory", told)))
-    if partly and _best([*partly, *taken]) not in taken:
-        best = _best(partly)
-        taken.append(best)
-        found.append(Recommendation("GPU and RAM", best.level, _why(partly, "on the GPU in part", best.fit.reason)))
+        found.append(Recommendation(place, best.level, _why(group, where, _figures(best, place, budget)), best.poor))
     bend = _bend(levels)
     if bend is not None and bend not in taken and bend.fit.place != "nowhere":
         told = f"{human_bytes(bend.n_bytes)}, KLD {bend.kld:.4f} elsewhere: smaller ones lose quickly, larger ones gain slowly"
-        found.append(Recommendation("smaller", bend.level, told))
+        found.append(Recommendation("smaller", bend.level, told, bend.poor))
     return tuple(found)
 
 
@@ -85,7 +87,15 @@ def _why(levels: Sequence[Candidate], where: str, figures: str) -> str:
     what = "the largest" if best.kld is None else f"the closest to its source (KLD {best.kld:.4f} elsewhere, {KLD_SOURCE})"
     many = "and the only one that fits" if len(levels) == 1 else f"of the {len(levels)} that fit"
     poor = ". Poor all the same: elsewhere such levels had 1.7 to 10 times the source's perplexity"
-    return f"{what} {many} {where}: {figures}{poor if best.kld is not None and best.kld > POOR else ''}"
+    return f"{what} {many} {where}: {figures}{poor if best.poor else ''}"
+
+
+def _figures(best: Candidate, place: Place, budget: Budget) -> str:
+    fit = best.fit
+    if place != "RAM":
+        return fit.reason
+    helped = f"; -ngl {fit.n_gpu_layers} puts as many of its {fit.n_layers} layers on the GPU"
+    return f"{human_bytes(fit.n_bytes)} of {human_bytes(budget.ram)}{helped if fit.place == 'GPU and RAM' else ''}"
 
 
 def _bend(levels: Sequence[Candidate]) -> Candidate | None:

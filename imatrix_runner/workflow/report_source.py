@@ -147,7 +147,7 @@ def _with_metadata(known: ReportModel, model: Model, sink: Sink) -> ReportModel:
         n_layers=model.n_layers,
         n_experts=model.n_experts,
         context_length=header.integer(f"{model.architecture}.context_length"),
-        base_models=_base_models(header, known.repo),
+        base_models=base_models(header, known.repo),
         license=words.line("general.license", _ID),
         license_name=words.line("general.license.name", _NAME),
         license_link=words.line("general.license.link", _LINK),
@@ -179,7 +179,7 @@ class _Words:
         return tuple(dict.fromkeys(fit))
 
 
-def _base_models(header: GgufHeader, repo: str) -> tuple[str, ...]:
+def base_models(header: GgufHeader, repo: str) -> tuple[str, ...]:
     """Hub ids: of the model itself, then of those it was made from. None where its own is not known: files made from a chat
     model are not files of the base model that was tuned."""
     own = repo or _hub_id(header, "general.repo_url")

@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from command_line import RunCommand
 from dialogues import TEMPLATE
+from hub_server import HubServer
 from reports import hashed
 from tiny_models import write_llama_gguf
 from workspaces import (
@@ -27,7 +30,8 @@ from workspaces import (
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import Stamp, joint_sha256, sha256, stamp
-from imatrix_runner.imatrix.formats import read
+from imatrix_runner.imatrix.formats import read, write_gguf
+from imatrix_runner.imatrix.matrix import Entry, Matrix
 from imatrix_runner.imatrix.statistics import statistics
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.sources import open_gguf
@@ -339,6 +343,29 @@ def test_an_imatrix_alone_is_reported_with_its_experts(tiny_text: Path, tmp_path
     assert all(each.experts == 4 for each in report.imatrix.experts)
     assert [step.what for step in report.steps] == ["imatrix"]
     assert report.toolchain == report.imatrix.engine
+
+
+def test_a_hubs_model_and_a_published_imatrix_are_told_with_repository_and_commit(runner: RunCommand, tmp_path: Path) -> None:
+    model = write_llama_gguf(tmp_path / "Tiny-BF16.gguf", layers=1)
+    names = {tensor.name: tensor.shape[0] for tensor in open_gguf(model, allow_requantize=False).tensors}
+    entries = {name: Entry(np.ones((1, n)), np.array([512])) for name, n in names.items() if name.startswith("blk.") and n > 1}
+    entries = {name: each for name, each in entries.items() if "norm" not in name}
+    write_gguf(Matrix(entries, 512, 64, ("theirs.txt",)), tmp_path / "published.gguf")
+    with HubServer() as hub:
+        hub.add("tiny-org/Tiny", {"Tiny-BF16.gguf": model})
+        hub.add("bartowski/tiny-org_Tiny-GGUF", {"tiny-org_Tiny-imatrix.gguf": tmp_path / "published.gguf"})
+        surroundings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        assert runner("run", "tiny-org/Tiny", "--levels", "Q4_0", env=surroundings).code == 0
+        source, published = hub.find("tiny-org/Tiny"), hub.find("bartowski/tiny-org_Tiny-GGUF")
+    assert source is not None
+    assert published is not None
+    report = reported(Workspace(tmp_path / "work" / "Tiny", "Tiny"))
+    assert (report.model.origin, report.model.repo, report.model.commit) == ("tiny-org/Tiny", "tiny-org/Tiny", source.commit)
+    assert report.model.base_models == ("tiny-org/Tiny",)
+    assert report.command == "imatrix-runner run tiny-org/Tiny --levels Q4_0"
+    assert report.imatrix is not None
+    assert (report.imatrix.made_here, report.imatrix.datasets) == (False, ("theirs.txt",))
+    assert report.imatrix.origin == f"bartowski/tiny-org_Tiny-GGUF@{published.commit}:tiny-org_Tiny-imatrix.gguf"
 
 
 def test_there_is_nothing_to_report_of_a_workspace_where_nothing_was_finished(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from pathlib import Path
 
@@ -87,12 +86,11 @@ def test_another_one_s_answers_are_neither_read_nor_continued(path: Path) -> Non
 def test_wherever_a_write_was_torn_whole_groups_stay_and_the_end_is_the_same(path: Path) -> None:
     one = len(write(path, FIRST))
     whole = write(path, SECOND)
-    for size in range(len(whole)):
+    for size in range(0, len(whole), 5):
         path.write_bytes(whole[:size])
-        kept = [] if size < 32 else [FIRST] if size >= one else []
-        assert sorted(read_completions(path, "model, prompts"), key=str) == sorted(sum(kept, []), key=str)
+        assert read_completions(path, "model, prompts") == ([FIRST[1], FIRST[0]] if size >= one else [])
         with closing(CompletionsFile(path, "model, prompts")) as file:
-            assert file.groups == len(kept)
+            assert file.groups == (size >= one)
             for record in (FIRST, SECOND)[file.groups :]:
                 file.append(record)
         assert path.read_bytes() == whole
@@ -105,4 +103,4 @@ def test_a_damaged_group_and_what_follows_it_do_not_count(path: Path, at: int) -
     path.write_bytes(data)
     kept = 1 if at < 0 else 0
     assert held(path) == (kept, 2 * kept)
-    assert os.path.getsize(path) == (32 if not kept else len(write(path.with_name("first"), FIRST)))
+    assert path.stat().st_size == (32 if not kept else len(write(path.with_name("first"), FIRST)))

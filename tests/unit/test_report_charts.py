@@ -14,7 +14,7 @@ import vl_convert
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.report import charts, heat
 from imatrix_runner.report.charts import Spec, log_ticks
-from imatrix_runner.report.colours import COLOURS, palette, resolved
+from imatrix_runner.report.colours import COLOURS, RAMP_STEPS, palette, resolved
 from imatrix_runner.report.document import Report
 from imatrix_runner.report.labels import Spot, place
 from imatrix_runner.report.pareto import pareto, unit
@@ -79,6 +79,15 @@ def test_a_level_without_any_divergence_is_named_in_words_instead() -> None:
     assert "BF16, whose KLD is 0" in chart["description"]
 
 
+def test_levels_that_are_all_the_same_as_the_source_are_drawn_too() -> None:
+    same = tuple(replace(level, measured=reports.divergence(0.0)) for level in DENSE.levels[:2])
+    report = replace(DENSE, levels=same, comparisons=(), picks=())
+    chart = pareto(report)
+    assert [each["kld"] for each in values(chart, "points")] == [0, 0]
+    assert layer(chart, "points")["encoding"]["y"]["title"] == "Mean KLD (nats)"
+    assert render_png(report).startswith(b"\x89PNG")
+
+
 def test_one_measured_level_alone_is_a_chart() -> None:
     alone = replace(DENSE, levels=DENSE.levels[:1], comparisons=())
     assert len(values(pareto(alone), "points")) == 1
@@ -124,9 +133,9 @@ def test_colours_step_by_a_factor_for_strengths_and_evenly_for_shares() -> None:
     strengths = layer(heat.heat_map(DENSE, "total"), "cells")["encoding"]["color"]["scale"]
     assert DENSE.imatrix is not None
     totals = [tensor.total for tensor in DENSE.imatrix.tensors]
-    assert 10 ** strengths["domain"][0] == pytest.approx(min(totals) * (max(totals) / min(totals)) ** (1 / 9))
-    assert len(strengths["range"]) == len(strengths["domain"]) + 1 == 9
-    assert heat.thresholds([0.1, 1.0]) == pytest.approx([0.1 * step for step in range(2, 10)])
+    assert 10 ** strengths["domain"][0] == pytest.approx(min(totals) * (max(totals) / min(totals)) ** (1 / RAMP_STEPS))
+    assert len(strengths["range"]) == len(strengths["domain"]) + 1 == RAMP_STEPS
+    assert heat.thresholds([0.3, 1.0]) == pytest.approx([0.3 + 0.1 * step for step in range(1, 7)])
     assert heat.thresholds([1.0, 1.0]) == []
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from pathlib import Path
 
-from imatrix_runner.workflow.report_steps import bare_command
+import pytest
+from reports import sample_report
+
+from imatrix_runner.files import Stamp
+from imatrix_runner.journal import Journal, Output, Record
+from imatrix_runner.report.document import ReportFile
+from imatrix_runner.workflow.report_steps import bare_command, describe_steps
 
 
 @pytest.mark.parametrize(
@@ -38,3 +45,41 @@ def test_a_command_keeps_names_and_loses_folders(typed: str, shown: str) -> None
 def test_a_directory_that_looks_like_a_hub_id_is_known_by_having_been_the_source() -> None:
     assert bare_command("imatrix-runner run models/llama", "models/llama") == "imatrix-runner run llama"
     assert bare_command("imatrix-runner run models/llama") == "imatrix-runner run models/llama"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "options", "command"),
+    [
+        (
+            "140 from 10 --output-frequency 8",
+            "-b 2048 -ub 512 -ngl 99 --parse-special name my text.txt",
+            (
+                "llama-imatrix -m m-BF16.gguf -f 'my text.txt' -o imatrix.gguf -c 512 --chunks 140 --chunk 10 "
+                "-b 2048 -ub 512 -ngl 99 --parse-special"
+            ),
+        ),
+        (
+            "all from 0 --until-converged 0.05 --min-expert-tokens 64",
+            "-b 512 -ub 512 name my text.txt",
+            (
+                "imatrix-runner imatrix generate m-BF16.gguf -f 'my text.txt' -o imatrix.gguf -c 512 "
+                "--until-converged 0.05 --min-expert-tokens 64 -b 512 -ub 512"
+            ),
+        ),
+    ],
+)
+def test_the_imatrix_is_llama_imatrix_where_that_can_do_it(chunks: str, options: str, command: str, tmp_path: Path) -> None:
+    model = replace(sample_report().model, files=(ReportFile("mmproj-m-F16.gguf", 9), ReportFile("m-BF16.gguf", 10)))
+    inputs = {"context": "512", "chunks": chunks, "options": options}
+    record = Record.now(inputs, [Output("imatrix.gguf", Stamp(1, 2, 3))], "", 4.0, facts={"dataset": "my text.txt"})
+    (step,) = describe_steps(Journal(tmp_path / "journal.json"), {}, record, model, "")
+    assert (step.what, step.seconds, step.command) == ("imatrix", 4.0, command)
+
+
+def test_a_conversion_is_told_if_the_levels_were_made_from_it(tmp_path: Path) -> None:
+    journal, model = Journal(tmp_path / "journal.json"), replace(sample_report().model, files=(ReportFile("m-BF16.gguf", 10),))
+    for outtype in ("f16", "bf16"):
+        output = Output(f"m-{outtype.upper()}.gguf", Stamp(1, 2, 3))
+        journal.record(f"convert {outtype}", Record.now({"outtype": outtype}, [output], "", 5.0))
+    (step,) = describe_steps(journal, {}, None, model, "")
+    assert step.command == "convert_hf_to_gguf.py Ministral-8B --outfile m-BF16.gguf --outtype bf16"
