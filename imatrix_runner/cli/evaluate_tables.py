@@ -42,7 +42,8 @@ def print_reported(report: ReportFiles | None, console: Console) -> None:
     if report is None:
         return
     print_report(report.report, console)
-    console.print(Text(f"Report: {report.html}"))
+    if not report.stale:
+        console.print(Text(f"Report: {report.html}"))
 
 
 def print_failed(result: EvaluateResult, console: Console) -> None:

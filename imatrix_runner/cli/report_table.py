@@ -88,7 +88,7 @@ _TWINS: tuple[Column[Comparison], ...] = (
     Column("Saved", lambda pair: f"{points(pair.saved.value, 1)} ± {percent(pair.saved.error)}"),
     Column("PPL", lambda pair: f"{signed(pair.ppl.value)} ± {figure(pair.ppl.error)}", 4),
     Column("Same top", lambda pair: f"{points(pair.same_top.value)} %", 3),
-    Column("Verdict", lambda pair: pair.verdict + ("" if pair.sure else " (within the error)"), left=True),
+    Column("Verdict", lambda pair: pair.verdict + (f" ({pair.remark})" if pair.remark else ""), left=True),
 )
 
 _ANSWERS: tuple[Column[DomainResult], ...] = (

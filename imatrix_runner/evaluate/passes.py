@@ -19,7 +19,8 @@ _FREE_SHARE = 0.8
 @dataclass(frozen=True)
 class Extent:
     """What is measured: ``n_chunks`` of ``n_ctx`` tokens of a vocabulary of ``n_vocab``, ``at_once`` chunks side by side,
-    for ``n_levels`` levels. ``given``: the reference is somebody's file, and takes nothing more."""
+    for ``n_levels`` levels. ``given``: the reference is somebody's file, and takes nothing more. ``further_bytes``: of what
+    else lies there meanwhile, a copy of the text."""
 
     n_vocab: int
     n_ctx: int
@@ -27,6 +28,7 @@ class Extent:
     at_once: int
     n_levels: int
     given: bool = False
+    further_bytes: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -66,7 +68,8 @@ def fit(extent: Extent, limit: int, twins: Sequence[int] = (), *, whole: bool = 
     Raises :class:`NoSpaceError` when not even one batch fits.
     """
     largest = max(twins, default=0)
-    beside = extent.kept_bytes + largest
+    kept = extent.kept_bytes + extent.further_bytes
+    beside = kept + largest
     least = 1 if whole else min(extent.at_once, extent.n_chunks)
     if beside + extent.reference_bytes(least) > limit:
         twin = f", with the largest twin of {human_bytes(largest)}" if largest else ""
@@ -80,9 +83,9 @@ def fit(extent: Extent, limit: int, twins: Sequence[int] = (), *, whole: bool = 
     if beside + extent.reference_bytes(chunks) > limit:
         chunks = (limit - beside) * least // extent.reference_bytes(least) // least * least
     reference = extent.reference_bytes(chunks)
-    room = limit - extent.kept_bytes - reference
+    room = limit - kept - reference
     passes = 1 if whole else -(-extent.n_chunks // chunks)
-    return Fit(chunks, passes, extent.kept_bytes + reference + min(room, sum(twins)), room)
+    return Fit(chunks, passes, kept + reference + min(room, sum(twins)), room)
 
 
 def next_range(done: Sequence[int], extent: Extent, at_a_time: int) -> ChunkRange | None:

@@ -52,18 +52,21 @@ def recommend(measures: Sequence[Measure]) -> tuple[Pick, ...]:
         return ()
     near = next((each for each in best if each.kld <= NEAR_SOURCE), None)
     usable = next((each for each in best if each.same_top >= USABLE), None)
-    knee = _knee(best)
     found: list[Pick] = []
+    largest = (near or best[-1]).n_bytes  # what is larger gains nothing
+    knee = _knee([each for each in best if each.n_bytes <= largest])
     if near is not None:
         found.append(Pick("quality", near.level, f"the smallest with a mean KLD of at most {NEAR_SOURCE:g}"))
     else:
         found.append(
             Pick("quality", best[-1].level, f"the closest to the source; none has a mean KLD of at most {NEAR_SOURCE:g}")
         )
-    if knee is not None:
+    if knee is not None and knee.n_bytes < largest:
         found.append(Pick("balanced", knee.level, "the bend of the curve: smaller ones lose quickly, larger ones gain slowly"))
-    if usable is not None:
-        found.append(Pick("small", usable.level, f"the smallest that agrees with the source on {USABLE:.0%} of the top tokens"))
+    if usable is not None and usable.n_bytes < largest:
+        found.append(
+            Pick("small", usable.level, f"the smallest that agrees with the source on {100 * USABLE:g} % of the top tokens")
+        )
     named: dict[str, Pick] = {}
     for pick in found:
         named.setdefault(pick.level, pick)

@@ -15,8 +15,8 @@ Verdict = Literal["not needed", "take it", "do not go without"]
 
 LITTLE, MUCH = 0.03, 0.10
 RULE = (
-    f"The rule: where the imatrix takes away less than {LITTLE:.0%} of the KLD it is not needed; more than {MUCH:.0%}: "
-    "do not go without; between: take it, it is free at inference."
+    f"The rule: where the imatrix takes away less than {100 * LITTLE:g} % of the KLD it is not needed; "
+    f"more than {100 * MUCH:g} %: do not go without; between: take it, it is free at inference."
 )
 
 
@@ -38,6 +38,13 @@ class Comparison:
     verdict: Verdict
     sure: bool
 
+    @property
+    def remark(self) -> str:
+        """What is to be said of the verdict."""
+        if not self.sure:
+            return "within two standard errors"
+        return "closer to the source without it" if self.saved.value < 0 else ""
+
 
 def judge(saved: float) -> Verdict:
     """:data:`RULE`."""
@@ -55,7 +62,7 @@ def compare(
     """``tokens``: the scored tokens of both, in the same order, for errors of paired differences: both stumble over the same
     words, so their difference is known better than either. Without them the two count as independent."""
     kld, ppl, same = _apart(with_imatrix, without) if tokens is None else _paired(with_imatrix, without, *tokens)
-    saved = _saved(without, kld)
+    saved = _saved(with_imatrix.kld, without.kld, tokens)
     sure = abs(saved.value) > 2 * saved.error
     return Comparison(level, with_imatrix, without, saved, kld, ppl, same, judge(saved.value), sure)
 
@@ -72,15 +79,20 @@ def _paired(
     kld = _mean(mine["kld"] - theirs["kld"])
     same = _mean(mine["same"].astype(np.float64) - theirs["same"])
     # PPL = exp(mean nll): d(PPL - PPL') = PPL * d(nll) - PPL' * d(nll'), token by token.
-    steps = one.ppl.value * mine["nll"].astype(np.float64) - other.ppl.value * theirs["nll"]
+    steps = one.ppl.value * mine["nll"].astype(np.float64) - other.ppl.value * theirs["nll"].astype(np.float64)
     return kld, Estimate(one.ppl.value - other.ppl.value, _mean(steps).error), same
 
 
-def _saved(other: Divergence, difference: Estimate) -> Estimate:
-    """(without - with) / without, and its error as far as the difference has one (the twin's own KLD is known much better)."""
-    if other.kld.value <= 0:
+def _saved(one: Estimate, other: Estimate, tokens: tuple[npt.NDArray[np.void], npt.NDArray[np.void]] | None) -> Estimate:
+    """(without - with) / without, with the error of a ratio of means (W. G. Cochran, Sampling Techniques, 2.11)."""
+    if other.value <= 0:
         return Estimate(0.0, 0.0)
-    return Estimate(-difference.value / other.kld.value, difference.error / other.kld.value)
+    ratio = one.value / other.value
+    if tokens is None:
+        spread = math.hypot(one.error, ratio * other.error)
+    else:
+        spread = _mean(tokens[0]["kld"] - ratio * tokens[1]["kld"]).error
+    return Estimate(1 - ratio, spread / other.value)
 
 
 def _mean(values: npt.NDArray[np.float64]) -> Estimate:

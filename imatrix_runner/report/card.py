@@ -183,7 +183,7 @@ def _compared(each: Comparison) -> _Compared:
         saved=f"{wording.percent(each.saved.value)} ± {wording.percent(each.saved.error)}",
         ppl=wording.signed(each.ppl.value),
         same_top=f"{wording.points(each.same_top.value)} points",
-        verdict=each.verdict if each.sure else f"{each.verdict} (not sure: within two standard errors)",
+        verdict=f"{each.verdict} ({each.remark})" if each.remark else each.verdict,
     )
 
 

@@ -143,8 +143,8 @@ class ReportCalibration:
 class ReportImatrix:
     """``made_here``: collected in this workspace; then ``ppl``, ``curve``, ``calibration`` and ``seconds`` may be known.
 
-    ``tokens`` it was collected from; ``stopped`` is ``chunks``, ``converged``, ``covered`` or ``text``; ``origin`` of a published
-    one: ``repo@commit:file``.
+    ``tokens`` it was collected from; ``stopped`` is ``chunks``, ``converged``, ``covered`` or ``text``; ``origin`` of a
+    published one: ``repo@commit:file``.
     """
 
     file: ReportFile

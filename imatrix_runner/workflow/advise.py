@@ -114,8 +114,8 @@ class TextAdvice:
 
 @dataclass(frozen=True)
 class Advice:
-    """Everything found. ``untimed``: why there is no ``timing``; ``held_out_chunks``: of the shipped text to measure with;
-    ``measured``: levels whose own divergence the workspace knows already."""
+    """Everything found. ``untimed``: why there is no ``timing``; ``held_out_chunks``: of the shipped text to measure with
+    (where there is a timing for it); ``measured``: levels whose own divergence the workspace knows already."""
 
     model: Model
     trained_context: int | None
@@ -173,7 +173,7 @@ def advise(request: AdviseRequest, context: Context) -> Advice:
         text=text,
         timing=timing,
         untimed=untimed,
-        held_out_chunks=_held_out_chunks(model, engine, request.options.n_ctx),
+        held_out_chunks=_held_out_chunks(model, engine, request.options.n_ctx) if timing is not None else 0,
         imatrix_bytes=matrix_bytes(model),
         measured=tuple(measured(journal)),
         recommendations=recommend(_candidates(judged), facts.budget),
@@ -275,13 +275,16 @@ def _candidates(levels: Sequence[LevelAdvice]) -> list[Candidate]:
 
 
 def _text(request: AdviseRequest, corpus: Corpus, model: Model, session: Session, context: Context) -> TextAdvice:
-    """What the calibration text is and whether it suits. Its tokens are looked at one by one where there is a tokenizer for
-    that; how many there are, the engine tells."""
+    """What the calibration text is and whether it suits. Its tokens are looked at one by one where llama-cpp-python can do
+    that; otherwise the engine tells how many there are."""
     tokenizer = "" if isinstance(session.machine.bindings, Unusable) else str(model.path)
     n_ctx, special = request.options.n_ctx, _parse_special(request, corpus)
     asked = request.options.parse_special
     inspected = inspect(InspectRequest(corpus.path, tokenizer, n_ctx=n_ctx, parse_special=asked), context)
-    n_tokens = session.engine.count_tokens(model.path, corpus.path, parse_special=special, log=None)
+    if (tokens := inspected.inspection.tokens) is not None:
+        n_tokens = tokens.n_parsed if special else tokens.n_plain
+    else:
+        n_tokens = session.engine.count_tokens(model.path, corpus.path, parse_special=special, log=None)
     used = model.header.integer(f"{model.architecture}.expert_used_count") or 0
     suitability = Suitability(
         request.source.model,

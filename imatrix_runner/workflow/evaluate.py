@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,6 @@ from imatrix_runner.events import warning
 from imatrix_runner.files import free_bytes
 from imatrix_runner.journal import Journal, Record, differences
 from imatrix_runner.models.sources import parse_source
-from imatrix_runner.quantize.levels import Level, offered
 from imatrix_runner.workflow.answers import DomainRequest, answer_levels, check_answerable
 from imatrix_runner.workflow.choice import Needs
 from imatrix_runner.workflow.context import Context, Session, held, settle
@@ -36,6 +36,7 @@ from imatrix_runner.workflow.plan import LevelStep
 from imatrix_runner.workflow.report import ReportFiles, make_report, remember_target
 from imatrix_runner.workflow.request import EvaluateRequest, LevelsRequest, MeasureRequest
 from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
+from imatrix_runner.workflow.status import MEASURING
 from imatrix_runner.workflow.twins import Twins
 from imatrix_runner.workflow.yardstick import Yardstick, choose_yardstick
 from imatrix_runner.workspace import Workspace
@@ -43,20 +44,15 @@ from imatrix_runner.workspace import Workspace
 
 @dataclass(frozen=True)
 class MeasurePlan:
-    """What will be measured with what. ``twins`` by level; ``alone``: levels without a twin, and why."""
+    """What will be measured with what. ``twins`` by level, those to be made and measured; ``compared``: levels whose comparison
+    with their twin is known; ``alone``: levels without a twin, and why."""
 
     yardstick: Yardstick
     subjects: tuple[Subject, ...]
     twins: Mapping[str, tuple[LevelStep, Subject]]
+    compared: tuple[str, ...]
     alone: Mapping[str, str]
     free_bytes: int
-
-    @property
-    def room_for_twins(self) -> int:
-        """Bytes beside the reference and the scored tokens."""
-        extent, space = self.yardstick.extent, self.yardstick.fit
-        reference = 0 if self.yardstick.base is not None else extent.reference_bytes(space.chunks)
-        return space.limit - extent.kept_bytes - reference
 
     @property
     def todo(self) -> tuple[Subject, ...]:
@@ -94,20 +90,24 @@ def evaluate(
         raise UsageError(
             f"There is nothing to measure in {workspace.root}",
             "no level of this model was made there",
-            f"Make some first: imatrix-runner run {request.source.model}",
+            f"Make some first: imatrix-runner run {shlex.quote(request.source.model)}",
         )
     with held(workspace, request.environment, context, dry_run=dry_run) as runner:
         engine, journal = choice.make(runner), Journal(workspace.journal)
         session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, choice.make_beside(runner))
         model = open_source(source, request.source, session, allow_requantize=True)
         announce(model, session.sink)
-        before = {key: journal.fact(key) or "" for key in ("command", "finished")}
+
+        def begin(plan: MeasurePlan) -> None:
+            if not dry_run:  # from now on `status` tells how to go on
+                journal.remember(**{MEASURING: request.environment.command})
+            if on_plan is not None:
+                on_plan(plan)
+
+        result = evaluate_levels(request.measure, request.making, freeze(model, session), session, on_plan=begin)
         if not dry_run:
-            journal.remember(command=request.environment.command, finished="no")
-        result = evaluate_levels(request.measure, request.making, freeze(model, session), session, on_plan=on_plan)
-        if not dry_run:  # what `status` shows when this is over is the command that made the levels
-            journal.remember(**({key: value for key, value in before.items() if value} or {"finished": "yes"}))
-            result = replace(result, report=make_report(workspace, journal, runner, session.sink))
+            result = replace(result, report=make_report(workspace, journal, runner, session.sink, strict=False))
+            journal.remember(**{MEASURING: ""})
         return result
 
 
@@ -142,19 +142,23 @@ class _Evaluation:
         made = self._levels()
         if self.domain is not None:
             check_answerable(self.domain, session)
-        steps, alone = self.twins.plan([self._level(name) for name in made]) if self.request.twins else ((), {})
+        self._warn_of_strangers(made)
+        steps, alone = self.twins.plan(made) if self.request.twins else ((), {})
         sizes = [step.facts.n_bytes or 0 for step in steps]
         yardstick = choose_yardstick(self.request, self.frozen, len(made), sizes, session)
         subjects = tuple(self._subject(name, record, yardstick) for name, record in made.items())
         pairs = {step.level.name: (step, self.twins.subject(step)) for step in steps}
         wanted = {name: pair for name, pair in pairs.items() if self._compare_again(name, made[name], yardstick, pair[1])}
-        return MeasurePlan(yardstick, subjects, wanted, alone, free_bytes(session.workspace.root))
+        compared = tuple(name for name in pairs if name not in wanted)
+        return MeasurePlan(yardstick, subjects, wanted, compared, alone, free_bytes(session.workspace.root))
 
     def run(self, plan: MeasurePlan, began: float) -> EvaluateResult:
         session = self.session
         measurer = Measurer(plan.yardstick, self.frozen, session, session.sink)
         found: dict[str, Divergence] = {}
         failed: dict[str, RunnerError] = {}
+        if self.request.again:
+            measurer.forget([*plan.subjects, *(twin for _, twin in plan.twins.values())])
         if plan.yardstick.base is not None and (plan.todo or plan.twins):
             measurer.check_given()
         _sort(measurer.measure(plan.todo), found, failed)
@@ -177,7 +181,7 @@ class _Evaluation:
     def _levels(self) -> dict[str, Record]:
         """The finished levels that were asked for, in the order asked."""
         session = self.session
-        journal, root = session.journal, session.workspace.root
+        journal, root, source = session.journal, session.workspace.root, shlex.quote(self.frozen.model.source.location)
         there = {
             name: record
             for name, record in levels_made(journal).items()
@@ -188,7 +192,7 @@ class _Evaluation:
                 raise UsageError(
                     f"There is nothing to measure in {root}",
                     "no level was made there, or their files are gone",
-                    f"Make some first: imatrix-runner run {self.frozen.model.source.location}",
+                    f"Make some first: imatrix-runner run {source}",
                 )
             return there
         known = {name.upper(): name for name in there}
@@ -197,12 +201,20 @@ class _Evaluation:
             raise UsageError(
                 f"{', '.join(missing)} cannot be measured",
                 f"{root} has no such finished level; there are: {', '.join(there) or 'none'}",
-                f"Make it first: imatrix-runner run {self.frozen.model.source.location} --levels {','.join(missing)}",
+                f"Make it first: imatrix-runner run {source} --levels {','.join(missing)}",
             )
         return {known[name.upper()]: there[known[name.upper()]] for name in self.request.levels}
 
-    def _level(self, name: str) -> Level:
-        return offered(self.session.types)[name.upper()]
+    def _warn_of_strangers(self, made: Mapping[str, Record]) -> None:
+        strangers = [name for name, record in made.items() if record.inputs.get("model file") != self.frozen.fingerprint]
+        if strangers:
+            model = self.frozen.model.name
+            self.session.sink(
+                warning(
+                    f"{', '.join(strangers)}: made from another file than this {model}; "
+                    "the figures hold that difference too. Make them again to measure what the level alone costs."
+                )
+            )
 
     def _subject(self, name: str, record: Record, yardstick: Yardstick) -> Subject:
         inputs = {LEVEL_INPUT: content_of(record)}
@@ -231,9 +243,10 @@ class _Evaluation:
         if not self.request.twins:
             return ()
         todo = {name: pair for name, pair in plan.twins.items() if name in known}
-        sizes = {name: step.facts.n_bytes or 0 for name, (step, _) in todo.items()}
-        for wave in waves(sizes, plan.room_for_twins):
-            steps = [todo[name][0] for name in wave]
+        unmade = {name: step.facts.n_bytes or 0 for name, (step, twin) in todo.items() if not measurer.knows(twin)}
+        compared = {*plan.compared}
+        for wave in ([name for name in todo if name not in unmade], *waves(unmade, plan.yardstick.fit.room)):
+            steps = [todo[name][0] for name in wave if name in unmade]
             spoiled = self.twins.make(steps)
             failed.update({todo[name][1].name: error for name, error in spoiled.items()})
             found: dict[str, Divergence] = {}
@@ -242,9 +255,10 @@ class _Evaluation:
                 twin = todo[name][1]
                 if twin.name in found:
                     self._record_pair(plan, measurer, name, known[name], found[twin.name], twin)
+                    compared.add(name)
             self.twins.remove(steps)
         there = comparisons(self.session.journal)
-        return tuple(there[subject.name] for subject in plan.subjects if subject.name in there)
+        return tuple(there[subject.name] for subject in plan.subjects if subject.name in compared)
 
     @property
     def domain(self) -> DomainRequest | None:

@@ -1,7 +1,8 @@
 """What the journal keeps of measurements, and whether it still holds.
 
-Steps: ``evaluate LEVEL`` (facts: :class:`Measured`), ``compare LEVEL`` (:class:`~imatrix_runner.evaluate.twins.Comparison`),
-``answer LEVEL`` (:class:`~imatrix_runner.evaluate.answers.DomainResult`). Each names the content of the level's file among its
+Steps: ``reference FIRST-END`` (a pass over these chunks of the source), ``evaluate LEVEL`` (facts: :class:`Measured`),
+``compare LEVEL`` (:class:`~imatrix_runner.evaluate.twins.Comparison`), ``answer LEVEL``
+(:class:`~imatrix_runner.evaluate.answers.DomainResult`). All but the first name the content of the level's file among their
 inputs (:data:`LEVEL_INPUT`): a level that was made again has no figures until it is measured again.
 """
 
@@ -22,7 +23,7 @@ from imatrix_runner.journal import Journal, Record
 from imatrix_runner.report.document import ReportEvaluation
 
 LEVEL_INPUT = "level file"
-EVALUATE, COMPARE, ANSWER = "evaluate", "compare", "answer"
+EVALUATE, COMPARE, ANSWER, REFERENCE = "evaluate", "compare", "answer", "reference"
 T = TypeVar("T")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from imatrix_runner.calibration.corpus import stage
 from imatrix_runner.engines.base import ChunkRange
 from imatrix_runner.engines.embedded.scored import read_scored
-from imatrix_runner.engines.logits_file import is_whole, note_path
+from imatrix_runner.engines.logits_file import LogitsHead, is_whole, note_path
 from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
 from imatrix_runner.evaluate.passes import next_range
@@ -28,7 +28,7 @@ from imatrix_runner.workflow.choice import EMBEDDED
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.measured import Measured, as_facts
 from imatrix_runner.workflow.source import Frozen
-from imatrix_runner.workflow.yardstick import Yardstick
+from imatrix_runner.workflow.yardstick import REFERENCE, Yardstick, check_content
 
 _STRANGE = 0.02
 """Mean KLD in nats of a source against its own log-probabilities. Their 16 bits and another build cost less than 0.001."""
@@ -63,9 +63,9 @@ class Measurer:
     def folder(self) -> Path:
         return self.session.workspace.evaluation
 
-    @cached_property
+    @property
     def _base(self) -> Path:
-        return self.yardstick.base or self.folder / _BASE
+        return self.yardstick.base or self.folder / REFERENCE
 
     @property
     def _source(self) -> Subject:
@@ -77,42 +77,63 @@ class Measurer:
         tokens = read_scored(self._out(subject), self._fingerprint(subject), extent.n_ctx)[: extent.n_chunks]
         return tokens.reshape(-1)
 
+    def knows(self, subject: Subject) -> bool:
+        """Whether all its tokens were scored before, so that its file is not needed."""
+        return self._done(subject) >= self.yardstick.extent.n_chunks
+
     def measure(self, subjects: Sequence[Subject]) -> dict[str, Divergence | RunnerError]:
         """The figures of each by name, or why it has none. What concerns all of them is raised."""
         found: dict[str, Divergence | RunnerError] = {}
-        extent, whole = self.yardstick.extent, self.session.engine.name != EMBEDDED
         self._make_folder()
-        waiting = {subject.name: subject for subject in subjects}
-        done = {
-            name: 0 if whole else len(read_scored(self._out(each), self._fingerprint(each), extent.n_ctx))
-            for name, each in waiting.items()
-        }
+        waiting = [_Waiting(subject, self._done(subject)) for subject in subjects]
+        source = _Waiting(self._source, self._done(self._source))
         while waiting:
-            chunks = next_range([done[name] for name in waiting], extent, self.yardstick.fit.chunks)
+            chunks = self._next_range(waiting, source)
             if chunks is not None:
-                self._refer(chunks)
-            for name, subject in list(waiting.items()):
-                outcome = self._judge(subject, chunks, done)
+                self._refer(chunks, source)
+            for each in waiting:
+                outcome = self._judge(each, chunks)
                 if outcome is not None:
-                    found[name] = outcome
-                    del waiting[name]
+                    found[each.subject.name] = outcome
+            waiting = [each for each in waiting if each.subject.name not in found]
         return found
+
+    def forget(self, subjects: Sequence[Subject]) -> None:
+        """Drop what is known of these and of the source: they are measured from the first token on."""
+        for each in (self._source, *subjects):
+            self._out(each).unlink(missing_ok=True)
 
     def tidy(self) -> None:
         """Remove the reference: it is large, and quickly made again."""
-        reference = self.folder / _BASE
+        reference = self.folder / REFERENCE
         for path in (reference, note_path(reference), self.folder / _TEXT, self.folder / _CHECK):
             path.unlink(missing_ok=True)
 
-    def _refer(self, chunks: ChunkRange) -> None:
-        """Have the source's log-probabilities of these chunks in :attr:`_base`."""
+    def _done(self, subject: Subject) -> int:
+        """Chunks whose tokens are scored. llama-perplexity tells no tokens."""
+        if self.session.engine.name != EMBEDDED:
+            return 0
+        return len(read_scored(self._out(subject), self._fingerprint(subject), self.yardstick.extent.n_ctx))
+
+    def _next_range(self, waiting: Sequence[_Waiting], source: _Waiting) -> ChunkRange | None:
+        """What the next reference holds; None where nothing is to be computed."""
+        extent, done = self.yardstick.extent, [each.done for each in waiting]
+        if self.yardstick.base is not None:  # which holds everything, from the first chunk on
+            return ChunkRange(0, extent.n_chunks) if min(done) < extent.n_chunks else None
+        if self.session.engine.name == EMBEDDED:
+            done.append(source.done)
+        return next_range(done, extent, self.yardstick.fit.chunks)
+
+    def _refer(self, chunks: ChunkRange, source: _Waiting) -> None:
+        """Have the source's log-probabilities of these chunks in :attr:`_base`, and what it says itself of their tokens."""
         yardstick, sink = self.yardstick, self.sink
         if yardstick.text is None:
             return
         inputs = {**yardstick.inputs, "chunks": f"{chunks.count} from {chunks.first}"}
         fingerprint = msgspec.json.encode(inputs).decode()
-        head = replace(yardstick.base_head, n_chunks=chunks.count)
-        if is_whole(self._base, head, fingerprint):
+        head = LogitsHead(yardstick.extent.n_ctx, yardstick.extent.n_vocab, chunks.count)
+        exact = source.done >= chunks.end or self.session.engine.name != EMBEDDED
+        if exact and is_whole(self._base, head, fingerprint):
             return
         text = self.folder / _TEXT
         stage(yardstick.text, text)
@@ -135,6 +156,7 @@ class Measurer:
         except NoSpaceError as error:
             raise self._disk_full() from error
         self.frozen.check_unchanged()
+        source.done = max(source.done, chunks.end)
         sink(Finished(_REFERENCE, "done", human_bytes(head.n_bytes), time.monotonic() - began))
 
     def check_given(self) -> None:
@@ -142,6 +164,7 @@ class Measurer:
 
         The vocabulary alone does not tell: models of one family share it. Raises :class:`InvalidDataError`.
         """
+        check_content(self._base)
         self._make_folder()
         out = self.folder / _CHECK
         self.sink(Started("check", f"is {self.yardstick.name} of {self.frozen.model.name}", None, "chunks"))
@@ -149,7 +172,7 @@ class Measurer:
         job = replace(self._job(replace(self._source, step="check"), out, 0), limit=limit)
         told = self.session.engine.judge(job, self.sink)
         found = told or summarise(read_scored(out, job.fingerprint, self.yardstick.extent.n_ctx).reshape(-1))
-        if found.kld.value > _STRANGE:
+        if not found.kld.value <= _STRANGE:  # no number is none either
             raise InvalidDataError(
                 f"{self.yardstick.name} was written by another model than {self.frozen.model.name}",
                 f"their predictions are {found.kld.value:.3g} nats apart; the same model stays below {_STRANGE:g}",
@@ -163,17 +186,25 @@ class Measurer:
         except OSError as error:
             raise from_os_error(error, "making room for the measurement", self.folder) from error
 
-    def _judge(self, subject: Subject, chunks: ChunkRange | None, done: dict[str, int]) -> Divergence | RunnerError | None:
+    def _judge(self, waiting: _Waiting, chunks: ChunkRange | None) -> Divergence | RunnerError | None:
         """Compare a subject with what is referred to now; None while there is more to come."""
-        began, extent = time.monotonic(), self.yardstick.extent
+        subject, extent = waiting.subject, self.yardstick.extent
+        last = chunks is None or chunks.end >= extent.n_chunks
+        if chunks is not None and waiting.done >= chunks.end and not last:
+            return None
+        began = time.monotonic()
         told: Divergence | None = None
+        self.sink(Started(subject.step, f"measure {subject.name}", extent.n_chunks, "chunks"))
         try:
-            if chunks is not None and done[subject.name] < chunks.end:
+            if chunks is not None and waiting.done < chunks.end:
                 told = self._compare(subject, chunks)
-                done[subject.name] = chunks.end
-            if done[subject.name] < extent.n_chunks:
+                waiting.done = chunks.end
+                waiting.seconds += time.monotonic() - began
+            if not last:
+                self.sink(Finished(subject.step, "done", f"{waiting.done} of {extent.n_chunks} chunks", waiting.seconds))
                 return None
             found = told or summarise(self.scored(subject))
+            _require_numbers(found, subject)
         except (InterruptedRunError, NoSpaceError):
             raise
         except RunnerError as error:
@@ -181,14 +212,13 @@ class Measurer:
             self.frozen.check_unchanged()
             return error
         measured = self._facts(subject, found)
-        self.sink(Finished(subject.step, "done", describe(measured), time.monotonic() - began))
-        facts = as_facts(measured)
+        self.sink(Finished(subject.step, "done", describe(measured), waiting.seconds))
         inputs = {**self.yardstick.inputs, "chunks": str(extent.n_chunks), **subject.inputs}
-        self.session.journal.record(subject.step, Record.now(inputs, [], subject.reason, time.monotonic() - began, facts=facts))
+        record = Record.now(inputs, [], subject.reason, waiting.seconds, facts=as_facts(measured))
+        self.session.journal.record(subject.step, record)
         return found
 
     def _compare(self, subject: Subject, chunks: ChunkRange) -> Divergence | None:
-        self.sink(Started(subject.step, f"measure {subject.name}", self.yardstick.extent.n_chunks, "chunks"))
         try:
             return self.session.engine.judge(self._job(subject, self._out(subject), chunks.first), self.sink)
         except NoSpaceError as error:
@@ -236,7 +266,27 @@ class Measurer:
         )
 
 
-_BASE, _TEXT, _CHECK, _REFERENCE = "reference.logits", "text.txt", "check.scored", "reference"
+_TEXT, _CHECK, _REFERENCE = "text.txt", "check.scored", "reference"
+
+
+@dataclass
+class _Waiting:
+    """A subject of whose chunks some are to come; ``seconds`` that went into it."""
+
+    subject: Subject
+    done: int
+    seconds: float = 0.0
+
+
+def _require_numbers(found: Divergence, subject: Subject) -> None:
+    """A probability of exactly 0 makes no logit infinite, and every mean of what it is compared with."""
+    figures = (found.ppl, found.ppl_base, found.ratio, found.difference, found.kld, found.dp_rms)
+    if not all(math.isfinite(each.value) and math.isfinite(each.error) for each in figures):
+        raise InvalidDataError(
+            f"{subject.file.name} cannot be measured",
+            "its figures are infinite: tokens that its source expects are impossible to it",
+            "The file is damaged or overflows: make it again, or choose another type.",
+        )
 
 
 def describe(measured: Measured) -> str:

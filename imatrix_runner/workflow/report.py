@@ -13,7 +13,7 @@ from pathlib import Path
 from imatrix_runner import __version__
 from imatrix_runner import report as report_room
 from imatrix_runner.errors import InvalidDataError, from_os_error
-from imatrix_runner.events import Finished, Saved, Sink, Started
+from imatrix_runner.events import Finished, Saved, Sink, Started, warning
 from imatrix_runner.files import discard, part_path, stamp
 from imatrix_runner.journal import Journal, Output, Record, differences, is_intact
 from imatrix_runner.process import Runner
@@ -38,7 +38,7 @@ _LEAST_POINTS = 2
 @dataclass(frozen=True)
 class ReportFiles:
     """A report and where it lies. ``picture`` is None where too little was measured for one; ``made`` is False if nothing had
-    changed and the files are those of before."""
+    changed and the files are those of before; ``stale`` if they could not be made."""
 
     report: Report
     json: Path
@@ -46,6 +46,7 @@ class ReportFiles:
     markdown: Path
     picture: Path | None
     made: bool
+    stale: bool = False
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -53,13 +54,20 @@ class ReportFiles:
 
 
 def make_report(
-    workspace: Workspace, journal: Journal, runner: Runner, sink: Sink, *, command: str = "", quantized_by: str = ""
+    workspace: Workspace,
+    journal: Journal,
+    runner: Runner,
+    sink: Sink,
+    *,
+    command: str = "",
+    quantized_by: str = "",
+    strict: bool = True,
 ) -> ReportFiles:
     """Gather and write; the caller holds the workspace. What did not change is not written again.
 
     ``command``: the line that was typed (empty: the last one that made something); ``quantized_by``: whom the card names
-    (empty: whoever it named last). Raises :class:`InvalidDataError` if one of the names is taken by a file that was not made
-    here, or there is nothing to tell.
+    (empty: whoever it named last). A name that is taken by a file that was not made here is an error, or unless ``strict`` a
+    warning: then nothing is written. Raises :class:`InvalidDataError` where there is nothing to tell.
     """
     for name, made in levels_made(journal).items():
         still_there(made, workspace, journal, f"level-{name}", save=True)  # a copied workspace: known by content from now on
@@ -72,7 +80,11 @@ def make_report(
     inputs, record = {"facts": _fingerprint(report), "forms": forms}, journal.get(STEP)
     if before is not None and record is not None and not differences(record, inputs):
         return _files(workspace, before, made=False)
-    _refuse_foreign(workspace, record, _names(report))
+    if (foreign := _foreign(workspace, record, _names(report))) is not None:
+        if strict:
+            raise foreign
+        sink(warning(f"{foreign.what}: {foreign.why}. {foreign.todo}"))
+        return replace(_files(workspace, report, made=False), stale=True)
     sink(Started(STEP, "report"))
     _write(workspace, journal, report, inputs)
     files = _files(workspace, report, made=True)
@@ -111,17 +123,18 @@ def _names(report: Report) -> tuple[str, ...]:
     return NAMES if drawn else tuple(name for name in NAMES if name != PICTURE)
 
 
-def _refuse_foreign(workspace: Workspace, record: Record | None, names: Sequence[str]) -> None:
-    """Before anything is rendered, and before what was ours is removed."""
+def _foreign(workspace: Workspace, record: Record | None, names: Sequence[str]) -> InvalidDataError | None:
+    """What to say of a file that is not ours to replace, before anything is rendered, and before what was ours is removed."""
     outputs = {output.name: output for output in record.outputs} if record is not None else {}
     for name in names:
         path, ours = workspace.root / name, outputs.get(name)
         if path.exists() and (ours is None or not is_intact(ours, workspace.root)):
-            raise InvalidDataError(
+            return InvalidDataError(
                 f"{path} is in the way of the report",
                 "it was changed since it was made" if ours is not None else "it was not made here",
                 f"Rename it to keep it, or delete it; then type: imatrix-runner report {shlex.quote(str(workspace.root))}",
             )
+    return None
 
 
 def _render(report: Report) -> dict[str, bytes]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from imatrix_runner.journal import Journal, Record
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.report.document import ReportModel, ReportStep
-from imatrix_runner.workflow.measured import ANSWER, COMPARE, EVALUATE
+from imatrix_runner.workflow.measured import ANSWER, COMPARE, EVALUATE, REFERENCE
 from imatrix_runner.workflow.report_source import PROJECTOR, last_part
 
 _FILE = re.compile(r".+\.(gguf|dat|imatrix|txt|jsonl?|csv|parquet|toml)", re.IGNORECASE)
@@ -39,10 +39,17 @@ def _steps(
         yield _step(name, record, bare_command(record.command, location))
     for what, title in ((EVALUATE, "evaluation"), (COMPARE, "comparison without imatrix"), (ANSWER, "answers")):
         steps = [found for name in levels if (found := journal.get(f"{what} {name}")) is not None]
+        steps += _references(journal, steps) if what == EVALUATE else []
         if any(found.seconds for found in steps):
             last = max(steps, key=lambda found: found.finished)
             seconds = sum(found.seconds for found in steps)
             yield ReportStep(title, seconds, last.finished, bare_command(last.command, location))
+
+
+def _references(journal: Journal, measured: Sequence[Record]) -> list[Record]:
+    """The passes of the source that these were measured with."""
+    found = [record for step, record in journal.steps().items() if step.startswith(f"{REFERENCE} ")]
+    return [each for each in found if any(each.inputs.items() <= record.inputs.items() for record in measured)]
 
 
 def _step(what: str, record: Record, command: str) -> ReportStep:

@@ -10,6 +10,9 @@ from imatrix_runner.errors import RunnerError
 from imatrix_runner.journal import Journal, outputs_intact
 from imatrix_runner.workspace import Workspace, read_owner
 
+MEASURING = "measuring"
+"""The journal's fact that names the ``evaluate`` at work or interrupted; empty when it is over."""
+
 State = Literal["running", "resumable", "done", "unreadable"]
 
 
@@ -50,7 +53,9 @@ def _status(workspace: Workspace) -> WorkspaceStatus:
     imatrix = workspace.find_imatrix()
     ranges = [step for step in journal.steps() if step.startswith("imatrix-")]
     missing = sorted(wanted - {step.removeprefix("level-") for step in done})
-    unfinished = bool(missing) or bool(ranges) or journal.fact("finished") == "no"
+    unmade = bool(missing) or bool(ranges) or journal.fact("finished") == "no"
+    measuring = journal.fact(MEASURING) or ""
+    unfinished = unmade or bool(measuring)
     state: State = "running" if running else "resumable" if unfinished else "done"
     detail = (
         f"{len(ranges)} ranges of the imatrix are done" if ranges else (f"missing: {', '.join(missing)}" if missing else "")
@@ -64,6 +69,6 @@ def _status(workspace: Workspace) -> WorkspaceStatus:
         levels_done=len(done),
         levels_wanted=len(wanted),
         n_bytes=sum(output.stamp.size for step in done for output in records[step].outputs),
-        command=(journal.fact("command") or "") if state == "resumable" else "",
+        command=((journal.fact("command") or "") if unmade else measuring) if state == "resumable" else "",
         owner=f"process {owner.pid} since {owner.started}" if running and owner else "",
     )

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from imatrix_runner.errors import RunnerError, from_os_error
-from imatrix_runner.journal import Journal, describe_change
-from imatrix_runner.quantize.levels import Level
+from imatrix_runner.journal import Journal, Record, describe_change
+from imatrix_runner.quantize.levels import offered
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker
 from imatrix_runner.workflow.measured import EVALUATE, LEVEL_INPUT
 from imatrix_runner.workflow.measuring import Subject
-from imatrix_runner.workflow.plan import LevelStep, level_inputs, step_name
+from imatrix_runner.workflow.plan import LevelStep
 from imatrix_runner.workflow.request import LevelsRequest
 from imatrix_runner.workflow.source import Frozen
 from imatrix_runner.workspace import Workspace
@@ -41,34 +41,24 @@ class Twins:
     def _planner(self) -> LevelPlanner:
         return LevelPlanner(replace(self.request, one_by_one=False, verify="header"), self.frozen, self._inside)
 
-    def plan(self, levels: Sequence[Level]) -> tuple[tuple[LevelStep, ...], dict[str, str]]:
-        """The twins that can exist, and for each level that has none the reason."""
-        with_one: list[Level] = []
+    def plan(self, made: Mapping[str, Record]) -> tuple[tuple[LevelStep, ...], dict[str, str]]:
+        """The twins that can exist of finished levels, and for each level that has none the reason."""
+        levels = offered(self.session.types)
         reasons: dict[str, str] = {}
-        for level in levels:
-            if why := self._unlike(level):
-                reasons[level.name] = why
-            else:
-                with_one.append(level)
+        for name, record in made.items():
+            if record.inputs.get("imatrix") == _NONE:
+                reasons[name] = "was made without an imatrix itself"
+            elif name not in levels:
+                reasons[name] = "has no twin: the llama.cpp in use does not offer it"
+        with_one = [levels[name] for name in made if name not in reasons]
         steps = self._planner.plan(with_one, None, _NONE) if with_one else ()
-        failing = [step for step in steps if step.state == "fails"]
-        reasons |= {step.level.name: f"cannot be made without an imatrix: {step.reason}" for step in failing}
-        return tuple(step for step in steps if step.state != "fails"), reasons
-
-    def _unlike(self, level: Level) -> str:
-        """Why a twin of a level would differ from it by more than the imatrix; empty where it would not."""
-        record = self.session.journal.get(step_name(level))
-        assert record is not None
-        if record.inputs.get("imatrix") == _NONE:
-            return "was made without an imatrix itself"
-        engine = self.session.engine_for(level.name).identity()
-        imatrix, source = record.inputs["imatrix"], self.frozen.fingerprint
-        mine = level_inputs(level, self.request.options, source=source, imatrix=imatrix, engine=engine, further="")
-        for name in ("model file", "options", "engine"):
-            if mine[name] != record.inputs.get(name):
-                change = describe_change(name, record.inputs.get(name), mine[name])
-                return f"was made otherwise ({change}): make it again, or use run --evaluate --ab"
-        return ""
+        for step in steps:
+            name = step.level.name
+            if step.state == "fails":
+                reasons[name] = f"cannot be made without an imatrix: {step.reason}"
+            elif why := _unlike(made[name], step):
+                reasons[name] = why
+        return tuple(step for step in steps if step.level.name not in reasons), reasons
 
     def subject(self, step: LevelStep) -> Subject:
         name = f"{step.level.name} without imatrix"
@@ -96,3 +86,12 @@ class Twins:
 
     def tidy(self) -> None:
         shutil.rmtree(self._inside.workspace.root, ignore_errors=True)
+
+
+def _unlike(made: Record, twin: LevelStep) -> str:
+    """Why a twin would differ from its level by more than the imatrix; empty where it would not."""
+    for name in ("model file", "options", "engine"):
+        if twin.inputs[name] != made.inputs.get(name):
+            change = describe_change(name, made.inputs.get(name), twin.inputs[name])
+            return f"was made otherwise ({change}): make it again, or use run --evaluate --ab"
+    return ""

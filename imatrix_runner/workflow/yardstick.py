@@ -8,7 +8,7 @@ from pathlib import Path
 from imatrix_runner.calibration.corpus import Corpus, open_corpus
 from imatrix_runner.calibration.overlap import overlap_files, verdict
 from imatrix_runner.engines.base import CollectOptions
-from imatrix_runner.engines.logits_file import LogitsHead, read_head
+from imatrix_runner.engines.logits_file import first_wild_chunk, read_head, read_tokens
 from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
 from imatrix_runner.evaluate.passes import Extent, Fit, disk_limit, fit
 from imatrix_runner.events import Finished, Started, warning
@@ -20,7 +20,10 @@ from imatrix_runner.workflow.choice import EMBEDDED
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.imatrix import STEP as IMATRIX_STEP
 from imatrix_runner.workflow.request import MeasureRequest
-from imatrix_runner.workflow.source import Frozen
+from imatrix_runner.workflow.source import Frozen, hash_files
+
+REFERENCE = "reference.logits"
+"""The source's log-probabilities, beside the scored tokens while levels are compared with them."""
 
 _LEAST_CHUNKS = 2
 
@@ -40,10 +43,6 @@ class Yardstick:
     overlap: float | None
     inputs: dict[str, str]
 
-    @property
-    def base_head(self) -> LogitsHead:
-        return LogitsHead(self.extent.n_ctx, self.extent.n_vocab, self.extent.n_chunks)
-
 
 def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, twins: list[int], session: Session) -> Yardstick:
     """Raises :class:`InvalidDataError` for a text that is too short, or that the model was calibrated with."""
@@ -60,14 +59,21 @@ def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, t
             f"it has {n_tokens} tokens, and {_LEAST_CHUNKS} chunks of {options.n_ctx} need {_LEAST_CHUNKS * options.n_ctx}",
             "Give a longer --text, leave it out to use the shipped one, or use a smaller -c.",
         )
-    n_chunks = there if request.chunks is None else min(there, request.chunks)
+    n_chunks = min(there, request.chunks or there)
     if request.chunks is not None and there < request.chunks:
         session.sink(
             warning(f"{corpus.name} has only {there} chunks of {options.n_ctx} tokens, {request.chunks} were asked for.")
         )
-    extent = Extent(vocabulary_size(frozen.model), options.n_ctx, n_chunks, options.chunks_at_once, n_subjects + len(twins))
+    extent = Extent(
+        n_vocab=vocabulary_size(frozen.model),
+        n_ctx=options.n_ctx,
+        n_chunks=n_chunks,
+        at_once=options.chunks_at_once,
+        n_levels=n_subjects + len(twins),
+        further_bytes=corpus.n_bytes,
+    )
     whole = session.engine.name != EMBEDDED
-    space = fit(extent, disk_limit(request.max_disk, free_bytes(session.workspace.root)), twins, whole=whole)
+    space = fit(extent, _limit(request, session), twins, whole=whole)
     if whole and space.chunks < n_chunks:
         session.sink(
             warning(
@@ -92,7 +98,10 @@ def _given(
     session: Session,
 ) -> Yardstick:
     """Somebody's file of log-probabilities, as llama-perplexity writes it."""
-    head = read_head(base)
+    try:
+        head = read_head(base)
+    except InvalidDataError as error:
+        raise _useless(base, error.why) from error
     if head.n_vocab != vocabulary_size(frozen.model):
         raise InvalidDataError(
             f"{base.name} is not of {frozen.model.name}",
@@ -106,15 +115,48 @@ def _given(
             "Leave --chunks out, or use --engine embedded.",
         )
     options = replace(options, n_ctx=head.n_ctx, n_batch=max(options.n_batch, head.n_ctx))
-    n_chunks = head.n_chunks if request.chunks is None else min(head.n_chunks, request.chunks)
-    extent = Extent(head.n_vocab, head.n_ctx, n_chunks, options.chunks_at_once, n_subjects + len(twins))
-    n_bytes = extent.kept_bytes + max(twins, default=0)
-    digest = session.journal.known_hash(base) or sha256(base, lambda _bytes: session.stop.check())
+    checked = replace(head, n_chunks=min(head.n_chunks, options.chunks_at_once))
+    extent = Extent(
+        n_vocab=head.n_vocab,
+        n_ctx=head.n_ctx,
+        n_chunks=min(head.n_chunks, request.chunks or head.n_chunks),
+        at_once=options.chunks_at_once,
+        n_levels=n_subjects + len(twins),
+        given=True,
+        further_bytes=0 if session.engine.name == EMBEDDED else checked.n_bytes,  # llama-perplexity is given a part of it
+    )
+    space = fit(extent, _limit(request, session), twins)
+    (digest,) = hash_files([base], session)
     named = {"reference": f"sha256:{digest}", "context": str(head.n_ctx)}
-    limit = disk_limit(request.max_disk, free_bytes(session.workspace.root))
-    space = Fit(n_chunks, 1, n_bytes, limit)
     inputs = _inputs(named, options, frozen, session)
     return Yardstick(base.name, digest, None, base, options, extent, space, None, inputs)
+
+
+def check_content(base: Path) -> None:
+    """Raise :class:`InvalidDataError` for somebody's file of log-probabilities that holds what no model computes."""
+    head = read_head(base)
+    tokens = read_tokens(base, head)
+    if tokens.min() < 0 or tokens.max() >= head.n_vocab:
+        raise _useless(base, f"its text has tokens that its vocabulary of {head.n_vocab} has not")
+    wild = first_wild_chunk(base, head)
+    if wild is not None:
+        raise _useless(base, f"log-probabilities of its chunk {wild} are no numbers")
+
+
+def _useless(base: Path, why: str) -> InvalidDataError:
+    return InvalidDataError(
+        f"{base} cannot be compared with",
+        why,
+        "Give a whole file as llama-perplexity writes it, or leave it out to have one made.",
+    )
+
+
+def _limit(request: MeasureRequest, session: Session) -> int:
+    """Bytes that the measurement may use. What an unfinished one takes will be used, or freed."""
+    workspace = session.workspace
+    unfinished = [workspace.evaluation / REFERENCE, *workspace.twins.rglob("*.gguf")]
+    taken = sum(path.stat().st_size for path in unfinished if path.is_file())
+    return disk_limit(request.max_disk, free_bytes(workspace.root) + taken)
 
 
 def _inputs(named: dict[str, str], options: CollectOptions, frozen: Frozen, session: Session) -> dict[str, str]:
@@ -124,6 +166,10 @@ def _inputs(named: dict[str, str], options: CollectOptions, frozen: Frozen, sess
 def _how(options: CollectOptions) -> str:
     """The options that may change a bit of what is computed; threads do not."""
     how = [f"-b {options.n_batch} -ub {options.n_ubatch}", f"-ngl {options.n_gpu_layers}" if options.n_gpu_layers else ""]
+    how += [f"-ts {options.tensor_split}" if options.tensor_split else ""]
+    how += [f"-sm {options.split_mode}" if options.split_mode else ""]
+    how += [f"-mg {options.main_gpu}" if options.main_gpu is not None else ""]
+    how += [f"-ot {override}" for override in options.override_tensors]
     how += [f"-fa {options.flash_attn}" if options.flash_attn else ""]
     return " ".join(filter(None, how))
 

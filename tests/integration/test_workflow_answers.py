@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,22 +65,31 @@ class Bench:
         )
 
 
-def bench(model: Path, folder: Path, *, engine: str = "auto") -> Bench:
+def make(model: Path, folder: Path) -> Path:
+    """A workspace with both levels."""
     done = run_command("run", model, "--imatrix", "none", "--levels", ",".join(LEVELS), "-q", cwd=folder)
     assert done.code == 0, done.err
-    root = next((folder / "work").iterdir())
+    return next((folder / "work").iterdir())
+
+
+def bench(model: Path, root: Path) -> Bench:
     workspace = Workspace(root, root.name)
-    machine, choice = settle(EnvironmentRequest(folder / "work", engine), Needs(), ignore)
+    machine, choice = settle(EnvironmentRequest(root.parent), Needs(), ignore)
     runner, events = Runner(), list[Event]()
     session = Session(workspace, Journal(workspace.journal), machine, choice.make(runner), runner, events.append, False)
-    prompts = folder / "prompts.jsonl"
+    prompts = root.parent / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(each) + "\n" for each in ASKED), encoding="utf-8")
     return Bench(session, freeze(open_gguf(model, allow_requantize=False, name=root.name), session), prompts, events)
 
 
+@pytest.fixture(scope="module")
+def made(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(demo_model, tmp_path_factory.mktemp("made"))
+
+
 @pytest.fixture
-def demo(demo_model: Path, tmp_path: Path) -> Bench:
-    return bench(demo_model, tmp_path)
+def demo(demo_model: Path, made: Path, tmp_path: Path) -> Bench:
+    return bench(demo_model, Path(shutil.copytree(made, tmp_path / "work" / made.name)))
 
 
 def results(found: dict[str, DomainResult | RunnerError]) -> list[DomainResult]:
@@ -151,7 +161,7 @@ def test_without_a_template_it_is_said_how_prompts_are_read(demo: Bench) -> None
 
 
 def test_a_chat_model_is_asked_in_its_own_format(chat_model: Path, tmp_path: Path) -> None:
-    chat = bench(chat_model, tmp_path)
+    chat = bench(chat_model, make(chat_model, tmp_path))
     rows = [{"prompt": "Why?"}, {"messages": [{"role": "system", "content": "Brief."}, {"role": "user", "content": "Why?"}]}]
     chat.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     [result] = results(chat.answer(["Q8_0"], n_predict=4))
@@ -168,7 +178,7 @@ def test_a_chat_model_is_asked_in_its_own_format(chat_model: Path, tmp_path: Pat
 
 
 def test_the_binaries_engine_is_refused(demo: Bench) -> None:
-    machine, choice = settle(EnvironmentRequest(engine="binaries"), Needs(), ignore)
+    _, choice = settle(EnvironmentRequest(engine="binaries"), Needs(), ignore)
     demo.session = replace(demo.session, engine=choice.make(Runner()))
     assert not isinstance(demo.session.engine, EmbeddedEngine)
     with pytest.raises(UsageError, match="embedded engine"):

@@ -223,7 +223,7 @@ def test_recommended_files_come_first_with_their_rules() -> None:
 
 
 def test_the_picture_needs_two_measured_levels() -> None:
-    made = tuple(dataclasses.replace(each, measured=None) if each.name != "Q6_K" else each for each in sample_report().levels)
+    made = tuple(dataclasses.replace(each, measured=None, ppl_ratio=None) if each.name != "Q6_K" else each for each in sample_report().levels)
     card = render_card(sample_report(levels=made, picks=(), comparisons=(), domain=()))
     assert "report.png" not in card
     assert "1 level measured against" in card
@@ -236,7 +236,7 @@ def test_comparisons_show_the_verdict_beside_its_rule() -> None:
     )
     table = {row[0]: row[-1] for row in rows(body_of(card))[-2:]}
     assert table["Q4_K_M"] == "take it"
-    assert table["Q6_K"] == "not needed (not sure: within two standard errors)"
+    assert table["Q6_K"] == "not needed (within two standard errors)"
     assert RULE in card
 
 
@@ -287,7 +287,7 @@ def test_split_files_are_named_by_their_pattern_and_fetched_together() -> None:
 
 def test_commands_name_the_repository_where_it_is_known_and_else_a_stand_in_that_is_explained() -> None:
     known, unknown = render_card(sample_report(), repo="me/Mine-GGUF"), render_card(sample_report())
-    assert "hf download me/Mine-GGUF Ministral-8B-Q6_K.gguf --local-dir ." in known
+    assert "hf download me/Mine-GGUF Ministral-8B-IQ4_XS.gguf --local-dir ." in known
     assert "OWNER" not in known
     assert "`OWNER/Ministral-8B-GGUF` stands for the name of this repository." in unknown
 

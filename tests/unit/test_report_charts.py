@@ -60,6 +60,12 @@ def test_recommended_levels_stand_out_and_are_named_wide_and_narrow() -> None:
     points = values(pareto(DENSE), "points")
     picked = [each for each in points if each["role"] == "recommended"]
     assert {each["level"] for each in picked} == {pick.level for pick in DENSE.picks}
+    colours = layer(pareto(DENSE), "points")["encoding"]["color"]["scale"]
+    assert dict(zip(colours["domain"], colours["range"], strict=True)) == {
+        "recommended": "var(--accent)",
+        "other levels": "var(--other)",
+        "without imatrix": "var(--twin)",
+    }
     assert all(each["wide"]["shown"] and each["narrow"]["shown"] for each in picked)
 
 
