@@ -10,17 +10,20 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from imatrix_runner.errors import RunnerError
 from imatrix_runner.evaluate.answers import AnswerPair, DomainResult
 from imatrix_runner.evaluate.picks import Pick
 from imatrix_runner.evaluate.twins import RULE
-from imatrix_runner.files import human_bytes, human_seconds
+from imatrix_runner.files import atomic_writer, human_bytes, human_seconds
 from imatrix_runner.models.origin import repository_in
 from imatrix_runner.report import charts, heat, wording
 from imatrix_runner.report.colours import variables
@@ -30,6 +33,7 @@ from imatrix_runner.report.document import Report, ReportLevel
 from imatrix_runner.report.pareto import pareto
 from imatrix_runner.report.provenance import provenance
 from imatrix_runner.report.tables import level_table
+from imatrix_runner.toolchain.store import cache_dir
 
 if TYPE_CHECKING:
     import jinja2
@@ -185,11 +189,25 @@ def _source(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script that sets ``vegaEmbed``; about a second, once."""
+    """Vega, Vega-Lite and Vega-Embed as one script that sets ``vegaEmbed``; bundling them takes a second or two, so the result
+    is kept in the cache, under the version it came from and a checksum of its own."""
     import vl_convert
 
+    kept = cache_dir() / "report" / f"vega-{version('vl-convert-python')}.js"
+    if kept.is_file():
+        seal, _, script = kept.read_text(encoding="utf-8").partition("\n")
+        if seal == _seal(script):
+            return script
     bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return f"(() => {{\n{bundle}\n}})();"
+    script = f"(() => {{\n{bundle}\n}})();"
+    # A cache that cannot be written only costs the next report its second.
+    with suppress(RunnerError), atomic_writer(kept) as handle:
+        handle.write(f"{_seal(script)}\n{script}".encode())
+    return script
+
+
+def _seal(script: str) -> str:
+    return f"// {hashlib.sha256(script.encode()).hexdigest()}"
 
 
 def _environment() -> jinja2.Environment:

@@ -9,13 +9,14 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import reports
 
 from imatrix_runner.engines.measures import Estimate
 from imatrix_runner.evaluate.picks import Pick
-from imatrix_runner.report import wording
+from imatrix_runner.report import page, wording
 from imatrix_runner.report.differing import differences, words
 from imatrix_runner.report.document import Report, ReportFile, ReportStep
 from imatrix_runner.report.page import ANSWERS, embedded_json, render_html
@@ -373,3 +374,19 @@ def test_words_are_the_whole_text() -> None:
 )
 def test_figures_and_names_are_written_so(told: str, expected: str) -> None:
     assert told == expected
+
+
+def test_the_charting_library_is_bundled_once_and_a_damaged_copy_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMATRIX_RUNNER_CACHE", str(tmp_path))
+    page._library.cache_clear()
+    script = page._library()
+    (kept,) = (tmp_path / "report").iterdir()
+    whole = kept.read_bytes()
+    assert whole.decode().endswith(script)
+    kept.write_bytes(whole[:-1000])
+    page._library.cache_clear()
+    assert page._library() == script
+    assert kept.read_bytes() == whole
+    page._library.cache_clear()
