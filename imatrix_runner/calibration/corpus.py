@@ -41,27 +41,28 @@ class Corpus:
         return None if self.edited else self.manifest
 
 
-def open_corpus(path: Path) -> Corpus:
-    """Check that ``path`` is a text a model can be calibrated with. Raises :class:`InvalidDataError` saying why not."""
+def open_corpus(path: Path, *, role: str = "calibration text", option: str = "-f") -> Corpus:
+    """Check that ``path`` is a text a model can compute. Raises :class:`InvalidDataError` saying why it is not fit for its
+    ``role``; ``option`` is how it is given."""
     try:
         if path.is_dir():
-            raise _bad(path, "it is a folder", "Give a text file with -f.")
+            raise _bad(path, role, "it is a folder", f"Give a text file with {option}.")
         if path.stat().st_size > _MAX_BYTES:
-            raise _bad(
-                path, f"it is larger than {_MAX_BYTES >> 30} GiB", "A few hundred kilobytes are enough; give a part of it."
-            )
+            why = f"it is larger than {_MAX_BYTES >> 30} GiB"
+            raise _bad(path, role, why, "A few hundred kilobytes are enough; give a part of it.")
         data = path.read_bytes()
     except OSError as error:
-        raise from_os_error(error, "reading the calibration text", path) from error
+        raise from_os_error(error, f"reading the {role}", path) from error
     if not data.strip():
-        raise _bad(path, "it is empty", "Leave -f out to use the text that is shipped with imatrix-runner.")
+        raise _bad(path, role, "it is empty", f"Leave {option} out to use the text that is shipped with imatrix-runner.")
     if b"\0" in data:
-        raise _bad(path, "it is a binary file (it holds NUL bytes)", "Give plain UTF-8 text with -f.")
+        raise _bad(path, role, "it is a binary file (it holds NUL bytes)", f"Give plain UTF-8 text with {option}.")
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _bad(
             path,
+            role,
             f"byte {error.start} is not valid UTF-8",
             f"Convert it, for example: iconv -f latin1 -t utf-8 {path.name} > {path.stem}-utf8.txt",
         ) from error
@@ -75,10 +76,12 @@ def stage(corpus: Corpus, target: Path) -> None:
     """Copy the text where a long job reads it, so that an edit meanwhile cannot mix two texts in one matrix."""
     data = corpus.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != corpus.sha256:
-        raise _bad(corpus.path, "it changed while the job was starting", "Run the same command again.")
+        raise InvalidDataError(
+            f"{corpus.path} cannot be used", "it changed while the job was starting", "Run the same command again."
+        )
     with atomic_writer(target) as handle:
         handle.write(data)
 
 
-def _bad(path: Path, why: str, todo: str) -> InvalidDataError:
-    return InvalidDataError(f"{path} cannot be used as calibration text", why, todo)
+def _bad(path: Path, role: str, why: str, todo: str) -> InvalidDataError:
+    return InvalidDataError(f"{path} cannot be used as {role}", why, todo)

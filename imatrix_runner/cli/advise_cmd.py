@@ -38,8 +38,10 @@ _USES = ("general", "chat", "code", "multilingual")
 @click.option(
     "-c", "--ctx-size", "n_ctx", type=click.IntRange(min=1), metavar="N", help="Tokens of context to run with (default: 4096)."
 )
-@click.option("--ram", type=SIZE, metavar="SIZE", help="Plan for a machine with so much memory, for example 16GiB.")
-@click.option("--vram", type=SIZE, metavar="SIZE", help="Plan for a GPU with so much memory.")
+@click.option("--ram", type=SIZE, metavar="SIZE", help="Plan for another machine: its memory, for example 16GiB.")
+@click.option(
+    "--vram", type=SIZE, metavar="SIZE", help="Plan for a GPU with so much memory (with --ram alone, or -ngl 0: for none)."
+)
 @click.option(
     "--use",
     type=click.Choice(_USES),

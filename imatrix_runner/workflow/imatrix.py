@@ -318,7 +318,7 @@ def _facts(result: CollectResult, request: CollectRequest) -> dict[str, object]:
 
 def calibration_facts(corpus: Corpus) -> dict[str, object]:
     """A text and, if it was built, what from: for the journal and for reports."""
-    facts: dict[str, object] = {"path": str(corpus.path), "bytes": corpus.n_bytes, "sha256": corpus.sha256}
+    facts: dict[str, object] = {"path": str(corpus.path.absolute()), "bytes": corpus.n_bytes, "sha256": corpus.sha256}
     built = corpus.built
     if built is not None:
         template = built.template.sha256 if built.template is not None else None

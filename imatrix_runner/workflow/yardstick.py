@@ -49,7 +49,7 @@ def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, t
     options = replace(request.options, parse_special=False)
     if request.base is not None:
         return _given(request.base, request, options, frozen, n_subjects, twins, session)
-    corpus = open_corpus(request.text or resource(HELD_OUT_TEXT))
+    corpus = open_corpus(request.text or resource(HELD_OUT_TEXT), role="held-out text", option="--text")
     overlap = _overlap(corpus, session)
     n_tokens = session.engine.count_tokens(frozen.model.path, corpus.path, parse_special=False, log=session.log("tokenize"))
     there = n_tokens // options.n_ctx

@@ -16,7 +16,8 @@ import reports
 
 from imatrix_runner.engines.measures import Estimate
 from imatrix_runner.evaluate.picks import Pick
-from imatrix_runner.report import page, wording
+from imatrix_runner.report import page as page_module
+from imatrix_runner.report import wording
 from imatrix_runner.report.differing import differences, words
 from imatrix_runner.report.document import Report, ReportFile, ReportStep
 from imatrix_runner.report.page import ANSWERS, embedded_json, render_html
@@ -380,13 +381,13 @@ def test_the_charting_library_is_bundled_once_and_a_damaged_copy_is_not_believed
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IMATRIX_RUNNER_CACHE", str(tmp_path))
-    page._library.cache_clear()
-    script = page._library()
+    page_module._library.cache_clear()
+    script = page_module._library()
     (kept,) = (tmp_path / "report").iterdir()
     whole = kept.read_bytes()
     assert whole.decode().endswith(script)
     kept.write_bytes(whole[:-1000])
-    page._library.cache_clear()
-    assert page._library() == script
+    page_module._library.cache_clear()
+    assert page_module._library() == script
     assert kept.read_bytes() == whole
-    page._library.cache_clear()
+    page_module._library.cache_clear()
