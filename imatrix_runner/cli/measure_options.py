@@ -38,6 +38,13 @@ measure_options = together(
         help="Tokens of an answer at most.",
     ),
     setting(
+        "--chat-template-file",
+        "domain_template",
+        type=_FILE,
+        metavar="FILE",
+        help="Chat template for these prompts (default: the model's own).",
+    ),
+    setting(
         "--target-kld",
         type=click.FloatRange(min=0, min_open=True),
         metavar="X",
@@ -54,6 +61,7 @@ def measure_request(given: dict[str, Any], **changes: Any) -> MeasureRequest:
         "twins": given["ab"],
         "domain": given["domain"],
         "n_predict": given["predict"],
+        "chat_template": given["domain_template"],
         "target_kld": given["target_kld"],
         "target_size": given["target_size"],
     }

@@ -22,7 +22,7 @@ from imatrix_runner.engines.embedded.find import Unusable
 from imatrix_runner.errors import UsageError
 from imatrix_runner.files import free_bytes, stamp
 from imatrix_runner.journal import Journal
-from imatrix_runner.models.sources import HubId, Model, Source, parse_source
+from imatrix_runner.models.sources import HubId, LocalDirectory, Model, Source, parse_source
 from imatrix_runner.quantize.benefit import Benefit, benefit
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.memory import Budget, ContextMemory, Fit, context_memory, fit
@@ -198,7 +198,10 @@ def _open(source: Source, request: AdviseRequest, session: Session) -> Model:
         raise _not_yet(source, "downloaded", session)
     try:
         return open_source(source, request.source, session, allow_requantize=allow)
-    except UsageError as error:  # of a dry run: it converts nothing
+    except UsageError as error:
+        if not isinstance(source, LocalDirectory):
+            raise
+        # A dry run converts nothing, and says what its own user should do.
         raise _not_yet(source, "converted", session) from error
 
 

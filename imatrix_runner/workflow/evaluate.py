@@ -266,7 +266,7 @@ class _Evaluation:
         request = self.request
         if request.domain is None:
             return None
-        return DomainRequest(request.domain, request.n_predict, request.options, again=request.again)
+        return DomainRequest(request.domain, request.n_predict, request.options, request.chat_template, request.again)
 
     def _answers(self, plan: MeasurePlan, failed: dict[str, RunnerError]) -> tuple[DomainResult, ...]:
         """What source and levels say to somebody's prompts; a level that computes no numbers is not asked."""

@@ -71,7 +71,8 @@ class MeasureRequest:
     file of log-probabilities to compare with, in place of text and source. ``again``: whatever is known is measured anew.
 
     ``twins``: each level is compared with one made without imatrix. ``domain``: a file of prompts that source and levels
-    answer, in ``n_predict`` tokens at most. ``target_kld`` (nats) and ``target_size`` (bytes) decide which level is picked.
+    answer, in ``n_predict`` tokens at most, written with ``chat_template`` (None: the model's own). ``target_kld`` (nats) and
+    ``target_size`` (bytes) decide which level is picked.
     """
 
     levels: tuple[str, ...] = ()
@@ -84,6 +85,7 @@ class MeasureRequest:
     twins: bool = False
     domain: Path | None = None
     n_predict: int = 128
+    chat_template: Path | None = None
     target_kld: float | None = None
     target_size: int | None = None
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from children import python
 from in_process import CommandLine
+from reports import sample_report
 from tiny_architectures import ARCHITECTURES, write_architecture
 from tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
@@ -21,12 +22,14 @@ from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.embedded.find import find
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, UsageError
 from imatrix_runner.events import Event, Finished, Started, ignore
+from imatrix_runner.journal import Journal, Record
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.quantize.memory import context_memory
 from imatrix_runner.toolchain.store import cache_dir
 from imatrix_runner.workflow.advise import Advice, AdviseRequest, advise
 from imatrix_runner.workflow.context import Context
+from imatrix_runner.workflow.measured import LEVEL_INPUT, Measured, as_facts, content_of
 from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest, SourceRequest
 
 ALLOCATE = """
@@ -259,6 +262,18 @@ class TestTheModel:
         foreign.write_bytes(b"mine")
         assert ask(tiny_model).levels == before.levels
         assert foreign.read_bytes() == b"mine"
+
+    def test_levels_that_were_measured_already_are_named(self, ask: Ask, tiny_model: Path, tmp_path: Path) -> None:
+        report = sample_report()
+        level = next(level for level in report.levels if level.measured is not None)
+        assert level.measured is not None
+        assert report.evaluation is not None
+        journal = Journal(tmp_path / "work" / "tiny" / "journal.json")
+        made = Record.now({}, [], "made", 1.0)
+        journal.record("level-Q4_K_M", made)
+        facts = as_facts(Measured(level.measured, report.evaluation))
+        journal.record("evaluate Q4_K_M", Record.now({LEVEL_INPUT: content_of(made)}, [], "measured", 1.0, facts=facts))
+        assert ask(tiny_model).measured == ("Q4_K_M",)
 
     def test_a_level_that_cannot_be_made_is_no_recommendation(self, ask: Ask, tmp_path: Path) -> None:
         model = write_llama_gguf(tmp_path / "narrow-BF16.gguf", hidden=192)
