@@ -158,7 +158,7 @@ def _table(advice: Advice, columns: Sequence[_Column]) -> Table:
 def _notes(advice: Advice) -> Iterator[Row]:
     """What the columns mean, where their figures come from, and what is special about single levels."""
     counted = "" if advice.context.n_bytes is None else ", the context"
-    spare = f"{human_bytes(SPARE_BYTES)} for compute buffers and to spare (llama.cpp's own margin, --fit-target)"
+    spare = f"{human_bytes(SPARE_BYTES)} for compute buffers (with flash attention llama.cpp took 120 to 670 MiB for 7B to 70B)"
     yield "Runs in", Text(f"what has room for its size{counted} and {spare}")
     if any(level.fit is not None and level.fit.place == "GPU and RAM" for level in advice.levels):
         yield "", Text("GPU n/m: with -ngl n on the GPU, the rest of its m layers in RAM")

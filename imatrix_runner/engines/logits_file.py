@@ -110,17 +110,25 @@ def read_tokens(path: Path, head: LogitsHead) -> npt.NDArray[np.int32]:
     return tokens.reshape(head.n_chunks, head.n_ctx)
 
 
-def map_rows(path: Path, head: LogitsHead) -> Rows:
-    """uint16 [n_chunks, rows, row_words], read as they are looked at."""
-    shape = (head.n_chunks, head.rows, row_words(head.n_vocab))
-    return np.memmap(path, "<u2", "r", head.rows_at, shape)
+def read_rows(path: Path, head: LogitsHead, chunk: int, row: int, count: int) -> Rows:
+    """uint16 [count, row_words]: rows ``row`` .. ``row + count - 1`` of a chunk. Read, not mapped: what was looked at of a
+    mapped file of many gigabytes would count as memory of this process."""
+    words = row_words(head.n_vocab)
+    at = head.rows_at + chunk * head.chunk_bytes + 2 * row * words
+    rows: Rows = np.fromfile(path, "<u2", count * words, offset=at)
+    if len(rows) < count * words:
+        raise _bad(path, "it became shorter while it was read")
+    return rows.reshape(count, words)
 
 
 def first_wild_chunk(path: Path, head: LogitsHead) -> int | None:
     """The first chunk with a row of logits that are NaN or infinite: its scale or its least log-probability is such too."""
-    leading = np.ascontiguousarray(map_rows(path, head)[:, :, :_LEADING]).view("<f4")
-    wild = ~np.isfinite(leading).all(axis=(1, 2))
-    return int(wild.argmax()) if wild.any() else None
+    for chunk in range(head.n_chunks):
+        shape = (head.rows, row_words(head.n_vocab))
+        rows = np.memmap(path, "<u2", "r", head.rows_at + chunk * head.chunk_bytes, shape)
+        if not np.isfinite(np.ascontiguousarray(rows[:, :_LEADING]).view("<f4")).all():
+            return chunk
+    return None
 
 
 def _bad(path: Path, why: str) -> InvalidDataError:

@@ -80,8 +80,10 @@ def fit(extent: Extent, limit: int, twins: Sequence[int] = (), *, whole: bool = 
             "Free some space or raise --max-disk; a smaller -c takes less too.",
         )
     chunks = extent.n_chunks
-    if beside + extent.reference_bytes(chunks) > limit:
-        chunks = (limit - beside) * least // extent.reference_bytes(least) // least * least
+    over = beside + extent.reference_bytes(chunks) - limit
+    if over > 0:
+        each = extent.reference_bytes(1) - extent.reference_bytes(0)
+        chunks = (chunks - -(-over // each)) // least * least
     reference = extent.reference_bytes(chunks)
     room = limit - kept - reference
     passes = 1 if whole else -(-extent.n_chunks // chunks)

@@ -19,8 +19,7 @@ from imatrix_runner.models.sources import Model
 from imatrix_runner.quantize.recipe import RecipeTensor
 
 SPARE_BYTES = 1 << 30
-"""Left free on every device for compute buffers and whoever else is there: also what llama.cpp leaves free (``--fit-target``,
-1024 MiB).
+"""Left free on every device for compute buffers and whoever else is there.
 
 Measured with llama.cpp 0c1e570 (no_alloc, ``-ub 512``, flash attention): compute buffers of 120 to 670 MiB for models shaped
 like Mistral-7B, Llama-3-8B, Qwen3-30B-A3B, Gemma-3-27B and Llama-3-70B, at contexts of 4,096 to 131,072. Without flash

@@ -271,7 +271,7 @@ class TestTheModel:
         journal = Journal(tmp_path / "work" / "tiny" / "journal.json")
         made = Record.now({}, [], "made", 1.0)
         journal.record("level-Q4_K_M", made)
-        facts = as_facts(Measured(level.measured, report.evaluation))
+        facts = as_facts(Measured(level.measured, level.measured.ratio, report.evaluation))
         journal.record("evaluate Q4_K_M", Record.now({LEVEL_INPUT: content_of(made)}, [], "measured", 1.0, facts=facts))
         assert ask(tiny_model).measured == ("Q4_K_M",)
 

@@ -212,11 +212,13 @@ def test_an_unfinished_reference_is_continued_and_another_one_s_is_not(
     assert torn.read_bytes() == whole
 
 
-def test_a_truncated_reference_is_refused(base: Path, folder: Path) -> None:
+def test_a_truncated_reference_is_refused(engine: EmbeddedEngine, demo_model: Path, base: Path, folder: Path) -> None:
     torn = folder / "short.base"
     torn.write_bytes(base.read_bytes()[:-1])
     with pytest.raises(InvalidDataError, match="cannot be compared with"):
         read_head(torn)
+    with pytest.raises(InvalidDataError, match="cannot be compared with"):
+        judge(engine, demo_model, torn, folder / "torn.scored")
 
 
 def test_a_level_of_another_vocabulary_is_refused(engine: EmbeddedEngine, base: Path, folder: Path) -> None:

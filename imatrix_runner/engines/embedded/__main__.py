@@ -12,6 +12,7 @@ from imatrix_runner.engines.embedded.protocol import (
     Answer,
     Check,
     Collect,
+    Failed,
     Generate,
     Judge,
     Pass,
@@ -25,6 +26,7 @@ from imatrix_runner.engines.embedded.protocol import (
     encode,
 )
 from imatrix_runner.engines.embedded.refusal import Refusal
+from imatrix_runner.errors import RunnerError
 
 
 def main() -> int:
@@ -94,6 +96,9 @@ def main() -> int:
     except Refusal as refusal:
         tell(refusal.answer)
         return refusal.answer.exit_code
+    except RunnerError as error:  # of what lies lower than an engine, such as a file of log-probabilities
+        tell(Failed(error.what, error.why, error.todo, error.exit_code))
+        return error.exit_code
     return 0
 
 

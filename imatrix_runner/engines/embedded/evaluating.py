@@ -25,7 +25,7 @@ from imatrix_runner.engines.embedded.scored import ScoredFile
 from imatrix_runner.engines.embedded.session import Session, open_session, usable_cpus
 from imatrix_runner.engines.embedded.stdin import Stop
 from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
-from imatrix_runner.engines.logits_file import LogitsHead, Rows, map_rows, note_path, read_head, read_tokens
+from imatrix_runner.engines.logits_file import LogitsHead, Rows, note_path, read_head, read_rows, read_tokens
 from imatrix_runner.events import Progress
 
 F32 = npt.NDArray[np.float32]
@@ -85,7 +85,7 @@ def judge(request: Judge, tell: Callable[[Answer], None]) -> None:
                 "Compare a level with the model it was made from.",
             )
         count = head.n_chunks if request.limit is None else min(request.limit, head.n_chunks)
-        chunks, rows = read_tokens(request.base, head)[:count], map_rows(request.base, head)
+        chunks = read_tokens(request.base, head)[:count]
         with closing(ScoredFile(request.out, request.fingerprint, head.n_ctx)) as scored:
             if scored.chunks < request.first:
                 raise Refusal.failed(
@@ -99,7 +99,10 @@ def judge(request: Judge, tell: Callable[[Answer], None]) -> None:
             loaded = time.monotonic()
 
             def compare(logits: F32, chunk: int, row: int, targets: Tokens) -> npt.NDArray[np.void]:
-                return compare_rows(logits, rows[chunk, row : row + len(targets)], targets)
+                tokens = compare_rows(logits, read_rows(request.base, head, chunk, row, len(targets)), targets)
+                if not np.isfinite(tokens["kld"]).all():
+                    raise work.not_a_number(chunk)
+                return tokens
 
             done = work.run(
                 chunks, done, scored.append, compare, scored.sync, lambda n: tell(Progress(request.step, request.first + n))
@@ -161,8 +164,8 @@ class _Evaluation:
             if self.stop.requested:
                 break
             made = self._batch(chunks[batch.start : batch.stop], batch.start, work)
-            for pieces in made:
-                take(pieces)
+            while made:
+                take(made.pop(0))  # of a large vocabulary a chunk's rows are 65 MB: none is held longer than need be
             sync()
             done = batch.stop
             tell(done)
@@ -190,14 +193,14 @@ class _Evaluation:
                 chunk, row, stop = place
                 values = logits[chunk, row - begin : stop - begin]
                 if not np.isfinite(values.max(axis=1)).all():
-                    raise self._not_a_number(number + chunk)
+                    raise self.not_a_number(number + chunk)
                 return work(values, number + chunk, row - first, chunks[chunk, row + 1 : stop + 1])
 
             for (chunk, _, _), result in zip(blocks, self.pool.map(block, blocks), strict=True):
                 made[chunk].append(result)
         return made
 
-    def _not_a_number(self, chunk: int) -> Refusal:
+    def not_a_number(self, chunk: int) -> Refusal:
         return Refusal.invalid(
             f"{self.model.name} computes no numbers",
             f"its logits in chunk {chunk} are NaN or infinite",

@@ -90,6 +90,10 @@ def _divergences(logits: F32, steps: Rows, scale: F32, least: F32, whole: F32) -
     heard = log_base > _FLOOR
     np.exp(log_base, out=log_base)
     terms *= log_base
-    terms *= heard
+    with np.errstate(invalid="ignore"):
+        terms *= heard
     sums: npt.NDArray[np.float64] = terms.sum(axis=1, dtype=np.float64)
+    if not np.isfinite(sums).all():
+        terms[~heard] = 0  # a logit of -inf is inf * 0 where it is not heard
+        sums = terms.sum(axis=1, dtype=np.float64)
     return sums
