@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -45,10 +46,11 @@ _BEGINS = re.compile(r"^(\d+)\.(\d+)\.(\d+)\.(\d+) I (?:perplexity: tokenizing|k
 
 @dataclass(frozen=True)
 class Took:
-    """One process: seconds from start to end and of these without loading, peak memory in bytes."""
+    """One process: seconds from start to end, of these without loading, and of processors; peak memory in bytes."""
 
     seconds: float
     computing: float
+    cpu: float
     peak: int
 
 
@@ -63,8 +65,8 @@ class Case:
     chunks: int
 
 
-def run(command: Command, folder: Path) -> tuple[float, int, str]:
-    """Seconds, peak memory, and all it said."""
+def run(command: Command, folder: Path, begun: Callable[[str, float], float]) -> Took:
+    """``begun`` tells from what it said, and the seconds it took, how long it computed."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as out:
         env = child_environment(command.env)
@@ -78,23 +80,20 @@ def run(command: Command, folder: Path) -> tuple[float, int, str]:
         said = out.read().decode()
     if child.returncode:
         raise SystemExit(f"{command.argv[0]} ended with {child.returncode}: {said[-500:]}")
-    return seconds, usage.ru_maxrss * 1024, said
+    return Took(seconds, begun(said, seconds), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def theirs(command: Command, folder: Path) -> Took:
-    took, peak, said = run(command, folder)
+def theirs(said: str, seconds: float) -> float:
     begins = _BEGINS.search(said)
     if begins is None:
         raise SystemExit(f"llama-perplexity does not say when it begins: {said[-500:]}")
-    minutes, seconds, milli, micro = (int(part) for part in begins.groups())
-    return Took(took, took - (60 * minutes + seconds + milli / 1e3 + micro / 1e6), peak)
+    minutes, whole, milli, micro = (int(part) for part in begins.groups())
+    return seconds - (60 * minutes + whole + milli / 1e3 + micro / 1e6)
 
 
-def ours(request: Refer | Judge, library: Path | None, folder: Path) -> Took:
-    command = worker_command(request, library)
-    took, peak, said = run(command, folder)
+def ours(said: str, _seconds: float) -> float:
     told = next(json.loads(line) for line in said.splitlines() if line.startswith('{"type":"judged"'))
-    return Took(took, told["seconds"], peak)
+    return float(told["seconds"])
 
 
 def once(case: Case, what: str, who: str, tools: Toolchain, library: Path | None, folder: Path, threads: int) -> Took:
@@ -103,14 +102,14 @@ def once(case: Case, what: str, who: str, tools: Toolchain, library: Path | None
     base, mine, out = folder / "theirs.logits", folder / "ours.logits", folder / "scored"
     for old in (mine, out):
         old.unlink(missing_ok=True)
-    if what == "reference" and who == "embedded":
-        return ours(Refer("bench", case.source, case.text, mine, 0, case.chunks, options, "bench", None), library, folder)
+    if who == "embedded":
+        refer = Refer("bench", case.source, case.text, mine, 0, case.chunks, options, "bench", None)
+        judge = Judge("bench", case.level, base, out, 0, None, options, "bench")
+        return run(worker_command(refer if what == "reference" else judge, library), folder, ours)
     if what == "reference":
         job = ReferJob("bench", case.source, case.text, ChunkRange(0, case.chunks), base, options, "bench", None)
-        return theirs(refer_command(job, base, tools), folder)
-    if who == "embedded":
-        return ours(Judge("bench", case.level, base, out, 0, None, options, "bench"), library, folder)
-    return theirs(judge_command(JudgeJob("bench", case.level, base, out, options, "bench", None), base, tools), folder)
+        return run(refer_command(job, base, tools), folder, theirs)
+    return run(judge_command(JudgeJob("bench", case.level, base, out, options, "bench", None), base, tools), folder, theirs)
 
 
 def compare(case: Case, tools: Toolchain, library: Path | None, folder: Path, options: argparse.Namespace) -> None:
@@ -123,18 +122,20 @@ def compare(case: Case, tools: Toolchain, library: Path | None, folder: Path, op
 
 
 def show(title: str, rounds: dict[str, list[Took]]) -> None:
-    figures, ratios = [], []
+    """One line: what each took, and ours as shares of theirs."""
+    table = {
+        who: [statistics.median(getattr(took, name) for took in rounds[who]) for name in ("seconds", "computing", "cpu")]
+        + [max(took.peak for took in rounds[who]) / 1e6]
+        for who in PROGRAMS
+    }
+    shares = [mine / their for their, mine in zip(*(table[who] for who in PROGRAMS), strict=True)]
+    missed = "" if shares[1] <= TIME_GOAL and shares[3] <= MEMORY_GOAL else "   goal missed"
     for who in PROGRAMS:
-        whole, computing = (
-            statistics.median(values) for values in zip(*((t.seconds, t.computing) for t in rounds[who]), strict=True)
-        )
-        peak = max(took.peak for took in rounds[who])
-        figures.append(f"{who} {whole:6.2f} s, pass {computing:6.2f} s, {peak / 1e6:5.0f} MB")
-        ratios.append((whole, computing, peak))
-    whole, computing, peak = (mine / their for their, mine in zip(*ratios, strict=True))
-    met = computing <= TIME_GOAL and peak <= MEMORY_GOAL
-    print(f"{title}  {'   '.join(figures)}   ", end="")
-    print(f"time {whole:.3f}, pass {computing:.3f}, memory {peak:.2f}  {'' if met else 'MISSED'}", flush=True)
+        print("{:26}{:17}{:8.2f} s  pass {:7.2f} s  cpu {:7.2f} s  {:6.0f} MB".format(title, who, *table[who]))
+    print(
+        "{:26}{:17}{:8.3f}    pass {:7.3f}    cpu {:7.3f}    {:6.2f}".format(title, "ours / theirs", *shares) + missed,
+        flush=True,
+    )
 
 
 def cases(folder: Path, tools: Toolchain, options: argparse.Namespace) -> list[Case]:

@@ -32,7 +32,8 @@ def print_measure_plan(plan: MeasurePlan, console: Console) -> None:
         console.print(Text(f"{name} {why}.", style="yellow"))
     if not (todo or plan.twins):
         return
-    passes = "one pass" if space.n_passes == 1 else f"{space.n_passes} passes, because of --max-disk"
+    anew = ", and anew for twins" if plan.twins else ""
+    passes = "one pass" if space.n_passes == 1 else f"{space.n_passes} passes{anew}, because of --max-disk"
     disk = f"Disk: at most {human_bytes(space.n_bytes)} at a time, {human_bytes(plan.free_bytes)} free"
     console.print(Text(f"{disk}; the source is computed in {passes}."))
 

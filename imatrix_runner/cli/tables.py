@@ -94,9 +94,9 @@ def print_result(result: RunResult, console: Console) -> None:
             )
         console.print(table)
         print_failures(result, console)
-    console.print(Text(f"{_summary(result)} in {human_seconds(result.seconds)}, in {result.plan.workspace}"))
     if result.report is not None and not result.report.stale:
         console.print(Text(f"Report: {result.report.html}"))
+    console.print(Text(f"{_summary(result)} in {human_seconds(result.seconds)}, in {result.plan.workspace}"))
 
 
 def print_failures(result: RunResult, console: Console) -> None:

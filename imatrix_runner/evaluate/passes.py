@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from imatrix_runner.engines.base import ChunkRange
+from imatrix_runner.engines.embedded.scored import scored_bytes
 from imatrix_runner.engines.logits_file import LogitsHead, scored_tokens
 from imatrix_runner.errors import NoSpaceError
 from imatrix_runner.files import human_bytes
 
 DEFAULT_BYTES = 8 << 30
 """What a measurement takes at most where nobody says otherwise: llama-perplexity's own files are said to take 10 GB."""
-_SCORED_BYTES = 24
+_NOTE_BYTES = 4096
+"""More than what is written beside a reference about what it is of."""
 _FREE_SHARE = 0.8
 
 
@@ -38,10 +40,10 @@ class Extent:
     @property
     def kept_bytes(self) -> int:
         """The scored tokens of all levels and of the source, which stay."""
-        return (self.n_levels + 1) * self.n_tokens * _SCORED_BYTES
+        return (self.n_levels + 1) * scored_bytes(self.n_chunks, self.n_ctx)
 
     def reference_bytes(self, n_chunks: int) -> int:
-        return 0 if self.given else LogitsHead(self.n_ctx, self.n_vocab, n_chunks).n_bytes
+        return 0 if self.given else LogitsHead(self.n_ctx, self.n_vocab, n_chunks).n_bytes + _NOTE_BYTES
 
 
 @dataclass(frozen=True)

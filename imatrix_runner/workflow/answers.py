@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -131,8 +132,17 @@ class _Answering:
         result = compare_answers(name, shown, source, answers, self.request.n_predict)
         sink(Finished(step, "done", summary(result), time.monotonic() - began))
         inputs, facts = {**self._inputs, LEVEL_INPUT: content}, as_facts(result)
-        self.session.journal.record(step, Record.now(inputs, [], reason, time.monotonic() - began, facts=facts))
+        record = Record.now(inputs, [], reason, time.monotonic() - began, command=self._command(), facts=facts)
+        self.session.journal.record(step, record)
         return result
+
+    def _command(self) -> str:
+        """The line that asks all levels again."""
+        request = self.request
+        words = ["imatrix-runner", "evaluate", self.frozen.model.source.location, "--domain", str(request.prompts)]
+        words += ["--predict", str(request.n_predict)]
+        words += ["--chat-template-file", str(request.chat_template)] if request.chat_template is not None else []
+        return shlex.join(words)
 
     @property
     def _prompts(self) -> Path:

@@ -179,7 +179,7 @@ class _Evaluation:
         )
 
     def _levels(self) -> dict[str, Record]:
-        """The finished levels that were asked for, in the order asked."""
+        """The finished levels that were asked for, in the order asked; all of them from the largest."""
         session = self.session
         journal, root, source = session.journal, session.workspace.root, shlex.quote(self.frozen.model.source.location)
         there = {
@@ -194,7 +194,7 @@ class _Evaluation:
                     "no level was made there, or their files are gone",
                     f"Make some first: imatrix-runner run {source}",
                 )
-            return there
+            return dict(sorted(there.items(), key=lambda each: (-_size(each[1]), each[0])))
         known = {name.upper(): name for name in there}
         missing = [name for name in self.request.levels if name.upper() not in known]
         if missing:
@@ -295,8 +295,7 @@ class _Evaluation:
             return None
         remember_target(self.session.journal, request.target_kld, request.target_size)
         made = levels_made(self.session.journal)
-        sizes = {name: sum(output.stamp.size for output in made[name].outputs) for name in known}
-        points = [Measure(name, sizes[name], found.kld.value, found.same_top.value) for name, found in known.items()]
+        points = [Measure(name, _size(made[name]), found.kld.value, found.same_top.value) for name, found in known.items()]
         pick = target(points, request.target_kld, request.target_size)
         if pick is None:
             best = min(points, key=lambda each: each.kld, default=None)
@@ -308,6 +307,10 @@ class _Evaluation:
 def _pair_inputs(made: Record, yardstick: Yardstick, twin: Subject) -> dict[str, str]:
     chunks = str(yardstick.extent.n_chunks)
     return {**yardstick.inputs, "chunks": chunks, LEVEL_INPUT: content_of(made), "twin": twin.inputs[LEVEL_INPUT]}
+
+
+def _size(made: Record) -> int:
+    return sum(output.stamp.size for output in made.outputs)
 
 
 def _sort(

@@ -23,8 +23,11 @@ from imatrix_runner.journal import Journal, Record
 from imatrix_runner.report.document import ReportEvaluation
 
 LEVEL_INPUT = "level file"
-EVALUATE, COMPARE, ANSWER, REFERENCE = "evaluate", "compare", "answer", "reference"
+EVALUATE, COMPARE, ANSWER, REFER = "evaluate", "compare", "answer", "reference"
 T = TypeVar("T")
+
+_ASKED = {EVALUATE: "", COMPARE: " --ab", ANSWER: " --domain PROMPTS"}
+"""By what each is asked for."""
 
 
 @dataclass(frozen=True)
@@ -76,5 +79,5 @@ def _holding(journal: Journal, what: str, kind: type[T]) -> Iterator[tuple[str, 
                 raise InvalidDataError(
                     f"{journal.path} cannot be read",
                     f"the figures of {level} ({what}) are not what this program wrote: {error}",
-                    "Measure again: imatrix-runner evaluate MODEL --again",
+                    f"Measure again: imatrix-runner evaluate MODEL --again{_ASKED[what]}",
                 ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,10 @@ from imatrix_runner.events import Finished, Sink, Started
 from imatrix_runner.files import human_bytes
 from imatrix_runner.journal import Record
 from imatrix_runner.report.document import ReportEvaluation
+from imatrix_runner.resources import HELD_OUT_TEXT, resource
 from imatrix_runner.workflow.choice import EMBEDDED
 from imatrix_runner.workflow.context import Session
-from imatrix_runner.workflow.measured import Measured, as_facts
+from imatrix_runner.workflow.measured import REFER, Measured, as_facts
 from imatrix_runner.workflow.source import Frozen
 from imatrix_runner.workflow.yardstick import REFERENCE, Yardstick, check_content
 
@@ -69,7 +71,7 @@ class Measurer:
 
     @property
     def _source(self) -> Subject:
-        return Subject("source", _REFERENCE, self.frozen.model.path, {}, "")
+        return Subject("source", REFER, self.frozen.model.path, {}, "")
 
     def scored(self, subject: Subject) -> npt.NDArray[np.void]:
         """The scored tokens of a subject that was measured here, :data:`~imatrix_runner.engines.embedded.judging.TOKEN` [n]."""
@@ -138,10 +140,10 @@ class Measurer:
         text = self.folder / _TEXT
         stage(yardstick.text, text)
         part = "" if chunks.count == yardstick.extent.n_chunks else f" (chunks {chunks.first} to {chunks.end - 1})"
-        sink(Started(_REFERENCE, f"reference {self.frozen.model.name}{part}", chunks.count, "chunks"))
+        sink(Started(REFER, f"reference {self.frozen.model.name}{part}", chunks.count, "chunks"))
         began = time.monotonic()
         job = ReferJob(
-            _REFERENCE,
+            REFER,
             self.frozen.model.path,
             text,
             chunks,
@@ -157,7 +159,10 @@ class Measurer:
             raise self._disk_full() from error
         self.frozen.check_unchanged()
         source.done = max(source.done, chunks.end)
-        sink(Finished(_REFERENCE, "done", human_bytes(head.n_bytes), time.monotonic() - began))
+        seconds = time.monotonic() - began
+        sink(Finished(REFER, "done", human_bytes(head.n_bytes), seconds))
+        record = Record.now(yardstick.inputs, [], "levels are measured", seconds, command=self._command())
+        self.session.journal.record(f"{REFER} {chunks.first}-{chunks.end}", record)
 
     def check_given(self) -> None:
         """Whether somebody's log-probabilities are those of this source: it must be next to nothing away from them.
@@ -214,7 +219,7 @@ class Measurer:
         measured = self._facts(subject, found)
         self.sink(Finished(subject.step, "done", describe(measured), waiting.seconds))
         inputs = {**self.yardstick.inputs, "chunks": str(extent.n_chunks), **subject.inputs}
-        record = Record.now(inputs, [], subject.reason, waiting.seconds, facts=as_facts(measured))
+        record = Record.now(inputs, [], subject.reason, waiting.seconds, command=self._command(), facts=as_facts(measured))
         self.session.journal.record(subject.step, record)
         return found
 
@@ -257,6 +262,17 @@ class Measurer:
         )
         return Measured(found, ratio, evaluation)
 
+    def _command(self) -> str:
+        """The line that measures all levels again."""
+        yardstick, extent = self.yardstick, self.yardstick.extent
+        words = ["imatrix-runner", "evaluate", self.frozen.model.source.location, "-c", str(extent.n_ctx)]
+        words += ["--chunks", str(extent.n_chunks)]
+        if yardstick.base is not None:
+            words += ["--kl-divergence-base", str(yardstick.base)]
+        elif yardstick.text is not None and yardstick.text.path != resource(HELD_OUT_TEXT):
+            words += ["--text", str(yardstick.text.path)]
+        return shlex.join(words)
+
     def _disk_full(self) -> NoSpaceError:
         need = self.yardstick.fit.n_bytes
         return NoSpaceError(
@@ -266,7 +282,7 @@ class Measurer:
         )
 
 
-_TEXT, _CHECK, _REFERENCE = "text.txt", "check.scored", "reference"
+_TEXT, _CHECK = "text.txt", "check.scored"
 
 
 @dataclass

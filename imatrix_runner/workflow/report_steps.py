@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from imatrix_runner.journal import Journal, Record
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.report.document import ReportModel, ReportStep
-from imatrix_runner.workflow.measured import ANSWER, COMPARE, EVALUATE, REFERENCE
+from imatrix_runner.workflow.measured import ANSWER, COMPARE, EVALUATE, REFER
 from imatrix_runner.workflow.report_source import PROJECTOR, last_part
 
 _FILE = re.compile(r".+\.(gguf|dat|imatrix|txt|jsonl?|csv|parquet|toml)", re.IGNORECASE)
@@ -48,7 +48,7 @@ def _steps(
 
 def _references(journal: Journal, measured: Sequence[Record]) -> list[Record]:
     """The passes of the source that these were measured with."""
-    found = [record for step, record in journal.steps().items() if step.startswith(f"{REFERENCE} ")]
+    found = [record for step, record in journal.steps().items() if step.startswith(f"{REFER} ")]
     return [each for each in found if any(each.inputs.items() <= record.inputs.items() for record in measured)]
 
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import msgspec
+
 from imatrix_runner.errors import RunnerError, from_os_error
+from imatrix_runner.events import Event, Started
 from imatrix_runner.journal import Journal, Record, describe_change
 from imatrix_runner.quantize.levels import offered
 from imatrix_runner.workflow.context import Session
@@ -35,7 +38,13 @@ class Twins:
     def _inside(self) -> Session:
         """The session, working in the twins' workspace."""
         workspace = Workspace(self.session.workspace.twins, self.session.workspace.model)
-        return replace(self.session, workspace=workspace, journal=Journal(workspace.journal))
+
+        def tell(event: Event) -> None:
+            if isinstance(event, Started):
+                event = msgspec.structs.replace(event, title=f"{event.title}, without imatrix")
+            self.session.sink(event)
+
+        return replace(self.session, workspace=workspace, journal=Journal(workspace.journal), sink=tell)
 
     @cached_property
     def _planner(self) -> LevelPlanner:

@@ -54,7 +54,8 @@ def test_no_command_and_no_option_without_its_sentence(words: tuple[str, ...]) -
 
 def test_the_documented_commands_are_there(cli: CommandLine) -> None:
     said = cli("--help").out
-    for name in ("run", "quantize", "imatrix", "calibration", "tools", "doctor", "status", "demo", "completion"):
+    names = ("run", "quantize", "advise", "imatrix", "calibration", "evaluate", "report", "tools", "doctor", "status", "demo")
+    for name in (*names, "completion"):
         assert f"\n  {name} " in said
     assert {("imatrix", "generate"), ("tools", "locate"), ("tools", "build"), ("tools", "install")} <= set(EVERY)
     assert {("calibration", "list"), ("calibration", "fetch")} <= set(EVERY)
@@ -74,6 +75,17 @@ def test_the_documented_commands_are_there(cli: CommandLine) -> None:
 def test_run_knows_the_contract_s_options(option: str) -> None:
     parameters = EVERY[("run",)].params
     assert option in {spelling for parameter in parameters for spelling in (*parameter.opts, *parameter.secondary_opts)}
+
+
+@pytest.mark.parametrize("command", ["run", "evaluate"])
+@pytest.mark.parametrize("option", ["--text", "--max-disk", "--ab", "--domain", "--predict", "--target-kld", "--target-size"])
+def test_measuring_is_asked_for_alike(command: str, option: str) -> None:
+    assert option in {spelling for parameter in EVERY[(command,)].params for spelling in parameter.opts}
+
+
+@pytest.mark.parametrize("option", ["--levels", "--chunks", "-c", "-ngl", "-t", "--kl-divergence-base", "--again", "--dry-run"])
+def test_evaluate_knows_the_contract_s_options(option: str) -> None:
+    assert option in {spelling for parameter in EVERY[("evaluate",)].params for spelling in parameter.opts}
 
 
 def test_quantise_is_another_spelling(cli: CommandLine) -> None:
@@ -103,7 +115,10 @@ def test_the_version(cli: CommandLine) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["imatrix", "generate", "--help"], ["calibration", "fetch", "--help"], ["--version"]],
+    [
+        *(["--help"], ["run", "--help"], ["imatrix", "generate", "--help"], ["calibration", "fetch", "--help"], ["--version"]),
+        *(["evaluate", "--help"], ["report", "--help"], ["advise", "--help"]),
+    ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     script = """

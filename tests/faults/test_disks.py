@@ -6,12 +6,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from command_line import RunCommand, run_command, started
 from llama_tools import WORK_ONLY, BareTools, digest, fake_tools, leftovers, levels_in
+from mounts import mounted
 
 from imatrix_runner.engines.base import ChunkRange, CollectOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
@@ -21,21 +21,6 @@ from imatrix_runner.events import ignore
 from imatrix_runner.process import Runner
 
 NUMBER = r"[\d.]+ (?:B|KiB|MiB)"
-
-
-@contextmanager
-def mounted(point: Path, *options: str) -> Iterator[Path]:
-    """A mount for the time of a test. Skips where mounting is not permitted."""
-    point.mkdir()
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount command")
-    done = subprocess.run(["mount", *options, point], capture_output=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.decode().strip()}")
-    try:
-        yield point
-    finally:
-        subprocess.run(["umount", "--lazy", point], check=True)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from perplexity_tools import PATIENT, perplexity_that
 from tiny_models import write_llama_gguf
 
 from imatrix_runner.engines.base import ChunkRange, CollectOptions
+from imatrix_runner.engines.binaries import perplexity
 from imatrix_runner.engines.binaries.engine import BinariesEngine
-from imatrix_runner.engines.binaries.perplexity import AGAIN
 from imatrix_runner.engines.logits_file import note_path, read_head
 from imatrix_runner.engines.measures import JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InterruptedRunError, InvalidDataError, RunnerError, ToolchainError
@@ -83,15 +83,19 @@ def test_a_summary_that_lost_its_end_is_asked_for_again(doing: Doing, judge_job:
     found = doing(once).judge(judge_job, events.append)
     assert found == doing(PATIENT).judge(judge_job, ignore)
     told = [event.text for event in events if isinstance(event, Notice) and event.level == "warning"]
-    assert told == [f"llama-perplexity lost the end of what it says of {judge_job.model.name}: again (1 of {AGAIN})."]
+    lost = f"llama-perplexity lost the end of what it says of {judge_job.model.name} (run 1): it is asked again."
+    assert told == [lost]
 
 
-def test_one_that_always_loses_it_is_an_error_that_names_the_log_and_a_way_out(doing: Doing, judge_job: JudgeJob) -> None:
+def test_one_that_always_loses_it_is_an_error_that_names_the_log_and_a_way_out(
+    doing: Doing, judge_job: JudgeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexity, "PATIENCE", 0.0)
     with pytest.raises(EngineError, match="lost the end of its summary") as caught:
         doing(LOSE_THE_END).judge(judge_job, ignore)
     assert "--engine embedded" in caught.value.todo
     assert str(judge_job.log) in caught.value.todo
-    assert runs(judge_job.log) == AGAIN + 1
+    assert runs(judge_job.log) == perplexity.AGAIN + 1
 
 
 @pytest.mark.parametrize(

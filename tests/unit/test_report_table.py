@@ -49,7 +49,7 @@ def test_comparisons_come_with_verdict_and_rule() -> None:
     text = printed(sample_report())
     twins = text[text.index("With and without imatrix") :]
     assert "take it" in row(twins, "Q4_K_M")
-    assert "+14.2 ± 1.8 %" in row(twins, "IQ4_XS")
+    assert "+14.2 ± 1.7 %" in row(twins, "IQ4_XS")
     assert row(twins, "Q6_K").endswith("not needed (within two standard errors)")
     assert RULE in twins
 

@@ -22,15 +22,16 @@ from imatrix_runner.engines.binaries.messages import explain, full_disk, recogni
 from imatrix_runner.engines.logits_file import LogitsHead, first_wild_chunk, note_path, read_head, scored_tokens
 from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Divergence, Estimate, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
-from imatrix_runner.events import Progress, Sink, warning
+from imatrix_runner.events import Progress, Sink, detail, warning
 from imatrix_runner.files import atomic_writer, discard, part_path, publish, require_space
 from imatrix_runner.models.gguf_file import LongArray, read_header
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.toolchain.probe import Toolchain
 
-AGAIN = 3
-"""So many times a comparison without a whole summary is made again. Of tiny models every third run loses lines, of others few:
-the time that freeing a model takes is the log's."""
+AGAIN, PATIENCE = 3, 15.0
+"""A comparison without a whole summary is made again so many times, and more often within so many seconds of them all. Of a
+model of 2 MB 16 of 20 runs lost lines on a busy machine, of two of 100 MB and more none of 24: freeing those takes the time
+that the log needs."""
 
 _FEWEST = 100
 """Of fewer scored tokens llama-perplexity prints no summary."""
@@ -163,7 +164,8 @@ def judge(job: JudgeJob, sink: Sink, tools: Toolchain, runner: Runner) -> Diverg
 def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Toolchain, runner: Runner) -> Divergence:
     command = judge_command(job, base, tools)
     what = f"{job.model.name} could not be compared with its source"
-    for number in range(AGAIN + 1):
+    tries, seconds = 0, 0.0
+    while tries <= AGAIN or seconds < PATIENCE:
         output = DivergenceOutput()
 
         def follow(stream: str, piece: str, output: DivergenceOutput = output) -> None:
@@ -173,6 +175,7 @@ def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Too
                 sink(Progress(job.step, output.done, head.n_chunks, f"KLD {output.kld:.5f}"))
 
         outcome = runner.run(command, log=job.log, on_text=follow)
+        tries, seconds = tries + 1, seconds + outcome.seconds
         if not outcome.ok:
             raise explain(outcome, what)
         if output.wrong:
@@ -181,13 +184,11 @@ def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Too
         if found is not None:
             sink(Progress(job.step, head.n_chunks, head.n_chunks, f"KLD {found.kld.value:.5f}"))
             return found
-        if number < AGAIN:
-            sink(
-                warning(f"llama-perplexity lost the end of what it says of {job.model.name}: again ({number + 1} of {AGAIN}).")
-            )
+        tell = warning if tries == 1 else detail
+        sink(tell(f"llama-perplexity lost the end of what it says of {job.model.name} (run {tries}): it is asked again."))
     raise EngineError(
         what,
-        f"llama-perplexity lost the end of its summary {AGAIN + 1} times: it writes its log asynchronously",
+        f"llama-perplexity lost the end of its summary {tries} times: it writes its log asynchronously",
         with_log("Use --engine embedded, which computes the same figures and loses none.", outcome),
     )
 

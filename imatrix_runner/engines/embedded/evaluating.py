@@ -56,17 +56,19 @@ def refer(request: Refer, tell: Callable[[Answer], None]) -> None:
                 scored.cut(request.first + done)
             loaded = time.monotonic()
 
-            def take(pieces: list[tuple[Rows, F32]]) -> None:
-                base.append([rows for rows, _ in pieces])
-                if scored is not None and scored.chunks < request.first + base.chunks:
-                    scored.append([_exact(nll) for _, nll in pieces])
+            exact = _Chunks()
 
-            def sync() -> None:
+            def take(chunk: int, row: int, kept: tuple[Rows, F32]) -> None:
+                base.write(chunk, row, kept[0])
+                if scored is not None and request.first + chunk >= scored.chunks:
+                    exact.take(chunk, row, _exact(kept[1]))
+
+            def finish() -> None:
                 base.sync()
                 if scored is not None:
-                    scored.sync()
+                    exact.move_to(scored)
 
-            done = work.run(chunks, done, take, _keep, sync, lambda n: tell(Progress(request.step, n, request.count)))
+            done = work.run(chunks, done, _keep, take, finish, lambda n: tell(Progress(request.step, n, request.count)))
     tell(Judged(done, done == request.count, time.monotonic() - loaded, loaded - began))
 
 
@@ -104,10 +106,32 @@ def judge(request: Judge, tell: Callable[[Answer], None]) -> None:
                     raise work.not_a_number(chunk)
                 return tokens
 
+            found = _Chunks()
             done = work.run(
-                chunks, done, scored.append, compare, scored.sync, lambda n: tell(Progress(request.step, request.first + n))
+                chunks,
+                done,
+                compare,
+                found.take,
+                lambda: found.move_to(scored),
+                lambda n: tell(Progress(request.step, request.first + n)),
             )
     tell(Judged(done, done >= count, time.monotonic() - loaded, loaded - began))
+
+
+class _Chunks:
+    """Scored tokens of a batch, gathered chunk by chunk: they come by slices of all its chunks."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, list[npt.NDArray[np.void]]] = {}
+
+    def take(self, chunk: int, _row: int, tokens: npt.NDArray[np.void]) -> None:
+        self._pieces.setdefault(chunk, []).append(tokens)
+
+    def move_to(self, scored: ScoredFile) -> None:
+        for chunk in sorted(self._pieces):
+            scored.append(self._pieces[chunk])
+        self._pieces.clear()
+        scored.sync()
 
 
 def _keep(logits: F32, _chunk: int, _row: int, targets: Tokens) -> tuple[Rows, F32]:
@@ -150,35 +174,39 @@ class _Evaluation:
         self,
         chunks: Tokens,
         done: int,
-        take: Callable[[list[Any]], None],
         work: Callable[[F32, int, int, Tokens], Any],
-        sync: Callable[[], None],
+        take: Callable[[int, int, Any], None],
+        finish: Callable[[], None],
         tell: Callable[[int], None],
     ) -> int:
         """Compute ``chunks`` int32 [n, n_ctx] from number ``done`` on; returns how many are done.
 
-        ``work(logits, chunk, row, targets)`` is asked for blocks of a chunk's rows, side by side; ``take`` gets all that it
-        made of a chunk, in order.
+        ``work(logits, chunk, row, targets)`` is asked for blocks of a chunk's rows, side by side. ``take(chunk, row, result)``
+        gets what it made, at once, so that nothing is held (of a large vocabulary a chunk's rows are 65 MB); the last rows of a
+        batch's last chunk come last. ``finish`` is called after every batch.
         """
         for batch in batches(done, len(chunks) - done, self.options):
             if self.stop.requested:
                 break
-            made = self._batch(chunks[batch.start : batch.stop], batch.start, work)
-            while made:
-                take(made.pop(0))  # of a large vocabulary a chunk's rows are 65 MB: none is held longer than need be
-            sync()
+            self._batch(chunks[batch.start : batch.stop], batch.start, work, take)
+            finish()
             done = batch.stop
             tell(done)
         return done
 
-    def _batch(self, chunks: Tokens, number: int, work: Callable[[F32, int, int, Tokens], Any]) -> list[list[Any]]:
+    def _batch(
+        self,
+        chunks: Tokens,
+        number: int,
+        work: Callable[[F32, int, int, Tokens], Any],
+        take: Callable[[int, int, Any], None],
+    ) -> None:
         session, n_ctx = self.session, self.options.n_ctx
         first = n_ctx // 2
         seen = chunks.copy()
         if session.add_bos:
             seen[:, 0] = session.bos
         session.forget()
-        made: list[list[Any]] = [[] for _ in chunks]
         for piece in slices(len(chunks), self.options):
             count = session.compute(seen[:, piece.begin : piece.end], piece, first)
             if not count:
@@ -196,9 +224,8 @@ class _Evaluation:
                     raise self.not_a_number(number + chunk)
                 return work(values, number + chunk, row - first, chunks[chunk, row + 1 : stop + 1])
 
-            for (chunk, _, _), result in zip(blocks, self.pool.map(block, blocks), strict=True):
-                made[chunk].append(result)
-        return made
+            for (chunk, row, _), result in zip(blocks, self.pool.map(block, blocks), strict=True):
+                take(number + chunk, row - first, result)
 
     def not_a_number(self, chunk: int) -> Refusal:
         return Refusal.invalid(
@@ -209,7 +236,11 @@ class _Evaluation:
 
 
 class _BaseFile:
-    """The reference's file on its way: head and tokens at once, then rows. A fingerprint beside it says what it is of."""
+    """The reference's file on its way: head and tokens at once, then rows. A fingerprint beside it says what it is of.
+
+    Rows of a batch come by slices of all its chunks, those at its very end last: how long the file is tells how many batches
+    are whole.
+    """
 
     def __init__(self, path: Path, head: LogitsHead, chunks: Tokens, fingerprint: str) -> None:
         self._head = head
@@ -229,12 +260,10 @@ class _BaseFile:
     def cut(self, chunks: int) -> None:
         self.chunks = chunks
         self._handle.truncate(self._head.rows_at + chunks * self._head.chunk_bytes)
-        self._handle.seek(0, os.SEEK_END)
 
-    def append(self, rows: list[npt.NDArray[np.uint16]]) -> None:
-        for piece in rows:
-            self._handle.write(piece.tobytes())
-        self.chunks += 1
+    def write(self, chunk: int, row: int, rows: Rows) -> None:
+        self._handle.seek(self._head.rows_at + chunk * self._head.chunk_bytes + 2 * row * rows.shape[1])
+        self._handle.write(rows.data)
 
     def sync(self) -> None:
         self._handle.flush()

@@ -61,6 +61,11 @@ class ScoredFile:
         self._handle.close()
 
 
+def scored_bytes(n_chunks: int, n_ctx: int) -> int:
+    """How long a file of so many chunks is."""
+    return _HEAD + n_chunks * (scored_tokens(n_ctx) * TOKEN.itemsize + 4)
+
+
 def read_scored(path: Path, fingerprint: str, n_ctx: int) -> Tokens:
     """The whole chunks from the first on, :data:`TOKEN` [n_chunks, rows]; none where the file is of something else."""
     rows = scored_tokens(n_ctx)
