@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -163,8 +162,3 @@ class Watch:
         self.most = max(self.most, sum(sizes.values()))
         self.most_twins = max(self.most_twins, len(twins))
         self._then(event)
-
-
-def printed(ran: Ran) -> str:
-    """What was told, without what only depends on the clock."""
-    return json.dumps(ran.document["measured"]["levels"], sort_keys=True)

@@ -65,7 +65,7 @@ def quiet(made: Slow, tmp_path_factory: pytest.TempPathFactory) -> tuple[Slow, f
     """What comes of it when nobody disturbs it, twins included, and how long that takes."""
     place = copy(made, tmp_path_factory.mktemp("quiet") / "work")
     began = time.monotonic()
-    finish(place)
+    finish(place, "--ab")
     return place, time.monotonic() - began
 
 
@@ -79,9 +79,9 @@ def copy(place: Slow, to: Path) -> Slow:
     return replace(place, work=to)
 
 
-def finish(place: Slow) -> Ran:
+def finish(place: Slow, *further: str) -> Ran:
     """The same command, undisturbed."""
-    done = run_command(*place.arguments("--ab"), cwd=place.work)
+    done = run_command(*place.arguments(*further), cwd=place.work)
     assert done.code == 0, done.err
     assert place.clean()
     assert not place.workspace.twins.exists()
@@ -93,14 +93,14 @@ def test_killed_at_random_moments(place: Slow, quiet: tuple[Slow, float]) -> Non
     expected, seconds = quiet
     chooser = random.Random(9)
     kills = 0
-    for _ in range(4):
+    for _ in range(3):
         with started(*place.arguments("--ab"), cwd=place.work) as running:
             end = time.monotonic() + chooser.uniform(0.2, 0.5) * seconds
             while time.monotonic() < end and running.process.poll() is None:
                 time.sleep(0.002)
             kills += running.kill_tree()
-    finish(place)
-    assert kills >= 2  # what is done is not done again, so that later ones may come to an end
+    finish(place, "--ab")
+    assert kills >= 1  # what is done is not done again, so that later ones may come to an end
     assert place.facts() == expected.facts()
     assert levels_in(place.root) == levels_in(expected.root)
 
@@ -126,7 +126,7 @@ def test_killed_in_each_of_its_phases(place: Slow, quiet: tuple[Slow, float]) ->
         scored = now
     assert state(place)[0] == "resumable"
     assert state(place)[1].startswith(f"imatrix-runner evaluate {place.model} ")
-    finish(place)
+    finish(place, "--ab")
     assert place.facts() == quiet[0].facts()
     assert {name: count for name, count in place.runs().items() if name in LEVELS} == {"Q8_0": 2, "Q3_K_M": 2}
     assert state(place) == ("done", "")
@@ -138,29 +138,27 @@ def state(place: Slow) -> tuple[str, str]:
     return status.state, status.command
 
 
-def test_killed_between_renames(made: Slow, place: Slow, tmp_path: Path) -> None:
+def test_killed_between_renames(place: Slow, quiet: tuple[Slow, float]) -> None:
     """Also where a random moment seldom falls: between a record and the next, among the report's files."""
-    arguments = place.arguments("--ab", "--levels", "Q3_K_M", chunks=2)
-    for turn, count in enumerate((1, 2, 1, 2, 1, 2, *range(3, 20))):
-        died = run_command(str(count), *arguments, cwd=place.work, program=DIE_AT)
+    further = ("--ab", "--levels", "Q3_K_M")
+    for turn, count in enumerate((1, 2, 1, 2, *range(3, 20))):
+        died = run_command(str(count), *place.arguments(*further), cwd=place.work, program=DIE_AT)
         if died.code == 0:
             break
         assert died.code == -signal.SIGKILL, f"in turn {turn}: {died.err}"
     assert died.code == 0
-    assert turn > 6
-    quiet = copy(made, tmp_path / "quiet")
-    assert run_command(*quiet.arguments("--ab", "--levels", "Q3_K_M", chunks=2), cwd=quiet.work).code == 0
-    assert place.facts() == quiet.facts()
+    assert turn > 5
+    expected = {step: facts for step, facts in quiet[0].facts().items() if "Q3_K_M" in step}
+    assert place.facts() == expected
     assert place.clean()
     assert (place.root / "report.html").is_file()
     runs = place.runs()
-    again = run_command(*arguments, cwd=place.work)
-    assert again.code == 0, again.err
+    finish(place, *further)
     assert place.runs() == runs
 
 
 def test_ctrl_c_finishes_the_batch_and_tells_how_to_continue(place: Slow, quiet: tuple[Slow, float]) -> None:
-    with started(*place.arguments("--ab"), cwd=place.work) as running:
+    with started(*place.arguments(), cwd=place.work) as running:
         running.wait_for(lambda: 0 < place.chunks_of("Q8_0") < CHUNKS)
         children = running.descendants()
         os.kill(running.pid, signal.SIGINT)
@@ -174,7 +172,7 @@ def test_ctrl_c_finishes_the_batch_and_tells_how_to_continue(place: Slow, quiet:
     assert 0 < kept < CHUNKS
     assert kept % 2 == 0  # whole batches
     finish(place)
-    assert place.facts() == quiet[0].facts()
+    assert place.figures() == quiet[0].figures()
 
 
 def test_a_worker_that_dies_costs_its_level_and_no_work(place: Slow, quiet: tuple[Slow, float]) -> None:
@@ -193,7 +191,7 @@ def test_a_worker_that_dies_costs_its_level_and_no_work(place: Slow, quiet: tupl
     kept = place.chunks_of("Q8_0")
     assert kept > 0
     finish(place)
-    assert place.facts() == quiet[0].facts()
+    assert place.figures() == quiet[0].figures()
 
 
 @pytest.fixture

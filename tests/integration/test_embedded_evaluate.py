@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tiny_models import write_llama_gguf
 from imatrix_runner.engines.base import ChunkRange, CollectOptions
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.embedded.find import find, worker_command
-from imatrix_runner.engines.embedded.protocol import Judge
+from imatrix_runner.engines.embedded.protocol import Judge, Refer
 from imatrix_runner.engines.embedded.scored import read_scored
 from imatrix_runner.engines.logits_file import read_head, read_tokens
 from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, JudgeJob, ReferJob
@@ -170,29 +171,51 @@ def test_a_killed_comparison_goes_on_to_the_same_bytes(
     whole = judge(engine, levels["Q4_K_M"], base, folder / "whole.scored").read_bytes()
     out = folder / "killed.scored"
     request = Judge("judge", levels["Q4_K_M"], base, out, 0, None, OPTIONS, "level")
-    command = worker_command(request, find(os.environ, cache_dir()).library)
-    kept = []
     for least in (1, 5, 9):
-        child = subprocess.Popen(
-            list(command.argv),
-            env=child_environment(command.env),
-            cwd=command.cwd,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 60
-        while child.poll() is None and time.monotonic() < deadline and chunks_in(out) < least:
-            time.sleep(0.002)
-        child.send_signal(signal.SIGKILL)
-        child.communicate()
-        kept.append(chunks_in(out))
-    assert kept[0] >= 1
+        kill_once(request, lambda least=least: chunks_in(out) >= least)  # type: ignore[misc]
+    assert 1 <= chunks_in(out) <= CHUNKS
     assert judge(engine, levels["Q4_K_M"], base, out).read_bytes() == whole
 
 
 def chunks_in(path: Path) -> int:
-    return max(0, path.stat().st_size - 32) // (255 * 24 + 4) if path.exists() else 0
+    return max(0, size_of(path) - 32) // (255 * 24 + 4)
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def kill_once(request: Refer | Judge, reached: Callable[[], bool]) -> None:
+    """Let a worker work until that is reached, or to its end."""
+    command = worker_command(request, find(os.environ, cache_dir()).library)
+    child = subprocess.Popen(
+        list(command.argv),
+        env=child_environment(command.env),
+        cwd=command.cwd,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while child.poll() is None and time.monotonic() < deadline and not reached():
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_killed_reference_goes_on_to_the_same_bytes(
+    engine: EmbeddedEngine, base: Path, demo_model: Path, folder: Path
+) -> None:
+    """Killed within a batch, whose rows come by slices of its four chunks: the file then has holes."""
+    out, head = folder / "killed.base", read_head(base)
+    request = Refer("refer", demo_model, resource(HELD_OUT_TEXT), out, 0, CHUNKS, OPTIONS, "base", None)
+    left = []
+    for least in (0, 3, 6, 9, 12):
+        kill_once(request, lambda least=least: size_of(out) > head.rows_at + least * head.chunk_bytes)  # type: ignore[misc]
+        left.append(size_of(out))
+    assert any((size - head.rows_at) % (4 * head.chunk_bytes) for size in left)
+    assert refer(engine, demo_model, out).read_bytes() == base.read_bytes()
 
 
 def test_an_unfinished_reference_is_continued_and_another_one_s_is_not(
