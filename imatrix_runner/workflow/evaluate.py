@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from imatrix_runner.engines.measures import Divergence
 from imatrix_runner.errors import RunnerError, UsageError
@@ -38,7 +39,7 @@ from imatrix_runner.workflow.request import EvaluateRequest, LevelsRequest, Meas
 from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
 from imatrix_runner.workflow.status import MEASURING
 from imatrix_runner.workflow.twins import Twins
-from imatrix_runner.workflow.yardstick import Yardstick, choose_yardstick
+from imatrix_runner.workflow.yardstick import Yardstick, check_text, choose_yardstick
 from imatrix_runner.workspace import Workspace
 
 
@@ -130,6 +131,21 @@ def evaluate_levels(
     return job.run(plan, began)
 
 
+def check_request(request: MeasureRequest, calibration: Path | None, session: Session) -> None:
+    """What can be seen to be wrong with a measurement before there is anything to measure; ``calibration``: what the imatrix
+    will be collected from, where that is known. Raises :class:`InvalidDataError`, :class:`UsageError`."""
+    check_text(request, calibration, session.sink)
+    if (domain := _domain(request)) is not None:
+        check_answerable(domain, session)
+
+
+def _domain(request: MeasureRequest) -> DomainRequest | None:
+    """``--domain``: what is asked."""
+    if request.domain is None:
+        return None
+    return DomainRequest(request.domain, request.n_predict, request.options, request.chat_template, request.again)
+
+
 @dataclass(frozen=True)
 class _Evaluation:
     request: MeasureRequest
@@ -140,8 +156,8 @@ class _Evaluation:
     def plan(self) -> MeasurePlan:
         session = self.session
         made = self._levels()
-        if self.domain is not None:
-            check_answerable(self.domain, session)
+        if (domain := _domain(self.request)) is not None:
+            check_answerable(domain, session)
         self._warn_of_strangers(made)
         steps, alone = self.twins.plan(made) if self.request.twins else ((), {})
         sizes = [step.facts.n_bytes or 0 for step in steps]
@@ -260,20 +276,13 @@ class _Evaluation:
         there = comparisons(self.session.journal)
         return tuple(there[subject.name] for subject in plan.subjects if subject.name in compared)
 
-    @property
-    def domain(self) -> DomainRequest | None:
-        """``--domain``: what is asked."""
-        request = self.request
-        if request.domain is None:
-            return None
-        return DomainRequest(request.domain, request.n_predict, request.options, request.chat_template, request.again)
-
     def _answers(self, plan: MeasurePlan, failed: dict[str, RunnerError]) -> tuple[DomainResult, ...]:
         """What source and levels say to somebody's prompts; a level that computes no numbers is not asked."""
-        if self.domain is None:
+        domain = _domain(self.request)
+        if domain is None:
             return ()
         levels = [(each.name, each.file, each.inputs[LEVEL_INPUT]) for each in plan.subjects if each.name not in failed]
-        found = answer_levels(self.domain, self.frozen, levels, self.session, self.session.workspace.evaluation)
+        found = answer_levels(domain, self.frozen, levels, self.session, self.session.workspace.evaluation)
         failed.update({name: outcome for name, outcome in found.items() if isinstance(outcome, RunnerError)})
         return tuple(outcome for outcome in found.values() if isinstance(outcome, DomainResult))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from imatrix_runner import __version__
 from imatrix_runner import report as report_room
-from imatrix_runner.errors import InvalidDataError, from_os_error
+from imatrix_runner.errors import InvalidDataError, NoSpaceError, from_os_error
 from imatrix_runner.events import Finished, Saved, Sink, Started, warning
 from imatrix_runner.files import discard, part_path, stamp
 from imatrix_runner.journal import Journal, Output, Record, differences, is_intact
@@ -66,8 +66,8 @@ def make_report(
     """Gather and write; the caller holds the workspace. What did not change is not written again.
 
     ``command``: the line that was typed (empty: the last one that made something); ``quantized_by``: whom the card names
-    (empty: whoever it named last). A name that is taken by a file that was not made here is an error, or unless ``strict`` a
-    warning: then nothing is written. Raises :class:`InvalidDataError` where there is nothing to tell.
+    (empty: whoever it named last). A name that is taken by a file that was not made here, and a full disk, are errors, or
+    unless ``strict`` warnings: then nothing is written. Raises :class:`InvalidDataError` where there is nothing to tell.
     """
     for name, made in levels_made(journal).items():
         still_there(made, workspace, journal, f"level-{name}", save=True)  # a copied workspace: known by content from now on
@@ -86,7 +86,14 @@ def make_report(
         sink(warning(f"{foreign.what}: {foreign.why}. {foreign.todo}"))
         return replace(_files(workspace, report, made=False), stale=True)
     sink(Started(STEP, "report"))
-    _write(workspace, journal, report, inputs)
+    try:
+        _write(workspace, journal, report, inputs)
+    except NoSpaceError as error:
+        if strict:
+            raise
+        sink(Finished(STEP, "failed", error.why))
+        sink(warning(f"{error.what}: {error.why}. {_again(workspace)}"))
+        return replace(_files(workspace, report, made=False), stale=True)
     files = _files(workspace, report, made=True)
     for path in files.paths:
         sink(Saved(str(path), STEP, path.stat().st_size))
@@ -132,9 +139,13 @@ def _foreign(workspace: Workspace, record: Record | None, names: Sequence[str]) 
             return InvalidDataError(
                 f"{path} is in the way of the report",
                 "it was changed since it was made" if ours is not None else "it was not made here",
-                f"Rename it to keep it, or delete it; then type: imatrix-runner report {shlex.quote(str(workspace.root))}",
+                f"Rename it to keep it, or delete it. {_again(workspace)}",
             )
     return None
+
+
+def _again(workspace: Workspace) -> str:
+    return f"Then type: imatrix-runner report {shlex.quote(str(workspace.root))}"
 
 
 def _render(report: Report) -> dict[str, bytes]:

@@ -19,12 +19,13 @@ from imatrix_runner.journal import Journal
 from imatrix_runner.models.sources import Model, Source, parse_source
 from imatrix_runner.quantize.levels import DEFAULT_LEVELS, Level, offered, preset_levels, resolve_levels
 from imatrix_runner.quantize.recipe import ignored_tensor_types
+from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.toolchain.hardware import likes_bf16
 from imatrix_runner.toolchain.probe import QuantType
 from imatrix_runner.workflow import imatrix as imatrix_flow
 from imatrix_runner.workflow.choice import Choice, Needs, make_checker
 from imatrix_runner.workflow.context import Context, Session, held, settle
-from imatrix_runner.workflow.evaluate import EvaluateResult, evaluate_levels
+from imatrix_runner.workflow.evaluate import EvaluateResult, check_request, evaluate_levels
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
 from imatrix_runner.workflow.plan import ImatrixStep, LevelStep, Plan
@@ -94,7 +95,7 @@ def run(
         made, evaluated, report = MadeLevels((), ()), None, None
         if not dry_run:
             refuse_hopeless(plan, one_by_one=request.levels is not None and request.levels.one_by_one)
-            job.begin(model, levels)
+            job.begin(model, tuple(step.level for step in plan.levels))
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, session)
                 imatrix_flow.tell_weaknesses(matrix, model, session.sink)
@@ -149,6 +150,9 @@ class _Job:
             open_corpus(text)
         elif mode not in MODES:
             read_matrix(Path(mode).expanduser())
+        if (measure := self.request.measure) is not None:
+            there = self.session.workspace.find_imatrix() is not None or not (text is not None or mode == "generate")
+            check_request(measure, None if there else text or resource(CALIBRATION_TEXT), self.session)
 
     def levels(self) -> tuple[Level, ...]:
         request = self.request.levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.logits_file import first_wild_chunk, read_head, read_tokens
 from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
 from imatrix_runner.evaluate.passes import Extent, Fit, disk_limit, fit
-from imatrix_runner.events import Finished, Started, warning
+from imatrix_runner.events import Finished, Sink, Started, warning
 from imatrix_runner.files import free_bytes, sha256
 from imatrix_runner.models.gguf_file import LongArray
 from imatrix_runner.models.sources import Model
@@ -50,7 +51,7 @@ def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, t
     if request.base is not None:
         return _given(request.base, request, options, frozen, n_subjects, twins, session)
     corpus = open_corpus(request.text or resource(HELD_OUT_TEXT), role="held-out text", option="--text")
-    overlap = _overlap(corpus, session)
+    share = overlap(corpus, _calibrations(session), session.sink)
     n_tokens = session.engine.count_tokens(frozen.model.path, corpus.path, parse_special=False, log=session.log("tokenize"))
     there = n_tokens // options.n_ctx
     if there < _LEAST_CHUNKS:
@@ -84,7 +85,7 @@ def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, t
         extent = replace(extent, n_chunks=space.chunks)
     named = {"text": f"sha256:{corpus.sha256}", "context": str(options.n_ctx)}
     return Yardstick(
-        corpus.name, corpus.sha256, corpus, None, options, extent, space, overlap, _inputs(named, options, frozen, session)
+        corpus.name, corpus.sha256, corpus, None, options, extent, space, share, _inputs(named, options, frozen, session)
     )
 
 
@@ -188,13 +189,22 @@ def vocabulary_size(model: Model) -> int:
     )
 
 
-def _overlap(corpus: Corpus, session: Session) -> float | None:
-    """How much of the text stands in those that matrices of this workspace were collected from. Raises for too much."""
+def check_text(request: MeasureRequest, calibration: Path | None, sink: Sink) -> None:
+    """Whether there will be a text to measure on, before anything is made; ``calibration``: what the imatrix will be of, if
+    that is known. Raises :class:`InvalidDataError`."""
+    if request.base is None:
+        corpus = open_corpus(request.text or resource(HELD_OUT_TEXT), role="held-out text", option="--text")
+        overlap(corpus, [calibration] if calibration is not None else [], sink)
+
+
+def overlap(corpus: Corpus, calibrations: Sequence[Path], sink: Sink) -> float | None:
+    """How much of the text stands in what matrices are collected from, at most; None where that is not known. Raises for too
+    much."""
     worst: float | None = None
-    for calibration in _calibrations(session):
-        session.sink(Started("overlap", f"comparing {corpus.name} with {calibration.name}"))
+    for calibration in calibrations:
+        sink(Started("overlap", f"comparing {corpus.name} with {calibration.name}"))
         found = overlap_files(calibration, corpus.path)
-        session.sink(Finished("overlap", "done", f"{found.share:.1%} in common"))
+        sink(Finished("overlap", "done", f"{found.share:.1%} in common"))
         judged = verdict(found)
         if judged == "void":
             raise InvalidDataError(
@@ -204,9 +214,7 @@ def _overlap(corpus: Corpus, session: Session) -> float | None:
                 "Give another --text, or leave it out to use the shipped one.",
             )
         if judged == "some":
-            session.sink(
-                warning(f"{found.share:.1%} of {corpus.name} stands in {calibration.name} too, for example: {found.example}")
-            )
+            sink(warning(f"{found.share:.1%} of {corpus.name} stands in {calibration.name} too, for example: {found.example}"))
         worst = max(worst or 0.0, found.share)
     return worst
 

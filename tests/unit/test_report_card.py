@@ -223,7 +223,10 @@ def test_recommended_files_come_first_with_their_rules() -> None:
 
 
 def test_the_picture_needs_two_measured_levels() -> None:
-    made = tuple(dataclasses.replace(each, measured=None, ppl_ratio=None) if each.name != "Q6_K" else each for each in sample_report().levels)
+    made = tuple(
+        dataclasses.replace(each, measured=None, ppl_ratio=None) if each.name != "Q6_K" else each
+        for each in sample_report().levels
+    )
     card = render_card(sample_report(levels=made, picks=(), comparisons=(), domain=()))
     assert "report.png" not in card
     assert "1 level measured against" in card

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +251,8 @@ class _BaseFile:
         same = same and self._handle.read(len(start)) == start
         size = path.stat().st_size
         self.chunks = max(0, size - head.rows_at) // head.chunk_bytes if same else 0
+        self._syncer = ThreadPoolExecutor(1)
+        self._synced: Future[None] = self._syncer.submit(lambda: None)
         if not same:
             self._handle.seek(0)
             self._handle.write(start)
@@ -266,8 +268,11 @@ class _BaseFile:
         self._handle.write(rows.data)
 
     def sync(self) -> None:
+        """Force what was written to the disk, while the next batch is computed: it is up to 260 MB."""
         self._handle.flush()
-        os.fsync(self._handle.fileno())
+        self._synced.result()
+        self._synced = self._syncer.submit(os.fsync, self._handle.fileno())
 
     def close(self) -> None:
-        self._handle.close()
+        with closing(self._handle), self._syncer:
+            self._synced.result()

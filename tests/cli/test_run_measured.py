@@ -1,0 +1,90 @@
+"""``run --evaluate`` and the report at the end of a run: what is refused at once, and what never spoils a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from evaluations import held_out_text
+from in_process import CommandLine
+
+from imatrix_runner.report.stored import read_report
+
+LEVELS = ("--levels", "Q4_K_M,Q3_K_M", "-c", "128", "--chunks", "4", "-t", "1")
+
+
+@pytest.fixture
+def made(cli: CommandLine, tiny_model: Path, tiny_text: Path) -> Path:
+    """The workspace of a run."""
+    assert cli("run", tiny_model, *LEVELS, "-f", tiny_text, "-q").code == 0
+    return Path("work/tiny")
+
+
+def test_a_text_that_the_imatrix_will_be_made_of_is_refused_before_it_is_made(
+    cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    ran = cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--text", tiny_text)
+    assert ran.code == 6
+    assert "cannot say how good the levels are" in ran.err
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+@pytest.mark.parametrize("content", [None, ""], ids=["missing", "empty"])
+def test_a_text_that_is_none_is_refused_before_anything_is_made(
+    cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path, content: str | None
+) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_text(content, encoding="utf-8")
+    ran = cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--text", text)
+    assert ran.code == 6
+    assert "text.txt" in ran.err
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_prompts_that_are_none_are_refused_before_anything_is_made(
+    cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text("{", encoding="utf-8")
+    ran = cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--domain", tmp_path / "prompts.jsonl")
+    assert ran.code == 6
+    assert "prompts.jsonl" in ran.err
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_target_measures_and_names_the_level(cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    text = held_out_text(tmp_path / "held-out.txt", chunks=120)
+    ran = cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--text", text, "--target-kld", "5")
+    assert ran.code == 0, ran.err
+    assert "(target): the smallest with a mean KLD of at most 5" in ran.out
+    report = read_report(tmp_path / "work" / "tiny" / "report.json")
+    assert all(level.measured is not None for level in report.levels)
+    assert report.picks[0].level == min(report.levels, key=lambda level: level.n_bytes).name
+
+
+def test_every_run_leaves_a_report_and_says_where(cli: CommandLine, made: Path, tiny_model: Path, tiny_text: Path) -> None:
+    again = cli("run", tiny_model, *LEVELS, "-f", tiny_text)
+    assert again.code == 0
+    assert f"Report: {(made / 'report.html').absolute()}" in again.out
+    report = read_report(made / "report.json")
+    assert [level.name for level in report.levels] == ["Q4_K_M", "Q3_K_M"]
+
+
+def test_a_report_that_was_edited_stays_and_the_run_is_no_failure(
+    cli: CommandLine, made: Path, tiny_model: Path, tiny_text: Path
+) -> None:
+    (made / "report.md").write_text("# My own words\n", encoding="utf-8")
+    arguments = ("-c", "128", "--chunks", "4", "-t", "1", "-f", tiny_text)
+    ran = cli("run", tiny_model, "--levels", "Q4_K_M,Q3_K_M,Q2_K", *arguments)
+    assert ran.code == 0
+    assert "report.md is in the way of the report" in ran.err
+    assert "Report:" not in ran.out
+    assert (made / "report.md").read_text(encoding="utf-8") == "# My own words\n"
+    assert (made / "tiny-Q2_K.gguf").is_file()
+    assert [level.name for level in read_report(made / "report.json").levels] == ["Q4_K_M", "Q3_K_M"]
+
+
+def test_where_no_level_was_made_there_is_no_report(cli: CommandLine, tiny_model: Path, tmp_path: Path) -> None:
+    ran = cli("quantize", tiny_model, "--levels", "IQ2_XXS")
+    assert ran.code == 6
+    assert not list(tmp_path.rglob("report.*"))
