@@ -9,8 +9,6 @@ import click
 
 from imatrix_runner.cli.invocation import PROGRAM, Invocation
 from imatrix_runner.cli.options import (
-    SIZE,
-    LevelNames,
     compute_request,
     environment_options,
     environment_request,
@@ -19,6 +17,7 @@ from imatrix_runner.cli.options import (
     threads_option,
 )
 from imatrix_runner.cli.settings import SettingsCommand, setting
+from imatrix_runner.cli.types import SIZE, LevelNames
 from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 from imatrix_runner.quantize.levels import PRESETS
 from imatrix_runner.workflow.request import LevelsRequest, SourceRequest

@@ -11,7 +11,6 @@ import click
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.measure_options import measure_options, measure_request
 from imatrix_runner.cli.options import (
-    LevelNames,
     compute_options,
     compute_request,
     environment_options,
@@ -23,6 +22,7 @@ from imatrix_runner.cli.options import (
 )
 from imatrix_runner.cli.render import listening
 from imatrix_runner.cli.settings import SettingsCommand, setting
+from imatrix_runner.cli.types import LevelNames
 from imatrix_runner.errors import SomeLevelsFailedError, UsageError
 from imatrix_runner.workflow.request import EvaluateRequest, LevelsRequest
 

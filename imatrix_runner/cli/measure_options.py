@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from imatrix_runner.cli.options import SIZE, together
+from imatrix_runner.cli.options import together
 from imatrix_runner.cli.settings import setting
+from imatrix_runner.cli.types import SIZE
 from imatrix_runner.workflow.request import MeasureRequest
 
 _FILE = click.Path(path_type=Path, dir_okay=False)

@@ -11,6 +11,7 @@ import click
 
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.settings import setting
+from imatrix_runner.cli.types import LevelNames
 from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 from imatrix_runner.errors import UsageError
 from imatrix_runner.quantize.levels import PRESETS
@@ -26,28 +27,6 @@ SPLIT_MODES = ("none", "layer", "row", "tensor")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# For completion in the shell only; what counts is what the located tools offer.
-_USUAL_LEVELS = (
-    *("Q8_0", "Q6_K_L", "Q6_K", "Q5_K_L", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_L", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
-    *("IQ4_NL", "IQ4_XS", "Q3_K_XL", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_L", "Q2_K"),
-    *(
-        "Q2_K_S",
-        "IQ2_M",
-        "IQ2_S",
-        "IQ2_XS",
-        "IQ2_XXS",
-        "IQ1_M",
-        "IQ1_S",
-        "TQ2_0",
-        "TQ1_0",
-        "MXFP4_MOE",
-        "F16",
-        "BF16",
-        "F32",
-        "COPY",
-    ),
-)
-
 
 def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Several option decorators as one, in the order in which ``--help`` shall list them."""
@@ -60,39 +39,6 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-class LevelNames(click.ParamType[tuple[str, ...]]):
-    """A comma-separated list of level names."""
-
-    name = "A,B,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        return tuple(part.strip() for part in str(value).split(",") if part.strip())
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        from click.shell_completion import CompletionItem
-
-        head, comma, last = incomplete.rpartition(",")
-        return [CompletionItem(head + comma + name) for name in _USUAL_LEVELS if name.startswith(last.upper())]
-
-
-class Size(click.ParamType[int]):
-    """Bytes, as people write them: ``4GiB``, ``500MB``, ``1.5g``; with or without the i a K is 1024, as ``df -h`` has it."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]?)(?:i?b)?\s*", str(value), re.IGNORECASE)
-        n_bytes = int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")) if match else 0
-        if n_bytes < 1:
-            self.fail(f"{value!r} is no size; it is written like 4GiB or 500MiB", param, ctx)
-        return n_bytes
-
-
-SIZE = Size()
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
