@@ -14,7 +14,7 @@ Why = Literal["quality", "balanced", "small", "target"]
 NEAR_SOURCE = 0.01
 """Mean KLD in nats below which a level is called near its source: about what Q6_K and Q5_K_M of 7B models have."""
 USABLE = 0.9
-"""Share of tokens for which level and source put the same one first, below which a level is not recommended."""
+"""Share of tokens for which level and source put the same one first, below which no level is recommended for its size."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def recommend(measures: Sequence[Measure]) -> tuple[Pick, ...]:
     usable = next((each for each in best if each.same_top >= USABLE), None)
     found: list[Pick] = []
     largest = (near or best[-1]).n_bytes  # what is larger gains nothing
-    knee = _knee([each for each in best if each.n_bytes <= largest])
+    knee = _knee([each for each in best if each.n_bytes <= largest and each.same_top >= USABLE])
     if near is not None:
         found.append(Pick("quality", near.level, f"the smallest with a mean KLD of at most {NEAR_SOURCE:g}"))
     else:

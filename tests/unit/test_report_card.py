@@ -290,7 +290,7 @@ def test_split_files_are_named_by_their_pattern_and_fetched_together() -> None:
 
 def test_commands_name_the_repository_where_it_is_known_and_else_a_stand_in_that_is_explained() -> None:
     known, unknown = render_card(sample_report(), repo="me/Mine-GGUF"), render_card(sample_report())
-    assert "hf download me/Mine-GGUF Ministral-8B-IQ4_XS.gguf --local-dir ." in known
+    assert "hf download me/Mine-GGUF Ministral-8B-Q5_K_M.gguf --local-dir ." in known
     assert "OWNER" not in known
     assert "`OWNER/Ministral-8B-GGUF` stands for the name of this repository." in unknown
 
