@@ -300,9 +300,9 @@ class _Evaluation:
     def _target(self, known: Mapping[str, Divergence]) -> Pick | None:
         """The level that meets ``--target-kld`` and ``--target-size``, by what was measured."""
         request = self.request
+        remember_target(self.session.journal, request.target_kld, request.target_size)  # none, too: an old one is over
         if request.target_kld is None and request.target_size is None:
             return None
-        remember_target(self.session.journal, request.target_kld, request.target_size)
         made = levels_made(self.session.journal)
         points = [Measure(name, _size(made[name]), found.kld.value, found.same_top.value) for name, found in known.items()]
         pick = target(points, request.target_kld, request.target_size)

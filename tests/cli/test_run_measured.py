@@ -88,3 +88,14 @@ def test_where_no_level_was_made_there_is_no_report(cli: CommandLine, tiny_model
     ran = cli("quantize", tiny_model, "--levels", "IQ2_XXS")
     assert ran.code == 6
     assert not list(tmp_path.rglob("report.*"))
+
+
+def test_a_target_counts_until_the_next_measurement(
+    cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    text = held_out_text(tmp_path / "held-out.txt", chunks=120)
+    ran = cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--text", text, "--target-size", "1GiB")
+    assert "(target)" in ran.out
+    again = cli("evaluate", tiny_model, "--text", text, "-t", "1")
+    assert again.code == 0, again.err
+    assert "(target)" not in again.out
