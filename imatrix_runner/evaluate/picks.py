@@ -19,12 +19,12 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class Measure:
-    """A level as a point: bytes, mean KLD in nats, share of the same top token."""
+    """A level as a point: bytes, mean KLD in nats, share of the same top token (None: nobody measured that)."""
 
     level: str
     n_bytes: int
     kld: float
-    same_top: float
+    same_top: float | None
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ def recommend(measures: Sequence[Measure]) -> tuple[Pick, ...]:
     if not best:
         return ()
     near = next((each for each in best if each.kld <= NEAR_SOURCE), None)
-    usable = next((each for each in best if each.same_top >= USABLE), None)
+    usable = next((each for each in best if each.same_top is not None and each.same_top >= USABLE), None)
     found: list[Pick] = []
     largest = (near or best[-1]).n_bytes  # what is larger gains nothing
-    knee = _knee([each for each in best if each.n_bytes <= largest and each.same_top >= USABLE])
+    knee = _knee([each for each in best if each.n_bytes <= largest and (each.same_top is None or each.same_top >= USABLE)])
     if near is not None:
         found.append(Pick("quality", near.level, f"the smallest with a mean KLD of at most {NEAR_SOURCE:g}"))
     else:

@@ -100,7 +100,7 @@ def _figures(best: Candidate, place: Place, budget: Budget) -> str:
 
 def _bend(levels: Sequence[Candidate]) -> Candidate | None:
     """What :func:`~imatrix_runner.evaluate.picks.recommend` calls balanced, with this model's sizes and others' divergences."""
-    measures = [picks.Measure(each.level, each.n_bytes, each.kld, 0.0) for each in levels if each.kld is not None]
+    measures = [picks.Measure(each.level, each.n_bytes, each.kld, None) for each in levels if each.kld is not None]
     found = {pick.why: pick.level for pick in picks.recommend(measures)}
     wanted = found.get("balanced") or found.get("quality")
     return next((each for each in levels if each.level == wanted), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ measures = st.lists(
         level=st.sampled_from([f"L{number}" for number in range(40)]),
         n_bytes=st.integers(1, 50),
         kld=st.floats(0, 2, allow_subnormal=False) | st.just(0.0),
-        same_top=st.floats(0, 1),
+        same_top=st.floats(0, 1) | st.none(),
     ),
     max_size=12,
     unique_by=lambda each: each.level,
@@ -63,14 +65,22 @@ def test_at_most_three_are_recommended_each_once_and_from_the_front(measures: li
         assert quality.kld <= NEAR_SOURCE
         assert quality.n_bytes == min(each.n_bytes for each in measures if each.kld <= NEAR_SOURCE)
     for pick in picks:
+        agreement = by_name[pick.level].same_top
         if pick.why == "small":
-            assert by_name[pick.level].same_top >= USABLE
+            assert agreement is not None
+        if pick.why in ("small", "balanced"):
+            assert agreement is None or agreement >= USABLE
 
 
 def test_the_usual_levels_get_a_pick_for_quality_a_bend_and_a_small_one() -> None:
     picks = {pick.why: pick.level for pick in recommend(USUAL)}
     assert picks["quality"] == "Q5_K_M"
     assert picks.get("small", picks.get("balanced")) == "IQ4_XS"
+
+
+def test_without_agreement_known_there_is_a_bend_and_no_small_one() -> None:
+    picks = recommend([replace(each, same_top=None) for each in USUAL])
+    assert [(pick.why, pick.level) for pick in picks] == [("quality", "Q5_K_M"), ("balanced", "IQ4_XS")]
 
 
 def test_without_a_level_near_the_source_the_closest_is_named_and_why() -> None:
