@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -105,10 +106,10 @@ class Place:
         """Every file, with when it was written and its length."""
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in self.work.rglob("*") if path.is_file()}
 
-    def spoil(self, level: str) -> None:
+    def spoil(self, level: str, number: float = math.inf) -> None:
         """Have this level's file compute no number, and the journal say that it was made so."""
         file = self.workspace.level_file(level)
-        break_norm(file)
+        break_norm(file, number)
         journal, step = self.journal, f"level-{level}"
         output = replace(journal[step].outputs[0], stamp=stamp(file), sha256=sha256(file))
         journal.record(step, replace(journal[step], outputs=[output]))
@@ -123,8 +124,8 @@ def ran_since(before: Mapping[str, int], place: Place) -> dict[str, int]:
     return {name: count - before.get(name, 0) for name, count in place.runs().items() if count != before.get(name, 0)}
 
 
-def break_norm(model: Path) -> None:
-    """Infinity in its last norm: it loads and computes no number. (NaN would get lost where activations are quantised.)"""
+def break_norm(model: Path, number: float = math.inf) -> None:
+    """Infinity in its last norm: it loads and computes no number. (NaN gets lost where activations are quantised.)"""
     import numpy as np
 
     from imatrix_runner.models.gguf_file import read_header
@@ -133,7 +134,7 @@ def break_norm(model: Path) -> None:
     norm = next(tensor for tensor in header.tensors if tensor.name == "output_norm.weight")
     with model.open("r+b") as file:
         file.seek(header.data_offset + norm.offset)
-        file.write(np.array([np.inf], "<f4").tobytes())
+        file.write(np.array([number], "<f4").tobytes())
 
 
 def make_levels(folder: Path, model: Path, calibration: Path, *further: str | Path, levels: tuple[str, ...] = LEVELS) -> Place:

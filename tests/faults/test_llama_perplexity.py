@@ -66,13 +66,13 @@ def left(job: ReferJob) -> list[str]:
     return [path.name for path in job.out.parent.iterdir()]
 
 
-def break_weights(model: Path, copy: Path) -> Path:
-    """The model with NaN in its last norm: it loads, and computes no number."""
+def break_weights(model: Path, copy: Path, number: float = np.nan) -> Path:
+    """The model with this in its last norm: it loads, and computes no number."""
     header = read_header(model)
     norm = next(tensor for tensor in header.tensors if tensor.name == "output_norm.weight")
     data = bytearray(model.read_bytes())
     at = header.data_offset + norm.offset
-    data[at : at + 4] = np.array([np.nan], "<f4").tobytes()
+    data[at : at + 4] = np.array([number], "<f4").tobytes()
     copy.write_bytes(data)
     return copy
 
@@ -174,11 +174,18 @@ def test_a_source_that_computes_no_numbers_is_named(
     assert left(refer_job) == []
 
 
-def test_a_level_that_computes_no_numbers_is_named(doing: Doing, judge_job: JudgeJob, tiny_model: Path, tmp_path: Path) -> None:
-    broken = break_weights(tiny_model, tmp_path / "broken.gguf")
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(np.nan, "its tensor output_norm.weight has NaN or infinite numbers"), (3e38, "its logits are NaN or infinite")],
+)
+def test_a_level_that_computes_no_numbers_is_named(
+    number: float, why: str, doing: Doing, judge_job: JudgeJob, tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = break_weights(tiny_model, tmp_path / "broken.gguf", number)
     # It may die of sorting what is no number, and lose what it said: it is to live a while longer.
-    with pytest.raises(InvalidDataError, match=r"broken\.gguf computes no numbers"):
+    with pytest.raises(InvalidDataError, match=r"broken\.gguf computes no numbers") as caught:
         doing('"$real" "$@"; sleep 60').judge(replace(judge_job, model=broken), ignore)
+    assert caught.value.why == why
 
 
 def test_a_reference_cut_short_is_refused_before_anything_runs(doing: Doing, judge_job: JudgeJob) -> None:

@@ -439,16 +439,25 @@ def test_levels_whose_files_are_gone_or_changed_are_not_measured(bare: Place, cl
 # --- files that compute no numbers
 
 
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [
+        (np.nan, "its tensor output_norm.weight has NaN or infinite numbers"),
+        (3e38, "its logits in chunk 0 are NaN or infinite"),
+    ],
+)
 def test_a_level_that_computes_no_numbers_is_named_and_the_others_are_measured(
-    known: Place, measured: tuple[Place, Ran], cli: CommandLine
+    number: float, why: str, known: Place, measured: tuple[Place, Ran], cli: CommandLine
 ) -> None:
-    known.spoil("Q4_K_M")
+    """NaN becomes some number where activations are quantised, so that logits do not tell."""
+    known.spoil("Q4_K_M", number)
     done = known.evaluate(cli, "--json")
     assert done.code == 100
     assert done.document["exit_code"] == 100
     failed = done.document["measured"]["failed"]
     assert failed.keys() == {"Q4_K_M"}
     assert failed["Q4_K_M"]["what"] == "tiny-Q4_K_M.gguf computes no numbers"
+    assert failed["Q4_K_M"]["why"] == why
     assert "make it again" in failed["Q4_K_M"]["do"]
     assert done.document["measured"]["levels"].keys() == {"Q8_0", "IQ2_XS"}
     assert known.divergences() == {name: figures for name, figures in measured[0].divergences().items() if name != "Q4_K_M"}

@@ -68,6 +68,8 @@ def judge_command(job: JudgeJob, base: Path, tools: Toolchain) -> Command:
     argv = [
         str(tools.tool(PERPLEXITY)),
         *("-m", str(job.model), "--kl-divergence", "--kl-divergence-base", str(base)),
+        # Logits do not tell of a NaN that ggml turned into some number when it quantised activations to 8 bits.
+        *(["--check-tensors"] if tools.knows(PERPLEXITY, "--check-tensors") else []),
         *_compute(PERPLEXITY, job.options, tools),
         *job.options.extra,
     ]

@@ -41,18 +41,20 @@ _ROW = re.compile(r"^ *(\d+) +(\S+) ± +\S+ +\S+ ± +\S+ +(\S+) ± +\S+ ")
 # "Mean    KLD:   0.008893 ±   0.000228", "99.9%   Δp:  8.027%", "Same top p: 91.961 ± 0.602 %"
 _FIGURE = re.compile(r"^ *(\S[^:]*?) *: +([-+\w.]+)%?(?: ± +([-+\w.]+)(?: %)?)?$")
 _WRONG = re.compile(r"kl_divergence ?: (failed .*|inconsistent .*|.* does not look like .*|.* has been computed with .*)")
+_INVALID = re.compile(r"tensor '([^']*)' has invalid data")
 _NAMES = {1.0: "Maximum", 0.5: "Median", 0.0: "Minimum"}
 
 
 @dataclass
 class DivergenceOutput:
     """Follows one comparison. ``done`` counts chunks; ``ppl`` and ``kld`` are the means over them; ``wrong`` is what the tool
-    itself says went wrong."""
+    itself says went wrong, ``bad_tensor`` the first it found no numbers in."""
 
     done: int = 0
     ppl: float = 0.0
     kld: float = 0.0
     wrong: str = ""
+    bad_tensor: str = ""
     _figures: dict[str, tuple[float, float]] = field(default_factory=dict)
     _stdout: Lines = field(default_factory=Lines)
     _stderr: Lines = field(default_factory=Lines)
@@ -67,6 +69,8 @@ class DivergenceOutput:
             for line in self._stderr.feed(text):
                 if match := _WRONG.search(line):
                     self.wrong = self.wrong or match[1]
+                elif match := _INVALID.search(line):
+                    self.bad_tensor = self.bad_tensor or match[1]
         return self.done != before
 
     def _line(self, line: str) -> None:
@@ -128,7 +132,7 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
     def follow(stream: str, piece: str) -> None:
         if output.feed(stream, piece) and output.ppl is not None:
             if not math.isfinite(output.ppl):
-                raise _no_numbers(job.model, output.done)
+                raise _no_numbers_in(job.model, output.done)
             sink(Progress(job.step, output.done, count, f"PPL {output.ppl:.4f}"))
 
     try:
@@ -144,7 +148,7 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
             )
         wild = first_wild_chunk(part, head)
         if wild is not None:
-            raise _no_numbers(job.model, wild + 1)
+            raise _no_numbers_in(job.model, wild + 1)
         publish(part, job.out)
     finally:
         discard(part)
@@ -171,11 +175,13 @@ def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Too
         def follow(stream: str, piece: str, output: DivergenceOutput = output) -> None:
             if output.feed(stream, piece):
                 if not output.computes_numbers:
-                    raise _no_numbers(job.model, output.done)
+                    raise _no_numbers_in(job.model, output.done)
                 sink(Progress(job.step, output.done, head.n_chunks, f"KLD {output.kld:.5f}"))
 
         outcome = runner.run(command, log=job.log, on_text=follow)
         tries, seconds = tries + 1, seconds + outcome.seconds
+        if output.bad_tensor:
+            raise _no_numbers(job.model, f"its tensor {output.bad_tensor} has NaN or infinite numbers")
         if not outcome.ok:
             raise explain(outcome, what)
         if output.wrong:
@@ -266,12 +272,14 @@ def _why_not_whole(part: Path, outcome: Outcome, what: str, error: RunnerError) 
     return full_disk(what, part) or recognise(outcome, what) or EngineError(what, error.why, todo)
 
 
-def _no_numbers(model: Path, chunk: int) -> InvalidDataError:
-    return InvalidDataError(
-        f"{model.name} computes no numbers",
-        f"its logits in the first {chunk} chunks are NaN or infinite" if chunk > 1 else "its logits are NaN or infinite",
-        "The file is damaged or overflows: make it again, or choose another type.",
-    )
+def _no_numbers_in(model: Path, chunk: int) -> InvalidDataError:
+    first = f" in the first {chunk} chunks" if chunk > 1 else ""
+    return _no_numbers(model, f"its logits{first} are NaN or infinite")
+
+
+def _no_numbers(model: Path, why: str) -> InvalidDataError:
+    todo = "The file is damaged or overflows: make it again, or choose another type."
+    return InvalidDataError(f"{model.name} computes no numbers", why, todo)
 
 
 def _name(fraction: float) -> str:

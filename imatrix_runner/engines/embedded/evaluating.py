@@ -25,8 +25,10 @@ from imatrix_runner.engines.embedded.scored import ScoredFile
 from imatrix_runner.engines.embedded.session import Session, open_session, usable_cpus
 from imatrix_runner.engines.embedded.stdin import Stop
 from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
+from imatrix_runner.engines.embedded.validating import bad_tensor
 from imatrix_runner.engines.logits_file import LogitsHead, Rows, note_path, read_head, read_rows, read_tokens
 from imatrix_runner.events import Progress
+from imatrix_runner.models.sources import shard_names
 
 F32 = npt.NDArray[np.float32]
 
@@ -98,12 +100,13 @@ def judge(request: Judge, tell: Callable[[Answer], None]) -> None:
             if done < count:
                 done = done // options.chunks_at_once * options.chunks_at_once
                 scored.cut(request.first + done)
+                work.refuse_bad_tensors()
             loaded = time.monotonic()
 
             def compare(logits: F32, chunk: int, row: int, targets: Tokens) -> npt.NDArray[np.void]:
                 tokens = compare_rows(logits, read_rows(request.base, head, chunk, row, len(targets)), targets)
                 if not np.isfinite(tokens["kld"]).all():
-                    raise work.not_a_number(chunk)
+                    raise work.no_numbers_in(chunk)
                 return tokens
 
             found = _Chunks()
@@ -221,16 +224,26 @@ class _Evaluation:
                 chunk, row, stop = place
                 values = logits[chunk, row - begin : stop - begin]
                 if not np.isfinite(values.max(axis=1)).all():
-                    raise self.not_a_number(number + chunk)
+                    raise self.no_numbers_in(number + chunk)
                 return work(values, number + chunk, row - first, chunks[chunk, row + 1 : stop + 1])
 
             for (chunk, row, _), result in zip(blocks, self.pool.map(block, blocks), strict=True):
                 take(number + chunk, row - first, result)
 
-    def not_a_number(self, chunk: int) -> Refusal:
+    def refuse_bad_tensors(self) -> None:
+        """Logits do not always tell: where ggml quantises activations to 8 bits, a NaN in a norm becomes some number."""
+        files = tuple(self.model.with_name(name) for name in shard_names(self.model))
+        tensor = bad_tensor(self.session.library, files, self.options.threads, self.stop)
+        if tensor:
+            raise self._no_numbers(f"its tensor {tensor} has NaN or infinite numbers")
+
+    def no_numbers_in(self, chunk: int) -> Refusal:
+        return self._no_numbers(f"its logits in chunk {chunk} are NaN or infinite")
+
+    def _no_numbers(self, why: str) -> Refusal:
         return Refusal.invalid(
             f"{self.model.name} computes no numbers",
-            f"its logits in chunk {chunk} are NaN or infinite",
+            why,
             "The file is damaged or overflows: make it again, or choose another type.",
         )
 
