@@ -1,7 +1,7 @@
 """``scripts/bench imatrix``: the embedded engine's worker against llama-imatrix, on the same model, text and threads.
 
 Both are timed as whole processes, in turn and on every source type, the order reversed every round; ratios are of medians.
-Memory is the peak resident set of the process itself.
+Memory is the peak resident set of the process itself. ``--busy 1`` measures beside another program that keeps a core busy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,7 +64,7 @@ def run(argv: list[str], env: dict[str, str], cwd: Path) -> tuple[Took, str]:
 def theirs(toolchain: Toolchain, model: Path, text: Path, folder: Path, chunks: int, threads: int, *, ppl: bool) -> Took:
     argv = [str(toolchain.tool("llama-imatrix")), "-m", str(model), "-f", str(text), "-o", str(folder / "theirs.gguf")]
     argv += ["--chunks", str(chunks), "-t", str(threads), "-fit", "off", *([] if ppl else ["--no-ppl"])]
-    return run(argv, child_environment(), folder)[0]
+    return run(argv, dict(os.environ), folder)[0]  # as a shell would start it
 
 
 def ours(library: Path | None, model: Path, text: Path, folder: Path, chunks: int, threads: int, *, ppl: bool) -> Took:
@@ -101,6 +103,18 @@ def compare(
             print(f"BF16 instead of F16 source: {ratio:.2f} of the time", flush=True)
 
 
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many other programs, each keeping a core busy."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
 def write(model: Path, vocab: int, kind: str) -> None:
     """Random weights, 1024 wide, 8 layers: 101 M parameters and the vocabulary's."""
     dtype: Any = kind
@@ -114,13 +128,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--vocab", type=int, nargs="*", default=[32000, 131072])
     parser.add_argument("--types", nargs="*", default=["f16", "bf16"])
+    parser.add_argument("--busy", type=int, default=0, help="with so many busy processes beside")
     parser.add_argument("--ppl", action="store_true", help="also with perplexity")
     options = parser.parse_args()
     toolchain = require(locate(None, env=os.environ, cache=cache_dir()))
     bindings = find(os.environ, cache_dir())
     print(f"{toolchain.identity()}; {bindings.identity()}; {options.chunks} chunks, {options.threads} threads, ", end="")
-    print(f"medians of {options.rounds}")
-    with tempfile.TemporaryDirectory(prefix="imatrix-runner-bench-") as name:
+    print(f"{options.busy} busy processes beside, medians of {options.rounds}")
+    with busy(options.busy), tempfile.TemporaryDirectory(prefix="imatrix-runner-bench-") as name:
         folder = Path(name)
         text = folder / "text.txt"
         text.write_text(sample_text(options.chunks * 4000), encoding="utf-8")

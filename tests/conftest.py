@@ -28,6 +28,11 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same under nohup
 
 
+# Tests run side by side, and llama.cpp's threads burn the processor while they wait for each other: by default two of its
+# programs take up to twenty times as long on two cores. (The package bounds that for what it starts; tests start some, too.)
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
+
+
 @pytest.fixture(scope="session")
 def toolchain() -> Toolchain:
     """Real llama.cpp programs: built by ``scripts/test`` into the managed cache (or named by IMATRIX_RUNNER_LLAMA_CPP)."""

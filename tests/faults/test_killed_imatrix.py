@@ -88,7 +88,7 @@ def _stamp(path: Path) -> int | None:
 def test_a_worker_that_dies_or_hangs_costs_an_error_and_no_work(name: str, why: str, demo_model: Path, tmp_path: Path) -> None:
     """As a failed assertion of llama.cpp, a crash, the kernel's OOM killer or a driver that hangs would end it."""
     arguments = ("imatrix", "generate", demo_model, "-c", "256", "-b", "512", "--engine", "embedded", "--output-frequency", "8")
-    arguments += ("--timeout", "2")
+    arguments += ("--timeout", "2", "--chunks", "80")
     checkpoint = tmp_path / "work" / "demo-model" / ".imatrix-parts" / "checkpoint.gguf"
     with started(*arguments, cwd=tmp_path) as running:
         running.wait_for(checkpoint.exists)
@@ -107,7 +107,8 @@ def test_a_worker_that_dies_or_hangs_costs_an_error_and_no_work(name: str, why: 
 
 
 def test_ctrl_c_finishes_the_batch_and_the_next_run_has_it(demo_model: Path, tmp_path: Path) -> None:
-    arguments = ("imatrix", "generate", demo_model, "-c", "512", "--output-frequency", "1000", "--engine", "embedded")
+    arguments = ("imatrix", "generate", demo_model, "-c", "512", "--chunks", "60", "--output-frequency", "1000")
+    arguments += ("--engine", "embedded")
     quiet = tmp_path / "quiet"
     quiet.mkdir()
     assert run_command(*arguments, cwd=quiet).code == 0

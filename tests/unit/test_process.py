@@ -136,6 +136,16 @@ def test_variables_that_change_llama_cpp_do_not_reach_the_child(monkeypatch: pyt
     assert child_environment({"LLAMA_ARG_OURS": "x"})["LLAMA_ARG_OURS"] == "x"
 
 
+def test_threads_that_wait_do_not_burn_the_processor_unless_the_user_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT")  # the tests' own
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert int(child_environment()["GOMP_SPINCOUNT"]) < 300_000
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in child_environment()
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert child_environment()["GOMP_SPINCOUNT"] == "7"
+
+
 def test_a_listener_that_raises_ends_the_child() -> None:
     pids: list[int] = []
 
