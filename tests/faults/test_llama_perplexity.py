@@ -175,16 +175,19 @@ def test_a_source_that_computes_no_numbers_is_named(
 
 
 @pytest.mark.parametrize(
-    ("number", "why"),
-    [(np.nan, "its tensor output_norm.weight has NaN or infinite numbers"), (3e38, "its logits are NaN or infinite")],
+    ("number", "why", "does"),
+    [
+        (np.nan, "its tensor output_norm.weight has NaN or infinite numbers", 'exec "$real" "$@"'),
+        # It may die of sorting what is no number, and lose what it said: it is to live a while longer.
+        (3e38, "its logits are NaN or infinite", '"$real" "$@"; sleep 60'),
+    ],
 )
 def test_a_level_that_computes_no_numbers_is_named(
-    number: float, why: str, doing: Doing, judge_job: JudgeJob, tiny_model: Path, tmp_path: Path
+    number: float, why: str, does: str, doing: Doing, judge_job: JudgeJob, tiny_model: Path, tmp_path: Path
 ) -> None:
     broken = break_weights(tiny_model, tmp_path / "broken.gguf", number)
-    # It may die of sorting what is no number, and lose what it said: it is to live a while longer.
     with pytest.raises(InvalidDataError, match=r"broken\.gguf computes no numbers") as caught:
-        doing('"$real" "$@"; sleep 60').judge(replace(judge_job, model=broken), ignore)
+        doing(does).judge(replace(judge_job, model=broken), ignore)
     assert caught.value.why == why
 
 
