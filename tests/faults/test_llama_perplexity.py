@@ -3,6 +3,7 @@ half a file, and whoever waits is told why."""
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -177,7 +178,8 @@ def test_a_source_that_computes_no_numbers_is_named(
 @pytest.mark.parametrize(
     ("number", "why", "does"),
     [
-        (np.nan, "its tensor output_norm.weight has NaN or infinite numbers", 'exec "$real" "$@"'),
+        # It may lose the line that names the tensor.
+        (np.nan, r"(its tensor output_norm\.weight|one of its tensors) has NaN or infinite numbers", 'exec "$real" "$@"'),
         # It may die of sorting what is no number, and lose what it said: it is to live a while longer.
         (3e38, "its logits are NaN or infinite", '"$real" "$@"; sleep 60'),
     ],
@@ -188,7 +190,7 @@ def test_a_level_that_computes_no_numbers_is_named(
     broken = break_weights(tiny_model, tmp_path / "broken.gguf", number)
     with pytest.raises(InvalidDataError, match=r"broken\.gguf computes no numbers") as caught:
         doing(does).judge(replace(judge_job, model=broken), ignore)
-    assert caught.value.why == why
+    assert re.fullmatch(why, caught.value.why)
 
 
 def test_a_reference_cut_short_is_refused_before_anything_runs(doing: Doing, judge_job: JudgeJob) -> None:

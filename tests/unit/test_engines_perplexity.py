@@ -183,10 +183,20 @@ def test_errors_of_a_level_that_does_not_differ_from_its_source_are_nothing() ->
 @pytest.mark.parametrize(("ppl", "kld"), [("nan", "0.1"), ("-nan", "nan"), ("12.0", "inf"), ("inf", "0.1")])
 def test_a_level_without_numbers_is_told_by_its_first_row(ppl: str, kld: str) -> None:
     output = DivergenceOutput()
-    nan = f"   1     {ppl} ±   nan       nan ±    nan       {kld} ±    nan     nan ±  nan %    0.000 ±  0.000 %\n"
-    assert output.feed("stdout", nan)
-    assert not output.computes_numbers
-    assert heard(SAID).computes_numbers
+    row = "   {}     {} ±   nan       nan ±    nan       {} ±    nan     nan ±  nan %    0.000 ±  0.000 %\n"
+    assert output.feed("stdout", row.format(1, "12.0", "0.1") + row.format(2, ppl, kld) + row.format(3, ppl, kld))
+    assert (output.done, output.wild) == (3, 2)
+    assert heard(SAID).wild == 0
+
+
+def test_the_first_tensor_without_numbers_is_kept_if_its_line_is_not_lost() -> None:
+    output = DivergenceOutput()
+    assert not output.invalid
+    output.feed("stderr", "ggml_validate_row_data: found nan value at block 0\n")
+    assert (output.invalid, output.bad_tensor) == (True, "")
+    for name in ("blk.0.attn_norm.weight", "blk.1.ffn_norm.weight"):
+        output.feed("stderr", f"0.00.2 E load_all_data: tensor '{name}' has invalid data\n")
+    assert (output.invalid, output.bad_tensor) == (True, "blk.0.attn_norm.weight")
 
 
 @pytest.mark.parametrize(

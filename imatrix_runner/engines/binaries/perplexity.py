@@ -41,20 +41,26 @@ _ROW = re.compile(r"^ *(\d+) +(\S+) ± +\S+ +\S+ ± +\S+ +(\S+) ± +\S+ ")
 # "Mean    KLD:   0.008893 ±   0.000228", "99.9%   Δp:  8.027%", "Same top p: 91.961 ± 0.602 %"
 _FIGURE = re.compile(r"^ *(\S[^:]*?) *: +([-+\w.]+)%?(?: ± +([-+\w.]+)(?: %)?)?$")
 _WRONG = re.compile(r"kl_divergence ?: (failed .*|inconsistent .*|.* does not look like .*|.* has been computed with .*)")
-_INVALID = re.compile(r"tensor '([^']*)' has invalid data")
+_INVALID = re.compile(r"tensor '([^']*)' has invalid data|ggml_validate_row_data: found ")
 _NAMES = {1.0: "Maximum", 0.5: "Median", 0.0: "Minimum"}
 
 
 @dataclass
 class DivergenceOutput:
-    """Follows one comparison. ``done`` counts chunks; ``ppl`` and ``kld`` are the means over them; ``wrong`` is what the tool
-    itself says went wrong, ``bad_tensor`` the first it found no numbers in."""
+    """Follows one comparison.
+
+    ``done`` counts chunks; ``ppl`` and ``kld`` are the means over them, ``wild`` is how many there were when these first were
+    no numbers. ``wrong`` is what the tool itself says went wrong. ``invalid``: it found NaN or infinity in the file, and
+    ``bad_tensor`` is where first, if that line was not lost (ggml's own lines never are).
+    """
 
     done: int = 0
     ppl: float = 0.0
     kld: float = 0.0
     wrong: str = ""
+    invalid: bool = False
     bad_tensor: str = ""
+    wild: int = 0
     _figures: dict[str, tuple[float, float]] = field(default_factory=dict)
     _stdout: Lines = field(default_factory=Lines)
     _stderr: Lines = field(default_factory=Lines)
@@ -70,18 +76,16 @@ class DivergenceOutput:
                 if match := _WRONG.search(line):
                     self.wrong = self.wrong or match[1]
                 elif match := _INVALID.search(line):
-                    self.bad_tensor = self.bad_tensor or match[1]
+                    self.invalid, self.bad_tensor = True, self.bad_tensor or match[1] or ""
         return self.done != before
 
     def _line(self, line: str) -> None:
         if match := _ROW.match(line):
             self.done, self.ppl, self.kld = int(match[1]), _number(match[2]), _number(match[3])
+            if not self.wild and not (math.isfinite(self.ppl) and math.isfinite(self.kld)):
+                self.wild = self.done
         elif match := _FIGURE.match(line):
             self._figures[re.sub(r" +", " ", match[1])] = (_number(match[2]), _number(match[3] or "0"))
-
-    @property
-    def computes_numbers(self) -> bool:
-        return math.isfinite(self.ppl) and math.isfinite(self.kld)
 
     def divergence(self, n_tokens: int) -> Divergence | None:
         """What the summary says; None while lines of it are missing. Errors that print as nan, where level and source do not
@@ -174,14 +178,15 @@ def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Too
 
         def follow(stream: str, piece: str, output: DivergenceOutput = output) -> None:
             if output.feed(stream, piece):
-                if not output.computes_numbers:
-                    raise _no_numbers_in(job.model, output.done)
+                if output.wild:
+                    raise _no_numbers_in(job.model, output.wild)
                 sink(Progress(job.step, output.done, head.n_chunks, f"KLD {output.kld:.5f}"))
 
         outcome = runner.run(command, log=job.log, on_text=follow)
         tries, seconds = tries + 1, seconds + outcome.seconds
-        if output.bad_tensor:
-            raise _no_numbers(job.model, f"its tensor {output.bad_tensor} has NaN or infinite numbers")
+        if output.invalid:
+            which = f"its tensor {output.bad_tensor}" if output.bad_tensor else "one of its tensors"
+            raise _no_numbers(job.model, f"{which} has NaN or infinite numbers")
         if not outcome.ok:
             raise explain(outcome, what)
         if output.wrong:
