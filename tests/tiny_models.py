@@ -12,6 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,6 +174,19 @@ def write_safetensors(path: Path, arrays: Mapping[str, Array], dtype: DType) -> 
     header = json.dumps(directory).encode()
     header += b" " * (-len(header) % 8)
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"".join(blobs))
+    return path
+
+
+def write_packed(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
+    """Write safetensors of zeros: name -> (dtype as safetensors spells it, shape)."""
+    directory: dict[str, Any] = {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        n_bytes = prod(shape) * int(re.search(r"\d+", dtype.replace("BOOL", "U8"))[0]) // 8  # type: ignore[index]
+        directory[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + n_bytes]}
+        offset += n_bytes
+    header = json.dumps(directory).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(offset))
     return path
 
 

@@ -59,13 +59,17 @@ Source = LocalFile | LocalDirectory | HubId
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model came from. ``location`` is what the user named; ``commit`` the 40 hex digits a hub answered with."""
+    """Where a model came from. ``location`` is what the user named; ``commit`` the 40 hex digits a hub answered with.
+
+    ``dequantised``: the quantised form in which a checkpoint was published (``fp8``), where the converter dequantised it.
+    """
 
     kind: Literal["file", "directory", "hub"]
     location: str
     repo: str | None = None
     revision: str | None = None
     commit: str | None = None
+    dequantised: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ class Model:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether any weight of two or more dimensions is already in a block format."""
-        return any(tensor.is_quantised for tensor in _weights(self.tensors))
+        """Whether any weight of two or more dimensions is in a block format, or was published in a quantised one."""
+        return bool(self.source.dequantised) or any(tensor.is_quantised for tensor in _weights(self.tensors))
 
     @property
     def main_type(self) -> str:

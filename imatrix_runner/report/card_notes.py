@@ -95,6 +95,9 @@ def making_of(report: Report) -> list[Markdown]:
     model = report.model
     at = f" at commit {code(model.commit)}" if model.commit else ""
     found = [Markdown(f"Source: {inline(model.origin or model.name)}{at}, {inline(model.type)}, {human_bytes(model.n_bytes)}")]
+    if model.dequantised:
+        told = f"The source is published in a quantised form ({model.dequantised}); it was dequantised and quantised again"
+        found.append(inline(told))
     if model.fingerprint:
         found.append(Markdown(f"Fingerprint of the source: {code(model.fingerprint)}"))
     if report.imatrix is not None:

@@ -34,7 +34,8 @@ class ReportModel:
 
     ``base_models`` are hub ids (``org/name``), of the model itself first. ``license`` as the source's metadata has it (an
     SPDX-like id), with the name and link of one that is ``other``. ``prompt_format`` is the chat template applied to a system
-    message and a user's, with ``{system_prompt}`` and ``{prompt}`` in their places; empty without a template.
+    message and a user's, with ``{system_prompt}`` and ``{prompt}`` in their places; empty without a template. ``dequantised``:
+    the quantised form (``fp8``) in which the source was published, where it was dequantised before these files were made.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ReportModel:
     n_layers: int | None = None
     n_experts: int = 0
     prompt_format: str = ""
+    dequantised: str = ""
 
 
 @dataclass(frozen=True)

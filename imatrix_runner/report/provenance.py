@@ -38,6 +38,10 @@ def _source(report: Report) -> list[Fact]:
     return _known(
         Fact("Origin", wording.shown(model.origin)),
         Fact("Commit", code=wording.shown(model.commit)),
+        Fact(
+            "Published as",
+            wording.shown(model.dequantised and f"{model.dequantised}, dequantised before these files were made"),
+        ),
         Fact("Content", code=wording.shown(model.fingerprint)),
         *(
             Fact("File", f"{wording.shown(file.name)}, {human_bytes(file.n_bytes)}", wording.shown(file.sha256))

@@ -60,10 +60,31 @@ def describe_source(
     name = printable(journal.fact("model") or workspace.model)
     remembered = _remembered(journal, fingerprint)
     files = (*source.files, *_projectors(workspace))
+    dequantised = printable(journal.fact("dequantised") or "")
     if remembered is not None and not source.paths:
-        return replace(remembered, name=name, origin=origin.location, files=files, repo=origin.repo, commit=origin.commit)
+        return replace(
+            remembered,
+            name=name,
+            origin=origin.location,
+            files=files,
+            repo=origin.repo,
+            commit=origin.commit,
+            dequantised=dequantised,
+        )
     n_bytes = sum(file.n_bytes for file in source.files)
-    known = ReportModel(name, "", 0, n_bytes, "", origin.location, files, fingerprint, repo=origin.repo, commit=origin.commit)
+    known = ReportModel(
+        name,
+        "",
+        0,
+        n_bytes,
+        "",
+        origin.location,
+        files,
+        fingerprint,
+        repo=origin.repo,
+        commit=origin.commit,
+        dequantised=dequantised,
+    )
     path = source.paths[0] if source.paths else level
     if path is None:
         return known

@@ -187,7 +187,12 @@ class _Job:
         names = ",".join(level.name for level in levels)
         command = self.request.environment.command
         self.session.journal.remember(
-            model=model.name, source=model.source.location, levels=names, command=command, finished="no"
+            model=model.name,
+            source=model.source.location,
+            dequantised=model.source.dequantised,
+            levels=names,
+            command=command,
+            finished="no",
         )
 
     def within_target(self, plan: Plan) -> Plan:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
-from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, info
+from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, info, warning
 from imatrix_runner.files import Stamp, human_bytes, joint_sha256, publish, sha256, stamp
 from imatrix_runner.journal import Output, Record, differences, outputs_intact
+from imatrix_runner.models.checkpoint_quantisation import checkpoint_quantisation, refuse_quantised
+from imatrix_runner.models.safetensors_file import check_safetensors
 from imatrix_runner.models.sources import (
     HubId,
     LocalDirectory,
@@ -58,7 +60,8 @@ def open_source(source: Source, request: SourceRequest, session: Session, *, all
         return open_gguf(source.path.absolute(), allow_requantize=allow_requantize, name=session.workspace.model)
     if isinstance(source, HubId):
         return _from_hub(source, request, session, allow_requantize=allow_requantize)
-    return _converted(source, Provenance("directory", str(source.path)), request, session)
+    provenance = Provenance("directory", str(source.path))
+    return _converted(source, provenance, request, session, allow_requantize=allow_requantize)
 
 
 def _from_hub(source: HubId, request: SourceRequest, session: Session, *, allow_requantize: bool) -> Model:
@@ -74,14 +77,23 @@ def _from_hub(source: HubId, request: SourceRequest, session: Session, *, allow_
     provenance = Provenance("hub", str(source), repo=fetched.repo, revision=source.revision, commit=fetched.commit)
     session.journal.remember(hub=f"{fetched.repo}@{fetched.commit}")
     if fetched.path.is_dir():
-        return _converted(LocalDirectory(fetched.path), provenance, request, session)
+        directory = LocalDirectory(fetched.path)
+        return _converted(directory, provenance, request, session, allow_requantize=allow_requantize)
     return open_gguf(fetched.path, allow_requantize=allow_requantize, name=session.workspace.model, source=provenance)
 
 
-def _converted(source: LocalDirectory, provenance: Provenance, request: SourceRequest, session: Session) -> Model:
+def _converted(
+    source: LocalDirectory,
+    provenance: Provenance,
+    request: SourceRequest,
+    session: Session,
+    *,
+    allow_requantize: bool,
+) -> Model:
     """The GGUF of a Hugging Face directory, converted once into the workspace."""
     from imatrix_runner.models.convert import resolve_outtype
 
+    dequantised = _dequantised(source, session.sink, allow_requantize=allow_requantize)
     workspace, journal = session.workspace, session.journal
     outtype = request.outtype if request.outtype != "auto" else resolve_outtype(source.path)
     out = workspace.root / f"{workspace.model}-{outtype.upper()}.gguf"
@@ -113,7 +125,9 @@ def _converted(source: LocalDirectory, provenance: Provenance, request: SourceRe
 
         def conclude(part: Path, final: Path) -> None:
             outputs = [Output(final.name, stamp(part))]
-            made = Record.now(inputs, outputs, "the model is a Hugging Face directory", time.monotonic() - began)
+            facts: dict[str, object] = {"dequantised": dequantised} if dequantised else {}
+            seconds = time.monotonic() - began
+            made = Record.now(inputs, outputs, "the model is a Hugging Face directory", seconds, facts=facts)
             journal.conclude(step, made, [(part, final)])
 
         _convert(source, out, outtype, request, session, mmproj=False, conclude=conclude)
@@ -121,7 +135,22 @@ def _converted(source: LocalDirectory, provenance: Provenance, request: SourceRe
     if request.mmproj and not projector.exists() and not session.dry_run:
         _convert(source, projector, outtype, request, session, mmproj=True)
     # Some models are published with 4-bit experts; whether a level would quantise those again is for the plan to say.
-    return replace(open_gguf(out, allow_requantize=True, name=workspace.model), source=provenance)
+    model = open_gguf(out, allow_requantize=True, name=workspace.model)
+    return replace(model, source=replace(provenance, dequantised=dequantised))
+
+
+def _dequantised(source: LocalDirectory, sink: Sink, *, allow_requantize: bool) -> str:
+    """The quantised form that converting a checkpoint dequantises, empty for none. Refused unless allowed."""
+    found = checkpoint_quantisation(source.path, check_safetensors(source.path))
+    if found is None:
+        return ""
+    if found.copied:
+        sink(info(f"{source.path.name} is published in {found.label}; the converter keeps these blocks as they are."))
+        return ""
+    if not allow_requantize:
+        raise refuse_quantised(source.path, found)
+    sink(warning(f"{source.path.name} is published in {found.label}: it is dequantised, and levels of it are quantised twice."))
+    return found.label
 
 
 def _convert(

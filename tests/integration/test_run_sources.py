@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import pytest
 from command_line import Ran, RunCommand
 from hub_server import HubServer, Trouble
+from in_process import CommandLine
 from tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
 from imatrix_runner.models.convert import missing_packages
@@ -133,3 +137,57 @@ def test_a_directory_with_code_is_refused_unless_trusted(runner: RunCommand, tmp
     ran = runner("run", directory, "--levels", "Q4_K_M")
     assert ran.code == 6, ran.err
     assert "--trust-remote-code" in ran.err
+
+
+def publish_in_fp8(directory: Path) -> Path:
+    """A checkpoint whose ``up_proj`` are 8-bit floats with a scale each, as DeepSeek publishes its models."""
+    write_hf_directory(directory, layers=1)
+    raw = (directory / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    tensors, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    tensors.pop("__metadata__")
+    blobs: dict[str, tuple[str, list[int], bytes]] = {}
+    for name, entry in tensors.items():
+        start, end = entry["data_offsets"]
+        if name.endswith("up_proj.weight"):
+            blobs[name] = ("F8_E4M3", entry["shape"], bytes(range(1, 101)) * (prod(entry["shape"]) // 100 + 1))
+            blobs[name] = (*blobs[name][:2], blobs[name][2][: prod(entry["shape"])])
+            blobs[f"{name}_scale_inv"] = ("F32", [1, 1], struct.pack("<f", 0.01))
+        else:
+            blobs[name] = (entry["dtype"], entry["shape"], data[start:end])
+    header, offset = {}, 0
+    for name, (dtype, shape, blob) in blobs.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(blob)]}
+        offset += len(blob)
+    encoded = json.dumps(header).encode()
+    written = struct.pack("<Q", len(encoded)) + encoded + b"".join(blob for _, _, blob in blobs.values())
+    (directory / "model.safetensors").write_bytes(written)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    # One block as large as the tensor: the tiny model's rows are shorter than the usual 128 x 128.
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [512, 256]}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def test_a_quantised_checkpoint_is_refused_before_it_is_converted(cli: CommandLine, tmp_path: Path) -> None:
+    directory = publish_in_fp8(tmp_path / "tiny-fp8")
+    for further in ((), ("--dry-run",)):
+        ran = cli("run", directory, "--levels", "Q8_0", *further)
+        assert ran.code == 6, ran.err
+        assert "stored as fp8" in ran.err
+        assert "--allow-requantize" in ran.err
+    assert not list((tmp_path / "work").rglob("*.gguf"))
+
+
+@pytest.mark.convert
+@pytest.mark.skipif(bool(missing_packages()), reason="the convert extra is not installed")
+def test_a_quantised_checkpoint_that_is_allowed_is_named_wherever_its_levels_are(cli: CommandLine, tmp_path: Path) -> None:
+    directory = publish_in_fp8(tmp_path / "tiny-fp8")
+    ran = cli("run", directory, "--levels", "Q8_0", "--imatrix", "none", "--allow-requantize", "--json")
+    assert ran.code == 0, ran.err
+    assert "published in fp8" in ran.err
+    assert ran.document["model"]["source"]["dequantised"] == "fp8"
+    workspace = tmp_path / "work" / "tiny-fp8"
+    assert json.loads((workspace / "report.json").read_text(encoding="utf-8"))["model"]["dequantised"] == "fp8"
+    assert "quantised form (fp8)" in (workspace / "report.md").read_text(encoding="utf-8")
+    assert "fp8, dequantised for these files" in (workspace / "report.html").read_text(encoding="utf-8")
