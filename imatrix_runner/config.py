@@ -7,15 +7,17 @@ A key is an option's long name without dashes: ``work-dir = "/data/work"``, ``le
 from __future__ import annotations
 
 import difflib
-import sys
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
+from imatrix_runner.untrusted import UnreadableError, from_toml
 
 FILE = "imatrix-runner.toml"
 ENV_PREFIX = "IMATRIX_RUNNER_"
+_MOST_BYTES = 1 << 20
 
 Value = str | int | float | bool | list[str]
 
@@ -37,7 +39,7 @@ def find_settings(directory: Path) -> FileSettings:
         if project.is_file():
             tool = _read(project).get("tool", {})
             table = tool.get("imatrix-runner") if isinstance(tool, dict) else None
-            if isinstance(table, dict):
+            if table is not None:
                 return FileSettings(project, _values(table, project))
     return FileSettings()
 
@@ -54,28 +56,38 @@ def check_names(settings: FileSettings, known: Collection[str]) -> None:
 
 
 def _read(path: Path) -> dict[str, object]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        document: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return document
+        if path.stat().st_size > _MOST_BYTES:
+            raise InvalidDataError(f"{path} is too large", f"more than {_MOST_BYTES} bytes of settings", "Shorten it.")
+        return from_toml(path.read_bytes())
     except OSError as error:
         raise from_os_error(error, "reading the settings", path) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnreadableError as error:
         raise InvalidDataError(f"{path} is not valid TOML", str(error), "Correct the line it names.") from error
 
 
-def _values(table: Mapping[str, object], path: Path) -> dict[str, Value]:
+def _values(table: object, path: Path) -> dict[str, Value]:
+    if not isinstance(table, dict):
+        raise UsageError(
+            "The settings of imatrix-runner are not a table",
+            f"{path} gives {repr(table)[:100]} as tool.imatrix-runner",
+            "Write them below a line [tool.imatrix-runner].",
+        )
     values: dict[str, Value] = {}
     for key, value in table.items():
-        if isinstance(value, list):
-            values[key.replace("-", "_")] = [str(item) for item in value]
-        elif isinstance(value, (str, int, float, bool)):
-            values[key.replace("-", "_")] = value
-        else:
+        items = value if isinstance(value, list) else [value]
+        if not all(map(_is_usable, items)):
             raise UsageError(
-                f"The setting {key!r} has no usable value", f"{path}: {value!r}", "Give text, a number, true/false or a list."
+                f"The setting {key!r} has no usable value",
+                f"{path} gives it {repr(value)[:100]}",
+                "Give text, a number, true/false or a list of these.",
             )
+        values[key.replace("-", "_")] = [str(item) for item in value] if isinstance(value, list) else value
     return values
+
+
+def _is_usable(value: object) -> bool:
+    """Whether an option could hold it: no path may hold NUL, and no option takes NaN or infinity."""
+    if isinstance(value, str):
+        return "\0" not in value
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))

@@ -14,6 +14,7 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 from imatrix_runner.errors import InvalidDataError, NoSpaceError, from_os_error
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 T = TypeVar("T")
 
@@ -86,7 +87,25 @@ def atomic_writer(final: Path) -> Iterator[IO[bytes]]:
 def write_json(path: Path, value: Any) -> None:
     """Write a dataclass, struct or plain value as indented JSON, atomically."""
     with atomic_writer(path) as handle:
-        handle.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+        handle.write(msgspec.json.format(encode_json(value), indent=2) + b"\n")
+
+
+def encode_json(value: Any) -> bytes:
+    """A dataclass, struct or plain value as JSON. Raises :class:`InvalidDataError` for a name that is not UTF-8."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError as error:
+        raise not_utf8(str(error.object)) from error
+
+
+def not_utf8(name: str) -> InvalidDataError:
+    """The error for a file name, or another text, that holds bytes which are not UTF-8."""
+    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return InvalidDataError(
+        f"The name {shown} is not UTF-8",
+        "GGUF, JSON and reports hold names as UTF-8, and this one could not be written into them",
+        "Rename the file or the folder, for example with: convmv -f latin1 -t utf8",
+    )
 
 
 def read_json(path: Path, kind: type[T], *, limit: int = 64 << 20) -> T:
@@ -94,10 +113,10 @@ def read_json(path: Path, kind: type[T], *, limit: int = 64 << 20) -> T:
     try:
         if path.stat().st_size > limit:
             raise InvalidDataError(f"{path} is too large", f"more than {limit} bytes of JSON", "Move it away and try again.")
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        return from_json(path.read_bytes(), kind)
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}", path) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UnreadableError as error:
         raise InvalidDataError(f"{path} cannot be read", str(error), "Move it away: it will be made again.") from error
 
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import Stamp, publish, read_json, stamp, write_json
+from imatrix_runner.untrusted import UnreadableError, as_type, first_non_finite
 
 VERSION = 1
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,20 @@ class Record:
     command: str = ""
     facts: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def output(self) -> Output:
+        """The first or only file of the step. Raises :class:`InvalidDataError` where the journal names none."""
+        if not self.outputs:
+            raise _unreadable("The journal", "a step names no file that it made")
+        return self.outputs[0]
+
+    def facts_as(self, kind: type[T]) -> T:
+        """The facts, or those among them that ``kind`` has fields for. Raises :class:`InvalidDataError` for other types."""
+        try:
+            return as_type(self.facts, kind, str_keys=True)
+        except UnreadableError as error:
+            raise _unreadable("The journal", f"what a step remembered is not what this program wrote: {error}") from error
+
     @classmethod
     def now(
         cls,
@@ -54,6 +73,17 @@ class Record:
         """A record of a step that ended this moment."""
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return cls(dict(inputs), outputs, reason, seconds, finished, command, facts or {})
+
+
+class _Inputs(dict[str, str]):
+    """A record's inputs as they were read: one that is looked up and is not there is a fault of the file."""
+
+    def __init__(self, path: Path, step: str, values: Mapping[str, str]) -> None:
+        super().__init__(values)
+        self._path, self._step = path, step
+
+    def __missing__(self, name: str) -> str:
+        raise _unreadable(str(self._path), f"its step {self._step!r} has no input {name!r}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +115,9 @@ class Journal:
                 f"journal version {document.version}, this program knows {VERSION}",
                 "Use the program that wrote it, or move the journal away: finished files will be made again.",
             )
-        self._steps = dict(document.steps)
+        self._steps = {
+            step: replace(record, inputs=_Inputs(path, step, record.inputs)) for step, record in document.steps.items()
+        }
         self._hashes = dict(document.hashes)
         self._facts = dict(document.facts)
 
@@ -99,6 +131,13 @@ class Journal:
         return dict(self._steps)
 
     def record(self, step: str, record: Record) -> None:
+        """Keep what a step came to. Raises :class:`InvalidDataError` for facts with NaN or infinity: JSON has neither."""
+        if place := first_non_finite(record.facts):
+            raise InvalidDataError(
+                f"The figures of {step} cannot be kept",
+                f"{place} is NaN or infinite",
+                "The model file is damaged or overflows: make it again, or choose another type.",
+            )
         with self._lock:
             self._steps[step] = record
             self._save()
@@ -148,6 +187,10 @@ class Journal:
 
     def _save(self) -> None:
         write_json(self.path, _Document(VERSION, self._steps, self._hashes, self._facts))
+
+
+def _unreadable(what: str, why: str) -> InvalidDataError:
+    return InvalidDataError(f"{what} cannot be read", why, "Move it away: finished files will be made again.")
 
 
 def differences(record: Record, inputs: Mapping[str, str]) -> list[str]:

@@ -12,12 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import msgspec
-
 from imatrix_runner.calibration.documents import BadRecord
 from imatrix_runner.calibration.rows import MAX_ROW, SHORTEN, TOO_LONG, TOO_MANY, Row, too_many
 from imatrix_runner.calibration.streams import bad_source, byte_lines
 from imatrix_runner.models.bounded import printable
+from imatrix_runner.untrusted import NotUtf8Error, UnreadableError, from_json
 
 _MEND = "Mend that line."
 _SOMETHING = re.compile(r"[^ \t\n\r]")
@@ -42,14 +41,12 @@ def jsonl_rows(stream: io.BufferedReader, shown: str, *, strings: bool = False) 
 def _line(line: bytes, where: str, strings: bool = False) -> Row | BadRecord:
     try:
         if strings and line.startswith(b'"'):
-            return Row(where, {"text": msgspec.json.decode(line, type=str)})
-        return Row(where, msgspec.json.decode(line, type=dict[str, Any]))
-    except msgspec.DecodeError as error:
-        return BadRecord(where, f"it is no JSON object: {printable(str(error))}", _MEND)
-    except UnicodeDecodeError:
-        return BadRecord(where, "it is not valid UTF-8", "Convert the file to UTF-8, or mend that line.")
-    except RecursionError:
-        return BadRecord(where, "it is nested too deeply", _MEND)
+            return Row(where, {"text": from_json(line, str)})
+        return Row(where, from_json(line, dict[str, Any]))
+    except NotUtf8Error as error:
+        return BadRecord(where, str(error), "Convert the file to UTF-8, or mend that line.")
+    except UnreadableError as error:
+        return BadRecord(where, str(error), _MEND)
 
 
 def is_jsonl(stream: io.BufferedReader, *, least: int = 2) -> bool:

@@ -10,6 +10,7 @@ import msgspec
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import read_json, sha256
+from imatrix_runner.untrusted import UnreadableError, as_type
 
 SUFFIX = ".manifest.json"
 _SCHEMA = "imatrix-runner/calibration-manifest"
@@ -109,8 +110,8 @@ def find_manifest(text: Path) -> Manifest | None:
     if found.get("version") != _VERSION:
         raise _unusable(path, f"it is of version {str(found.get('version'))[:20]}, and {_VERSION} is known here")
     try:
-        return msgspec.convert(found, Manifest)
-    except msgspec.ValidationError as error:
+        return as_type(found, Manifest)
+    except UnreadableError as error:
         raise _unusable(path, str(error)) from error
 
 

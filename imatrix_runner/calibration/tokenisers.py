@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from imatrix_runner.calibration.tokens import TextTokens, Vocabulary
 from imatrix_runner.errors import InvalidDataError, from_os_error
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -136,10 +136,10 @@ def read_config(path: Path) -> Mapping[str, Any]:
             return {}
         if path.stat().st_size > _MAX_CONFIG:
             raise _unusable(path, f"it is larger than {_MAX_CONFIG >> 20} MiB")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return from_json(path.read_bytes(), dict[str, Any])
     except OSError as error:
         raise from_os_error(error, "reading the tokenizer's configuration", path) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UnreadableError as error:
         raise _unusable(path, str(error)) from error
 
 

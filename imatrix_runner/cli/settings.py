@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 from imatrix_runner.config import ENV_PREFIX, FileSettings, check_names, find_settings
+from imatrix_runner.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,10 +72,20 @@ def _has(option: click.Parameter, settings: FileSettings) -> bool:
 
 
 def _value(option: click.Parameter, settings: FileSettings) -> Any:
+    """The value as it would be typed, so that an option takes from a file what it takes from a command line, and no more."""
     value = settings.values[option.name or ""]
-    if isinstance(value, list) and not option.multiple:
-        return ",".join(value)
-    return [value] if option.multiple and not isinstance(value, list) else value
+    if isinstance(value, list):
+        return value if option.multiple else ",".join(value)
+    if isinstance(value, bool):
+        if not getattr(option, "is_flag", False):
+            name = (option.name or "").replace("_", "-")
+            raise UsageError(
+                f"The setting {name!r} takes a value, not {str(value).lower()}",
+                f"{settings.path} gives it {str(value).lower()}",
+                "Give the value that would follow the option, or remove the line.",
+            )
+        return value
+    return [str(value)] if option.multiple else str(value)
 
 
 class SettingsCommand(click.Command):

@@ -28,6 +28,7 @@ from imatrix_runner.imatrix.formats import prepare_gguf, read
 from imatrix_runner.imatrix.matrix import Counts, Entries, Entry, Matrix, add
 from imatrix_runner.journal import describe_changes
 from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 _VERSION = 1
 _STATE = "imatrix_runner.checkpoint"
@@ -114,8 +115,8 @@ def load(path: Path) -> Checkpoint:
     if not isinstance(text, str):
         raise _unusable(path, "it is no checkpoint of this program")
     try:
-        state = msgspec.json.decode(text, type=_State)
-    except (msgspec.DecodeError, ValueError) as error:
+        state = from_json(text, _State)
+    except UnreadableError as error:
         raise _unusable(path, f"its state cannot be read: {error}") from error
     if state.version != _VERSION:
         raise _unusable(path, f"it was written by another version ({state.version}, this is {_VERSION})")

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import msgspec
-
 from imatrix_runner.errors import UsageError
+from imatrix_runner.untrusted import UnreadableError, from_lenient_json
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _OWN_ADDRESS = (
@@ -129,8 +128,8 @@ def _spelled(organisation: object, name: object) -> str | None:
 
 def _configured(path: Path) -> str | None:
     try:
-        value = msgspec.json.decode(_start(path))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        value = from_lenient_json(_start(path))
+    except UnreadableError:
         return None
     return repository_in(value.get("_name_or_path")) if isinstance(value, dict) else None
 

@@ -6,7 +6,6 @@ Format: a u64 length, that many bytes of JSON (name -> dtype, shape, byte range)
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import msgspec
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.models.bounded import damaged, opened
 from imatrix_runner.models.sniff import HEAD_BYTES, foreign_format
+from imatrix_runner.untrusted import UnreadableError, from_json, from_lenient_json
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the library's own limit
@@ -115,10 +115,10 @@ def read_directory(path: Path) -> tuple[Weight, ...]:
         if length > _MAX_HEADER:
             raise damaged(path, f"announces a header of {length} bytes", f"at most {_MAX_HEADER} are allowed")
         try:
-            entries = msgspec.json.decode(reader.take(length), type=dict[str, msgspec.Raw])
+            entries = from_json(reader.take(length), dict[str, msgspec.Raw])
             entries.pop("__metadata__", None)
-            weights = tuple(_weights(path, {name: msgspec.json.decode(raw, type=_Entry) for name, raw in entries.items()}))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            weights = tuple(_weights(path, {name: from_json(bytes(raw), _Entry) for name, raw in entries.items()}))
+        except UnreadableError as error:
             raise damaged(path, "has a header that cannot be read", str(error)) from error
         expected = reader.position + sum(weight.n_bytes for weight in weights)
         if expected != reader.size:
@@ -135,10 +135,10 @@ def read_model_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON:
             raise damaged(path, "is too large", f"more than {_MAX_JSON} bytes of JSON")
-        document = json.loads(path.read_bytes())
+        document = from_lenient_json(path.read_bytes())
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}", path) from error
-    except (ValueError, RecursionError) as error:
+    except UnreadableError as error:
         raise damaged(path, "cannot be read", str(error)) from error
     if not isinstance(document, dict):
         raise damaged(path, "cannot be read", "it holds no JSON object")

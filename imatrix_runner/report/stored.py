@@ -7,8 +7,10 @@ from pathlib import Path
 import msgspec
 
 from imatrix_runner.errors import InvalidDataError, from_os_error
+from imatrix_runner.files import encode_json
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.report.document import SCHEMA, VERSION, Report
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 MOST_BYTES = 64 << 20
 """A report of 512 tensors, 40 levels and 10,000 answers has a tenth of it."""
@@ -23,7 +25,7 @@ class _Envelope(msgspec.Struct, frozen=True):
 
 def encode_report(report: Report) -> bytes:
     """JSON, indented by two, with a final newline; fractions as keys become strings."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+    return msgspec.json.format(encode_json(report), indent=2) + b"\n"
 
 
 def read_report(path: Path) -> Report:
@@ -38,13 +40,13 @@ def read_report(path: Path) -> Report:
     except OSError as error:
         raise from_os_error(error, "reading the report", path) from error
     try:
-        envelope = msgspec.json.decode(content, type=_Envelope)
+        envelope = from_json(content, _Envelope)
         if envelope.schema != SCHEMA:
             raise _bad(path, f"its schema is {printable(envelope.schema)[:80]!r}, not {SCHEMA}")
         if envelope.version != VERSION:
             raise _bad(path, f"it is of version {envelope.version}, and {VERSION} is known here")
-        return msgspec.json.decode(content, type=Report)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return from_json(content, Report)
+    except UnreadableError as error:
         raise _bad(path, printable(str(error))[:300]) from error
 
 

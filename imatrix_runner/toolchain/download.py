@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 from imatrix_runner import downloads
 from imatrix_runner.errors import DownloadError
 from imatrix_runner.signals import Stop
+from imatrix_runner.untrusted import UnreadableError, from_lenient_json
 
 _API_HOST = "api.github.com"
 _MAX_JSON = 16 << 20
@@ -38,8 +38,8 @@ class Fetcher:
         """A JSON document of a release service."""
         data = self.read(url, what, limit=_MAX_JSON)
         try:
-            return json.loads(data)
-        except ValueError as error:
+            return from_lenient_json(data)
+        except UnreadableError as error:
             raise DownloadError(
                 f"{what} could not be read", f"{downloads.shown(url)} did not answer with JSON ({error})", _LATER
             ) from error

@@ -25,6 +25,7 @@ from imatrix_runner.toolchain.download import Fetcher
 from imatrix_runner.toolchain.probe import NEEDED, Toolchain, executable
 from imatrix_runner.toolchain.source import check_ref
 from imatrix_runner.toolchain.store import Record, Store, cache_dir, now, safe_name
+from imatrix_runner.untrusted import UnreadableError, as_type
 
 RELEASES = "https://api.github.com/repos/ggml-org/llama.cpp/releases"
 ENV_RELEASES = "IMATRIX_RUNNER_RELEASES_URL"
@@ -124,8 +125,8 @@ def _versions(asset: Asset) -> tuple[tuple[int, ...], str]:
 def parse_release(data: Any, url: str) -> Release:
     """A release out of GitHub's JSON; :class:`DownloadError` when it is something else."""
     try:
-        wire = msgspec.convert(data, _WireRelease)
-    except msgspec.ValidationError as error:
+        wire = as_type(data, _WireRelease)
+    except UnreadableError as error:
         raise DownloadError("The list of releases could not be understood", f"{url}: {error}", _BUILD) from error
     return Release(wire.tag_name, tuple(Asset(a.name, a.size, a.browser_download_url, _sha256(a.digest)) for a in wire.assets))
 

@@ -240,7 +240,7 @@ class _Evaluation:
         if before is not None:
             changed = differences(before, whole)
             reason = f"changed: {', '.join(changed)}" if changed else ("asked for" if self.request.again else "")
-        file = self.session.workspace.root / record.outputs[0].name
+        file = self.session.workspace.root / record.output.name
         return Subject(name, f"{EVALUATE} {name}", file, inputs, reason)
 
     def _known(self, plan: MeasurePlan) -> dict[str, Divergence]:

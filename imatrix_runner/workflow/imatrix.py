@@ -91,7 +91,7 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
     workspace, journal, sink = session.workspace, session.journal, session.sink
     out = request.out or workspace.imatrix
     record = journal.get(_step(out, workspace))
-    ours = record is not None and record.outputs[0].name == workspace.name_of(out) and outputs_intact(record, workspace.root)
+    ours = record is not None and record.output.name == workspace.name_of(out) and outputs_intact(record, workspace.root)
     if found is not None and not (ours and found == out):
         if request.text is not None:
             sink(

@@ -21,6 +21,7 @@ from imatrix_runner.evaluate.twins import Comparison
 from imatrix_runner.files import joint_sha256
 from imatrix_runner.journal import Journal, Record
 from imatrix_runner.report.document import ReportEvaluation
+from imatrix_runner.untrusted import UnreadableError, as_type
 
 LEVEL_INPUT = "level file"
 EVALUATE, COMPARE, ANSWER, REFER = "evaluate", "compare", "answer", "reference"
@@ -74,8 +75,8 @@ def _holding(journal: Journal, what: str, kind: type[T]) -> Iterator[tuple[str, 
         record = journal.get(f"{what} {level}")
         if record is not None and record.inputs.get(LEVEL_INPUT) == content_of(made):
             try:
-                yield level, msgspec.convert(record.facts, kind, str_keys=True)
-            except msgspec.ValidationError as error:
+                yield level, as_type(record.facts, kind, str_keys=True)
+            except UnreadableError as error:
                 raise InvalidDataError(
                     f"{journal.path} cannot be read",
                     f"the figures of {level} ({what}) are not what this program wrote: {error}",

@@ -162,10 +162,14 @@ def facts_of(resolved: Resolved) -> LevelFacts:
     )
 
 
-def facts_of_record(record: Record) -> LevelFacts:
-    import msgspec
+@dataclass(frozen=True)
+class _MadeFacts:
+    level: LevelFacts
 
-    return msgspec.convert(record.facts["level"], LevelFacts)
+
+def facts_of_record(record: Record) -> LevelFacts:
+    """What the plan said of a level when it was made. Raises :class:`InvalidDataError` for a journal that has it otherwise."""
+    return record.facts_as(_MadeFacts).level
 
 
 def needs_dry_run(record: Record | None, inputs: Mapping[str, str], *, intact: bool) -> bool:

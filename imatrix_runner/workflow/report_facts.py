@@ -15,6 +15,7 @@ from imatrix_runner.events import Sink, detail, warning
 from imatrix_runner.journal import Journal, Record, outputs_intact
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import Report, ReportEvaluation, ReportFile, ReportLevel
+from imatrix_runner.untrusted import UnreadableError, from_json
 from imatrix_runner.workflow.measured import EVALUATE, Measured, answered, comparisons, levels_made, measured
 from imatrix_runner.workflow.plan import facts_of_record
 from imatrix_runner.workflow.report_imatrix import NONE, collected, describe_imatrix
@@ -163,7 +164,10 @@ def remember_target(journal: Journal, kld: float | None, n_bytes: int | None) ->
 
 
 def _target(journal: Journal, measures: Sequence[Measure]) -> tuple[Pick, ...]:
-    kld, n_bytes = msgspec.json.decode(journal.fact("target") or "[null,null]", type=tuple[float | None, int | None])
+    try:
+        kld, n_bytes = from_json(journal.fact("target") or "[null,null]", tuple[float | None, int | None])
+    except UnreadableError:
+        kld, n_bytes = None, None  # the next run with --target-kld or --target-size writes it anew
     pick = target(measures, kld, n_bytes) if kld is not None or n_bytes is not None else None
     return (pick,) if pick is not None else ()
 

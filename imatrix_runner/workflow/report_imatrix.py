@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from imatrix_runner.report.document import (
     ReportImatrix,
     ReportTensor,
 )
+from imatrix_runner.workflow.collected import CalibrationFacts, CollectedFacts
 from imatrix_runner.workflow.imatrix import STEP
 from imatrix_runner.workflow.published import MatrixSource
 from imatrix_runner.workflow.report_source import is_same, last_part
@@ -70,7 +71,7 @@ def collected(workspace: Workspace, journal: Journal, digest: str) -> Record | N
     for step, record in journal.steps().items():
         if step != STEP and not step.startswith(f"{STEP} "):
             continue
-        (output,) = record.outputs
+        output = record.output
         path = workspace.root / output.name
         known = hashes.get(output.stamp)
         if known is None and path.is_file() and stamp(path) == output.stamp:
@@ -117,31 +118,29 @@ def _statistics(file: MatrixFile) -> tuple[tuple[ReportTensor, ...], tuple[Repor
 
 def _collection(record: Record) -> dict[str, Any]:
     """What the journal knows of a collection (``workflow/imatrix.py``, ``_facts``)."""
-    facts = record.facts
-    calibration: Any = facts.get("calibration")
-    curve: Any = facts.get("curve") or ()
+    facts = record.facts_as(CollectedFacts)
+    calibration = facts.calibration
     return {
-        "ppl": facts.get("ppl"),
-        "ppl_error": facts.get("ppl_error"),
-        "stopped": facts.get("stopped") or "",
+        "ppl": facts.ppl,
+        "ppl_error": facts.ppl_error,
+        "stopped": facts.stopped or "",
         "seconds": record.seconds,
         "engine": record.inputs.get("engine", ""),
-        "curve": tuple(ReportCurvePoint(each["chunks"], each["worst"], each["tensor"], each["median"]) for each in curve),
+        "curve": tuple(ReportCurvePoint(each.chunks, each.worst, each.tensor, each.median) for each in facts.curve),
         "calibration": _calibration(calibration, record) if calibration is not None else None,
     }
 
 
-def _calibration(facts: Mapping[str, Any], record: Record) -> ReportCalibration:
+def _calibration(facts: CalibrationFacts, record: Record) -> ReportCalibration:
     return ReportCalibration(
-        name=printable(last_part(facts["path"])),
-        n_bytes=facts["bytes"],
-        sha256=facts["sha256"],
-        manifest=facts.get("manifest") or "",
+        name=printable(last_part(facts.path)),
+        n_bytes=facts.bytes,
+        sha256=facts.sha256,
+        manifest=facts.manifest or "",
         parse_special="--parse-special" in record.inputs.get("options", "").split(),
-        template=facts.get("template") or "",
+        template=facts.template or "",
         sources=tuple(
-            CalibrationSource(printable(each["name"]), each["sha256"], printable(each["licence"]), each["share"])
-            for each in facts.get("sources", ())
+            CalibrationSource(printable(each.name), each.sha256, printable(each.licence), each.share) for each in facts.sources
         ),
     )
 
@@ -162,7 +161,7 @@ def _gone(workspace: Workspace, journal: Journal, name: str, wanted: str, level:
         return None
     record, header = collected(workspace, journal, wanted), read_header(level)
     chunks = header.integer("quantize.imatrix.chunks_count") or 0
-    chunk_size = int(record.inputs["context"]) if record is not None else 0
+    chunk_size = int(context) if record is not None and (context := record.inputs["context"]).isdecimal() else 0
     dataset = header.text("quantize.imatrix.dataset")
     return ReportImatrix(
         file=ReportFile(printable(last_part(name)), sizes[0], wanted),

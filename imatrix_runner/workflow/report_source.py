@@ -17,6 +17,7 @@ from imatrix_runner.models.gguf_file import GgufHeader
 from imatrix_runner.models.sources import Model, open_gguf, shard_names
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import ReportFile, ReportModel
+from imatrix_runner.untrusted import UnreadableError, from_json
 from imatrix_runner.workflow.prompt_format import prompt_format
 from imatrix_runner.workspace import Workspace
 
@@ -104,8 +105,12 @@ def remember_source(journal: Journal, described: ReportModel) -> None:
 
 
 def _remembered(journal: Journal, fingerprint: str) -> ReportModel | None:
+    """What an earlier report said of the same source; what cannot be read is described anew."""
     text = journal.fact(DESCRIBED)
-    described = msgspec.json.decode(text, type=ReportModel) if text else None
+    try:
+        described = from_json(text, ReportModel) if text else None
+    except UnreadableError:
+        return None
     return described if described is not None and described.fingerprint == fingerprint else None
 
 

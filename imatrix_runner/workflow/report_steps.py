@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from imatrix_runner.journal import Journal, Record
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.report.document import ReportModel, ReportStep
+from imatrix_runner.workflow.collected import CollectedFacts
 from imatrix_runner.workflow.measured import ANSWER, COMPARE, EVALUATE, REFER
 from imatrix_runner.workflow.report_source import PROJECTOR, last_part
 
@@ -57,17 +58,17 @@ def _step(what: str, record: Record, command: str) -> ReportStep:
 
 
 def _conversion(record: Record, model: ReportModel) -> str:
-    directory, out = last_part(model.repo or model.origin) or "MODEL", record.outputs[0].name
+    directory, out = last_part(model.repo or model.origin) or "MODEL", record.output.name
     return shlex.join(["convert_hf_to_gguf.py", directory, "--outfile", out, "--outtype", record.inputs["outtype"]])
 
 
 def _collection(record: Record, source: str) -> str:
     """From the inputs, which are spelt as llama-imatrix's options; how often it saved on the way decides nothing."""
-    dataset, inputs = str(record.facts["dataset"]), record.inputs
+    dataset, inputs = record.facts_as(CollectedFacts).dataset, record.inputs
     limit, _, rest = inputs["chunks"].partition(" from ")
-    first, *flags = rest.split()
+    first, *flags = rest.split() or ["0"]
     options = inputs["options"].removesuffix(f"name {dataset}").split()
-    files = ["-f", dataset, "-o", last_part(record.outputs[0].name), "-c", inputs["context"]]
+    files = ["-f", dataset, "-o", last_part(record.output.name), "-c", inputs["context"]]
     files += ["--chunks", limit] if limit != "all" else []
     files += ["--chunk", first] if first != "0" else []
     ours = any(flag in _BEYOND_LLAMA for flag in flags)

@@ -39,10 +39,10 @@ def refused(path: Path, data: bytes) -> InvalidDataError:
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (b"{", "no JSON object"),
-        (b"12", "no JSON object"),
-        (b"null", "no JSON object"),
-        (b'["Why?"]', "no JSON object"),
+        (b"{", "it is cut short"),
+        (b"12", "it is int, not object"),
+        (b"null", "it is null, not object"),
+        (b'["Why?"]', "it is array, not object"),
         (b'""', "asks nothing"),
         (b'" \\n"', "asks nothing"),
         (b"{}", "it is empty"),
@@ -57,17 +57,17 @@ def refused(path: Path, data: bytes) -> InvalidDataError:
         (b'{"messages": [{"content": "Why?"}]}', "has no role"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "that is no text"),
         (b'{"text": "a\\u0000b"}', "NUL"),
-        (b'{"prompt": "a\\ud800b"}', "no JSON object"),
+        (b'{"prompt": "a\\ud800b"}', "half of a surrogate pair"),
         (b'{"prompt": "\xff"}', "UTF-8"),
-        (b"[" * 100_000, "JSON"),
-        (b'{"prompt": ' + b'{"a":' * 100_000, "JSON"),
+        (b"[" * 100_000, "it is array, not object"),
+        (b'{"prompt": ' + b'{"a":' * 100_000, "nested more than 100 levels deep"),
         (b'{"prompt": "' + b"x" * (17 << 20) + b'"}', "longer than 16 MiB"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(line: bytes, why: str, tmp_path: Path) -> None:
     error = refused(tmp_path / "prompts.jsonl", b'"Why?"\n\n' + line + b"\n")
     assert error.what == "prompts.jsonl, line 3 cannot be used as a prompt"
-    assert why in error.why or "nested too deeply" in error.why
+    assert why in error.why
     assert "--field" not in error.todo
 
 

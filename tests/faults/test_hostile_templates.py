@@ -171,7 +171,7 @@ def test_a_file_that_cannot_be_read_as_a_template(tmp_path: Path) -> None:
         ("none.jinja", "there is no such file"),
         ("none.json", "there is no such file"),
         ("folder", "it is a folder"),
-        ("broken.json", "truncated"),
+        ("broken.json", "cut short"),
     ):
         with pytest.raises(InvalidDataError) as caught:
             load_template(tmp_path, tmp_path / name)

@@ -77,17 +77,17 @@ def changed(**keys: Any) -> bytes:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "truncated"),
-        (b"\x89PNG\r\n\x1a\n\xff\xfe", "malformed"),
-        (b"[1, 2]", "Expected `object`"),
+        (b"", "cut short"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", "not valid UTF-8"),
+        (b"[1, 2]", "it is array, not object"),
         (b'{"schema": "imatrix-runner/run", "version": 1}', "imatrix-runner/run"),
         (b'{"schema": "evil\\u001b[2J"}', "evil\ufffd[2J"),
         (b"{}", "schema"),
         (changed(version=2), "version 2"),
-        (changed(levels=[{"name": "Q4_0"}]), "required field"),
+        (changed(levels=[{"name": "Q4_0"}]), "$.levels[0] has no field 'ftype'"),
         (changed(made=3), "$.made"),
-        (changed()[:-40], "truncated"),
-        (changed(program="PROGRAM").replace(b"PROGRAM", b"\xff"), "utf-8"),
+        (changed()[:-40], "cut short"),
+        (changed(program="PROGRAM").replace(b"PROGRAM", b"\xff"), "not valid UTF-8"),
     ],
 )
 def test_what_is_no_report_is_refused_with_a_reason(content: bytes, why: str, tmp_path: Path) -> None:

@@ -37,15 +37,18 @@ from imatrix_runner.engines.embedded.compiled import Native, compile_kernels
 from imatrix_runner.engines.embedded.find import Bindings, worker_command
 from imatrix_runner.engines.embedded.levels import quant_types
 from imatrix_runner.engines.measures import AnswerJob, JudgeJob, ReferJob
-from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError
+from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, UsageError
 from imatrix_runner.events import Metric, Notice, Progress, Sink
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.toolchain.probe import QuantType
+from imatrix_runner.untrusted import UnreadableError
 
 _LONGEST_ARGUMENT = 30_000
 """Longer requests (many levels with many --tensor-type) go through a file: Windows takes 32767 letters, Linux 128 KiB."""
 
-_ERRORS: dict[int, type[RunnerError]] = {3: ToolchainError, 6: InvalidDataError, 8: NoSpaceError}
+_ERRORS: dict[int, type[RunnerError]] = {
+    kind.exit_code: kind for kind in (UsageError, ToolchainError, InvalidDataError, NoSpaceError)
+}
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,7 @@ class EmbeddedEngine:
         if failed.exit_code == EngineError.exit_code:
             known = recognise(outcome, failed.what, writes=writes)
             raise known or EngineError(failed.what, failed.why, with_log(failed.todo, outcome))
-        raise _ERRORS[failed.exit_code](failed.what, failed.why, failed.todo)
+        raise _ERRORS.get(failed.exit_code, EngineError)(failed.what, failed.why, failed.todo)
 
 
 class _Answers:
@@ -300,13 +303,13 @@ class _Answers:
         if stream != "stdout":
             return
         *lines, self._rest = (self._rest + text).split("\n")
+        if len(self._rest) > protocol.MOST_BYTES:
+            raise _not_an_answer(f"a line of more than {protocol.MOST_BYTES} bytes", self._rest)
         for line in lines:
             try:
                 answer = protocol.decode_answer(line)
-            except msgspec.MsgspecError as error:
-                raise EngineError(
-                    "The worker said something that is no answer", f"{line[:200]!r}", "Report it; use --engine binaries."
-                ) from error
+            except UnreadableError as error:
+                raise _not_an_answer(str(error), line) from error
             if isinstance(answer, protocol.Failed):
                 self.failed = answer
             elif self._hear is not None:
@@ -334,6 +337,15 @@ class _Answers:
                 "The worker ended without an answer", f"{len(found)} instead of one", "Report it; use --engine binaries."
             )
         return found[0]
+
+
+def _not_an_answer(why: str, line: str) -> EngineError:
+    return EngineError(
+        "The worker's answer could not be read",
+        f"{why}: {line[:200]!r}",
+        "Use --engine binaries. Another program that prints into this worker's output is the likely cause; if there is none, "
+        "report it.",
+    )
 
 
 def _piece(answer: protocol.Collected) -> Piece:

@@ -26,6 +26,7 @@ from imatrix_runner.files import read_json, sha256, stamp, write_json
 from imatrix_runner.process import Captured, Command, capture
 from imatrix_runner.toolchain.probe import find_backends, why_unfit
 from imatrix_runner.toolchain.store import Store
+from imatrix_runner.untrusted import UnreadableError
 
 LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
 """The bindings' own variable: a directory whose libraries they load instead of those in their package."""
@@ -231,7 +232,7 @@ def _recall(path: Path, key: str, seconds: float | None) -> tuple[_Remembered, P
     try:
         memory = read_json(path, _Remembered, limit=1 << 20)
         answer = decode_answer(memory.answer)
-    except (RunnerError, msgspec.MsgspecError):
+    except (RunnerError, UnreadableError):
         return None
     fresh = seconds is None or 0 <= time.time() - memory.at < seconds
     return (memory, answer) if memory.key == key and fresh and isinstance(answer, Proven) else None
@@ -257,7 +258,7 @@ def _ask(place: _Place, seconds: float) -> tuple[Proven, str]:
     for line in told.stdout.splitlines():
         try:
             answer = decode_answer(line)
-        except msgspec.MsgspecError:
+        except UnreadableError:
             continue
         if isinstance(answer, Failed):
             raise Unusable(answer.why, place.todo if place.origin == LIBRARY_VARIABLE else answer.todo)

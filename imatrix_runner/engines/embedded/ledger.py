@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from imatrix_runner.files import atomic_writer
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 VERSION = 1
 _MOST_BYTES = 64 << 20
@@ -41,8 +42,6 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 _encode = msgspec.json.Encoder().encode
-_head = msgspec.json.Decoder(Head)
-_entry = msgspec.json.Decoder(Entry)
 
 
 def read(path: Path) -> tuple[Head, dict[str, Entry]] | None:
@@ -51,14 +50,14 @@ def read(path: Path) -> tuple[Head, dict[str, Entry]] | None:
         if path.stat().st_size > _MOST_BYTES:
             return None
         first, *lines = path.read_bytes().split(b"\n")
-        head = _head.decode(first)
-    except (OSError, msgspec.MsgspecError):
+        head = from_json(first, Head)
+    except (OSError, UnreadableError):
         return None
     entries: dict[str, Entry] = {}
     for line in lines[:-1]:  # what follows the last newline is torn
         try:
-            entry = _entry.decode(line)
-        except msgspec.MsgspecError:
+            entry = from_json(line, Entry)
+        except UnreadableError:
             break
         entries[entry.tensor] = entry
     return (head, entries) if head.version == VERSION else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -17,7 +17,16 @@ from imatrix_runner.engines.base import (
     QuantizeOptions,
 )
 from imatrix_runner.engines.embedded.compiled import Native
+from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Metric, Notice, Progress
+from imatrix_runner.files import not_utf8
+from imatrix_runner.untrusted import first_non_finite, from_json
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+MOST_BYTES = 64 << 20
+"""Upper bound of one message: the control tokens of a large vocabulary take 2 MiB."""
 
 
 class Probe(msgspec.Struct, frozen=True, tag_field="ask", tag="probe"):
@@ -154,13 +163,13 @@ class Proven(msgspec.Struct, frozen=True, tag_field="type", tag="proven"):
 class Counted(msgspec.Struct, frozen=True, tag_field="type", tag="counted"):
     """The answer to a tokenisation."""
 
-    n_tokens: int
+    n_tokens: Count
 
 
 class Tokenized(msgspec.Struct, frozen=True, tag_field="type", tag="tokenized"):
     """Texts are tokenised. ``special``: the vocabulary's control tokens, id -> text; ``bos`` and ``eos`` are -1 for none."""
 
-    n_vocab: int
+    n_vocab: Count
     special: dict[int, str]
     bos: int
     eos: int
@@ -171,33 +180,33 @@ class Collected(msgspec.Struct, frozen=True, tag_field="type", tag="collected"):
     """A range is complete in ``path``. ``seconds`` it took, ``watching_seconds`` of them in the evaluation callback; the sums
     of the scored tokens' nll and its square."""
 
-    first: int
-    count: int
+    first: Count
+    count: Count
     path: Path
-    seconds: float
-    load_seconds: float
+    seconds: Seconds
+    load_seconds: Seconds
     nll: float
     nll2: float
-    scored: int
-    watching_seconds: float
+    scored: Count
+    watching_seconds: Seconds
 
 
 class Judged(msgspec.Struct, frozen=True, tag_field="type", tag="judged"):
     """All chunks are there (``done``), or a stop left the first ``chunks`` of them."""
 
-    chunks: int
+    chunks: Count
     done: bool
-    seconds: float
-    load_seconds: float
+    seconds: Seconds
+    load_seconds: Seconds
 
 
 class Answered(msgspec.Struct, frozen=True, tag_field="type", tag="answered"):
     """All prompts are answered (``done``), or a stop left ``prompts`` of them."""
 
-    prompts: int
+    prompts: Count
     done: bool
-    seconds: float
-    load_seconds: float
+    seconds: Seconds
+    load_seconds: Seconds
 
 
 class Planned(msgspec.Struct, frozen=True, tag_field="type", tag="planned"):
@@ -257,15 +266,40 @@ Answer = (
     | Notice
 )
 
-encode = msgspec.json.Encoder(enc_hook=str).encode
-_answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer, dec_hook=lambda kind, value: kind(value))
-_requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request, dec_hook=lambda kind, value: kind(value))
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+
+
+def encode(message: Answer | Request) -> bytes:
+    """One message as a line of JSON, without its end.
+
+    JSON has no NaN and no infinity, and no message has a use for them: a measured figure that is one is an error where it was
+    computed. Raises :class:`InvalidDataError` for such a number, and for a path that is not UTF-8.
+    """
+    if place := first_non_finite(message):
+        raise InvalidDataError(
+            "The model produced NaN or infinite numbers",
+            f"{place} of the worker's message {type(message).__name__} is NaN or infinite",
+            "The model file is damaged or overflows: download or convert it again, or try its BF16 file.",
+        )
+    try:
+        return _encode(message)
+    except UnicodeEncodeError as error:
+        raise not_utf8(str(error.object)) from error
 
 
 def decode_answer(line: str) -> Answer:
-    """Raises ``msgspec.MsgspecError`` for a line that is none."""
-    return _answers.decode(line)
+    """Raises :class:`~imatrix_runner.untrusted.UnreadableError` for a line that is not an answer."""
+    answer: Answer = from_json(line, Answer, _hook)  # type: ignore[arg-type]
+    return answer
 
 
 def decode_request(text: str) -> Request:
-    return _requests.decode(text)
+    """Raises :class:`~imatrix_runner.untrusted.UnreadableError` for what is not a request."""
+    request: Request = from_json(text, Request, _hook)  # type: ignore[arg-type]
+    return request
+
+
+def _hook(kind: type, value: Any) -> Any:
+    if kind is Path and isinstance(value, str) and "\0" not in value:
+        return Path(value)
+    raise ValueError("not a path")

@@ -30,6 +30,7 @@ from imatrix_runner.models.hub.listing import (
 from imatrix_runner.models.hub.transfer import cached_file, is_offline, patiently
 from imatrix_runner.models.sources import HubId
 from imatrix_runner.signals import Stop
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 RepoType = Literal["model", "dataset"]
 
@@ -172,8 +173,8 @@ def _page(asked: Asked, url: str, params: list[tuple[str, str]]) -> tuple[list[_
     answer = get_session().get(url, params=tuple(params) or None, headers=headers, timeout=LISTING_SECONDS)
     hf_raise_for_status(answer)
     try:
-        page = msgspec.json.decode(answer.content, type=list[_Found])
-    except msgspec.DecodeError as error:
+        page = from_json(answer.content, list[_Found])
+    except UnreadableError as error:
         raise no_hub(asked) from error
     following = answer.links.get("next", {}).get("url")
     if following is None:
