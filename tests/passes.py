@@ -38,7 +38,8 @@ from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.process import Runner
 from imatrix_runner.quantize.levels import resolve_levels
-from imatrix_runner.quantize.recipe import make_recipe, usable_weights
+from imatrix_runner.quantize.recipe import make_recipe
+from imatrix_runner.quantize.weights import usable_weights
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
 

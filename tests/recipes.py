@@ -12,7 +12,8 @@ from imatrix_runner.events import ignore
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.quantize.levels import Level, resolve_levels
-from imatrix_runner.quantize.recipe import Recipe, Weights, make_recipe, usable_weights
+from imatrix_runner.quantize.recipe import Recipe, make_recipe
+from imatrix_runner.quantize.weights import Weights, usable_weights
 
 NO_OPTIONS = QuantizeOptions()
 

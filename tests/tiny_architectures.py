@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tiny_layers import (
     DENSE,
+    EXPERTS,
     FF,
     HEAD,
     HEAD_SIZE,
@@ -83,7 +84,7 @@ def write_architecture(name: str, path: Path, *, dtype: DType = "F32", seed: int
     """
     from gguf import GGUFWriter
 
-    model = _TABLE[name]
+    model = {**_TABLE, **_PARTLY_RUN}[name]
     tokens, merges = byte_level_bpe(min(model.vocab, _VOCAB))
     tokens += [f"<unused{number}>" for number in range(model.vocab - len(tokens))]  # no merge leads there: never in a text
     arch = model.arch or name
@@ -176,6 +177,16 @@ def _jamba(w: Weights, number: int) -> Tensors:
     return mamba_mixer(w) | {f"{name}_norm.weight": w.gains(size) for name, size in norms.items()} | mlp(w)
 
 
+def _glm4moe(w: Weights, number: int) -> Tensors:
+    """Two dense blocks, then a NextN block with experts, which llama.cpp loads and does not compute."""
+    tensors = attention(w) | (mlp(w) if number < 2 else experts(w, slope=0.25))
+    tensors["post_attention_norm.weight"] = tensors.pop("ffn_norm.weight")
+    if number < 2:
+        return tensors
+    tensors |= {"exp_probs_b.bias": w.around(0, EXPERTS), "nextn.eh_proj.weight": w(HIDDEN, 2 * HIDDEN)}
+    return tensors | {f"nextn.{name}.weight": w.gains(HIDDEN) for name in ("enorm", "hnorm", "shared_head_norm")}
+
+
 def _lfm2(w: Weights, number: int) -> Tensors:
     return (attention(w, qk_norm=True) if number == 1 else short_convolution(w)) | mlp(w)
 
@@ -217,6 +228,23 @@ _TABLE: dict[str, Architecture] = {
     ),
     "jamba": Architecture(DENSE | SSM | MOE | {"attention.head_count_kv": [0, KV_HEADS], "expert_count": 4}, _jamba),
 }
+
+_PARTLY_RUN: dict[str, Architecture] = {
+    "glm4moe": Architecture(
+        DENSE
+        | ROPE
+        | MOE
+        | {
+            "nextn_predict_layers": 1,
+            "leading_dense_block_count": 2,
+            "expert_feed_forward_length": FF,
+            "expert_shared_count": 0,
+        },
+        _glm4moe,
+        layers=3,
+    ),
+}
+"""Models with weights that computing a text does not reach; :func:`write_architecture` knows them too."""
 
 ARCHITECTURES: tuple[str, ...] = tuple(_TABLE)
 """What :func:`write_architecture` can write. ``mamba`` and ``rwkv7`` are recurrent, ``lfm2`` and ``jamba`` hybrid."""

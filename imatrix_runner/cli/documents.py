@@ -105,6 +105,7 @@ def _planned(step: LevelStep) -> dict[str, Any]:
         "ftype": step.level.ftype,
         "state": step.state,
         "reason": step.reason,
+        "remedy": step.remedy,
         "files": [str(path) for path in step.files],
         "bytes": facts.n_bytes,
         "bits_per_weight": facts.bits_per_weight,

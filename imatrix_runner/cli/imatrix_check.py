@@ -99,7 +99,7 @@ def _document(checked: Checked, code: int) -> dict[str, Any]:
                 "level": verdict.level.name,
                 "verdict": verdict.verdict,
                 "reason": verdict.reason,
-                "failures": list(verdict.resolved.recipe.failures),
+                "failures": [failure.why for failure in verdict.resolved.recipe.failures],
                 "without_weights": list(verdict.resolved.recipe.weightless),
                 "unseen": list(verdict.resolved.recipe.unseen),
                 "pinned": list(verdict.resolved.pinned),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from imatrix_runner.cli.report_table import print_report
 from imatrix_runner.files import human_bytes, human_seconds
-from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, Plan
+from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, LevelStep, Plan
 from imatrix_runner.workflow.run import RunResult
 
 _STATES = {"todo": ("to do", ""), "up-to-date": ("up to date", "green"), "fails": ("will fail", "bold red")}
@@ -46,7 +48,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _remarks(plan: Plan) -> list[Text]:
-    lines = [Text(f"{step.level.name} will fail: {step.reason}", style="red") for step in plan.failing]
+    lines = [
+        Text(f"{', '.join(names)} will fail: {reason}. {remedy}", style="red")
+        for (reason, remedy), names in _alike(plan.failing).items()
+    ]
     for step in plan.levels:
         if step.facts.fallbacks:
             first = step.facts.fallbacks[0]
@@ -69,6 +74,14 @@ def _remarks(plan: Plan) -> list[Text]:
             if names
         ]
     return lines
+
+
+def _alike(steps: Sequence[LevelStep]) -> dict[tuple[str, str], list[str]]:
+    """Names of levels by what is wrong with them and what to do."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for step in steps:
+        found.setdefault((step.reason, step.remedy), []).append(step.level.name)
+    return found
 
 
 def print_result(result: RunResult, console: Console) -> None:

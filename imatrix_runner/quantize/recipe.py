@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 from imatrix_runner.engines.base import DryRun, Fallback, QuantizeOptions
-from imatrix_runner.imatrix.matrix import TOKEN_EMBEDDINGS, Matrix
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, padded, tensor_bytes, type_id, type_size
 from imatrix_runner.quantize.levels import PLAIN_FTYPES, Level
+from imatrix_runner.quantize.weights import NO_IMATRIX, OUTPUT, Failure, Lacks, Weights, requires_imatrix
 
 ALIGNMENT = 32  # llama-quantize aligns to GGUF_DEFAULT_ALIGNMENT whatever the source did
 MAX_TEXT = 127  # llama_model_kv_override.val_str
-
-# src/llama-quant.cpp, tensor_requires_imatrix(): these types are garbage without one ...
-_REQUIRE_IMATRIX = frozenset(("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"))
-# ... except for these tensors, which never have activations to weigh; but ggml_quantize_chunk() of ggml.c aborts without
-# weights for these types, whatever the tensor.
-NEVER_WEIGHED = (*TOKEN_EMBEDDINGS, "output.weight")
-_ABORT_WITHOUT_WEIGHTS = frozenset(("IQ2_XXS", "IQ2_XS", "IQ1_S"))
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -53,7 +45,7 @@ class Recipe:
     """A level on a model, resolved.
 
     ``file_bytes``: size of the output, None when a type's size is unknown (a fork's). ``failures``: why llama-quantize would
-    refuse, in plain phrases. ``weightless``: tensors that will be quantised without weights although there is an imatrix;
+    refuse and what to do. ``weightless``: tensors that will be quantised without weights although there is an imatrix;
     ``unseen``: those whose entry counted no token, so that all their columns weigh alike; ``starved``: those whose type
     cannot do without the weights the imatrix lacks (each is a failure too).
     """
@@ -62,7 +54,7 @@ class Recipe:
     tensors: tuple[RecipeTensor, ...]
     fallbacks: tuple[Fallback, ...]
     weightless: tuple[str, ...]
-    failures: tuple[str, ...]
+    failures: tuple[Failure, ...]
     needs_imatrix: bool
     file_bytes: int | None
     unseen: tuple[str, ...] = ()
@@ -89,30 +81,6 @@ class Recipe:
         return sum(tensor.n_elements for tensor in self.tensors if tensor.name in fallen) / max(1, self.n_elements)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What llama-quantize will find in the imatrix: entry name -> number of values, after include/exclude, and what it will
-    write into the metadata."""
-
-    file_name: str
-    sizes: Mapping[str, int]
-    dataset: str | None
-    chunks: int
-    unseen: frozenset[str] = frozenset()
-    """Entries that counted no token: llama-quantize gives all their columns the weight 1."""
-
-
-def usable_weights(matrix: Matrix, path: Path, options: QuantizeOptions) -> Weights:
-    """Apply ``--include-weights`` / ``--exclude-weights`` (substrings of entry names) as llama-quantize does."""
-    sizes = {name: matrix.values_per_entry(name) for name in matrix.entries}
-    if options.include_weights:
-        sizes = {name: size for name, size in sizes.items() if any(part in name for part in options.include_weights)}
-    for part in options.exclude_weights:
-        sizes = {name: size for name, size in sizes.items() if part not in name}
-    unseen = frozenset(name for name in sizes if not matrix.counts(name).any())
-    return Weights(path.name, sizes, matrix.datasets[0] if matrix.datasets else None, matrix.chunk_count, unseen)
-
-
 def make_recipe(
     level: Level,
     header: GgufHeader,
@@ -120,19 +88,17 @@ def make_recipe(
     dry_run: DryRun,
     weights: Weights | None,
     options: QuantizeOptions,
-    *,
-    pending: bool = False,
 ) -> Recipe:
     """Combine llama.cpp's dry run with the model's shapes and the imatrix's entries.
 
-    ``header`` is that of the first shard (its metadata is copied), ``tensors`` those of all shards. ``pending``: the imatrix
-    is still to be made, so its entries cannot be judged yet (and the predicted size lacks its few bytes of metadata).
+    ``header`` is that of the first shard (its metadata is copied), ``tensors`` those of all shards. ``weights`` may be those of
+    an imatrix that is still to be collected; None where there is none.
     """
     sources = {tensor.name: tensor for tensor in tensors}
     kept = _kept_layers(header, options)
     rows: list[RecipeTensor] = []
-    failures: list[str] = []
-    lacks = _Lacks()
+    failures: list[Failure] = []
+    lacks = Lacks(weights, options) if weights is not None else None
     needs = dry_run.needs_imatrix
     for name, type_name in dry_run.types.items():
         original = _original_name(name, kept)
@@ -143,68 +109,40 @@ def make_recipe(
         rows.append(RecipeTensor(name, source.shape, source.type_name, kind, n_bytes, original))
         if kind == source.type_name.upper():
             continue
-        required = _requires_imatrix(name, kind, level.ftype)
+        required = requires_imatrix(name, kind, level.ftype)
         needs = needs or required
         if source.is_quantised and not options.allow_requantize:
-            failures.append(
-                f"{name} is {source.type_name} already and would become {kind}; --allow-requantize accepts the loss"
-            )
-        if bad := _shape_problem(name, source.shape, kind, number):
+            why = f"{name} is {source.type_name} already and would become {kind}"
+            failures.append(Failure(why, "Start from the BF16, F16 or F32 model, or accept the loss with --allow-requantize."))
+        if (bad := _shape_problem(name, source.shape, kind, number)) is not None:
             failures.append(bad)
-        if pending and required and name in TOKEN_EMBEDDINGS:
-            failures.append(f"{name} becomes {kind}, and an imatrix has no weights for embeddings")
-        if weights is not None:
-            lacks.judge(original, source.shape, kind, weights, required=required)
-    if weights is None and needs and not pending:
-        failures.append("it needs an importance matrix and there is none")
+        if lacks is not None:
+            lacks.judge(original, source.shape, kind, required=required)
+    if lacks is not None:
+        failures += lacks.failures
+    elif needs:
+        failures.append(NO_IMATRIX)
     return Recipe(
         level,
         tuple(rows),
         dry_run.fallbacks,
-        tuple(lacks.weightless),
-        (*failures, *lacks.failures),
+        tuple(lacks.weightless) if lacks is not None else (),
+        tuple(failures),
         needs,
         _file_bytes(rows, header, weights, options),
-        tuple(lacks.unseen),
-        tuple(lacks.starved),
+        tuple(lacks.unseen) if lacks is not None else (),
+        tuple(lacks.starved) if lacks is not None else (),
     )
 
 
-class _Lacks:
-    """What an imatrix lacks for a recipe, tensor by tensor."""
-
-    def __init__(self) -> None:
-        self.weightless: list[str] = []
-        self.unseen: list[str] = []
-        self.starved: list[str] = []
-        self.failures: list[str] = []
-
-    def judge(self, name: str, shape: tuple[int, ...], kind: str, weights: Weights, *, required: bool) -> None:
-        shape = (*shape, 1, 1)
-        have, want = weights.sizes.get(name), shape[0] * shape[2]
-        if have is not None and have != want and name not in TOKEN_EMBEDDINGS:
-            self.failures.append(f"the imatrix has {have} values for {name}, the model needs {want}")
-        elif have != want and required:
-            self.starved.append(name)
-            self.failures.append(f"{name} becomes {kind}, which cannot do without the weights that the imatrix lacks")
-        elif have != want and name not in NEVER_WEIGHED:
-            self.weightless.append(name)
-        elif name in weights.unseen:
-            self.unseen.append(name)
-
-
-def _requires_imatrix(name: str, kind: str, ftype: str) -> bool:
-    if name in NEVER_WEIGHED:
-        return kind in _ABORT_WITHOUT_WEIGHTS
-    return kind in _REQUIRE_IMATRIX or (kind == "Q2_K" and ftype.upper() == "Q2_K_S")
-
-
-def _shape_problem(name: str, shape: tuple[int, ...], kind: str, number: int | None) -> str:
+def _shape_problem(name: str, shape: tuple[int, ...], kind: str, number: int | None) -> Failure | None:
     """--output-tensor-type and --token-embedding-type skip llama.cpp's shape fallback, and its dry run does not notice."""
     block = type_size(number) if number is not None else None
     if block is None or shape[0] % block[0] == 0:
-        return ""
-    return f"{name} has rows of {shape[0]}, which {kind} (blocks of {block[0]}) cannot hold"
+        return None
+    why = f"{name} has rows of {shape[0]}, which {kind} (blocks of {block[0]}) cannot hold"
+    option = "--output-tensor-type" if name == OUTPUT else "--token-embedding-type"
+    return Failure(why, f"Choose a type whose blocks divide the rows: {option} {'q8_0' if shape[0] % 32 == 0 else 'f16'}.")
 
 
 def _kept_layers(header: GgufHeader, options: QuantizeOptions) -> list[int]:
@@ -231,7 +169,7 @@ def _file_bytes(
     for key in ("general.quantization_version", "general.file_type"):
         kv[key] = _kv_bytes(key, 4)
     kv.update(_override_bytes(override) for override in options.override_kv)
-    if weights is not None:
+    if weights is not None and weights.sizes:
         texts = {"quantize.imatrix.file": weights.file_name, "quantize.imatrix.dataset": weights.dataset}
         kv.update(
             {key: _kv_bytes(key, 8 + min(MAX_TEXT, len(text.encode()))) for key, text in texts.items() if text is not None}

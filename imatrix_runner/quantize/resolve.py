@@ -12,7 +12,8 @@ from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, To
 from imatrix_runner.models.gguf_file import type_id, type_size
 from imatrix_runner.models.sources import Model
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import Recipe, RecipeTensor, Weights, make_recipe
+from imatrix_runner.quantize.recipe import Recipe, RecipeTensor, make_recipe
+from imatrix_runner.quantize.weights import Failure, Weights
 
 FAIL, KEEP = "fail", "keep"
 
@@ -30,8 +31,8 @@ class Resolved:
 class Resolver:
     """Asks for the recipes of one model with one imatrix.
 
-    ``imatrix`` is what llama-quantize is given (its presence changes the mixture), ``weights`` what is known to be in it;
-    ``pending``: it is only a stand-in. ``uncovered``: ``fail``, ``keep`` or a type for tensors without data. ``known``:
+    ``imatrix`` is what llama-quantize is given (its presence changes the mixture), ``weights`` what is known or expected to be
+    in it. ``uncovered``: ``fail``, ``keep`` or a type for tensors without data. ``known``:
     what llama.cpp has answered already, by level.
     """
 
@@ -40,7 +41,6 @@ class Resolver:
     options: QuantizeOptions
     imatrix: Path | None
     weights: Weights | None
-    pending: bool = False
     uncovered: str = FAIL
     known: Mapping[str, DryRun | RunnerError] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ class Resolver:
             raise dry
         if dry is None:
             dry = self.engine.dry_run(self._job(level, options, log))
-        return make_recipe(level, self.model.header, self.model.tensors, dry, self.weights, options, pending=self.pending)
+        return make_recipe(level, self.model.header, self.model.tensors, dry, self.weights, options)
 
     def _job(self, level: Level, options: QuantizeOptions, log: Path | None) -> QuantizeJob:
         step = f"level-{level.name}"
@@ -111,4 +111,4 @@ def check_uncovered(value: str) -> str:
 
 
 def _impossible(level: Level, error: RunnerError) -> Recipe:
-    return Recipe(level, (), (), (), (error.why,), False, None)
+    return Recipe(level, (), (), (), (Failure(error.why, error.todo),), False, None)

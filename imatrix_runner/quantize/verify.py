@@ -7,7 +7,8 @@ from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.gguf_file import GgufHeader, expected_file_size, read_header
-from imatrix_runner.quantize.recipe import Recipe, Weights
+from imatrix_runner.quantize.recipe import Recipe
+from imatrix_runner.quantize.weights import Weights
 
 
 def verify_output(files: Sequence[Path], recipe: Recipe, weights: Weights | None) -> int:

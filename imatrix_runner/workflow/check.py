@@ -10,12 +10,13 @@ from typing import Literal
 import psutil
 
 from imatrix_runner.imatrix.coverage import Coverage, examine
+from imatrix_runner.imatrix.expected import uncollected
 from imatrix_runner.imatrix.formats import MatrixFile, read
 from imatrix_runner.models.ggml_types import IGNORE_WEIGHTS
 from imatrix_runner.models.sources import Model, open_gguf
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import usable_weights
 from imatrix_runner.quantize.resolve import Resolved, Resolver
+from imatrix_runner.quantize.weights import usable_weights
 from imatrix_runner.workflow.choice import Needs
 from imatrix_runner.workflow.context import Context, settle
 from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest
@@ -53,10 +54,8 @@ def check(path: Path, model_path: Path, levels: LevelsRequest, environment: Envi
     coverage = examine(file.matrix, {tensor.name: tensor.shape for tensor in model.tensors})
     _, choice = settle(environment, Needs(levels.names, n_gpu_layers="0"), context.sink)  # dry runs need no GPU
     engine = choice.make(context.runner(environment))
-    weights = usable_weights(file.matrix, file.path, levels.options)
-    resolver = Resolver(
-        model, engine, levels.options, file.path, weights if weights.sizes else None, uncovered=levels.uncovered
-    )
+    weights = usable_weights(file.matrix, file.path, levels.options, uncollected(model))
+    resolver = Resolver(model, engine, levels.options, file.path, weights, uncovered=levels.uncovered)
     chosen = choose_levels(levels, engine.types, context.sink)
     with ThreadPoolExecutor(max_workers=max(1, psutil.cpu_count() or 1)) as pool:
         verdicts = tuple(pool.map(lambda level: _judge(level, resolver.resolve(level, None), coverage), chosen))
@@ -66,7 +65,7 @@ def check(path: Path, model_path: Path, levels: LevelsRequest, environment: Envi
 def _judge(level: Level, resolved: Resolved, coverage: Coverage) -> LevelVerdict:
     recipe = resolved.recipe
     if recipe.failures:
-        return LevelVerdict(level, "fails", recipe.failures[0], resolved)
+        return LevelVerdict(level, "fails", recipe.failures[0].why, resolved)
     weighed = {tensor.original for tensor in recipe.tensors if tensor.changes and tensor.type not in IGNORE_WEIGHTS}
     weightless = [name for name in recipe.weightless if name in weighed]
     unseen = [name for name in recipe.unseen if name in weighed]

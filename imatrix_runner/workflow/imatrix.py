@@ -14,6 +14,7 @@ from imatrix_runner.files import stamp
 from imatrix_runner.imatrix.chunks import ChunkPlan, describe_ranges, plan_chunks, range_chunks, watched_chunks, whole_batches
 from imatrix_runner.imatrix.collect import CollectRequest, CollectResult, clean_parts, collect
 from imatrix_runner.imatrix.coverage import examine
+from imatrix_runner.imatrix.expected import ExpectedMatrix, expect
 from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.journal import Output, Record, describe_changes, differences, outputs_intact
@@ -38,11 +39,13 @@ _WORTH_SAYING = 0.15
 
 @dataclass(frozen=True)
 class Chosen:
-    """The decision: the step for the plan; the request to compute if it is to be generated; the file if it is there."""
+    """The decision: the step for the plan; the request to compute if it is to be generated, and what that will give; the file
+    if it is there."""
 
     step: ImatrixStep
     request: CollectRequest | None = None
     file: MatrixFile | None = None
+    expected: ExpectedMatrix | None = None
 
 
 def choose(request: ImatrixRequest, source: Source, frozen: Frozen, session: Session) -> Chosen:
@@ -128,7 +131,14 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
         tolerance=request.until_converged,
         least_tokens=request.min_expert_tokens,
     )
-    return Chosen(step, collected)
+    expected = expect(
+        frozen.model,
+        process_output=request.options.process_output,
+        file_name=out.name,
+        dataset=corpus.name,
+        chunks=plan.n_chunks,
+    )
+    return Chosen(step, collected, expected=expected)
 
 
 def imatrix_inputs(request: ImatrixRequest, corpus: Corpus, frozen: Frozen, engine: Engine) -> dict[str, str]:

@@ -16,15 +16,17 @@ import psutil
 from imatrix_runner.engines.base import Engine, QuantizeOptions
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import sha256, stamp
+from imatrix_runner.imatrix.expected import ExpectedMatrix, expect, uncollected
 from imatrix_runner.imatrix.formats import MatrixFile, write_gguf
 from imatrix_runner.imatrix.matrix import Entry, Matrix
 from imatrix_runner.journal import Journal, Output, Record, is_intact
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import Weights, usable_weights
 from imatrix_runner.quantize.resolve import FAIL, Resolved, Resolver
+from imatrix_runner.quantize.weights import Weights, expected_weights, usable_weights
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import (
+    MOVE_AWAY,
     LevelStep,
     level_inputs,
     needs_dry_run,
@@ -57,13 +59,23 @@ class LevelPlanner:
     frozen: Frozen
     session: Session
 
-    def plan(self, levels: Sequence[Level], matrix: MatrixFile | None, fingerprint: str) -> tuple[LevelStep, ...]:
-        """Plan every level. Without ``matrix`` but with a fingerprint other than ``none`` a stand-in takes the imatrix's
-        place: only its presence changes llama.cpp's choice of types."""
-        with _real_or_stand_in(matrix, fingerprint) as imatrix:
+    def plan(
+        self,
+        levels: Sequence[Level],
+        matrix: MatrixFile | None,
+        fingerprint: str,
+        expected: ExpectedMatrix | None = None,
+    ) -> tuple[LevelStep, ...]:
+        """Plan every level. Without ``matrix`` but with a fingerprint other than ``none`` the imatrix is still to be made:
+        levels are judged by what is ``expected`` to be in it (default: what collecting from the model gives), and a stand-in
+        takes its place, because its presence changes llama.cpp's choice of types."""
+        if matrix is None and fingerprint != "none" and expected is None:
+            expected = expect(self.frozen.model)
+        weights = self.weights(matrix) if expected is None else expected_weights(expected, self.request.options)
+        with _real_or_stand_in(matrix, expected) as imatrix:
             drafts = [self._draft(level, fingerprint) for level in levels]
             engines = {id(engine): engine for engine in map(self._engine, levels)}
-            resolvers = {key: self._resolver(engine, drafts, matrix, imatrix) for key, engine in engines.items()}
+            resolvers = {key: self._resolver(engine, drafts, weights, imatrix) for key, engine in engines.items()}
             with ThreadPoolExecutor(max_workers=max(1, psutil.cpu_count() or 1)) as pool:
 
                 def plan(draft: _Draft) -> LevelStep:
@@ -74,15 +86,14 @@ class LevelPlanner:
     def _engine(self, level: Level) -> Engine:
         return self.session.engine_for(level.name)
 
-    def _resolver(self, engine: Engine, drafts: Sequence[_Draft], matrix: MatrixFile | None, imatrix: Path | None) -> Resolver:
+    def _resolver(self, engine: Engine, drafts: Sequence[_Draft], weights: Weights | None, imatrix: Path | None) -> Resolver:
         """Knows the answers for all levels that this engine makes."""
         resolver = Resolver(
             self.frozen.model,
             engine,
             self.request.options,
             imatrix,
-            self.weights(matrix),
-            pending=matrix is None and imatrix is not None,
+            weights,
             uncovered=self.request.uncovered,
         )
         mine = [draft for draft in drafts if self._engine(draft.level) is engine]
@@ -90,11 +101,10 @@ class LevelPlanner:
         return resolver.asked(unknown, self.session.log("plan"))
 
     def weights(self, matrix: MatrixFile | None) -> Weights | None:
-        """The entries llama.cpp will use; None where there are none."""
+        """The entries of an imatrix that llama.cpp will use; None without an imatrix."""
         if matrix is None:
             return None
-        weights = usable_weights(matrix.matrix, matrix.path, self.request.options)
-        return weights if weights.sizes else None
+        return usable_weights(matrix.matrix, matrix.path, self.request.options, uncollected(self.frozen.model))
 
     def _draft(self, level: Level, fingerprint: str, options: QuantizeOptions | None = None) -> _Draft:
         """What can be said of a level without asking llama.cpp."""
@@ -123,7 +133,7 @@ class LevelPlanner:
         foreign = _foreign(files, record, self.session.workspace, intact=intact)
         step = plan_level(level, files, inputs, record, intact=intact, resolved=resolved, foreign=bool(foreign))
         hopeless = resolved is not None and resolved.recipe.failures
-        return replace(step, reason=foreign) if foreign and step.state == "fails" and not hopeless else step
+        return replace(step, reason=foreign, remedy=MOVE_AWAY) if foreign and step.state == "fails" and not hopeless else step
 
     def _resolve(self, level: Level, resolver: Resolver) -> Resolved:
         self.session.stop.check()
@@ -168,20 +178,21 @@ def _foreign(files: Sequence[Path], record: Record | None, workspace: Workspace,
         how = "was changed since it was made" if known else "is there and was not made by this workspace"
     except InvalidDataError as error:
         how = f"is there but damaged ({error.why})"
-    return f"{taken.name} {how}; move it away or delete it to have it made"
+    return f"{taken.name} {how}"
 
 
 @contextmanager
-def _real_or_stand_in(matrix: MatrixFile | None, fingerprint: str) -> Iterator[Path | None]:
+def _real_or_stand_in(matrix: MatrixFile | None, expected: ExpectedMatrix | None) -> Iterator[Path | None]:
+    """The imatrix for dry runs. A stand-in has the expected names, because ``--include-weights`` chooses among them."""
     if matrix is not None:
         yield matrix.path
-    elif fingerprint == "none":
+    elif expected is None or not expected.sizes:
         yield None
     else:
         with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as folder:
             path = Path(folder) / "imatrix.gguf"
             entry = Entry(np.ones((1, 1)), np.ones(1, np.int64))
-            write_gguf(Matrix({"blk.0.stand_in.weight": entry}, 512, 1, ("stand-in",)), path)
+            write_gguf(Matrix(dict.fromkeys(sorted(expected.sizes), entry), 512, 1, ("stand-in",)), path)
             yield path
 
 

@@ -30,11 +30,12 @@ from imatrix_runner.events import Finished, Saved, Sink, Started, ignore, info
 from imatrix_runner.files import free_bytes, human_bytes, sha256, stamp
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.journal import Output, Record, outputs_intact
-from imatrix_runner.quantize.recipe import NEVER_WEIGHED, Weights, buffer_bytes
+from imatrix_runner.quantize.recipe import buffer_bytes
 from imatrix_runner.quantize.resolve import Resolved
 from imatrix_runner.quantize.single_pass import buffer_bytes as pass_buffer
 from imatrix_runner.quantize.single_pass import donor, lineage, pass_level
 from imatrix_runner.quantize.verify import verify_output
+from imatrix_runner.quantize.weights import NEVER_WEIGHED, Weights
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import LevelStep, facts_of, order_levels, plan_jobs
 from imatrix_runner.workflow.request import LevelsRequest
@@ -68,7 +69,7 @@ def refused(step: LevelStep) -> LevelResult:
     error = InvalidDataError(
         f"{step.level.name} was not made",
         step.reason,
-        "See the plan with --dry-run; leave the level out or give what it needs.",
+        step.remedy or "See the plan with --dry-run; leave the level out or give what it needs.",
     )
     return LevelResult(step, "failed", None, 0.0, error)
 

@@ -19,6 +19,8 @@ ImatrixAction = Literal["none", "use", "fetch", "generate", "up-to-date"]
 
 MOST_JOBS = 4
 
+MOVE_AWAY = "Move the file away or delete it to have the level made."
+
 
 @dataclass(frozen=True)
 class ImatrixStep:
@@ -55,7 +57,8 @@ class LevelFacts:
 
 @dataclass(frozen=True)
 class LevelStep:
-    """One level: its state and why, the files it gives, and the fingerprints of what goes in."""
+    """One level: its state and why, the files it gives, and the fingerprints of what goes in. ``remedy``: what to do about one
+    that fails."""
 
     level: Level
     state: State
@@ -64,6 +67,7 @@ class LevelStep:
     inputs: Mapping[str, str]
     facts: LevelFacts
     resolved: Resolved | None = None
+    remedy: str = ""
 
     @property
     def step(self) -> str:
@@ -131,10 +135,11 @@ def plan_level(
     assert resolved is not None
     facts = facts_of(resolved)
     if resolved.recipe.failures:
-        return LevelStep(level, "fails", resolved.recipe.failures[0], files, inputs, facts, resolved)
+        failure = resolved.recipe.failures[0]
+        return LevelStep(level, "fails", failure.why, files, inputs, facts, resolved, failure.todo)
     if foreign:
-        why = f"{files[0].name} is there and was not made here; move it away to have it made"
-        return LevelStep(level, "fails", why, files, inputs, facts, resolved)
+        why = f"{files[0].name} is there and was not made here"
+        return LevelStep(level, "fails", why, files, inputs, facts, resolved, MOVE_AWAY)
     return LevelStep(level, "todo", _why_todo(record, inputs, intact), files, inputs, facts, resolved)
 
 

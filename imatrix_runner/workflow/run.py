@@ -28,7 +28,7 @@ from imatrix_runner.workflow.context import Context, Session, held, settle
 from imatrix_runner.workflow.evaluate import EvaluateResult, check_request, evaluate_levels
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
-from imatrix_runner.workflow.plan import ImatrixStep, LevelStep, Plan
+from imatrix_runner.workflow.plan import LevelStep, Plan
 from imatrix_runner.workflow.report import ReportFiles, make_report
 from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
 from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
@@ -88,7 +88,7 @@ def run(
         if chosen.request is not None:
             job.advise_type(model)
         planner = LevelPlanner(request.levels, frozen, session) if request.levels is not None else None
-        plan = job.within_target(job.plan(model, chosen.step, planner, levels, chosen.file))
+        plan = job.within_target(job.plan(model, chosen, planner, levels, chosen.file))
         if on_plan is not None:
             on_plan(plan)
         matrix = chosen.file
@@ -99,7 +99,7 @@ def run(
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, session)
                 imatrix_flow.tell_weaknesses(matrix, model, session.sink)
-                plan = job.within_target(job.plan(model, chosen.step, planner, levels, matrix))
+                plan = job.within_target(job.plan(model, chosen, planner, levels, matrix))
             if planner is not None:
                 made = make_levels(plan, planner, matrix, session)
                 evaluated = job.evaluate(made, frozen)
@@ -167,7 +167,7 @@ class _Job:
     def plan(
         self,
         model: Model,
-        step: ImatrixStep,
+        chosen: imatrix_flow.Chosen,
         planner: LevelPlanner | None,
         levels: tuple[Level, ...],
         matrix: MatrixFile | None,
@@ -176,11 +176,11 @@ class _Job:
         root = self.session.workspace.root
         steps: tuple[LevelStep, ...] = ()
         if planner is not None:
-            pending = matrix is None and step.present
+            pending = matrix is None and chosen.step.present
             fingerprint = "still to be made" if pending else imatrix_flow.fingerprint(matrix, self.session)
-            steps = planner.plan(levels, matrix, fingerprint)
+            steps = planner.plan(levels, matrix, fingerprint, chosen.expected if pending else None)
         free = free_bytes(root) + reserved_bytes(self.session.workspace)
-        return Plan(root, model.name, step, steps, free)
+        return Plan(root, model.name, chosen.step, steps, free)
 
     def begin(self, model: Model, levels: tuple[Level, ...]) -> None:
         """Write down what was asked for, so that ``status`` can tell what is missing and how to go on."""
@@ -253,7 +253,7 @@ def refuse_hopeless(plan: Plan, *, one_by_one: bool = False) -> None:
         raise InvalidDataError(
             f"None of the {len(plan.levels)} levels can be made" if many else f"{first.level.name} cannot be made",
             f"{first.level.name}: {first.reason}" if many else first.reason,
-            "See every reason with --dry-run; give an imatrix with --imatrix, or choose other levels.",
+            first.remedy or "See every reason with --dry-run, or choose other levels.",
         )
 
 

@@ -22,7 +22,7 @@ from imatrix_runner.events import ignore
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.imatrix.matrix import Entry, Matrix, held
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.quantize.recipe import NEVER_WEIGHED
+from imatrix_runner.quantize.weights import NEVER_WEIGHED
 from imatrix_runner.workflow.context import Context
 from imatrix_runner.workflow.request import EnvironmentRequest, ImatrixRequest, LevelsRequest, RunRequest, SourceRequest
 from imatrix_runner.workflow.run import run as run_workflow

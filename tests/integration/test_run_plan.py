@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from command_line import Ran, RunCommand
+from in_process import CommandLine
 from llama_tools import BareTools, digest, times
+from tiny_architectures import write_architecture
 from tiny_models import sample_text, write_llama_gguf
 
 from imatrix_runner.models.gguf_file import read_header
@@ -40,7 +42,7 @@ def test_a_dry_run_writes_nothing_and_is_right_to_the_byte(
     assert real["plan"]["new_bytes"] == dry.document["plan"]["new_bytes"] == sum(entry["bytes"] for entry in planned.values())
 
 
-def test_a_dry_run_before_the_imatrix_is_made_differs_by_its_metadata_only(
+def test_a_dry_run_before_the_imatrix_is_made_is_right_to_the_byte(
     tiny_model: Path, tiny_text: Path, runner: RunCommand, tmp_path: Path
 ) -> None:
     arguments = ("run", tiny_model, "-f", tiny_text, *SHORT, "--levels", "Q4_K_M,IQ2_XS")
@@ -51,7 +53,7 @@ def test_a_dry_run_before_the_imatrix_is_made_differs_by_its_metadata_only(
     assert [level["state"] for level in dry["plan"]["levels"]] == ["todo", "todo"]
     real = by_level(runner(*arguments, "--json").document["levels"])
     for name, level in by_level(dry["plan"]["levels"]).items():
-        assert 0 <= real[name]["bytes"] - level["bytes"] < 512
+        assert real[name]["bytes"] == level["bytes"]
         assert real[name]["bits_per_weight"] == level["bits_per_weight"]
 
 
@@ -99,6 +101,35 @@ def test_a_level_that_must_fail_is_told_before_anything_runs(
     quiet = runner(*arguments, "-q")
     assert (quiet.code, quiet.out) == (100, "")
     assert quiet.err.startswith("IQ2_XXS: IQ2_XXS was not made")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "why", "todo"),
+    [
+        ("glm4moe", (), "belongs to an MTP / NextN block", "--uncovered q4_k"),
+        ("llama", ("--exclude-weights", "attn_q"), "--include-weights or --exclude-weights leave it out", "--uncovered q4_k"),
+        ("llama", ("--include-weights", "ffn_up"), "--include-weights or --exclude-weights leave it out", "--uncovered q4_k"),
+        ("llama", ("--exclude-weights", ""), "--include-weights or --exclude-weights leave it out", "--uncovered q4_k"),
+        ("llama", ("--output-tensor-type", "iq2_xs"), "collected with --process-output only", "--process-output"),
+    ],
+)
+def test_data_that_collecting_will_not_give_is_missed_in_the_plan(
+    architecture: str, options: tuple[str, ...], why: str, todo: str, cli: CommandLine, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Before anything is collected, with the option that mends it; and with that option the level can be made."""
+    model = write_architecture(architecture, tmp_path / "model.gguf", dtype="BF16")
+    arguments = ("run", model, "-f", tiny_text, *SHORT, "--levels", "IQ2_XXS", *options)
+    refused = cli(*arguments)
+    assert refused.code == 6
+    assert why in refused.err
+    (do,) = [line for line in refused.err.splitlines() if line.startswith("  Do:")]
+    assert todo in do
+    assert not (tmp_path / "work" / "model" / "imatrix.gguf").exists()
+    planned = by_level(cli(*arguments, *todo.split(), "--dry-run", "--json").document["plan"]["levels"])["IQ2_XXS"]
+    assert planned["state"] == "todo"
+    if architecture == "glm4moe":
+        assert cli(*arguments, *todo.split()).code == 0
+        assert (tmp_path / "work" / "model" / "model-IQ2_XXS.gguf").stat().st_size == planned["bytes"]
 
 
 def test_when_every_level_must_fail_nothing_begins(tiny_model: Path, runner: RunCommand, tmp_path: Path) -> None:
@@ -229,7 +260,8 @@ def test_a_users_own_file_is_never_overwritten(workplace: Workplace, tools: Bare
         "Q8_0": "failed",
         "Q4_1": "done",
     }
-    assert "is there and was not made by this workspace; move it away" in levels["Q6_K"]["error"]["why"]
+    assert "is there and was not made by this workspace" in levels["Q6_K"]["error"]["why"]
+    assert levels["Q6_K"]["error"]["do"].startswith("Move the file away")
     assert "is there but damaged" in levels["Q8_0"]["error"]["why"]
     assert "was changed since it was made" in levels["Q4_0"]["error"]["why"]
     assert {path: digest(path) for path in before} == before

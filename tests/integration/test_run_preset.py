@@ -141,7 +141,7 @@ def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     assert plan.keys() == {"workspace", "imatrix", "levels", "new_bytes", "free_bytes"}
     assert plan["new_bytes"] == 0
     assert plan["levels"][0].keys() == {
-        *("level", "ftype", "state", "reason", "files", "bytes", "bits_per_weight", "needs_imatrix", "fallbacks"),
+        *("level", "ftype", "state", "reason", "remedy", "files", "bytes", "bits_per_weight", "needs_imatrix", "fallbacks"),
         *("fallback_share", "without_weights", "unseen", "pinned"),
     }
 

@@ -10,10 +10,12 @@ import pytest
 from llama_tools import BareTools, digest
 from tiny_architectures import ARCHITECTURES, DType, write_architecture
 
+from imatrix_runner.imatrix.expected import expect, uncollected
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.imatrix.matrix import Matrix
+from imatrix_runner.models.sources import Model, open_gguf
 
-Measure = Callable[[str, DType], Matrix]
+Measure = Callable[[str, DType], tuple[Model, Matrix]]
 
 CHUNKS, CHUNK_SIZE = 4, 128
 TOKENS = CHUNKS * CHUNK_SIZE
@@ -52,12 +54,12 @@ ABSENT = {
 def measure(tools: BareTools, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Measure:
     folder = tmp_path_factory.mktemp("architectures")
 
-    def measured(name: str, dtype: DType) -> Matrix:
+    def measured(name: str, dtype: DType) -> tuple[Model, Matrix]:
         model = write_architecture(name, folder / "model.gguf", dtype=dtype)
         assert model.stat().st_size < 20e6
         options = ("-c", str(CHUNK_SIZE), "--chunks", str(CHUNKS), "--process-output")
         tools.imatrix(model, tiny_text, folder / "imatrix.gguf", *options)
-        return read(folder / "imatrix.gguf").matrix
+        return open_gguf(model, allow_requantize=False), read(folder / "imatrix.gguf").matrix
 
     return measured
 
@@ -65,7 +67,8 @@ def measure(tools: BareTools, tiny_text: Path, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_llama_imatrix_measures_it(measure: Measure, name: str, dtype: DType) -> None:
-    matrix = measure(name, dtype)
+    model, matrix = measure(name, dtype)
+    _as_expected(model, matrix)
     for tensor, shape in CHARACTERISTIC[name].items():
         assert matrix.shape(f"{tensor}.weight") == shape
     assert name not in ABSENT or f"{ABSENT[name]}.weight" not in matrix.entries
@@ -78,14 +81,28 @@ def test_llama_imatrix_measures_it(measure: Measure, name: str, dtype: DType) ->
         assert (seen > 0).all()
 
 
+def test_blocks_that_are_never_computed_are_expected_to_have_no_data(measure: Measure) -> None:
+    model, matrix = measure("glm4moe", "BF16")
+    _as_expected(model, matrix)
+    assert {name.split(".")[1] for name in matrix.entries if name.startswith("blk.")} == {"0", "1"}
+    assert "NextN" in uncollected(model)["blk.2.ffn_up_exps.weight"]
+
+
+def _as_expected(model: Model, matrix: Matrix) -> None:
+    """What the header foretells has data, with as many values; and nothing has that it says has none."""
+    expected = expect(model, process_output=True)
+    assert {name: matrix.values_per_entry(name) for name in expected.sizes} == expected.sizes
+    assert not expected.absent.keys() & matrix.entries.keys()
+
+
 def test_columns_differ_in_importance(measure: Measure) -> None:
-    sums = measure("llama", "F32").entries["blk.0.attn_q.weight"].sums[0]
+    sums = measure("llama", "F32")[1].entries["blk.0.attn_q.weight"].sums[0]
     assert sums.argmax() == 0  # the outlier channel
     assert np.percentile(sums, 90) > 3 * np.percentile(sums, 10)
 
 
 def test_some_experts_see_few_tokens(measure: Measure) -> None:
-    counts = measure("qwen3moe", "F32").counts("blk.0.ffn_gate_exps.weight")
+    counts = measure("qwen3moe", "F32")[1].counts("blk.0.ffn_gate_exps.weight")
     assert counts.min() < TOKENS // 50
     assert counts.max() > TOKENS // 2
 

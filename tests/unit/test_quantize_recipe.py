@@ -8,23 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from recipes import Made, make, predict
+from recipes import NO_OPTIONS, Made, make, predict
 from tiny_models import write_llama_gguf
 from values import entry, matrix
 
 from imatrix_runner.engines.base import DryRun, Fallback, Quantized, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.imatrix.expected import ExpectedMatrix, expect
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.models.gguf_file import read_header, tensor_bytes, type_id
+from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.process import Command, Runner
 from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import (
-    NEVER_WEIGHED,
-    buffer_bytes,
-    ignored_tensor_types,
-    make_recipe,
-    usable_weights,
-)
+from imatrix_runner.quantize.recipe import buffer_bytes, ignored_tensor_types, make_recipe
+from imatrix_runner.quantize.weights import NEVER_WEIGHED, NO_IMATRIX, expected_weights, usable_weights
 
 # Their tables take seconds each: begun first, they run beside all the others.
 SLOW = ("IQ1_S", "IQ1_M", "IQ2_S", "IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ3_XXS", "IQ3_XS", "IQ3_M", "IQ3_S")
@@ -79,7 +76,7 @@ def test_exactly_the_low_types_need_an_imatrix(every_type: Mapping[tuple[str, bo
 
 
 def test_a_missing_imatrix_is_the_reason_given(every_type: Mapping[tuple[str, bool], Made]) -> None:
-    assert every_type["IQ2_XS", False].recipe.failures == ("it needs an importance matrix and there is none",)
+    assert every_type["IQ2_XS", False].recipe.failures == (NO_IMATRIX,)
     assert every_type["IQ2_XS", True].recipe.failures == ()
 
 
@@ -138,9 +135,10 @@ def test_a_type_forced_on_a_shape_it_cannot_hold_is_foretold_to_fail(
     assert not made.succeeded
     assert made.recipe.file_bytes is None
     (failure,) = made.recipe.failures
-    assert tensor in failure
-    assert "rows of 288" in failure
-    assert "blocks of 256" in failure
+    assert tensor in failure.why
+    assert "rows of 288" in failure.why
+    assert "blocks of 256" in failure.why
+    assert "-type q8_0" in failure.todo
 
 
 @pytest.mark.parametrize(
@@ -176,7 +174,10 @@ def test_a_tensor_that_cannot_do_without_its_weights_is_foretold_to_fail(
     options = QuantizeOptions(exclude_weights=("blk.1.attn_k",))
     made = make(engine, demo_model, "Q2_K_S", tmp_path / "o.gguf", demo_imatrix, options)
     assert not made.succeeded
-    assert [failure.split()[0] for failure in made.recipe.failures] == ["blk.1.attn_k.weight"]
+    (failure,) = made.recipe.failures
+    assert failure.why.startswith("blk.1.attn_k.weight becomes Q2_K, which cannot do without imatrix data")
+    assert "--exclude-weights leave it out" in failure.why
+    assert "--uncovered q4_k" in failure.todo
 
 
 def test_a_misfit_is_foretold_to_fail(engine: BinariesEngine, demo_model: Path, demo_imatrix: Path, tmp_path: Path) -> None:
@@ -185,7 +186,8 @@ def test_a_misfit_is_foretold_to_fail(engine: BinariesEngine, demo_model: Path, 
     write_gguf(replace(whole, entries=dict(sorted(changed.items()))), tmp_path / "i.gguf")
     made = make(engine, demo_model, "Q4_K_M", tmp_path / "o.gguf", tmp_path / "i.gguf")
     assert not made.succeeded
-    assert made.recipe.failures == ("the imatrix has 3 values for blk.0.attn_q.weight, the model needs 256",)
+    (failure,) = made.recipe.failures
+    assert failure.why == "the imatrix has 3 values for blk.0.attn_q.weight, the model needs 256"
 
 
 @pytest.mark.parametrize("level", ["Q4_K_M", "Q8_0"])
@@ -252,19 +254,22 @@ def test_a_quantised_source_is_judged_by_what_would_change(engine: BinariesEngin
     assert (not made.recipe.failures) is allowed
 
 
-def test_while_the_imatrix_is_still_to_be_made_its_absence_is_no_failure(demo_model: Path) -> None:
-    header = read_header(demo_model)
-    types = {tensor.name: tensor.type_name.lower() for tensor in header.tensors} | {"blk.0.attn_q.weight": "iq2_xs"}
+def test_while_the_imatrix_is_still_to_be_made_what_is_expected_of_it_counts(demo_model: Path) -> None:
+    model = open_gguf(demo_model, allow_requantize=False)
+    types = {tensor.name: tensor.type_name.lower() for tensor in model.tensors} | {"blk.0.attn_q.weight": "iq2_xs"}
     dry = DryRun(types, (), needs_imatrix=True)
     level = Level("IQ2_XS", "IQ2_XS")
 
-    def failures(*, pending: bool) -> tuple[str, ...]:
-        recipe = make_recipe(level, header, header.tensors, dry, None, QuantizeOptions(), pending=pending)
+    def failures(expected: ExpectedMatrix | None, options: QuantizeOptions = NO_OPTIONS) -> list[str]:
+        weights = expected_weights(expected, options) if expected is not None else None
+        recipe = make_recipe(level, model.header, model.tensors, dry, weights, options)
         assert recipe.needs_imatrix
-        return recipe.failures
+        return [failure.why for failure in recipe.failures]
 
-    assert failures(pending=True) == ()
-    assert failures(pending=False) == ("it needs an importance matrix and there is none",)
+    assert failures(expect(model)) == []
+    assert failures(None) == [NO_IMATRIX.why]
+    (why,) = failures(expect(model), QuantizeOptions(exclude_weights=("attn_q",)))
+    assert why.startswith("blk.0.attn_q.weight becomes IQ2_XS")
 
 
 def test_a_fork_s_type_has_an_unknown_size_and_no_failure(demo_model: Path) -> None:

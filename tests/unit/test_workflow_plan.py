@@ -15,8 +15,10 @@ from imatrix_runner.journal import Record, describe_change
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.recipe import Recipe, RecipeTensor
 from imatrix_runner.quantize.resolve import Resolved
+from imatrix_runner.quantize.weights import NO_IMATRIX, Failure
 from imatrix_runner.workflow.plan import (
     MOST_JOBS,
+    MOVE_AWAY,
     ImatrixStep,
     LevelStep,
     Plan,
@@ -91,13 +93,13 @@ def test_an_input_that_came_or_went_is_described_as_none() -> None:
 def test_a_foreign_file_is_never_replaced() -> None:
     step = plan(foreign=True)
     assert step.state == "fails"
-    assert step.reason == "m-Q4_K_M.gguf is there and was not made here; move it away to have it made"
+    assert (step.reason, step.remedy) == ("m-Q4_K_M.gguf is there and was not made here", MOVE_AWAY)
 
 
 def test_what_cannot_be_made_fails_with_the_first_reason() -> None:
-    failing = replace(RECIPE, failures=("it needs an importance matrix and there is none", "more"))
+    failing = replace(RECIPE, failures=(NO_IMATRIX, Failure("more", "Do more.")))
     step = plan(resolved=replace(RESOLVED, recipe=failing), foreign=True)
-    assert (step.state, step.reason) == ("fails", "it needs an importance matrix and there is none")
+    assert (step.state, step.reason, step.remedy) == ("fails", NO_IMATRIX.why, NO_IMATRIX.todo)
 
 
 @pytest.mark.parametrize("made", [None, record()])

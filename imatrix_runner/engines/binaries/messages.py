@@ -43,7 +43,7 @@ KNOWN: tuple[Known, ...] = (
         r"Missing importance matrix for tensor (\S+) in a very low-bit",
         InvalidDataError,
         "the imatrix has no data for tensor {1}, and its type cannot do without",
-        "Choose a level of 3 bits or more, or pin it: --tensor-type {1}=q4_k",
+        "Give tensors without data a type that needs none: --uncovered q4_k; or choose a level of 3 bits or more.",
     ),
     _known(
         # For token embeddings llama-quantize says so too, but goes on.
