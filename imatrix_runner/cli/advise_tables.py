@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from imatrix_runner.calibration.languages import SHORT, UNKNOWN
+from imatrix_runner.cli.columns import Column, by_remark, fitted_table
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.quantize.benefit import KLD_SOURCE, PPL_SOURCE, REASONS
@@ -44,7 +44,7 @@ def print_advice(advice: Advice, commands: Sequence[str], console: Console) -> N
     """Everything, the answer last: that is where the eye is when a command ends."""
     _rows(console, _overview(advice))
     console.print()
-    _levels(console, advice)
+    console.print(fitted_table(_COLUMNS, advice.levels, console))
     console.print()
     _rows(console, _notes(advice))
     _part(console, "Calibration", _calibration(advice))
@@ -95,25 +95,16 @@ def _machine(machine: MachineFacts) -> str:
     return f"{', '.join(told)}; {human_bytes(machine.disk_free)} of disk free at {printable(str(machine.disk))}"
 
 
-@dataclass(frozen=True)
-class _Column:
-    heading: str
-    cell: Callable[[LevelAdvice], Text]
-    left: bool = False
-
-
-_COLUMNS = (
-    _Column("Level", lambda each: Text(each.level), left=True),
-    _Column("Size", lambda each: Text(_size(each.n_bytes))),
-    _Column("Bits", lambda each: Text(f"{each.bits_per_weight:.2f}" if each.bits_per_weight is not None else "-")),
-    _Column("Needs", lambda each: Text(_size(each.fit.n_bytes if each.fit is not None else None))),
-    _Column("Runs in", lambda each: _place(each), left=True),
-    _Column("Imatrix", lambda each: Text(*_NEEDS[each.benefit.need]), left=True),
-    _Column("PPL error", lambda each: Text(_pair(each.benefit.ppl_error, ".2f", " %"))),
-    _Column("KLD", lambda each: Text(_pair(each.benefit.kld, ".4f"))),
+_COLUMNS: tuple[Column[LevelAdvice], ...] = (
+    Column("Level", lambda each: each.level, left=True),
+    Column("Size", lambda each: _size(each.n_bytes)),
+    Column("Bits", lambda each: f"{each.bits_per_weight:.2f}" if each.bits_per_weight is not None else "-", 4),
+    Column("Needs", lambda each: _size(each.fit.n_bytes if each.fit is not None else None), 3),
+    Column("Runs in", lambda each: _place(each), left=True),
+    Column("Imatrix", lambda each: Text(*_NEEDS[each.benefit.need]), left=True),
+    Column("PPL error", lambda each: _pair(each.benefit.ppl_error, ".2f", " %"), 1),
+    Column("KLD", lambda each: _pair(each.benefit.kld, ".4f"), 2),
 )
-# Given up one by one, in this order, when the terminal is too narrow for all.
-_DISPENSABLE = ("Bits", "Needs")
 
 
 def _size(n_bytes: int | None) -> str:
@@ -136,25 +127,6 @@ def _pair(pair: tuple[float | None, float | None] | None, form: str, unit: str =
     return " → ".join(format(value, form) for value in pair if value is not None) + unit
 
 
-def _levels(console: Console, advice: Advice) -> None:
-    shown = list(_COLUMNS)
-    unlimited = console.options.update(max_width=10_000)
-    for heading in _DISPENSABLE:
-        if console.measure(_table(advice, shown), options=unlimited).maximum <= console.width:
-            break
-        shown = [column for column in shown if column.heading != heading]
-    console.print(_table(advice, shown))
-
-
-def _table(advice: Advice, columns: Sequence[_Column]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column.heading, justify="left" if column.left else "right", no_wrap=True)
-    for level in advice.levels:
-        table.add_row(*(column.cell(level) for column in columns))
-    return table
-
-
 def _notes(advice: Advice) -> Iterator[Row]:
     """What the columns mean, where their figures come from, and what is special about single levels."""
     counted = "" if advice.context.n_bytes is None else ", the context"
@@ -169,14 +141,19 @@ def _notes(advice: Advice) -> Iterator[Row]:
     yield "KLD", Text(f"mean divergence from the source in nats, without → with ({KLD_SOURCE})")
     yield "", Text("one figure: measured with only (IQ types, Q2_K_S) or without only (the others)")
     yield "", Text("Both are other models'; yours is measured with: imatrix-runner evaluate MODEL --ab")
-    for level in advice.levels:
-        if level.failure:
-            yield level.level, Text(f"cannot be made: {printable(level.failure)}", style="red")
-        elif level.fallbacks:
-            told = f"{level.fallbacks} tensors ({100 * level.fallback_share:.0f} % of the weights) get another type"
-            yield level.level, Text(f"{told}, because their rows do not divide into blocks", style="yellow")
+    failures = by_remark((level.level, printable(level.failure)) for level in advice.levels if level.failure)
+    for failure, names in failures.items():
+        yield "Fails", Text(f"{names}: {failure}", style="red")
+    fallbacks = by_remark((each.level, _fallback(each)) for each in advice.levels if each.fallbacks and not each.failure)
+    for fallback, names in fallbacks.items():
+        yield "Fallback", Text(f"{names}: {fallback}", style="yellow")
     if advice.left_out:
         yield "Left out", Text(f"{', '.join(advice.left_out)}: for models trained in these types; --levels judges them")
+
+
+def _fallback(level: LevelAdvice) -> str:
+    share = f"{100 * level.fallback_share:.0f} % of the weights"
+    return f"{level.fallbacks} tensors ({share}) get another type, because their rows do not divide into blocks"
 
 
 def _labels(first: str) -> Iterator[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from imatrix_runner.cli.columns import Column, fitted_table
 from imatrix_runner.engines.measures import Divergence
 from imatrix_runner.evaluate.answers import DomainResult
 from imatrix_runner.evaluate.twins import RULE, Comparison
@@ -17,27 +15,21 @@ from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.report.document import Report, ReportLevel
 from imatrix_runner.report.wording import error, figure, kld, kld_error, percent, points, shown, signed
 
-T = TypeVar("T")
-
 PICKED = "*"
 """What stands behind the name of a recommended level."""
-
-
-@dataclass(frozen=True)
-class Column(Generic[T]):
-    """``cell`` gives None where there is nothing to say; a column without any cell is not shown. Where the terminal is too
-    narrow, the columns with a ``rank`` go, the highest first."""
-
-    heading: str
-    cell: Callable[[T], str | None]
-    rank: int = 0
-    left: bool = False
 
 
 def print_report(report: Report, console: Console) -> None:
     """Levels from the largest, the recommended ones, and comparisons and answers if there are any."""
     picked = {pick.level for pick in report.picks}
-    console.print(_table("Report", _level_columns(picked), report.levels, console, bold=picked))
+    table = fitted_table(
+        _level_columns(picked),
+        report.levels,
+        console,
+        title="Report",
+        style=lambda level: "green" if level.name in picked else "",
+    )
+    console.print(table)
     evaluation = report.evaluation
     if evaluation is not None:
         console.print(
@@ -52,11 +44,11 @@ def print_report(report: Report, console: Console) -> None:
         console.print(line.append(f" ({pick.why}): {shown(pick.rule)}", style="not bold default"))
     if report.comparisons:
         console.print()
-        console.print(_table("With and without imatrix", _TWINS, report.comparisons, console))
+        console.print(fitted_table(_TWINS, report.comparisons, console, title="With and without imatrix"))
         console.print(Text(RULE, style="dim"))
     if report.domain:
         console.print()
-        console.print(_table("Answers to your prompts", _ANSWERS, report.domain, console))
+        console.print(fitted_table(_ANSWERS, report.domain, console, title="Answers to your prompts"))
 
 
 _LEGEND = (
@@ -99,22 +91,3 @@ _ANSWERS: tuple[Column[DomainResult], ...] = (
     Column("Agree for", lambda found: f"{found.agreement_mean:.1f} of {found.n_predict} tokens", 1),
     Column("Median", lambda found: f"{found.agreement_median:.10g}", 3),
 )
-
-
-def _table(
-    title: str, columns: Sequence[Column[T]], rows: Sequence[T], console: Console, *, bold: set[str] | None = None
-) -> Table:
-    """As many columns as have something to say and as the console has room for."""
-    shown_columns = [column for column in columns if any(column.cell(row) is not None for row in rows)]
-    wide = console.options.update(max_width=10_000)
-    while True:
-        table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left", title_style="bold")
-        for column in shown_columns:
-            table.add_column(column.heading, justify="left" if column.left else "right", no_wrap=column is not columns[-1])
-        for row in rows:
-            cells = [Text(column.cell(row) or "-") for column in shown_columns]
-            table.add_row(*cells, style="green" if bold and cells[0].plain.removesuffix(f" {PICKED}") in bold else "")
-        droppable = [column for column in shown_columns if column.rank]
-        if not droppable or console.measure(table, options=wide).maximum <= console.width:
-            return table
-        shown_columns.remove(max(droppable, key=lambda column: column.rank))

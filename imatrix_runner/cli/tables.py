@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from imatrix_runner.cli.columns import Column, by_remark, fitted_table
 from imatrix_runner.cli.report_table import print_report
 from imatrix_runner.files import human_bytes, human_seconds
+from imatrix_runner.workflow.making import LevelResult
 from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, LevelStep, Plan
 from imatrix_runner.workflow.run import RunResult
 
@@ -23,19 +24,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(Text(_imatrix_line(plan.imatrix)))
     if not plan.levels:
         return
-    table = Table(box=None, pad_edge=False, header_style="bold", title="Plan", title_justify="left", title_style="bold")
-    for heading in ("Level", "Size", "Bits/weight", "Imatrix", "Fallback", "State"):
-        table.add_column(heading, justify="right" if heading in ("Size", "Bits/weight") else "left", no_wrap=heading != "State")
-    for step in plan.levels:
-        state, style = _STATES[step.state]
-        table.add_row(
-            step.level.name,
-            _size(step.facts.n_bytes),
-            _bits(step.facts),
-            _imatrix_cell(step.facts, plan.imatrix),
-            _fallback_cell(step.facts),
-            Text(state, style=style),
-        )
+    table = fitted_table(_plan_columns(plan.imatrix), plan.levels, console, title="Plan")
     console.print(table)
     for line in _remarks(plan):
         console.print(line)
@@ -47,41 +36,40 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
 
 
+def _plan_columns(imatrix: ImatrixStep) -> tuple[Column[LevelStep], ...]:
+    return (
+        Column("Level", lambda step: step.level.name, left=True),
+        Column("Size", lambda step: _size(step.facts.n_bytes)),
+        Column("Bits/weight", lambda step: _bits(step.facts), 2),
+        Column("Imatrix", lambda step: _imatrix_cell(step.facts, imatrix), 1, left=True),
+        Column("Fallback", lambda step: _fallback_cell(step.facts), 3, left=True),
+        Column("State", lambda step: Text(*_STATES[step.state]), left=True),
+    )
+
+
 def _remarks(plan: Plan) -> list[Text]:
-    lines = [
-        Text(f"{', '.join(names)} will fail: {reason}. {remedy}", style="red")
-        for (reason, remedy), names in _alike(plan.failing).items()
-    ]
-    for step in plan.levels:
-        if step.facts.fallbacks:
-            first = step.facts.fallbacks[0]
-            lines.append(
-                Text(
-                    f"{step.level.name}: {len(step.facts.fallbacks)} tensors ({step.facts.fallback_share:.1%} of the weights) "
-                    "get another type, because their rows do not divide into blocks; "
-                    f"{first.tensor}: {first.wanted} -> {first.got}",
-                    style="yellow",
-                )
-            )
-        told = {
-            "are quantised without weights": step.facts.weightless,
-            "weigh all columns alike, because their entries counted no token": step.facts.unseen,
-            "without data are pinned by --uncovered": step.facts.pinned,
-        }
-        lines += [
-            Text(f"{step.level.name}: {len(names)} tensors {what}, the first is {names[0]}", style="yellow")
-            for what, names in told.items()
-            if names
-        ]
-    return lines
+    failures = by_remark((step.level.name, f"{step.reason}. {step.remedy}".rstrip(". ")) for step in plan.failing)
+    lines = [Text(f"{names} will fail: {reason}", style="red") for reason, names in failures.items()]
+    remarks = by_remark((step.level.name, remark) for step in plan.levels for remark in _remarks_on(step.facts))
+    return lines + [Text(f"{names}: {remark}", style="yellow") for remark, names in remarks.items()]
 
 
-def _alike(steps: Sequence[LevelStep]) -> dict[tuple[str, str], list[str]]:
-    """Names of levels by what is wrong with them and what to do."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for step in steps:
-        found.setdefault((step.reason, step.remedy), []).append(step.level.name)
-    return found
+def _remarks_on(facts: LevelFacts) -> Iterator[str]:
+    """What to know about a level's types and weights, a sentence each."""
+    if facts.fallbacks:
+        first = facts.fallbacks[0]
+        yield (
+            f"{len(facts.fallbacks)} tensors ({facts.fallback_share:.1%} of the weights) get another type, because their rows "
+            f"do not divide into blocks; {first.tensor}: {first.wanted} -> {first.got}"
+        )
+    remarks = {
+        "are quantised without weights": facts.weightless,
+        "weigh all columns alike, because their entries counted no token": facts.unseen,
+        "without data are pinned by --uncovered": facts.pinned,
+    }
+    for what, names in remarks.items():
+        if names:
+            yield f"{len(names)} tensors {what}, the first is {names[0]}"
 
 
 def print_result(result: RunResult, console: Console) -> None:
@@ -90,26 +78,25 @@ def print_result(result: RunResult, console: Console) -> None:
         print_report(result.report.report, console)
         print_failures(result, console)
     elif result.levels:
-        table = Table(box=None, pad_edge=False, header_style="bold", title="Result", title_justify="left", title_style="bold")
-        for heading in ("Level", "Size", "Of source", "Bits/weight", "Fallback", "Time", "State"):
-            numbers = heading in ("Size", "Of source", "Bits/weight", "Time")
-            table.add_column(heading, justify="right" if numbers else "left", no_wrap=heading != "State")
-        for level in result.levels:
-            state, style = _STATUSES[level.status]
-            table.add_row(
-                level.step.level.name,
-                _size(level.n_bytes),
-                f"{level.n_bytes / result.model.n_bytes:.0%}" if level.n_bytes else "-",
-                _bits(level.step.facts),
-                _fallback_cell(level.step.facts),
-                human_seconds(level.seconds) if level.seconds else "-",
-                Text(state, style=style),
-            )
+        columns = _result_columns(result.model.n_bytes)
+        table = fitted_table(columns, result.levels, console, title="Result")
         console.print(table)
         print_failures(result, console)
     if result.report is not None and not result.report.stale:
         console.print(Text(f"Report: {result.report.html}"))
     console.print(Text(f"{_summary(result)} in {human_seconds(result.seconds)}, in {result.plan.workspace}"))
+
+
+def _result_columns(source_bytes: int) -> tuple[Column[LevelResult], ...]:
+    return (
+        Column("Level", lambda level: level.step.level.name, left=True),
+        Column("Size", lambda level: _size(level.n_bytes)),
+        Column("Of source", lambda level: f"{level.n_bytes / source_bytes:.0%}" if level.n_bytes else "-", 3),
+        Column("Bits/weight", lambda level: _bits(level.step.facts), 2),
+        Column("Fallback", lambda level: _fallback_cell(level.step.facts), 4, left=True),
+        Column("Time", lambda level: human_seconds(level.seconds) if level.seconds else "-", 1),
+        Column("State", lambda level: Text(*_STATUSES[level.status]), left=True),
+    )
 
 
 def print_failures(result: RunResult, console: Console) -> None:
