@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import gzip
 import io
-import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imatrix_runner.errors import InvalidDataError, from_os_error
-from imatrix_runner.models.bounded import printable
+from imatrix_runner.models.bounded import quoted
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -135,11 +134,6 @@ def byte_lines(stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, byt
         yield number, None
         while line and not line.endswith(b"\n"):
             line = stream.readline(BLOCK)
-
-
-def quoted(path: Path) -> str:
-    """A path for a command to type, harmless on a terminal."""
-    return printable(shlex.quote(str(path)))
 
 
 def _convert(path: Path) -> str:

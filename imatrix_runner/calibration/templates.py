@@ -16,7 +16,7 @@ from imatrix_runner.calibration.tokenisers import read_config, special_text
 from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.gguf_file import GgufHeader, LongArray, long_array, read_header
-from imatrix_runner.models.sources import shard_names
+from imatrix_runner.models.gguf_names import shard_names
 
 MAX_TEMPLATE = 1 << 20
 """Bytes; the longest published one is below 40 KB."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +127,11 @@ def opened(path: Path) -> Iterator[BoundedReader]:
 def printable(text: str) -> str:
     """A stranger's text without the characters that could command a terminal."""
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def quoted(path: Path) -> str:
+    """A path for a command to type, harmless on a terminal."""
+    return printable(shlex.quote(str(path)))
 
 
 def damaged(path: Path, what: str, why: str) -> InvalidDataError:

@@ -153,6 +153,13 @@ def read_header(path: Path) -> GgufHeader:
 
     Raises :class:`InvalidDataError` for whatever is not a complete little-endian GGUF file of version 2 or 3.
     """
+    if (control := path.with_name(f"{path.name}.aria2")).is_file():
+        # aria2 gives a file its full size at once: it looks whole, and holes in it are zeros.
+        raise InvalidDataError(
+            f"{path} is an unfinished download",
+            f"{control.name} lies next to it, which aria2 leaves until a file is complete",
+            "Let the download finish; if it did, remove that file.",
+        )
     with opened(path) as reader:
         version = _version(reader)
         n_tensors = reader.count(_MAX_TENSORS, 24, "tensors")
@@ -185,7 +192,7 @@ def long_array(path: Path, key: str) -> tuple[Any, ...] | None:
 def _version(reader: BoundedReader) -> int:
     head = reader.head(HEAD_BYTES)
     if not head.startswith(b"GGUF"):
-        foreign = foreign_format(head, reader.size)
+        foreign = foreign_format(head, reader.size, reader.path)
         raise InvalidDataError(f"{reader.path} is not a GGUF file", f"it is {foreign.seems}", foreign.todo)
     reader.skip(4)
     version = int(reader.number("I"))

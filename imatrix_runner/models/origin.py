@@ -93,7 +93,10 @@ def origin_of_directory(directory: Path) -> Origin | None:
     place = directory.absolute()
     if place.parent.name == "snapshots" and (parts := place.parent.parent.name.split("--"))[0] == "models" and len(parts) == 3:
         return Origin("/".join(parts[1:]), "the name of the folder in the hub's cache")
-    found = ((_configured(place / "config.json"), "_name_or_path in config.json"), (_card(place / "README.md"), "README.md"))
+    found = (
+        (_configured(place / "config.json"), "_name_or_path in config.json"),
+        (card_base(place / "README.md"), "README.md"),
+    )
     origins = [Origin(repo, how, sure=same_name(place.name, repo.partition("/")[2])) for repo, how in found if repo]
     return next((origin for origin in origins if origin.sure), origins[0] if origins else None)
 
@@ -134,7 +137,7 @@ def _configured(path: Path) -> str | None:
     return repository_in(value.get("_name_or_path")) if isinstance(value, dict) else None
 
 
-def _card(path: Path) -> str | None:
+def card_base(path: Path) -> str | None:
     """``base_model`` in the front matter of a model card."""
     front = re.match(r"---\s*\n(.*?)\n---", _start(path).decode("utf-8", "replace"), re.DOTALL)
     match = _CARD_BASE.search(front[1]) if front else None

@@ -18,7 +18,7 @@ import msgspec
 
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.models.bounded import damaged, opened
-from imatrix_runner.models.sniff import HEAD_BYTES, foreign_format
+from imatrix_runner.models.sniff import HEAD_BYTES, LFS_POINTER, foreign_format
 from imatrix_runner.untrusted import UnreadableError, from_json, from_lenient_json
 
 INDEX = "model.safetensors.index.json"
@@ -109,8 +109,9 @@ def read_directory(path: Path) -> tuple[Weight, ...]:
     with opened(path) as reader:
         head = reader.head(HEAD_BYTES)
         if len(head) < 9 or head[8:9] != b"{":
-            foreign = foreign_format(head, reader.size)
-            raise InvalidDataError(f"{path} is not a safetensors file", f"it is {foreign.seems}", _AGAIN)
+            foreign = foreign_format(head, reader.size, path)
+            todo = foreign.todo if head.startswith(LFS_POINTER) else _AGAIN
+            raise InvalidDataError(f"{path} is not a safetensors file", f"it is {foreign.seems}", todo)
         length = int(reader.number("Q"))
         if length > _MAX_HEADER:
             raise damaged(path, f"announces a header of {length} bytes", f"at most {_MAX_HEADER} are allowed")

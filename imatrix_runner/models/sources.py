@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
+from imatrix_runner.models.folder_survey import survey
+from imatrix_runner.models.folders import CACHED, diagnose
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, read_header
+from imatrix_runner.models.gguf_names import SHARD, shard_names
+from imatrix_runner.models.misnamed import meant
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _PRECISION = re.compile(r"[-._](?:bf16|f16|f32)$", re.IGNORECASE)
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[A-Za-z0-9][\w./-]{0,199}))?(?::(?P<file>[^:\\]{1,400}))?",
@@ -134,28 +137,32 @@ def parse_source(text: str) -> Source:
         raise from_os_error(error, "looking for the model", text) from error
     match = _HUB_ID.fullmatch(text)
     if match is None or (text.lower().endswith(_WEIGHT_FILES) and not match["file"]):
-        raise InvalidDataError(
-            f"There is no model {text!r}",
-            _why_no_source(text),
-            "Give a .gguf file, a Hugging Face directory, or a hub id: org/name, org/name@revision, org/name:file.gguf.",
-        )
+        raise _no_model(text)
     return _hub_id(text, match["repo"], match["revision"], match["file"])
 
 
 def model_name(source: str | Path) -> str:
     """The name of the workspace's folder for a model: a safe, single, visible path component of at most 120 characters.
 
-    A file's stem without shard number and ``-F16`` / ``-BF16`` / ``-F32``; a directory's name; the last part of a hub id.
+    A file's stem without shard number and ``-F16`` / ``-BF16`` / ``-F32``; :func:`directory_name`; the last part of a hub id.
     """
     path = Path(source).expanduser()
     match = _HUB_ID.fullmatch(source) if isinstance(source, str) and not path.exists() else None
     if path.is_dir():
-        return _safe_name(path.name if path.name not in ("", "..") else path.resolve().name, str(source))
+        return _safe_name(directory_name(path), str(source))
     if match and match["file"]:
         return _safe_name(_stem(match["file"].rpartition("/")[2]), str(source))
     if match and not str(source).lower().endswith(_WEIGHT_FILES):
         return _safe_name(match["repo"].rpartition("/")[2], str(source))
     return _safe_name(_stem(path.name), str(source))
+
+
+def directory_name(path: Path) -> str:
+    """What a checkpoint's directory is called: its own name, and for a snapshot in a hub's cache, whose name is a commit, that
+    of the repository."""
+    whole = path.absolute() if path.name not in ("", "..") else path.resolve()
+    cached = CACHED.fullmatch(whole.parent.parent.name) if whole.parent.name == "snapshots" else None
+    return cached["name"] if cached is not None else whole.name
 
 
 def open_gguf(path: Path, *, allow_requantize: bool, name: str | None = None, source: Provenance | None = None) -> Model:
@@ -186,20 +193,12 @@ def open_gguf(path: Path, *, allow_requantize: bool, name: str | None = None, so
     return model
 
 
-def shard_names(path: Path) -> tuple[str, ...]:
-    """The file names of the whole split set that ``path`` belongs to by its name; just its own name if it is no shard."""
-    match = _SHARD.fullmatch(path.name)
-    if match is None or int(match["count"]) < 1:
-        return (path.name,)
-    return tuple(f"{match['stem']}-{number:05d}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1))
-
-
 def _weights(tensors: tuple[TensorInfo, ...]) -> tuple[TensorInfo, ...]:
     return tuple(tensor for tensor in tensors if len(tensor.shape) > 1)
 
 
 def _stem(name: str) -> str:
-    shard = _SHARD.fullmatch(name)
+    shard = SHARD.fullmatch(name)
     stem = shard["stem"] if shard else re.sub(r"\.gguf$", "", name, flags=re.IGNORECASE)
     return _PRECISION.sub("", stem) or stem
 
@@ -222,33 +221,16 @@ def _safe_name(name: str, source: str) -> str:
 def _directory(path: Path) -> LocalDirectory:
     if (path / "config.json").is_file():
         return LocalDirectory(path)
-    ggufs = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() == ".gguf")
-    raise InvalidDataError(
+    raise diagnose(survey(path)) or InvalidDataError(
         f"{path} is not a Hugging Face model directory",
-        "it has no config.json" + (f", but {len(ggufs)} GGUF file(s), the first is {ggufs[0]}" if ggufs else ""),
-        f"Name the file itself: {path / ggufs[0]}"
-        if ggufs
-        else "Name the directory that holds config.json and the *.safetensors.",
+        "it has no config.json",
+        "Name the directory that holds config.json and the *.safetensors, or a .gguf file.",
     )
 
 
-def _why_no_source(text: str) -> str:
-    if not text:
-        return "the name is empty"
-    if "://" in text:
-        return "a web address is not a model source; a hub id is just org/name"
-    path = Path(text).expanduser()
-    if path.parent.is_dir():
-        near = _near(path)
-        return f"no such file or directory{f' (is {near} meant?)' if near else ''}, and it is no hub id either"
-    return f"neither a path that exists (there is no directory {path.parent}) nor a hub id"
-
-
-def _near(path: Path) -> str | None:
-    from difflib import get_close_matches
-
-    close = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6)
-    return close[0] if close else None
+def _no_model(text: str) -> InvalidDataError:
+    found = meant(text)
+    return InvalidDataError(f"There is no model {text!r}", found.why, found.todo)
 
 
 def _hub_id(text: str, repo: str, revision: str | None, file: str | None) -> HubId:
@@ -261,6 +243,8 @@ def _hub_id(text: str, repo: str, revision: str | None, file: str | None) -> Hub
             "Write it as org/name@revision:file.gguf.",
         )
     if file is not None and not file.lower().endswith(".gguf"):
+        if "." not in file and "/" not in file and revision is None:
+            raise _no_model(text)
         raise UsageError(
             f"{text!r} names a file that is not a GGUF",
             "after the colon only a .gguf can stand",

@@ -11,8 +11,9 @@ from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.embedded.find import Unusable, find
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.models.gguf_names import shard_names
 from imatrix_runner.models.hub import Hub, is_offline
-from imatrix_runner.models.sources import HubId, LocalDirectory, LocalFile, parse_source, shard_names
+from imatrix_runner.models.sources import HubId, LocalDirectory, LocalFile, parse_source
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.store import cache_dir
 from imatrix_runner.workflow.context import Context

@@ -14,7 +14,8 @@ from imatrix_runner.files import joint_sha256, stamp
 from imatrix_runner.journal import Hashed, Journal
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.gguf_file import GgufHeader
-from imatrix_runner.models.sources import Model, open_gguf, shard_names
+from imatrix_runner.models.gguf_names import shard_names
+from imatrix_runner.models.sources import Model, open_gguf
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import ReportFile, ReportModel
 from imatrix_runner.untrusted import UnreadableError, from_json

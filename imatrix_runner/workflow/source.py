@@ -21,6 +21,7 @@ from imatrix_runner.models.sources import (
     Model,
     Provenance,
     Source,
+    directory_name,
     model_name,
     open_gguf,
 )
@@ -92,7 +93,9 @@ def _converted(
 ) -> Model:
     """The GGUF of a Hugging Face directory, converted once into the workspace."""
     from imatrix_runner.models.convert import resolve_outtype
+    from imatrix_runner.models.folders import check_folder
 
+    check_folder(source.path)
     dequantised = _dequantised(source, session.sink, allow_requantize=allow_requantize)
     workspace, journal = session.workspace, session.journal
     outtype = request.outtype if request.outtype != "auto" else resolve_outtype(source.path)
@@ -173,6 +176,7 @@ def _convert(
             only,
             "Build a complete toolchain with: imatrix-runner tools build",
         )
+    named = directory_name(source.path)  # the converter takes the directory's own name, which in a hub's cache is a commit
     convert(
         source.path,
         out,
@@ -183,6 +187,7 @@ def _convert(
         runner=session.runner,
         sink=session.sink,
         log=session.workspace.log("convert-mmproj" if mmproj else "convert"),
+        name=None if named == source.path.absolute().name else named,
         conclude=conclude,
     )
 

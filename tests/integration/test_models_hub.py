@@ -206,6 +206,23 @@ def test_nothing_that_fits(hub: HubServer, cache: Path) -> None:
     assert "imatrix-runner run org/base" in caught.value.todo
 
 
+def test_a_checkpoint_that_cannot_be_converted_costs_only_its_configuration(hub: HubServer, cache: Path) -> None:
+    config = b'{"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "awq", "bits": 4}}'
+    files = {"README.md": b"", "config.json": config, "model.safetensors": bytes(5000), "tokenizer.json": b"{}"}
+    hub.add("org/awq", files, card={"base_model": "org/base"})
+    with pytest.raises(InvalidDataError, match="quantised with AWQ") as caught:
+        fetch(hub, "org/awq", cache)
+    assert "imatrix-runner run org/base" in caught.value.todo
+    assert hub.downloads() == ["config.json"]
+
+
+def test_a_repository_for_another_program_is_named(hub: HubServer, cache: Path) -> None:
+    hub.add("org/onnx", {"config.json": b"{}", "onnx/model.onnx": b"x"}, card={"base_model": "org/base"})
+    with pytest.raises(InvalidDataError, match="org/onnx is an ONNX export") as caught:
+        fetch(hub, "org/onnx", cache)
+    assert "imatrix-runner run org/base" in caught.value.todo
+
+
 def test_a_cut_connection_continues_where_it_was(hub: HubServer, cache: Path, gguf: bytes) -> None:
     hub.add("org/tiny", {"tiny-BF16.gguf": gguf})
     hub.trouble = Trouble(cut_after=len(gguf) // 3)

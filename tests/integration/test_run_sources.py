@@ -113,7 +113,8 @@ def test_a_dry_run_of_a_hub_id_says_why_it_cannot(fetch: RunCommand, hub: HubSer
 @pytest.mark.convert
 @pytest.mark.skipif(bool(missing_packages()), reason="the convert extra is not installed")
 def test_a_hugging_face_directory_becomes_q4_k_m(runner: RunCommand, tmp_path: Path) -> None:
-    directory = tmp_path / "tiny-hf"
+    """One in the hub's cache, whose own name is a commit."""
+    directory = tmp_path / "models--org--tiny-hf" / "snapshots" / ("c0ffee" * 6 + "c0de")
     write_hf_directory(directory)
     (tmp_path / "text.txt").write_text(sample_text(20_000), encoding="utf-8")
     arguments = ("run", directory, "-f", "text.txt", "--levels", "Q4_K_M", "--json")
@@ -121,7 +122,8 @@ def test_a_hugging_face_directory_becomes_q4_k_m(runner: RunCommand, tmp_path: P
     assert ran.code == 0, ran.err
     workspace = tmp_path / "work" / "tiny-hf"
     (converted,) = [path for path in workspace.glob("*.gguf") if path.stem.endswith(("-BF16", "-F16", "-F32"))]
-    assert read_header(workspace / "tiny-hf-Q4_K_M.gguf").text("general.architecture") == "llama"
+    level = read_header(workspace / "tiny-hf-Q4_K_M.gguf")
+    assert (level.text("general.architecture"), level.text("general.name")) == ("llama", "tiny-hf")
     before = converted.stat().st_mtime_ns
     again = runner(*arguments)
     assert [level["status"] for level in again.document["levels"]] == ["skipped"]

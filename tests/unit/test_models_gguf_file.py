@@ -137,13 +137,49 @@ def test_a_large_vocabulary_is_read_fast_and_in_little_memory(tmp_path: Path) ->
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
         (struct.pack("<ii", 2, 19) + b"blk.0.attn_q.weight" + bytes(50), "importance matrix"),
         (b'{"a": 1}', "JSON"),
-        (b"hello, world", "unknown to us"),
+        (b"Entry not found", "error message saved under this name; it begins with 'Entry not found'"),
+        (b" \n\t", "unknown to us"),
+        (b"\x9c\x01\xff" * 40, "unknown to us"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (b"\xfd7zXZ\0" + bytes(9), "xz archive"),
+        (b"<?xml version='1.0'?><Error/>", "web page"),
     ],
 )
 def test_says_what_a_foreign_file_is(tmp_path: Path, content: bytes, said: str) -> None:
     error = refusal(tmp_path, content)
     assert "is not a GGUF file" in error.what
     assert said in error.why
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why", "todo"),
+    [
+        ("m.gguf.part", bytes(5000), "unfinished download", "finish"),
+        ("m.zip", b"PK\x03\x04" + bytes(100), "a zip archive", "Unpack"),
+        ("weights.npz", b"PK\x03\x04" + bytes(100), "NumPy arrays", "made from"),
+        ("notes.docx", b"PK\x03\x04" + bytes(100), "office document", "GGUF"),
+        ("pytorch_model.bin", b"PK\x03\x04" + bytes(100), "PyTorch weights", "imatrix-runner run"),
+        ("config.json", b'{"architectures": []}', "JSON text", "imatrix-runner run"),
+        ("tokenizer.model", b"\n\x0e\xff\xfe", "a tokenizer", "imatrix-runner run"),
+        ("model.onnx", b"\x08\x07\x12\x07pytorch", "an ONNX export", "made from"),
+        ("README.md", b"# A model", "text; it begins with '# A model'", "GGUF"),
+    ],
+)
+def test_the_name_helps_to_tell_what_a_file_is(tmp_path: Path, name: str, content: bytes, why: str, todo: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidDataError) as caught:
+        read_header(tmp_path / name)
+    assert why in caught.value.why
+    assert todo in caught.value.todo
+
+
+def test_a_file_that_aria2_still_fills(tmp_path: Path) -> None:
+    model = write_llama_gguf(tmp_path / "m.gguf", layers=1)
+    (tmp_path / "m.gguf.aria2").write_bytes(b"\0\x01")
+    with pytest.raises(InvalidDataError, match="unfinished download") as caught:
+        read_header(model)
+    assert "m.gguf.aria2" in caught.value.why
 
 
 def test_recognises_safetensors(tmp_path: Path) -> None:

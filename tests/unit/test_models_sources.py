@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import write_hf_directory, write_llama_gguf
 
 from imatrix_runner.errors import InvalidDataError, RunnerError, UsageError
+from imatrix_runner.models.gguf_names import shard_names
 from imatrix_runner.models.sources import (
     HubId,
     LocalDirectory,
@@ -20,7 +21,6 @@ from imatrix_runner.models.sources import (
     model_name,
     open_gguf,
     parse_source,
-    shard_names,
 )
 
 

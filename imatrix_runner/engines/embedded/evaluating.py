@@ -28,7 +28,7 @@ from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
 from imatrix_runner.engines.embedded.validating import bad_tensor
 from imatrix_runner.engines.logits_file import LogitsHead, Rows, note_path, read_head, read_rows, read_tokens
 from imatrix_runner.events import Progress
-from imatrix_runner.models.sources import shard_names
+from imatrix_runner.models.gguf_names import shard_names
 
 F32 = npt.NDArray[np.float32]
 

@@ -6,17 +6,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Literal
 
 from imatrix_runner.errors import DownloadError, InvalidDataError, RunnerError
-from imatrix_runner.models.sources import HubId, shard_names
+from imatrix_runner.models.folder_survey import Folder
+from imatrix_runner.models.folders import diagnose
+from imatrix_runner.models.gguf_names import first_shards, full_precision, is_gguf_model, is_quantised_name, siblings
+from imatrix_runner.models.sources import HubId
 
-_PRECISIONS = ("BF16", "F16", "F32")
-_PRECISION = re.compile(r"(?<![A-Za-z0-9])(B?F)P?(16|32)(?![A-Za-z0-9])", re.IGNORECASE)
-_QUANTISED = re.compile(r"(?<![A-Za-z0-9])(?:I?Q\d|TQ\d|MXFP4|NVFP4)", re.IGNORECASE)
-_NO_MODEL = re.compile(r"mmproj|imatrix|vocab|lora|adapter|projector", re.IGNORECASE)
 _WEIGHTS = re.compile(r"model[^/]*\.safetensors")
+CONFIG = "config.json"
 # README.md: the converter takes licence and authorship into the GGUF from it.
 _COMPANIONS = re.compile(r"README\.md|[^/]+\.(?:json|jinja|tiktoken|model|txt)")
 
@@ -31,7 +30,8 @@ class RepoFile:
 
 @dataclass(frozen=True)
 class Choice:
-    """``files`` to download: the shards of one GGUF in order, or what the converter reads from a checkpoint."""
+    """``files`` to download: the shards of one GGUF in order, or what the converter reads from a checkpoint, config.json
+    first."""
 
     kind: Literal["gguf", "checkpoint"]
     files: tuple[RepoFile, ...]
@@ -46,7 +46,7 @@ def choose(hub_id: HubId, files: Sequence[RepoFile], *, trust_remote_code: bool,
     names = {file.name: file for file in files}
     if hub_id.file is not None:
         return Choice("gguf", _whole_set(hub_id, hub_id.file, names))
-    found = _full_precision(names)
+    found = full_precision(names)
     if len(found) == 1:
         return Choice("gguf", _whole_set(hub_id, found[0], names))
     if found:
@@ -55,38 +55,13 @@ def choose(hub_id: HubId, files: Sequence[RepoFile], *, trust_remote_code: bool,
             f"in the same precision: {', '.join(found[:4])}{' …' if len(found) > 4 else ''}",
             f"Name one of them: imatrix-runner run '{HubId(hub_id.repo, hub_id.revision, found[0])}'",
         )
-    if "config.json" in names and any(map(_WEIGHTS.fullmatch, names)):
-        return Choice("checkpoint", tuple(_checkpoint(files, trust_remote_code)))
-    unmarked = _first_shards(name for name in names if _is_gguf_model(name) and not _QUANTISED.search(name))
+    if CONFIG in names and any(map(_WEIGHTS.fullmatch, names)):
+        wanted = _checkpoint(files, trust_remote_code)
+        return Choice("checkpoint", tuple(sorted(wanted, key=lambda file: file.name != CONFIG)))
+    unmarked = first_shards(name for name in names if is_gguf_model(name) and not is_quantised_name(name))
     if len(unmarked) == 1:
         return Choice("gguf", _whole_set(hub_id, unmarked[0], names))
     raise _nothing(hub_id, names, base_model)
-
-
-def _is_gguf_model(name: str) -> bool:
-    return name.lower().endswith(".gguf") and not _NO_MODEL.search(name)
-
-
-def _first_shards(names: Iterable[str]) -> list[str]:
-    """One name per GGUF: shards stand behind the first of their set."""
-    return sorted({_siblings(name)[0] for name in names})
-
-
-def _siblings(name: str) -> list[str]:
-    folder, slash, base = name.rpartition("/")
-    return [folder + slash + shard for shard in shard_names(Path(base))]
-
-
-def _full_precision(names: dict[str, RepoFile]) -> list[str]:
-    """The complete GGUFs of the best precision on offer, by the name of their first (or only) file."""
-    by_precision: dict[str, list[str]] = {precision: [] for precision in _PRECISIONS}
-    for first in _first_shards(name for name in names if _is_gguf_model(name)):
-        # The folder may carry the precision (BF16/model-00001-of-00002.gguf), but the file's own name decides.
-        folder, _, base = first.rpartition("/")
-        marks = _PRECISION.findall(base) or _PRECISION.findall(folder)
-        if marks and not _QUANTISED.search(base) and all(name in names for name in _siblings(first)):
-            by_precision["".join(marks[-1]).upper()].append(first)
-    return next((found for found in by_precision.values() if found), [])
 
 
 def _whole_set(hub_id: HubId, name: str, names: dict[str, RepoFile]) -> tuple[RepoFile, ...]:
@@ -98,7 +73,7 @@ def _whole_set(hub_id: HubId, name: str, names: dict[str, RepoFile]) -> tuple[Re
             f"the nearest names are {', '.join(near)}" if near else "there is no GGUF in that repository at all",
             f"Name one that exists: imatrix-runner run '{HubId(hub_id.repo, hub_id.revision, near[0] if near else None)}'",
         )
-    wanted = _siblings(name)
+    wanted = siblings(name)
     missing = [shard for shard in wanted if shard not in names]
     if missing:
         raise InvalidDataError(
@@ -119,7 +94,7 @@ def _checkpoint(files: Sequence[RepoFile], trust_remote_code: bool) -> Iterable[
 def _nothing(hub_id: HubId, names: dict[str, RepoFile], base_model: str | None) -> RunnerError:
     base = f"Use the model it was made from: imatrix-runner run {base_model}" if base_model else None
     if any(name.lower().endswith(".gguf") for name in names):
-        quants = sorted(name for name in names if _is_gguf_model(name))
+        quants = sorted(name for name in names if is_gguf_model(name))
         return InvalidDataError(
             f"{hub_id} holds no model in full precision",
             "its GGUF files are quantised already" + (f", such as {quants[0]}" if quants else ", adapters or projectors"),
@@ -137,6 +112,9 @@ def _nothing(hub_id: HubId, names: dict[str, RepoFile], base_model: str | None) 
             "reading a pickle can execute code hidden in it, so imatrix-runner does not download them",
             "Look for a revision or repository with safetensors (the hub's converter makes them), or convert it yourself.",
         )
+    listed = Folder(str(hub_id), tuple(sorted(names)), base=base_model or "", local=False)
+    if names and (wrong := diagnose(listed)) is not None:
+        return wrong
     return InvalidDataError(
         f"{hub_id} holds no model",
         "there is neither a GGUF nor a config.json with model*.safetensors in it",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +14,15 @@ from typing import Literal
 from imatrix_runner.errors import NoSpaceError, RunnerError
 from imatrix_runner.events import Finished, Sink, Started
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
+from imatrix_runner.models.folder_survey import Folder
+from imatrix_runner.models.folders import diagnose
 from imatrix_runner.models.hub.advice import Asked, explain, offline_without
 from imatrix_runner.models.hub.background import in_background
-from imatrix_runner.models.hub.choice import Choice, RepoFile, choose
-from imatrix_runner.models.hub.listing import list_cached, list_repository, remember_revision, repository_folder
+from imatrix_runner.models.hub.choice import CONFIG, Choice, RepoFile, choose
+from imatrix_runner.models.hub.listing import Listing, list_cached, list_repository, remember_revision, repository_folder
 from imatrix_runner.models.hub.transfer import STEP, Meter, cached_file, download, is_offline, patiently
+from imatrix_runner.models.origin import repository_in
+from imatrix_runner.models.safetensors_file import read_model_json
 from imatrix_runner.models.sources import HubId, Provenance
 from imatrix_runner.signals import Stop
 
@@ -66,7 +70,7 @@ def fetch_model(
         return _from_cache(asked, cache, trust_remote_code)
     listing = patiently(partial(list_repository, asked), asked, stop.check)
     choice = choose(hub_id, listing.files, trust_remote_code=trust_remote_code, base_model=listing.base_model)
-    paths = fetch_files(asked, choice.files, listing.commit, cache, stop, sink)
+    paths = fetch_files(asked, choice.files, listing.commit, cache, stop, sink, look=_Look(str(hub_id), listing))
     remember_revision(asked, listing.commit, cache)
     return _downloaded(asked, choice, listing.commit, paths)
 
@@ -128,12 +132,37 @@ def reachability(endpoint: str | None = None) -> str:
     return f"{asked.host} is reachable in {1000 * (time.monotonic() - began):.0f} ms"
 
 
+@dataclass(frozen=True)
+class _Look:
+    """Looks at a checkpoint's config.json, which comes first: no gigabytes are fetched that could not be used."""
+
+    name: str
+    listing: Listing
+
+    def __call__(self, file: RepoFile, path: Path) -> None:
+        if file.name != CONFIG:
+            return
+        names = tuple(sorted(listed.name for listed in self.listing.files))
+        found = Folder(self.name, names, read_model_json(path), base=repository_in(self.listing.base_model) or "", local=False)
+        if (wrong := diagnose(found)) is not None:
+            raise wrong
+
+
 def fetch_files(
-    asked: Asked, files: Sequence[RepoFile], commit: str, cache: Path, stop: Stop, sink: Sink, *, impatient: bool = False
+    asked: Asked,
+    files: Sequence[RepoFile],
+    commit: str,
+    cache: Path,
+    stop: Stop,
+    sink: Sink,
+    *,
+    impatient: bool = False,
+    look: Callable[[RepoFile, Path], None] | None = None,
 ) -> tuple[Path, ...]:
     """Bring files of one commit into the cache; those that are there already are not fetched again.
 
-    ``impatient`` gives up on a connection that brings nothing for minutes.
+    ``impatient`` gives up on a connection that brings nothing for minutes. ``look`` is shown every file once it is there, and
+    may raise an error that ends the download.
     """
     cached = {file.name: cached_file(asked, file, commit, cache) for file in files}
     need = sum(file.size or 0 for file in files if cached[file.name] is None)
@@ -145,6 +174,8 @@ def fetch_files(
     try:
         for file in files:
             path = cached[file.name] or patiently(partial(download, asked, file, commit, cache, meter), asked, meter.check)
+            if look is not None:
+                look(file, path)
             paths.append(path)
     except RunnerError as error:
         sink(Finished(STEP, "failed", str(error), time.monotonic() - began))
