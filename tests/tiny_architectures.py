@@ -84,7 +84,7 @@ def write_architecture(name: str, path: Path, *, dtype: DType = "F32", seed: int
     """
     from gguf import GGUFWriter
 
-    model = {**_TABLE, **_PARTLY_RUN}[name]
+    model = {**_TABLE, **_SPECIAL}[name]
     tokens, merges = byte_level_bpe(min(model.vocab, _VOCAB))
     tokens += [f"<unused{number}>" for number in range(model.vocab - len(tokens))]  # no merge leads there: never in a text
     arch = model.arch or name
@@ -97,7 +97,7 @@ def write_architecture(name: str, path: Path, *, dtype: DType = "F32", seed: int
     writer.add_vocab_size(len(tokens))
     writer.add_file_type(_FILE_TYPES[dtype])
     for key, value in model.metadata.items():
-        _add_metadata(writer, f"{arch}.{key}", value)
+        _add_metadata(writer, key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
     add_tokenizer(writer, tokens, merges)
     for tensor, array in _tensors(model, len(tokens), Weights(seed)):
         kept = array.ndim == 1 or tensor.endswith(_ALWAYS_F32)
@@ -187,6 +187,16 @@ def _glm4moe(w: Weights, number: int) -> Tensors:
     return tensors | {f"nextn.{name}.weight": w.gains(HIDDEN) for name in ("enorm", "hnorm", "shared_head_norm")}
 
 
+def _bert(w: Weights, _: int) -> Tensors:
+    tensors = attention(w) | {"ffn_up.weight": w(FF, HIDDEN), "ffn_down.weight": w.back(HIDDEN, FF)}
+    del tensors["attn_norm.weight"]
+    return tensors | layer_norm(w, "attn_output_norm") | layer_norm(w, "layer_output_norm")
+
+
+def _bert_last(w: Weights) -> Tensors:
+    return layer_norm(w, "token_embd_norm") | {"position_embd.weight": w(2048, HIDDEN), "token_types.weight": w(2, HIDDEN)}
+
+
 def _lfm2(w: Weights, number: int) -> Tensors:
     return (attention(w, qk_norm=True) if number == 1 else short_convolution(w)) | mlp(w)
 
@@ -229,7 +239,7 @@ _TABLE: dict[str, Architecture] = {
     "jamba": Architecture(DENSE | SSM | MOE | {"attention.head_count_kv": [0, KV_HEADS], "expert_count": 4}, _jamba),
 }
 
-_PARTLY_RUN: dict[str, Architecture] = {
+_SPECIAL: dict[str, Architecture] = {
     "glm4moe": Architecture(
         DENSE
         | ROPE
@@ -243,8 +253,15 @@ _PARTLY_RUN: dict[str, Architecture] = {
         _glm4moe,
         layers=3,
     ),
+    "bert": Architecture(
+        DENSE | {"attention.layer_norm_epsilon": 1e-5, "attention.causal": False, "tokenizer.ggml.token_type_count": 2},
+        _bert,
+        tied=True,
+        last=_bert_last,
+    ),
 }
-"""Models with weights that computing a text does not reach; :func:`write_architecture` knows them too."""
+"""Models with weights that computing a text does not reach, or that predict no text at all; :func:`write_architecture` knows
+them too."""
 
 ARCHITECTURES: tuple[str, ...] = tuple(_TABLE)
 """What :func:`write_architecture` can write. ``mamba`` and ``rwkv7`` are recurrent, ``lfm2`` and ``jamba`` hybrid."""

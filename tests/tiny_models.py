@@ -63,6 +63,7 @@ def write_llama_gguf(
     dtype: DType = "bf16",
     seed: int = 0,
     odd: bool = False,
+    rows: int | None = None,
     context: int = 2048,
     metadata: Mapping[str, str | float | bool | Sequence[str]] | None = None,
     extra: Mapping[str, tuple[int, ...]] | None = None,
@@ -70,8 +71,9 @@ def write_llama_gguf(
     """A llama GGUF with random weights and a byte-level BPE tokenizer (model gpt2, pre gpt-2, BOS added).
 
     ``experts`` > 0 makes every layer a mixture with two experts used; ``tied`` leaves out ``output.weight``; ``odd`` makes the
-    feed-forward width no multiple of 256, so that K- and IQ-types fall back there. ``metadata`` adds keys, ``extra``
-    tensors (name -> shape with ne0 last; such a model is quantised, but does not run). Returns ``path``.
+    feed-forward width no multiple of 256, so that K- and IQ-types fall back there. ``rows`` of the embeddings are as many as
+    the vocabulary has tokens unless given. ``metadata`` adds keys, ``extra`` tensors (name -> shape with ne0 last; such a model
+    is quantised, but does not run). Returns ``path``.
     """
     from gguf import GGUFWriter
 
@@ -98,7 +100,7 @@ def write_llama_gguf(
     add_tokenizer(writer, tokens, merges)
     for key, value in (metadata or {}).items():
         add_value(writer, key, value)
-    for name, array in _gguf_weights(hidden, layers, ff, len(tokens), experts, tied, seed):
+    for name, array in _gguf_weights(hidden, layers, ff, rows or len(tokens), experts, tied, seed):
         add_tensor(writer, name, array, dtype)
     draw = Draw(seed + 1)
     for name, shape in (extra or {}).items():

@@ -22,6 +22,7 @@ from imatrix_runner.engines.embedded.find import Unusable
 from imatrix_runner.errors import UsageError
 from imatrix_runner.files import free_bytes, stamp
 from imatrix_runner.journal import Journal
+from imatrix_runner.models.kind import no_next_token, require_vocabulary
 from imatrix_runner.models.sources import HubId, LocalDirectory, Model, Source, parse_source
 from imatrix_runner.quantize.benefit import Benefit, benefit
 from imatrix_runner.quantize.levels import Level
@@ -152,13 +153,14 @@ def advise(request: AdviseRequest, context: Context) -> Advice:
     levels, left_out = _levels(request.levels, session)
     corpus = open_corpus(request.text.expanduser() if request.text is not None else resource(CALIBRATION_TEXT))
     model = _open(source, request, session)
+    require_vocabulary(model)
     trained = model.header.integer(f"{model.architecture}.context_length")
     n_ctx = request.n_ctx or min(USUAL_CONTEXT, trained if trained and trained > 0 else USUAL_CONTEXT)
     held = context_memory(model, n_ctx)
     facts = _machine(request, session, choice)
     judged = _judged(levels, request.levels, model, held, facts.budget, session)
     text = _text(request, corpus, model, session, context)
-    untimed = _untimed(request, text)
+    untimed = no_next_token(model) or _untimed(request, text)
     options = replace(request.options, parse_special=_parse_special(request, corpus))
     timing = probe(model, corpus, text.n_tokens, options, session) if not untimed else None
     return Advice(

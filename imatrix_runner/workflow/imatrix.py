@@ -19,6 +19,7 @@ from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.journal import Output, Record, describe_changes, differences, outputs_intact
 from imatrix_runner.models.bounded import printable
+from imatrix_runner.models.kind import require_calibratable
 from imatrix_runner.models.sources import HubId, Model, Source
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.workflow.choice import EMBEDDED
@@ -118,6 +119,7 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
     if record is not None and ours:
         changed = "; ".join(describe_changes(record.inputs, inputs))
         reason = f"changed: {changed} (to keep the old one: --imatrix {out})"
+    require_calibratable(frozen.model)
     step, plan = _plan_generation(request, corpus, frozen.model, out, reason, session)
     collected = CollectRequest(
         frozen.model.path,

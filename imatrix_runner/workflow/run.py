@@ -16,6 +16,7 @@ from imatrix_runner.files import existing_parent, free_bytes, human_bytes
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.imatrix.formats import read as read_matrix
 from imatrix_runner.journal import Journal
+from imatrix_runner.models.kind import require_measurable
 from imatrix_runner.models.sources import Model, Source, parse_source
 from imatrix_runner.quantize.levels import DEFAULT_LEVELS, Level, offered, preset_levels, resolve_levels
 from imatrix_runner.quantize.recipe import ignored_tensor_types
@@ -140,6 +141,8 @@ class _Job:
         allow = levels is None or levels.options.allow_requantize
         model = open_source(source, self.request.source, self.session, allow_requantize=allow)
         announce(model, self.session.sink)
+        if self.request.measure is not None:
+            require_measurable(model)
         self._warn_about_gpu()
         return model
 

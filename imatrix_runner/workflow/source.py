@@ -13,6 +13,7 @@ from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, inf
 from imatrix_runner.files import Stamp, human_bytes, joint_sha256, publish, sha256, stamp
 from imatrix_runner.journal import Output, Record, differences, outputs_intact
 from imatrix_runner.models.checkpoint_quantisation import checkpoint_quantisation, refuse_quantised
+from imatrix_runner.models.kind import require_loadable
 from imatrix_runner.models.safetensors_file import check_safetensors
 from imatrix_runner.models.sources import (
     HubId,
@@ -56,7 +57,16 @@ class Frozen:
 
 
 def open_source(source: Source, request: SourceRequest, session: Session, *, allow_requantize: bool) -> Model:
-    """Turn what the user named into a checked GGUF: as it is, downloaded, or converted into the workspace."""
+    """Turn what the user named into a checked GGUF: as it is, downloaded, or converted into the workspace.
+
+    Raises :class:`InvalidDataError` for what llama.cpp could not load, nor any level of it.
+    """
+    model = _opened(source, request, session, allow_requantize=allow_requantize)
+    require_loadable(model)
+    return model
+
+
+def _opened(source: Source, request: SourceRequest, session: Session, *, allow_requantize: bool) -> Model:
     if isinstance(source, LocalFile):
         return open_gguf(source.path.absolute(), allow_requantize=allow_requantize, name=session.workspace.model)
     if isinstance(source, HubId):

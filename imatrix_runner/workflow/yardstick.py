@@ -14,8 +14,7 @@ from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
 from imatrix_runner.evaluate.passes import Extent, Fit, disk_limit, fit
 from imatrix_runner.events import Finished, Sink, Started, warning
 from imatrix_runner.files import free_bytes, sha256
-from imatrix_runner.models.gguf_file import LongArray
-from imatrix_runner.models.sources import Model
+from imatrix_runner.models.kind import require_measurable, vocabulary_size
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
 from imatrix_runner.workflow.choice import EMBEDDED
 from imatrix_runner.workflow.context import Session
@@ -47,6 +46,7 @@ class Yardstick:
 
 def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, twins: list[int], session: Session) -> Yardstick:
     """Raises :class:`InvalidDataError` for a text that is too short, or that the model was calibrated with."""
+    require_measurable(frozen.model)
     options = replace(request.options, parse_special=False)
     if request.base is not None:
         return _given(request.base, request, options, frozen, n_subjects, twins, session)
@@ -66,7 +66,7 @@ def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, t
             warning(f"{corpus.name} has only {there} chunks of {options.n_ctx} tokens, {request.chunks} were asked for.")
         )
     extent = Extent(
-        n_vocab=vocabulary_size(frozen.model),
+        n_vocab=vocabulary_size(frozen.model) or 0,
         n_ctx=options.n_ctx,
         n_chunks=n_chunks,
         at_once=options.chunks_at_once,
@@ -103,10 +103,11 @@ def _given(
         head = read_head(base)
     except InvalidDataError as error:
         raise _useless(base, error.why) from error
-    if head.n_vocab != vocabulary_size(frozen.model):
+    n_vocab = vocabulary_size(frozen.model)
+    if head.n_vocab != n_vocab:
         raise InvalidDataError(
             f"{base.name} is not of {frozen.model.name}",
-            f"it is of a vocabulary of {head.n_vocab} tokens, and the model has {vocabulary_size(frozen.model)}",
+            f"it is of a vocabulary of {head.n_vocab} tokens, and the model has {n_vocab}",
             "Give the one written from this model, or leave it out to have one made.",
         )
     if request.chunks is not None and session.engine.name != EMBEDDED:
@@ -173,20 +174,6 @@ def _how(options: CollectOptions) -> str:
     how += [f"-ot {override}" for override in options.override_tensors]
     how += [f"-fa {options.flash_attn}" if options.flash_attn else ""]
     return " ".join(filter(None, how))
-
-
-def vocabulary_size(model: Model) -> int:
-    """Tokens of the vocabulary: as many as llama.cpp has logits for each position."""
-    tokens = model.header.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, LongArray):
-        return tokens.length
-    if isinstance(tokens, tuple):
-        return len(tokens)
-    raise InvalidDataError(
-        f"{model.name} cannot be measured",
-        "its GGUF names no vocabulary (tokenizer.ggml.tokens)",
-        "Convert it again with its tokenizer files beside it.",
-    )
 
 
 def check_text(request: MeasureRequest, calibration: Path | None, sink: Sink) -> None:

@@ -14,7 +14,7 @@ import pytest
 from answers import ask, groups_in, job, pieces_of_text, started_worker
 from children import eventually
 from llama_tools import BareTools
-from tiny_models import write_llama_gguf
+from tiny_architectures import write_architecture
 
 from imatrix_runner.engines.embedded.completions import read_completions
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
@@ -170,9 +170,11 @@ def test_a_model_that_computes_no_numbers_is_named(engine: EmbeddedEngine, demo_
     assert "prompt 1" in error.why
 
 
-def test_an_encoder_s_vocabulary_is_refused(engine: EmbeddedEngine, tmp_path: Path) -> None:
-    model = write_llama_gguf(tmp_path / "encoder.gguf", metadata={"tokenizer.ggml.add_eos_token": True})
-    assert refusal(engine, tmp_path, model, "Why?").what == "encoder.gguf cannot answer prompts"
+def test_an_encoder_is_refused(engine: EmbeddedEngine, tmp_path: Path) -> None:
+    model = write_architecture("bert", tmp_path / "encoder.gguf")
+    error = refusal(engine, tmp_path, model, "Why?")
+    assert error.what == "encoder.gguf predicts no next token"
+    assert "--imatrix none" in error.todo
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------------

@@ -17,18 +17,25 @@ NEVER = "1000000000"
 
 PERPLEXITY = "llama-perplexity"
 
+ADD_END = "tokenizer.ggml.add_eos_token"
+"""Metadata: whether the vocabulary ends every text with a token."""
+
 # With --no-ppl there is no line per chunk; at this verbosity the collector names the chunk it is in.
 _VERBOSE = "5"
 
 
-def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolchain) -> Command:
-    """llama-imatrix over one range of a job's chunks, into ``out``. Raises :class:`UsageError` for an option it lacks."""
+def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolchain, *, ends_texts: bool = False) -> Command:
+    """llama-imatrix over one range of a job's chunks, into ``out``. Raises :class:`UsageError` for an option it lacks.
+
+    ``ends_texts``: the vocabulary ends every text with a token, which the program refuses (chunks have no end) unless it is
+    overridden.
+    """
     options = job.options
     argv = [
         str(tools.tool("llama-imatrix")),
         *("-m", str(job.model), "-f", str(job.text), "-o", str(out)),
         *("--output-frequency", NEVER, "--chunk", str(chunks.first), "--chunks", str(chunks.count)),
-        *_compute("llama-imatrix", options, tools),
+        *_compute("llama-imatrix", options, tools, ends_texts=ends_texts),
     ]
     if options.parse_special:
         argv.append("--parse-special")
@@ -40,7 +47,7 @@ def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolc
     return Command(tuple(argv))
 
 
-def refer_command(job: ReferJob, out: Path, tools: Toolchain) -> Command:
+def refer_command(job: ReferJob, out: Path, tools: Toolchain, *, ends_texts: bool = False) -> Command:
     """llama-perplexity over the first chunks of a text, its log-probabilities into ``out``. Raises :class:`UsageError` for what
     it cannot do."""
     if job.chunks.first:
@@ -54,13 +61,13 @@ def refer_command(job: ReferJob, out: Path, tools: Toolchain) -> Command:
     argv = [
         str(tools.tool(PERPLEXITY)),
         *("-m", str(job.model), "-f", str(job.text), "--kl-divergence-base", str(out), "--chunks", str(job.chunks.count)),
-        *_compute(PERPLEXITY, job.options, tools),
+        *_compute(PERPLEXITY, job.options, tools, ends_texts=ends_texts),
         *job.options.extra,
     ]
     return Command(tuple(argv))
 
 
-def judge_command(job: JudgeJob, base: Path, tools: Toolchain) -> Command:
+def judge_command(job: JudgeJob, base: Path, tools: Toolchain, *, ends_texts: bool = False) -> Command:
     """llama-perplexity comparing a level with all of ``base``; the text's tokens are in that. Raises :class:`UsageError` where
     it is a text's later part: percentiles of parts cannot be put together."""
     if job.first:
@@ -70,7 +77,7 @@ def judge_command(job: JudgeJob, base: Path, tools: Toolchain) -> Command:
         *("-m", str(job.model), "--kl-divergence", "--kl-divergence-base", str(base)),
         # Logits do not tell of a NaN that ggml turned into some number when it quantised activations to 8 bits.
         *(["--check-tensors"] if tools.knows(PERPLEXITY, "--check-tensors") else []),
-        *_compute(PERPLEXITY, job.options, tools),
+        *_compute(PERPLEXITY, job.options, tools, ends_texts=ends_texts),
         *job.options.extra,
     ]
     return Command(tuple(argv))
@@ -84,8 +91,9 @@ def _begins_at_the_beginning(why: str) -> UsageError:
     )
 
 
-def _compute(tool: str, options: CollectOptions, tools: Toolchain) -> list[str]:
-    argv = ["-c", str(options.n_ctx), "-b", str(options.n_batch), "-ub", str(options.n_ubatch)]
+def _compute(tool: str, options: CollectOptions, tools: Toolchain, *, ends_texts: bool) -> list[str]:
+    argv = [_known(tool, tools, "--override-kv"), f"{ADD_END}=bool:false"] if ends_texts else []
+    argv += ["-c", str(options.n_ctx), "-b", str(options.n_batch), "-ub", str(options.n_ubatch)]
     if options.threads:
         argv += ["-t", str(options.threads)]
     if options.n_gpu_layers:

@@ -29,6 +29,7 @@ from imatrix_runner.engines.binaries import perplexity
 from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, tokenize_command
 from imatrix_runner.engines.binaries.lines import ImatrixOutput, QuantizeOutput, parse_token_ids
 from imatrix_runner.engines.binaries.messages import explain
+from imatrix_runner.engines.binaries.vocabulary import end_token, ends_texts
 from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink
@@ -73,7 +74,7 @@ class BinariesEngine:
         if not outcome.ok:
             raise explain(outcome, f"The calibration text {text.name} could not be tokenised")
         try:
-            return parse_token_ids("".join(pieces))
+            return parse_token_ids("".join(pieces), end_token(model))
         except ValueError as error:
             raise EngineError(
                 "llama-tokenize gave no tokens", str(error), "Check the toolchain: imatrix-runner doctor"
@@ -114,7 +115,8 @@ class BinariesEngine:
                 loaded_at = time.monotonic()
             tell(min(output.done, chunks.count), _perplexity(output, job.options))
 
-        outcome = self._runner.run(imatrix_command(job, chunks, part, self.toolchain), log=job.log, on_text=follow)
+        command = imatrix_command(job, chunks, part, self.toolchain, ends_texts=ends_texts(job.model))
+        outcome = self._runner.run(command, log=job.log, on_text=follow)
         if not outcome.ok:
             raise explain(outcome, "llama-imatrix failed", writes=part)
         if output.n_chunks is not None and output.n_chunks != chunks.count:

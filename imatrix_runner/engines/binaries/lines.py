@@ -142,10 +142,14 @@ class QuantizeOutput:
         return DryRun(dict(self.types), tuple(self.fallbacks), self.needs_imatrix)
 
 
-def parse_token_ids(stdout: str) -> int:
-    """How many ids are in llama-tokenize's ``--ids`` list, e.g. ``[1, 15043]``. Raises ``ValueError`` if there is none."""
-    begin, end = stdout.find("["), stdout.rfind("]")
-    if begin < 0 or end < begin:
+def parse_token_ids(stdout: str, end: int | None = None) -> int:
+    """Return how many ids are in llama-tokenize's ``--ids`` list, e.g. ``[1, 15043]``, without a last one that is ``end``.
+
+    Raises ``ValueError`` if there is no list.
+    """
+    begin, close = stdout.find("["), stdout.rfind("]")
+    if begin < 0 or close < begin:
         raise ValueError("no list of token ids in the output")
-    inside = stdout[begin + 1 : end].strip()
-    return inside.count(",") + 1 if inside else 0
+    inside = stdout[begin + 1 : close].strip()
+    count = inside.count(",") + 1 if inside else 0
+    return count - 1 if count and inside.rpartition(",")[2].strip() == str(end) else count

@@ -19,12 +19,12 @@ from typing import IO
 from imatrix_runner.engines.binaries.argv import judge_command, refer_command
 from imatrix_runner.engines.binaries.lines import ImatrixOutput, Lines
 from imatrix_runner.engines.binaries.messages import explain, full_disk, recognise, with_log
+from imatrix_runner.engines.binaries.vocabulary import ends_texts, n_tokens
 from imatrix_runner.engines.logits_file import LogitsHead, first_wild_chunk, note_path, read_head, scored_tokens
 from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Divergence, Estimate, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Progress, Sink, detail, warning
 from imatrix_runner.files import atomic_writer, discard, part_path, publish, require_space
-from imatrix_runner.models.gguf_file import LongArray, read_header
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.toolchain.probe import Toolchain
 
@@ -128,7 +128,7 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
     _require_enough(count, job.options.n_ctx)
     what = f"What {job.model.name} predicts could not be computed"
     note, part = note_path(job.out), part_path(job.out)
-    command = refer_command(job, part, tools)
+    command = refer_command(job, part, tools, ends_texts=ends_texts(job.model))
     for old in (note, job.out, part):  # two would take more of the disk than was reckoned with
         discard(old)
     output = ImatrixOutput()  # it prints its chunks as llama-imatrix does
@@ -170,7 +170,7 @@ def judge(job: JudgeJob, sink: Sink, tools: Toolchain, runner: Runner) -> Diverg
 
 
 def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Toolchain, runner: Runner) -> Divergence:
-    command = judge_command(job, base, tools)
+    command = judge_command(job, base, tools, ends_texts=ends_texts(job.model))
     what = f"{job.model.name} could not be compared with its source"
     tries, seconds = 0, 0.0
     while tries <= AGAIN or seconds < PATIENCE:
@@ -216,7 +216,7 @@ def _require_enough(n_chunks: int, n_ctx: int) -> None:
 
 def _require_fit(job: JudgeJob, head: LogitsHead) -> None:
     """llama-perplexity itself would say that they do not fit, and go on."""
-    vocabulary = _vocabulary(job.model)
+    vocabulary = n_tokens(job.model)
     if vocabulary not in (None, head.n_vocab):
         why = f"one has a vocabulary of {vocabulary} tokens, the other of {head.n_vocab}"
     elif job.options.n_ctx != head.n_ctx:
@@ -256,12 +256,6 @@ def _copy(source: IO[bytes], target: IO[bytes], begin: int, n_bytes: int) -> Non
     while n_bytes and (block := source.read(min(n_bytes, 8 << 20))):
         target.write(block)
         n_bytes -= len(block)
-
-
-def _vocabulary(model: Path) -> int | None:
-    """Tokens that a model's tokenizer knows; None where it has none of its own."""
-    tokens = read_header(model).metadata.get("tokenizer.ggml.tokens")
-    return tokens.length if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else None
 
 
 def _whole(part: Path, outcome: Outcome, what: str) -> LogitsHead:

@@ -88,8 +88,6 @@ class _Writer:
     def of(cls, library: Library, model: Any, request: Generate) -> _Writer:
         llama = library.llama
         vocab = llama.llama_model_get_vocab(model)
-        if llama.llama_vocab_get_add_eos(vocab):
-            raise _encoder(request.model)
         bos = llama.llama_vocab_bos(vocab) if llama.llama_vocab_get_add_bos(vocab) else -1
         return cls(library, request.model, vocab, bos, llama.llama_model_n_ctx_train(model), request.n_predict)
 
@@ -119,8 +117,6 @@ class _Writer:
         self, session: Session, group: Group, prompts: Sequence[Tokens], hear: Callable[[int], None]
     ) -> list[Completion]:
         """The answers of a group; ``hear`` is told how many prompts' worth is done."""
-        if not self.library.llama.llama_get_memory(session.context):
-            raise _encoder(self.model)
         seated = [prompts[number] for number in group.members]
         empty = [seated[0][:1]] * (group.seats - len(seated))
         answers, ended = self._write(session, [*seated, *empty], group.members, hear)
@@ -184,9 +180,3 @@ def _read(session: Session, seat: int, tokens: Tokens) -> None:
     positions = np.arange(len(tokens), dtype=np.int32)
     for part in np.array_split(positions, -(-len(tokens) // session.options.n_ubatch)):
         session.feed(tokens[part], part, np.full(len(part), seat), np.zeros(len(part), np.bool_))
-
-
-def _encoder(model: Path) -> Refusal:
-    return Refusal.invalid(
-        f"{model.name} cannot answer prompts", "it is an encoder, and those write no text", "Leave --domain out."
-    )

@@ -83,15 +83,8 @@ class Session:
 @contextmanager
 def open_session(library: Library, path: Path, options: CollectOptions, callback: Any) -> Iterator[Session]:
     """Load a model and make a context whose computing ``callback`` watches (None: nobody). Raises :class:`Refusal`."""
-    with open_weights(library, path, options) as model:
-        if library.llama.llama_vocab_get_add_eos(library.llama.llama_model_get_vocab(model)):
-            raise Refusal.invalid(
-                f"{path.name} cannot be calibrated",
-                "its vocabulary ends every text with a token (an encoder's), and chunks of a text have no end",
-                "Leave the imatrix out (--imatrix none).",
-            )
-        with open_context(library, model, path, options, callback) as session:
-            yield session
+    with open_weights(library, path, options) as model, open_context(library, model, path, options, callback) as session:
+        yield session
 
 
 @contextmanager
@@ -112,6 +105,8 @@ def open_context(library: Library, model: Any, path: Path, options: CollectOptio
     context = batch = None
     try:
         vocab = llama.llama_model_get_vocab(model)
+        if llama.llama_model_has_encoder(model):
+            raise _no_next_token(path)
         context = llama.llama_init_from_model(model, _context_params(library, options, callback))
         if not context:
             raise Refusal.failed(
@@ -119,6 +114,8 @@ def open_context(library: Library, model: Any, path: Path, options: CollectOptio
                 "it found no room for its buffers, or an option does not fit the model",
                 "Read the log; try a smaller -b or -c, fewer layers with -ngl, or --engine binaries.",
             )
+        if not llama.llama_get_memory(context):
+            raise _no_next_token(path)
         batch = llama.llama_batch_init(largest(options), 0, 1)
         n_vocab = llama.llama_vocab_n_tokens(vocab)
         add_bos = bool(llama.llama_vocab_get_add_bos(vocab))
@@ -128,6 +125,14 @@ def open_context(library: Library, model: Any, path: Path, options: CollectOptio
             llama.llama_batch_free(batch)
         if context:
             llama.llama_free(context)
+
+
+def _no_next_token(path: Path) -> Refusal:
+    return Refusal.invalid(
+        f"{path.name} predicts no next token",
+        "llama.cpp computes it as an encoder, as it does embedding and diffusion models",
+        "Quantise it without an imatrix (--imatrix none), and leave --evaluate and --domain out.",
+    )
 
 
 def _view(pointer: Any, kind: Any, count: int) -> Any:

@@ -19,6 +19,9 @@ from imatrix_runner.engines.embedded.refusal import Refusal
 Tokens = npt.NDArray[np.int32]
 
 
+NO_END = "tokenizer.ggml.add_eos_token"
+"""Metadata: whether the vocabulary ends a text with a token. llama.cpp's tools calibrate and measure nothing where it does."""
+
 _CONTROL = 1 << 3  # llama.h, LLAMA_TOKEN_ATTR_CONTROL
 _NULL = -1  # llama.h, LLAMA_TOKEN_NULL
 
@@ -82,11 +85,25 @@ def piece(library: Library, vocab: Any, token: int) -> bytes:
 
 
 def open_model(library: Library, path: Path, params: Any) -> Any:
-    """Raises :class:`Refusal`; llama.cpp's own words about the reason are on stderr."""
+    """Load a model, its vocabulary told to end no text with a token: chunks of a text have no end, and a prompt goes on.
+
+    Raises :class:`Refusal`; llama.cpp's own words about the reason are on stderr.
+    """
+    overrides = _no_end(library)
+    params.kv_overrides = overrides
     model = library.llama.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise Refusal.failed(f"llama.cpp cannot load {path.name}", "it did not accept the file, or memory ran out")
     return model
+
+
+def _no_end(library: Library) -> Any:
+    """Metadata overrides for a model's parameters; the last one's key is empty."""
+    llama = library.llama
+    overrides = (llama.llama_model_kv_override * 2)()
+    overrides[0].key, overrides[0].tag = NO_END.encode(), llama.LLAMA_KV_OVERRIDE_TYPE_BOOL
+    overrides[0].value.val_bool = False
+    return overrides
 
 
 def tokenize(library: Library, vocab: Any, text: Path, *, parse_special: bool) -> Tokens:

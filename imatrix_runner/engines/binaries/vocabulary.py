@@ -1,0 +1,25 @@
+"""What llama.cpp's programs must be told about a model's vocabulary, read from its header."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from imatrix_runner.engines.binaries.argv import ADD_END
+from imatrix_runner.models.gguf_file import LongArray, read_header
+
+
+def n_tokens(model: Path) -> int | None:
+    """Return how many tokens a model's tokenizer knows; None where it has none of its own."""
+    tokens = read_header(model).metadata.get("tokenizer.ggml.tokens")
+    return tokens.length if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else None
+
+
+def ends_texts(model: Path) -> bool:
+    """Return whether the vocabulary ends every text with a token."""
+    return read_header(model).metadata.get(ADD_END) is True
+
+
+def end_token(model: Path) -> int | None:
+    """Return the token that ends every text; None where none does."""
+    header = read_header(model)
+    return header.integer("tokenizer.ggml.eos_token_id") if header.metadata.get(ADD_END) is True else None
