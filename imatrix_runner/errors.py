@@ -26,6 +26,10 @@ class RunnerError(Exception):
     def __str__(self) -> str:
         return f"{self.what}: {self.why}"
 
+    def sentence(self) -> str:
+        """All of it on one line; a part that is empty leaves no mark."""
+        return ". ".join(filter(None, ("; ".join(filter(None, (self.what, self.why))), self.todo)))
+
 
 class UsageError(RunnerError):
     """The request itself is wrong: an unknown level, options that exclude each other."""

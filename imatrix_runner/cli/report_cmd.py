@@ -12,7 +12,8 @@ from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.options import output_options
 from imatrix_runner.cli.render import listening
 from imatrix_runner.cli.settings import SettingsCommand, setting
-from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.errors import InvalidDataError, UsageError
+from imatrix_runner.models.origin import repository_in
 from imatrix_runner.workspace import Workspace
 
 
@@ -26,9 +27,12 @@ from imatrix_runner.workspace import Workspace
     help="Where the workspaces are.",
 )
 @setting("--quantized-by", default="", metavar="NAME", help="Whom the model card names as the maker of the files.")
+@setting("--repo", default="", metavar="ORG/NAME", help="The hub repository that the card's download commands name.")
 @output_options
 @click.pass_obj
-def report(invocation: Invocation, /, workspace: str, work_dir: Path, quantized_by: str, as_json: bool, **options: Any) -> int:
+def report(
+    invocation: Invocation, /, workspace: str, work_dir: Path, quantized_by: str, repo: str, as_json: bool, **options: Any
+) -> int:
     """Make report.html, report.md, report.png and report.json of WORKSPACE, from what is known; nothing is computed again.
 
     WORKSPACE is a path such as work/model, or just the model's name in --work-dir. Files of ours are replaced when something
@@ -36,7 +40,7 @@ def report(invocation: Invocation, /, workspace: str, work_dir: Path, quantized_
 
     \b
     imatrix-runner report work/model
-    imatrix-runner report model --quantized-by me
+    imatrix-runner report model --quantized-by me --repo me/model-GGUF
     """
     from imatrix_runner.cli.console import stdout_console
     from imatrix_runner.cli.report_table import print_report
@@ -47,11 +51,13 @@ def report(invocation: Invocation, /, workspace: str, work_dir: Path, quantized_
     from imatrix_runner.workflow.report import make_report
     from imatrix_runner.workflow.request import EnvironmentRequest
 
+    if repo and repository_in(repo) is None:
+        raise UsageError(f"{repo!r} is not a hub id", "a repository is named ORG/NAME", "For example: --repo me/model-GGUF")
     found, environment = find_workspace(workspace, work_dir), EnvironmentRequest(command=invocation.command)
     with listening(quiet=options["quiet"], verbose=options["verbose"]) as listener:
         context = Context(listener.sink)
         with stop_on_signals(context.stop), held(found, environment, context, dry_run=False) as runner:
-            made = make_report(found, Journal(found.journal), runner, listener.sink, quantized_by=quantized_by)
+            made = make_report(found, Journal(found.journal), runner, listener.sink, quantized_by=quantized_by, repo=repo)
     if as_json:
         sys.stdout.write(encode_report(made.report).decode())
         sys.stdout.flush()

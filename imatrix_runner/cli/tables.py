@@ -101,13 +101,12 @@ def _result_columns(source_bytes: int) -> tuple[Column[LevelResult], ...]:
 
 def print_failures(result: RunResult, console: Console) -> None:
     """What went wrong, a line for each level."""
-    for level in result.failed:
-        assert level.error is not None
-        line = f"{level.step.level.name}: {level.error.what}; {level.error.why}. {level.error.todo}"
-        console.print(Text(line, style="red"))
+    failures = by_remark((level.step.level.name, level.error.sentence()) for level in result.failed if level.error is not None)
+    for failure, names in failures.items():
+        console.print(Text(f"{names}: {failure}", style="red"))
     unmeasured = result.evaluated.failed if result.evaluated is not None else {}
-    for name, error in unmeasured.items():
-        console.print(Text(f"{name} could not be measured: {error.what}; {error.why}. {error.todo}", style="red"))
+    for failure, names in by_remark((name, error.sentence()) for name, error in unmeasured.items()).items():
+        console.print(Text(f"{names} could not be measured: {failure}", style="red"))
 
 
 def _summary(result: RunResult) -> str:

@@ -58,12 +58,12 @@ class _Compared:
     verdict: str
 
 
-def render_card(report: Report, *, repo: str = "") -> str:
-    """The card. ``repo``: the hub id the files have, or will have; unknown, commands name a stand-in."""
+def render_card(report: Report) -> str:
+    """The card. Where the hub id that the files will have is not known, commands name a stand-in."""
     levels = sorted(report.levels, key=lambda level: -level.n_bytes)
     measured = [level for level in levels if level.measured is not None]
     advice = describe(levels, report.picks)
-    base, where = _base(report), repository_in(repo) or ""
+    base, where = _base(report), repository_in(report.repo) or ""
     body = (
         markdown_templates()
         .get_template("card.md.j2")
@@ -82,6 +82,7 @@ def render_card(report: Report, *, repo: str = "") -> str:
             notes=notes_of(levels),
             download=_download(report, levels, where or stand_in(report)),
             stand_in=Markdown("" if where else stand_in(report)),
+            matrix=_matrix(report),
             projectors=joined(link(file.name, beside(file.name)) for file in report.model.files if "mmproj" in file.name),
             # Whole or not at all: half a format would be a wrong one.
             prompt_format=fenced(report.model.prompt_format) if 0 < len(report.model.prompt_format) <= MAX_BLOCK else "",
@@ -99,9 +100,18 @@ def render_card(report: Report, *, repo: str = "") -> str:
 
 
 def stand_in(report: Report) -> str:
-    """What commands call a repository whose name nobody told."""
+    """What commands call a repository that has no name yet."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", report.model.name[:80]).strip("-._")
-    return f"OWNER/{name or 'MODEL'}-GGUF"
+    owner = re.fullmatch(r"[A-Za-z0-9][\w-]{0,95}", report.quantized_by, re.ASCII)
+    return f"{owner[0] if owner else 'OWNER'}/{name or 'MODEL'}-GGUF"
+
+
+def _matrix(report: Report) -> Markdown:
+    """A link to the importance matrix, where it is a file next to the levels."""
+    imatrix = report.imatrix
+    if imatrix is None or not (imatrix.made_here or imatrix.origin):
+        return Markdown("")
+    return link(imatrix.file.name, beside(imatrix.file.name))
 
 
 def _base(report: Report) -> str:
@@ -116,7 +126,8 @@ def _front_matter(report: Report, base: str) -> str:
     return front_matter(
         CardFacts(
             model_name=model.name,
-            repo=base,
+            repo=base or report.model.tuned_from,
+            relation="quantized" if base else "finetune",
             license=model.license,
             license_name=model.license_name,
             license_link=model.license_link,

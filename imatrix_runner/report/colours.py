@@ -86,6 +86,7 @@ def config() -> dict[str, Any]:
             "titlePadding": 10,
             "labelPadding": 6,
         },
+        "axisQuantitative": {"labelOverlap": True, "labelSeparation": 4},
         "legend": {**text, **sizes, "orient": "top", "title": None, "symbolSize": 90, "offset": 4, "labelLimit": 400},
         "title": {"color": var("ink"), "subtitleColor": var("soft"), "anchor": "start", "fontSize": 20, "subtitleFontSize": 13},
         "text": {"color": var("ink"), "fontSize": 12},

@@ -32,10 +32,11 @@ class ReportFile:
 class ReportModel:
     """The source. ``fingerprint`` is ``sha256:…`` of its content; ``origin`` the hub id, or the name of the file or directory.
 
-    ``base_models`` are hub ids (``org/name``), of the model itself first. ``license`` as the source's metadata has it (an
-    SPDX-like id), with the name and link of one that is ``other``. ``prompt_format`` is the chat template applied to a system
-    message and a user's, with ``{system_prompt}`` and ``{prompt}`` in their places; empty without a template. ``dequantised``:
-    the quantised form (``fp8``) in which the source was published, where it was dequantised before these files were made.
+    ``base_models`` are hub ids (``org/name``), of the model itself first; where its own is not known, ``tuned_from`` may be
+    that of the model it was tuned from. ``license`` as the source's metadata has it (an SPDX-like id), with the name and link
+    of one that is ``other``. ``prompt_format`` is the chat template applied to a system message and a user's, with
+    ``{system_prompt}`` and ``{prompt}`` in their places; empty without a template. ``dequantised``: the quantised form
+    (``fp8``) in which the source was published, where it was dequantised before these files were made.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ReportModel:
     repo: str = ""
     commit: str = ""
     base_models: tuple[str, ...] = ()
+    tuned_from: str = ""
     license: str = ""
     license_name: str = ""
     license_link: str = ""
@@ -201,7 +203,8 @@ class ReportStep:
 class Report:
     """One workspace. ``made`` is ISO 8601 in UTC; ``command`` the line that was typed; ``toolchain`` the engine's identity.
 
-    ``quantized_by``: whom the model card names as the maker of these files; empty: nobody.
+    ``quantized_by``: whom the model card names as the maker of these files; ``repo``: the hub id that the files have or will
+    have, which the card's commands name. Empty where not given.
     """
 
     model: ReportModel
@@ -217,5 +220,6 @@ class Report:
     picks: tuple[Pick, ...] = ()
     steps: tuple[ReportStep, ...] = ()
     quantized_by: str = ""
+    repo: str = ""
     schema: Literal["imatrix-runner/report"] = SCHEMA
     version: Literal[1] = VERSION

@@ -19,7 +19,7 @@ _CHARACTER: Final = 7.4
 
 @dataclass(frozen=True)
 class Spot:
-    """A point in pixels, y downwards; ``must``: its name is written even where there is no room."""
+    """A point in pixels, y downwards; ``must``: its name is written even where there is no room close by."""
 
     x: float
     y: float
@@ -64,6 +64,14 @@ _PLACES: Final[tuple[tuple[float, float, Align], ...]] = (
 )
 
 
+_FARTHER: Final[tuple[tuple[float, float, Align], ...]] = (
+    *((_GAP, dy, "left") for dy in (-24.0, 24.0, -40.0, 40.0)),
+    *((-_GAP, dy, "right") for dy in (24.0, -24.0, 40.0, -40.0)),
+    *((0.0, dy, "center") for dy in (-30.0, 30.0, -46.0, 46.0)),
+)
+"""Where a name that must be written may go besides."""
+
+
 def place(
     spots: Sequence[Spot],
     width: float,
@@ -78,24 +86,26 @@ def place(
     """
     taken = [_around(spot.x, spot.y) for spot in spots] + [_around(x, y) for x, y in avoid]
     taken += [_around(x, y, 2) for one, other in pairwise(line) for x, y in _between(one, other)]
+    labels: list[_Box] = []
     found: dict[int, Label] = {}
     for at in sorted(range(len(spots)), key=lambda at: not spots[at].must):
         spot = spots[at]
         own = taken[at]
-        free = next(
-            (
-                (choice, box)
-                for choice in _PLACES
-                for box in [_box(spot, *choice)]
-                if box.within(width, height) and not any(box.meets(other) for other in taken if other is not own)
-            ),
-            None,
-        )
+        inside = [
+            (choice, box)
+            for choice in (_PLACES + _FARTHER if spot.must else _PLACES)
+            for box in [_box(spot, *choice)]
+            if box.within(width, height)
+        ]
+        free = next((each for each in inside if not any(each[1].meets(other) for other in taken if other is not own)), None)
+        if free is None and spot.must:  # over a point or the line rather than over another name
+            free = next((each for each in inside if not any(each[1].meets(other) for other in labels)), None)
         if free is None:
             found[at] = Label(*_PLACES[0], shown=spot.must)
         else:
             found[at] = Label(*free[0], shown=True)
             taken.append(free[1])
+            labels.append(free[1])
     return [found[at] for at in range(len(spots))]
 
 

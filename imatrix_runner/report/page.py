@@ -224,6 +224,7 @@ def _environment() -> jinja2.Environment:
         size=human_bytes,
         seconds=human_seconds,
         shown=wording.shown,
+        one_line=wording.one_line,
         shown_text=wording.shown_text,
         kld=wording.kld,
         kld_error=wording.kld_error,

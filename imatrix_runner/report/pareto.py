@@ -82,7 +82,7 @@ def pareto(report: Report, *, width: float = _WIDE, height: float = _HEIGHT) -> 
     best = front([Measure(level.name, level.n_bytes, found.kld.value, found.same_top.value) for level, found in plotted])
     line = [{"x": each.n_bytes / scale, "kld": each.kld} for each in best]
     _name_points(points, line, across, upright, width, height)
-    x_axis = {"grid": False, "tickCount": 8}
+    x_axis = {"grid": False, "tickCount": {"expr": f"width < {_NARROW_BELOW} ? 4 : 8"}}
     x = quantitative("x", f"Size ({name})", scale={"domain": across, "zero": False, "nice": False}, axis=x_axis)
     layers = _layers(points, line, joined, upright.encoding())
     return spec(_told(report, plotted), height, encoding={"x": x}, layer=layers)
@@ -173,16 +173,18 @@ def _name_points(
     width: float,
     height: float,
 ) -> None:
-    """Give every level's point the places of its name, in a wide and in a narrow plot."""
+    """Give every level's point the places of its name, in a wide and in a narrow plot. The recommended levels, the smallest and
+    the largest always have theirs: they say what to take and what the plot spans."""
     levels = [point for point in points if point["role"] != TWIN]
     twins = [point for point in points if point["role"] == TWIN]
+    outer = {min(levels, key=lambda each: each["x"])["level"], max(levels, key=lambda each: each["x"])["level"]}
     for key, across in (("wide", width), ("narrow", _NARROW)):
 
         def at(point: Point, across: float = across) -> tuple[float, float]:
             x = (point["x"] - ends[0]) / (ends[1] - ends[0])
             return x * across, (1 - upright.height(point["kld"])) * height
 
-        spots = [Spot(*at(point), point["level"], must=point["role"] == PICKED) for point in levels]
+        spots = [Spot(*at(point), point["level"], must=point["role"] == PICKED or point["level"] in outer) for point in levels]
         labels = place(spots, across, height, avoid=list(map(at, twins)), line=list(map(at, line)))
         for point, label in zip(levels, labels, strict=True):
             point[key] = asdict(label)

@@ -91,13 +91,15 @@ LEVEL_COLUMNS: Final = (
     Column(
         "ppl",
         "PPL",
-        "perplexity on the text. Its standard error is mostly the text's own: compare the ratio.",
+        "perplexity on the text: how many tokens the level hesitates between. It depends on the text: compare the ratio.",
         _measured(lambda found: _number(wording.figure(found.ppl.value), found.ppl.value)),
     ),
     Column(
         "ratio",
         "PPL ratio",
-        "that perplexity, divided by the source's.",
+        "that perplexity, divided by the source's own, computed exactly. llama-perplexity divides by one read from its file of "
+        "logits, which keeps no probability below e^-16: the source looks better there, and every level worse. A ratio below 1 "
+        "is chance or a bias, not an improvement; the KLD tells levels apart.",
         _ratio,
     ),
     Column(

@@ -21,6 +21,11 @@ def shown(text: str, limit: int = _NAME) -> str:
     return printable(text[:limit]) + ("…" if len(text) > limit else "")
 
 
+def one_line(text: str) -> str:
+    """A text of several lines as one: every run of white space becomes a space."""
+    return " ".join(text.split())
+
+
 def shown_text(text: str, limit: int = _TEXT) -> str:
     """A stranger's text of several lines, of bounded length. Joiners stay, which many scripts and emoji need."""
     cut = text[:limit].replace("\r\n", "\n")

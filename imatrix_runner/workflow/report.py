@@ -61,18 +61,19 @@ def make_report(
     *,
     command: str = "",
     quantized_by: str = "",
+    repo: str = "",
     strict: bool = True,
 ) -> ReportFiles:
     """Gather and write; the caller holds the workspace. What did not change is not written again.
 
-    ``command``: the line that was typed (empty: the last one that made something); ``quantized_by``: whom the card names
-    (empty: whoever it named last). A name that is taken by a file that was not made here, and a full disk, are errors, or
-    unless ``strict`` warnings: then nothing is written. Raises :class:`InvalidDataError` where there is nothing to tell.
+    ``command``: the line that was typed (empty: the last one that made something); ``quantized_by`` and ``repo``: whom the card
+    names as the maker, and which hub id its commands name (empty: what it named last). A name that is taken by a file that was
+    not made here, and a full disk, are errors, or unless ``strict`` warnings: then nothing is written. Raises
+    :class:`InvalidDataError` where there is nothing to report.
     """
     for name, made in levels_made(journal).items():
         still_there(made, workspace, journal, f"level-{name}", save=True)  # a copied workspace: known by content from now on
-    if quantized_by:
-        journal.remember(quantized_by=quantized_by)
+    journal.remember(**{name: value for name, value in (("quantized_by", quantized_by), ("repo", repo)) if value})
     forms = _forms()
     before = _before(workspace, journal, forms)
     report = gather(workspace, journal, runner, sink, command=command, before=before)
@@ -83,7 +84,7 @@ def make_report(
     if (foreign := _foreign(workspace, record, _names(report))) is not None:
         if strict:
             raise foreign
-        sink(warning(f"{foreign.what}: {foreign.why}. {foreign.todo}"))
+        sink(warning(foreign.sentence()))
         return replace(_files(workspace, report, made=False), stale=True)
     sink(Started(STEP, "report"))
     try:

@@ -13,6 +13,7 @@ from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.picks import Measure, Pick, recommend, target
 from imatrix_runner.events import Sink, detail, warning
 from imatrix_runner.journal import Journal, Record, outputs_intact
+from imatrix_runner.models.origin import repository_in
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import Report, ReportEvaluation, ReportFile, ReportLevel
 from imatrix_runner.untrusted import UnreadableError, from_json
@@ -73,6 +74,7 @@ def gather(
         picks=(*_target(journal, measures), *recommend(measures)),
         steps=describe_steps(journal, records, collection, model, local),
         quantized_by=journal.fact("quantized_by") or "",
+        repo=repository_in(journal.fact("repo")) or "",
     )
 
 

@@ -15,6 +15,7 @@ from imatrix_runner.journal import Hashed, Journal
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.gguf_file import GgufHeader
 from imatrix_runner.models.gguf_names import shard_names
+from imatrix_runner.models.origin import origin_of_directory, same_name
 from imatrix_runner.models.sources import Model, open_gguf
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import ReportFile, ReportModel
@@ -30,6 +31,8 @@ PROJECTOR = "mmproj-"
 _HUB_URL = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})/?", re.ASCII
 )
+_OWN_ADDRESSES = ("general.source.repo_url", "general.source.url", "general.repo_url", "general.url")
+_GGUF = re.compile("gguf", re.IGNORECASE)
 _ID, _NAME, _LINK = 100, 200, 500
 _MOST_BASES, _MOST_LANGUAGES, _MOST_TAGS = 8, 200, 50
 
@@ -93,7 +96,7 @@ def describe_source(
     model = open_gguf(path, allow_requantize=True, name=name)
     if not source.paths:
         sink(info(f"The source of {name} is gone; the report says of it what {path.name} tells."))
-    described = _with_metadata(known, model, sink)
+    described = _with_metadata(known, model, _folder(journal), sink)
     return replace(
         described, type=model.main_type if source.paths else "", prompt_format=prompt_format(model.header, runner, sink)
     )
@@ -122,6 +125,13 @@ def origin_of(journal: Journal) -> Origin:
     if repo and re.match(re.escape(repo) + "(?:[@:]|$)", location):
         return Origin(location, repo, commit)
     return Origin(last_part(location))
+
+
+def _folder(journal: Journal) -> Path | None:
+    """The folder that the source was converted from, where it still is."""
+    location = journal.fact("source")
+    folder = Path(location) if location else None
+    return folder if folder is not None and (folder / "config.json").is_file() else None
 
 
 def last_part(path: str) -> str:
@@ -164,9 +174,10 @@ def is_same(path: Path, hashed: Hashed) -> bool:
 # -- metadata: a publisher's words ------------------------------------------------------------------------------------------
 
 
-def _with_metadata(known: ReportModel, model: Model, sink: Sink) -> ReportModel:
+def _with_metadata(known: ReportModel, model: Model, folder: Path | None, sink: Sink) -> ReportModel:
     header = model.header
     words = _Words(header, sink)
+    own = base_models(header, known.repo, folder)
     return replace(
         known,
         architecture=model.architecture,
@@ -174,7 +185,8 @@ def _with_metadata(known: ReportModel, model: Model, sink: Sink) -> ReportModel:
         n_layers=model.n_layers,
         n_experts=model.n_experts,
         context_length=header.integer(f"{model.architecture}.context_length"),
-        base_models=base_models(header, known.repo),
+        base_models=own,
+        tuned_from="" if own else _hub_id(header, "general.base_model.0.repo_url"),
         license=words.line("general.license", _ID),
         license_name=words.line("general.license.name", _NAME),
         license_link=words.line("general.license.link", _LINK),
@@ -206,14 +218,35 @@ class _Words:
         return tuple(dict.fromkeys(fit))
 
 
-def base_models(header: GgufHeader, repo: str) -> tuple[str, ...]:
-    """Hub ids: of the model itself, then of those it was made from. None where its own is not known: files made from a chat
-    model are not files of the base model that was tuned."""
-    own = repo or _hub_id(header, "general.repo_url")
+def base_models(header: GgufHeader, repo: str, folder: Path | None = None) -> tuple[str, ...]:
+    """Hub ids: of the model itself, then of those it was made from.
+
+    The model's own is ``repo``, from which it was fetched, else what its metadata or the ``folder`` it was converted from name
+    with certainty. Empty where its own is not known: files made from a chat model are not files of the base model it was tuned
+    from.
+    """
+    own = _own_id(header) or _id_of_folder(folder)
+    if repo and not (own and _GGUF.search(repo)):  # a copy as GGUF says whose weights it holds
+        own = repo
     if not own:
         return ()
     bases = (_hub_id(header, f"general.base_model.{number}.repo_url") for number in range(_MOST_BASES))
     return tuple(dict.fromkeys((own, *filter(None, bases))))
+
+
+def _own_id(header: GgufHeader) -> str:
+    """The hub id under which the weights were first published, as an address in the metadata says; empty where none is certain.
+    A base model of the same name is the model itself: so quantisers and copies name it."""
+    own = next((repo for key in _OWN_ADDRESSES if (repo := _hub_id(header, key)) and not _GGUF.search(repo)), "")
+    if own or header.metadata.get("general.base_model.count", 1) != 1:
+        return own
+    base = _hub_id(header, "general.base_model.0.repo_url")
+    return base if same_name(header.text("general.name"), base.partition("/")[2]) else ""
+
+
+def _id_of_folder(folder: Path | None) -> str:
+    origin = origin_of_directory(folder) if folder is not None else None
+    return origin.repo if origin is not None and origin.sure else ""
 
 
 def _hub_id(header: GgufHeader, key: str) -> str:

@@ -25,6 +25,7 @@ from imatrix_runner.workflow.report_source import base_models
 from imatrix_runner.workspace import Workspace
 
 DIE_AT = (sys.executable, str(Path(__file__).with_name("die_at.py")))
+HUB = "https://huggingface.co/"
 LEVELS = {"Q8_0": 0.001, "Q4_0": 0.05}
 
 
@@ -221,6 +222,34 @@ def test_a_model_whose_own_id_is_not_known_is_not_said_to_be_its_base(tmp_path: 
     header = read_header(write_llama_gguf(tmp_path / "m.gguf", layers=1, metadata=metadata))
     assert base_models(header, "") == ()
     assert base_models(header, "org/tuned") == ("org/tuned", "org/base")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "repo", "ids"),
+    [
+        ({"general.source.url": "https://huggingface.co/org/Tiny"}, "", ("org/Tiny",)),
+        ({"general.source.url": "https://huggingface.co/org/Tiny-GGUF"}, "", ()),
+        (
+            {"general.name": "Tiny 1B", "general.base_model.0.repo_url": "https://huggingface.co/org/Tiny-1B"},
+            "",
+            ("org/Tiny-1B",),
+        ),
+        ({"general.source.url": "https://huggingface.co/org/Tiny"}, "copier/Tiny-GGUF", ("org/Tiny",)),
+        ({}, "copier/Tiny-GGUF", ("copier/Tiny-GGUF",)),
+        ({"general.source.url": "https://huggingface.co/org/Tiny"}, "other/Tuned", ("other/Tuned",)),
+    ],
+)
+def test_a_source_names_its_own_hub_id(metadata: dict[str, str], repo: str, ids: tuple[str, ...], tmp_path: Path) -> None:
+    header = read_header(write_llama_gguf(tmp_path / "m.gguf", layers=1, metadata=metadata))
+    assert base_models(header, repo) == ids
+
+
+def test_a_folder_of_the_hubs_cache_names_the_model_that_was_converted(tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--Tiny" / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    header = read_header(write_llama_gguf(tmp_path / "m.gguf", layers=1))
+    assert base_models(header, "", folder) == ("org/Tiny",)
+    assert base_models(header, "", tmp_path) == ()
 
 
 # -- a damaged memory ---------------------------------------------------------------------------------------------------------

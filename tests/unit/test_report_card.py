@@ -289,10 +289,33 @@ def test_split_files_are_named_by_their_pattern_and_fetched_together() -> None:
 
 
 def test_commands_name_the_repository_where_it_is_known_and_else_a_stand_in_that_is_explained() -> None:
-    known, unknown = render_card(sample_report(), repo="me/Mine-GGUF"), render_card(sample_report())
+    known, unknown = render_card(sample_report(repo="me/Mine-GGUF")), render_card(sample_report())
     assert "hf download me/Mine-GGUF Ministral-8B-Q5_K_M.gguf --local-dir ." in known
     assert "OWNER" not in known
     assert "`OWNER/Ministral-8B-GGUF` stands for the name of this repository." in unknown
+
+
+def test_a_maker_without_a_repository_is_the_owner_in_commands() -> None:
+    card = render_card(sample_report(quantized_by="me"))
+    assert "hf download me/Ministral-8B-GGUF " in card
+    assert "OWNER/Ministral-8B-GGUF" in render_card(sample_report(quantized_by="Me & you"))
+
+
+def test_a_fine_tune_of_a_known_model_names_it_as_such() -> None:
+    report = sample_report()
+    model = dataclasses.replace(report.model, base_models=(), repo="", tuned_from="org/base")
+    front = ModelCard(render_card(dataclasses.replace(report, model=model))).data.to_dict()
+    assert (front["base_model"], front["base_model_relation"]) == ("org/base", "finetune")
+    front = ModelCard(render_card(report)).data.to_dict()
+    assert (front["base_model"], front["base_model_relation"]) == ("example-org/Ministral-8B", "quantized")
+
+
+def test_the_importance_matrix_next_to_the_levels_is_linked() -> None:
+    report = sample_report()
+    assert report.imatrix is not None
+    assert f"Importance matrix: [{report.imatrix.file.name}](./{report.imatrix.file.name})" in render_card(report)
+    elsewhere = dataclasses.replace(report.imatrix, made_here=False, origin="")
+    assert "Importance matrix: [" not in render_card(dataclasses.replace(report, imatrix=elsewhere))
 
 
 def test_a_projector_is_told_of() -> None:
@@ -304,7 +327,7 @@ def test_a_projector_is_told_of() -> None:
 def test_sections_are_apart_by_one_empty_line() -> None:
     for report in (sample_report(), moe_report(), bare_report(), sample_report(picks=(), comparisons=(), steps=(), command="")):
         for repo in ("", "a/b"):
-            card = render_card(report, repo=repo)
+            card = render_card(dataclasses.replace(report, repo=repo))
             assert "\n\n\n" not in card
             assert card.endswith("\n")
             assert not card.endswith("\n\n")

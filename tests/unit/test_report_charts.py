@@ -279,3 +279,27 @@ def luminance(colour: str) -> float:
     channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_names_that_must_be_written_do_not_cover_each_other_however_close_their_points_are() -> None:
+    spots = [Spot(100 + 3 * at, 100 + 2 * at, f"Q{at}_K_M", must=True) for at in range(5)]
+    labels = place(spots, 250, 420, line=[(0, 60), (250, 160)])
+    assert all(label.shown for label in labels)
+    tops = []
+    for spot, label in zip(spots, labels, strict=True):
+        width = 7.4 * len(spot.text)
+        left = spot.x + label.dx - {"left": 0, "center": width / 2, "right": width}[label.align]
+        tops.append((left, left + width, spot.y + label.dy - 7.5, spot.y + label.dy + 7.5))
+    for at, one in enumerate(tops):
+        for other in tops[at + 1 :]:
+            assert one[0] >= other[1] or other[0] >= one[1] or one[2] >= other[3] or other[2] >= one[3]
+
+
+def test_the_smallest_and_the_largest_level_are_named() -> None:
+    chart = pareto(DENSE)
+    assert chart is not None
+    names = next(layer for layer in chart["layer"] if layer["name"] == "names")["data"]["values"]
+    by_size = sorted(names, key=lambda each: each["x"])
+    for end in (by_size[0], by_size[-1]):
+        assert end["wide"]["shown"]
+        assert end["narrow"]["shown"]

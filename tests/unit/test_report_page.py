@@ -279,6 +279,14 @@ def test_a_level_of_several_is_chosen_and_all_are_there() -> None:
     assert len(groups) == 2
 
 
+def test_the_title_of_a_prompt_of_several_lines_is_one_line() -> None:
+    domain = reports.domain()
+    pair = replace(domain.pairs[0], prompt="Sum up:\n\n\tone\r\ntwo")
+    page = Page(render_html(replace(DENSE, domain=(replace(domain, pairs=(pair,), n_prompts=1),))))
+    assert "Sum up: one two" in page.text
+    assert "\ufffd" not in page.text
+
+
 def test_many_prompts_are_bounded_and_the_rest_is_counted() -> None:
     domain = reports.domain()
     many = replace(domain, pairs=domain.pairs[:1] * (ANSWERS + 5), n_prompts=ANSWERS + 5)

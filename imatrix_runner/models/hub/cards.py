@@ -47,7 +47,8 @@ _MAX_TEXT, _MAX_LINK, _MAX_TAGS, _MAX_LANGUAGES = 200, 1000, 40, 200
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of the files and their source; empty where nothing is. ``repo``: the source's hub id.
+    """What is known of the files and their source; empty where nothing is. ``repo``: the source's hub id; with the ``relation``
+    ``finetune`` that of the model that the source was tuned from.
 
     ``license_link``: an address, or a file of ``repo``. ``own_tags`` are these files', ``tags`` the source's.
     """
@@ -61,6 +62,7 @@ class CardFacts:
     tags: tuple[str, ...] = ()
     own_tags: tuple[str, ...] = ()
     quantized_by: str = ""
+    relation: str = "quantized"
 
 
 def front_matter(facts: CardFacts) -> str:
@@ -72,7 +74,7 @@ def front_matter(facts: CardFacts) -> str:
     tags = [tag for tag in _plain(facts.tags, _MAX_TAGS) if ":" not in tag]  # a:b are those the hub adds itself
     data = ModelCardData(
         base_model=base,
-        base_model_relation="quantized" if base else None,
+        base_model_relation=facts.relation if base else None,
         model_name=_text(facts.model_name) or None,
         quantized_by=_text(facts.quantized_by) or None,
         library_name=LIBRARY,
