@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 import tenacity
 
 from imatrix_runner.errors import DownloadError, from_os_error
-from imatrix_runner.files import human_bytes
+from imatrix_runner.files import human_bytes, sync
 from imatrix_runner.signals import Stop
 
 if TYPE_CHECKING:
@@ -127,7 +126,7 @@ class Fetcher:
 
             content_type = self._stream(url, what, limit, write, too_large)
             handle.flush()
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         return Arrived(digest.hexdigest(), done, content_type)
 
     def _persist(self, attempt: Callable[[], T]) -> T:

@@ -94,30 +94,102 @@ class InterruptedRunError(RunnerError):
     kind = "interrupted"
 
 
-_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_CONTINUES = "then run the same command again: it continues."
+_UNLOCKABLE = ("ENOLCK", "ENOSYS", "ENOTSUP", "EOPNOTSUPP")
+
+# errno's name -> class, what happened ("… while doing"), and what to do.
+_KNOWN: tuple[tuple[tuple[str, ...], type[RunnerError], str, str], ...] = (
+    (
+        ("ENOSPC",),
+        NoSpaceError,
+        "The disk is full",
+        f"Free some space, or choose another disk with --work-dir, {_CONTINUES}",
+    ),
+    (
+        ("EDQUOT",),
+        NoSpaceError,
+        "The disk quota is used up",
+        f"Remove files, ask for a larger quota, or choose another disk with --work-dir, {_CONTINUES}",
+    ),
+    (
+        ("EACCES", "EPERM"),
+        InvalidDataError,
+        "No permission",
+        "Check the owner and the mode of that path, or choose a writable place with --work-dir.",
+    ),
+    (
+        ("EROFS",),
+        InvalidDataError,
+        "The file system is read-only",
+        "Mount it for writing (a damaged disk is often mounted read-only), or choose a writable place with --work-dir.",
+    ),
+    (
+        ("EFBIG",),
+        InvalidDataError,
+        "The file is too large for this file system",
+        "Choose another disk with --work-dir (FAT32 holds 4 GiB per file), or raise the limit that `ulimit -f` shows.",
+    ),
+    (
+        ("ENAMETOOLONG",),
+        InvalidDataError,
+        "The name is too long for this file system",
+        "Give the model's file or folder a shorter name, or choose a shorter path with --work-dir.",
+    ),
+    (
+        ("EIO", "ENXIO", "EREMOTEIO"),
+        InvalidDataError,
+        "The disk reported an input/output error",
+        f"Check the disk and the system's log, or choose another disk with --work-dir, {_CONTINUES}",
+    ),
+    (
+        ("ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN"),
+        InvalidDataError,
+        "The network file system lost the connection or the file",
+        f"Mount it again, {_CONTINUES}",
+    ),
+    (
+        ("EMFILE", "ENFILE"),
+        InvalidDataError,
+        "Too many files are open",
+        f"Raise the limit that `ulimit -n` shows, or close other programs, {_CONTINUES}",
+    ),
+    (
+        ("ELOOP",),
+        InvalidDataError,
+        "A symbolic link is in the way",
+        "Remove the link, or choose another place with --work-dir.",
+    ),
+    (
+        ("ENOLCK",),
+        InvalidDataError,
+        "The file system cannot lock files",
+        "Choose a local disk with --work-dir (for the cache: IMATRIX_RUNNER_CACHE), or mount it with locks (NFS: rpc.statd).",
+    ),
+)
+_BY_NUMBER = {getattr(errno, name): entry for entry in _KNOWN for name in entry[0] if hasattr(errno, name)}
 
 
 def from_os_error(error: OSError, doing: str, path: Path | str | None = None) -> RunnerError:
     """Translate an ``OSError`` met while ``doing`` something (a gerund phrase) into an error of ours.
 
-    A full disk or quota becomes :class:`NoSpaceError`, everything else :class:`InvalidDataError`.
+    A full disk or a used-up quota becomes :class:`NoSpaceError`, everything else :class:`InvalidDataError`.
     """
     where = path if path is not None else error.filename
     reason = error.strerror or str(error)
     at = f"{where}: {reason}" if where else reason
-    if error.errno in _FULL:
-        return NoSpaceError(
-            f"The disk is full while {doing}",
-            at,
-            "Free some space, or choose another disk with --work-dir, then run the same command again: it continues.",
-        )
-    if error.errno in _FORBIDDEN:
-        return InvalidDataError(
-            f"No permission while {doing}",
-            at,
-            "Check the owner and the mode of that path, or choose a writable place with --work-dir.",
-        )
+    if error.errno in _BY_NUMBER:
+        _, kind, what, todo = _BY_NUMBER[error.errno]
+        return kind(f"{what} while {doing}", at, todo)
     return InvalidDataError(
         f"The file system refused while {doing}", at, "Check that the path exists and the disk is healthy, then try again."
     )
+
+
+def from_lock_error(error: OSError | NotImplementedError, doing: str, path: Path) -> RunnerError:
+    """The same for taking a lock, where "not supported" is said of the locking."""
+    number = error.errno if isinstance(error, OSError) else errno.ENOSYS
+    if number in {getattr(errno, name) for name in _UNLOCKABLE if hasattr(errno, name)}:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return from_os_error(OSError(errno.ENOLCK, reason), doing, path)
+    assert isinstance(error, OSError)
+    return from_os_error(error, doing, path)

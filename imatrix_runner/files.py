@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 PART = ".part"
 _BLOCK = 8 << 20
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS), getattr(errno, "EOPNOTSUPP", errno.ENOSYS))
 
 
 def part_path(final: Path) -> Path:
@@ -27,12 +29,21 @@ def part_path(final: Path) -> Path:
     return final.with_name(f".{final.name}{PART}")
 
 
+def sync(descriptor: int) -> None:
+    """Force what was written to the disk, as far as its file system can do that: some answer that they cannot."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
 def sync_file(path: Path) -> None:
     """Force a file's bytes to the disk, whoever wrote them."""
     # Windows flushes only through a handle that may write.
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -43,7 +54,7 @@ def sync_directory(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -73,7 +84,7 @@ def atomic_writer(final: Path) -> Iterator[IO[bytes]]:
         with part.open("wb") as handle:
             yield handle
             handle.flush()
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         part.replace(final)
         sync_directory(final.parent)
     except OSError as error:

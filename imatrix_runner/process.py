@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import queue
 import shlex
@@ -14,12 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Literal
 
 import psutil
 
+from imatrix_runner.environment import Needs, child_environment, find_program, neutral_directory
 from imatrix_runner.errors import EngineError, from_os_error
 from imatrix_runner.signals import Stop
 
@@ -27,36 +29,24 @@ Stream = Literal["stdout", "stderr"]
 OnText = Callable[[Stream, str], object]
 
 GRACE_SECONDS = 5.0
+MARK_VARIABLE = "IMATRIX_RUNNER_CHILD_OF"
 _POLL_SECONDS = 0.2
 _TAIL_LINES = 200
 _MAX_CAPTURED = 4 << 20
-_SCRUBBED = ("LLAMA_ARG_", "LLAMA_LOG_", "GGML_SCHED_DEBUG")
-_SPINS = "3000"
-"""How often a thread of GNU OpenMP looks whether the others have come before it sleeps; 300,000 by default. ggml's threads meet
-after every operation, and where other programs have the cores, those that wait burn the time that the last one needs: on two
-cores, beside two busy processes, an imatrix of a model of 130 million parameters took 23 s with that and 13 s with this (alone
-6.1 and 6.3 s; ``scripts/bench imatrix --vocab 32000 --types f16 --busy 2``)."""
-
-
-def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Our environment without the variables that silently change what llama.cpp's tools do, with those that keep them from
-    hanging and from burning the processor, plus ``extra``."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(_SCRUBBED)}
-    # A failed assertion would fork and attach a debugger first, and that may hang for ever.
-    clean.setdefault("GGML_NO_BACKTRACE", "1")
-    if "OMP_WAIT_POLICY" not in clean:
-        clean.setdefault("GOMP_SPINCOUNT", _SPINS)
-    clean.update(extra or {})
-    return clean
 
 
 @dataclass(frozen=True)
 class Command:
-    """A program to run: ``argv`` as a list (never a shell string), where, and what to add to its environment."""
+    """A program to run: ``argv`` as a list (never a shell string), ``needs`` of our environment, and ``env`` to add to it.
+
+    Without ``cwd`` it starts in a directory where nothing lies that it could load by chance: paths in ``argv`` are absolute. A
+    program given by its bare name is looked up on ``PATH``, never in the current directory.
+    """
 
     argv: tuple[str, ...]
     cwd: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
+    needs: Needs = Needs.COMPUTE
 
     def __str__(self) -> str:
         text = shlex.join(self.argv)
@@ -136,7 +126,8 @@ class Runner:
     """Runs long children: streams their output, logs it, ends them when told to stop or when they hang.
 
     ``hang_seconds``: a child that for so long neither writes a byte nor uses a second of CPU counts as hung (0: never).
-    ``on_child`` hears ``(pid, alive)`` so that a later run can find orphans of a killed one.
+    ``on_child`` hears ``(pid, alive)`` so that a later run can find orphans of a killed one; it knows them by ``mark``, which
+    they carry in their environment.
     """
 
     def __init__(
@@ -145,10 +136,12 @@ class Runner:
         *,
         hang_seconds: float = 0.0,
         on_child: Callable[[int, bool], None] | None = None,
+        mark: str = "",
     ) -> None:
         self.stop = stop if stop is not None else Stop()
         self._hang_seconds = hang_seconds
         self._on_child = on_child
+        self._mark = {MARK_VARIABLE: mark} if mark else {}
 
     def run(
         self,
@@ -167,7 +160,7 @@ class Runner:
         began = time.monotonic()
         ooms = _oom_kills()
         with _open_log(log, command) as sink:
-            child = _start(command, listens=enough is not None)
+            child = _start(replace(command, env={**command.env, **self._mark}), listens=enough is not None)
             try:
                 if self._on_child:
                     self._on_child(child.pid, True)
@@ -293,11 +286,15 @@ def _start(command: Command, *, listens: bool) -> subprocess.Popen[bytes]:
 
 
 def _open(command: Command, *, listens: bool = False) -> subprocess.Popen[bytes]:
+    env = child_environment(command.env, command.needs)
+    program = find_program(command.argv[0], env["PATH"])
+    if program is None and Path(command.argv[0]).name == command.argv[0]:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command.argv[0])
     # A session of its own: the terminal's Ctrl-C reaches us alone, and we can end the child with all it started.
     return subprocess.Popen(
-        command.argv,
-        cwd=command.cwd,
-        env=child_environment(command.env),
+        (program or command.argv[0], *command.argv[1:]),
+        cwd=command.cwd or neutral_directory(),
+        env=env,
         stdin=subprocess.PIPE if listens else subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -324,6 +321,23 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         end_tree(child.pid)
     _hang_up(child)
     child.wait()
+
+
+def start_time(pid: int) -> float | None:
+    """When a process was started, in seconds since 1970; None if it is over (also while its parent has not taken notice)."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return None
+
+
+def is_marked(pid: int, mark: str) -> bool:
+    """Whether a process was started by a :class:`Runner` with that ``mark``; false where the system does not show it."""
+    try:
+        return bool(psutil.Process(pid).environ().get(MARK_VARIABLE) == mark)
+    except psutil.Error:
+        return False
 
 
 def end_tree(pid: int) -> None:

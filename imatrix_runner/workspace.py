@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
-from imatrix_runner.errors import RunnerError, WorkspaceLockedError, from_os_error
+from imatrix_runner.errors import RunnerError, WorkspaceLockedError, from_lock_error
 from imatrix_runner.files import read_json, write_json
-from imatrix_runner.process import end_tree
+from imatrix_runner.process import end_tree, is_marked, start_time
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,10 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a workspace. A process is the same only if its start time is: pids are reused."""
+    """Who holds a workspace. A process is the same only if its start time is: pids are reused.
+
+    ``workspace`` is the identity of the folder that is held (:func:`identity`): in a copy of that folder the file says nothing.
+    """
 
     pid: int
     created: float
@@ -97,33 +99,37 @@ class Owner:
     command: str
     started: str
     children: dict[str, float] = field(default_factory=dict)
+    workspace: str = ""
 
     @property
     def alive(self) -> bool:
-        return self.host == socket.gethostname() and _created(self.pid) == self.created
+        return self.host == socket.gethostname() and start_time(self.pid) == self.created
 
 
-def _created(pid: int) -> float | None:
-    """When a process was started; None if it is over (also while its parent has not taken notice)."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.Error:
-        return None
+def identity(workspace: Workspace) -> str:
+    """What tells this folder from a copy of it, and stays when it is renamed."""
+    status = workspace.root.stat()
+    return f"{status.st_dev:x}:{status.st_ino:x}"
 
 
 def read_owner(workspace: Workspace) -> Owner | None:
-    """Who wrote last that they hold the workspace (they may be dead); None if nobody or if it cannot be read."""
+    """Who wrote last that they hold the workspace (they may be dead); None if nobody, if it cannot be read, or if it came with
+    a copy of another workspace."""
     try:
-        return read_json(workspace.owner, Owner) if workspace.owner.exists() else None
+        owner = read_json(workspace.owner, Owner) if workspace.owner.exists() else None
     except RunnerError:
         return None  # torn by a dying machine; it only serves to name the holder
+    return owner if owner is not None and owner.workspace in ("", identity(workspace)) else None
 
 
 class Hold:
-    """A held workspace; tells the owner file which children live, so that a successor can end orphans."""
+    """A held workspace; tells the owner file which children live, so that a successor can end orphans.
+
+    ``mark`` is what those children carry in their environment: a number in a file alone must not end a process.
+    """
 
     def __init__(self, workspace: Workspace, owner: Owner, orphans: int) -> None:
+        self.mark = owner.workspace
         self._workspace, self._owner = workspace, owner
         self._lock = threading.Lock()
         self.orphans = orphans
@@ -131,7 +137,7 @@ class Hold:
     def on_child(self, pid: int, alive: bool) -> None:
         with self._lock:
             children = {key: value for key, value in self._owner.children.items() if key != str(pid)}
-            if alive and (created := _created(pid)) is not None:
+            if alive and (created := start_time(pid)) is not None:
                 children[str(pid)] = created
             self._owner = replace(self._owner, children=children)
             write_json(self._workspace.owner, self._owner)
@@ -149,17 +155,19 @@ def hold(workspace: Workspace, command: str) -> Iterator[Hold]:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise _locked(workspace) from error
-    except OSError as error:
-        raise from_os_error(error, "opening the workspace", workspace.root) from error
+    except (OSError, NotImplementedError) as error:
+        raise from_lock_error(error, "opening the workspace", workspace.root) from error
     try:
         before = read_owner(workspace)
-        orphans = _end_orphans(before) if before is not None else 0
+        mark = identity(workspace)
+        orphans = _end_orphans(before, mark) if before is not None else 0
         owner = Owner(
             os.getpid(),
-            _created(os.getpid()) or 0.0,
+            start_time(os.getpid()) or 0.0,
             socket.gethostname(),
             command,
             time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            workspace=mark,
         )
         write_json(workspace.owner, owner)
         yield Hold(workspace, owner, orphans)
@@ -168,10 +176,13 @@ def hold(workspace: Workspace, command: str) -> Iterator[Hold]:
         lock.release()
 
 
-def _end_orphans(owner: Owner) -> int:
+def _end_orphans(owner: Owner, mark: str) -> int:
+    """End the children of a dead owner that still run. The file may come from anywhere, so each must also carry the mark of
+    this workspace, which only a program that was started for it does."""
     if owner.host != socket.gethostname():
         return 0
-    orphans = [int(pid) for pid, created in owner.children.items() if _created(int(pid)) == created]
+    children = [(int(pid), created) for pid, created in owner.children.items() if pid.isascii() and pid.isdigit()]
+    orphans = [pid for pid, created in children if start_time(pid) == created and is_marked(pid, mark)]
     for pid in orphans:
         end_tree(pid)
     return len(orphans)

@@ -71,7 +71,7 @@ def main(path: str) -> int:
     import jinja2
 
     request = Request(**json.loads(Path(path).read_bytes()))
-    os.environ.clear()  # should a template ever get out, there are no secrets to read
+    os.environ.clear()  # should a template ever get out; secrets were not in it from the start
     _bound_memory(request.memory)
     _tell("ready")
     _start_clock(request)

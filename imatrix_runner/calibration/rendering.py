@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,9 +15,11 @@ from imatrix_runner.calibration import render_worker
 from imatrix_runner.calibration.conversations import text_flaw
 from imatrix_runner.calibration.documents import Conversation
 from imatrix_runner.calibration.templates import ChatTemplate
+from imatrix_runner.environment import Needs
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, UsageError, from_os_error
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.process import Command, Outcome, Runner, relevant_lines
+from imatrix_runner.scratch import scratch_folder
 
 DATE = "2026-01-01"
 """What the clock of every template shows: some write today's date into each conversation, and the same inputs must give the
@@ -76,7 +77,7 @@ def render(
     if not conversations:
         return results
     failures = 0
-    with _folder() as folder:
+    with scratch_folder() as folder:
         given = folder / "conversations.jsonl"
         total = _FREE_BYTES + _BYTES_PER_BYTE * _write(conversations, given)
         while len(results) < len(conversations):
@@ -142,7 +143,7 @@ def _run(request: render_worker.Request, path: Path, runner: Runner, answers: _A
     with _disk(path):
         path.write_text(json.dumps(asdict(request)), encoding="ascii")
     # Where our own package lies: -m looks for modules in the current directory first, and that may hold a stranger's files.
-    command = Command((sys.executable, "-m", render_worker.__name__, str(path)), cwd=_ROOT)
+    command = Command((sys.executable, "-m", render_worker.__name__, str(path)), cwd=_ROOT, needs=Needs.NOTHING)
     return runner.run(command, on_text=answers.feed)
 
 
@@ -236,14 +237,6 @@ def _given_up(template: ChatTemplate, failures: int, why: str) -> InvalidDataErr
         f"{failures} conversations were given up; of the last, {why}",
         "Give another template with --chat-template-file FILE, or take one field as plain text with --field NAME.",
     )
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    with _disk(Path(tempfile.gettempdir())):
-        folder = tempfile.TemporaryDirectory(prefix="imatrix-runner-", ignore_cleanup_errors=True)
-    with folder as path:
-        yield Path(path)
 
 
 @contextmanager

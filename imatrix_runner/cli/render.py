@@ -31,9 +31,11 @@ class Listener:
 
 @contextmanager
 def listening(*, quiet: bool, verbose: bool) -> Iterator[Listener]:
-    """The listener that fits where stderr goes."""
+    """The listener that fits where stderr goes. A command that works begins here: what killed ones left is cleared away."""
     from imatrix_runner.cli.console import stderr_console
+    from imatrix_runner.scratch import remove_abandoned
 
+    remove_abandoned()
     console = stderr_console(quiet=quiet)
     if quiet:
         yield Listener(ignore, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import re
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from imatrix_runner.environment import Needs
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, from_os_error
 from imatrix_runner.events import Finished, Progress, Saved, Sink, Started
 from imatrix_runner.files import human_bytes, part_path, publish, require_space
@@ -134,10 +136,14 @@ def _command(
     argv = [sys.executable, str(converter), str(directory.absolute()), "--outfile", str(part.absolute()), "--outtype", kind]
     argv += ["--model-name", name] if name else []
     argv += ["--mmproj"] if mmproj else []
-    env = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    if not trust_remote_code:
+    # No token: code that came with the model may run in there, and nothing that needs one is fetched.
+    env = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    needs = Needs.COMPUTE | Needs.HUB
+    if trust_remote_code:
+        needs |= Needs.NETWORK
+    else:
         env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # nothing, code least of all, comes from elsewhere
-    return Command(tuple(argv), env=env)
+    return Command(tuple(argv), env=env, needs=needs)
 
 
 def _run(command: Command, runner: Runner, sink: Sink, log: Path) -> float:
@@ -229,6 +235,10 @@ def _missing_package(line: str, _log: str) -> RunnerError:
     )
 
 
+def _quota(line: str, _log: str) -> RunnerError:
+    return from_os_error(OSError(errno.EDQUOT, line[:300]), "converting")
+
+
 def _full(line: str, _log: str) -> RunnerError:
     todo = "Free some space, or choose another disk with --work-dir, then run the same command again."
     return NoSpaceError("The disk is full while converting", line[:300], todo)
@@ -236,7 +246,8 @@ def _full(line: str, _log: str) -> RunnerError:
 
 # The converter's messages (convert_hf_to_gguf.py, conversion/base.py), the most telling first.
 _TELLING: tuple[tuple[re.Pattern[str], _Advice], ...] = (
-    (re.compile(r"No space left on device|Disk quota exceeded"), _full),
+    (re.compile(r"Disk quota exceeded"), _quota),
+    (re.compile(r"No space left on device"), _full),
     (re.compile(r"ModuleNotFoundError|ImportError"), _missing_package),
     (re.compile(r"Model \S+ is not supported|Architecture .* not supported"), _unsupported),
     (re.compile(r"pre-tokenizer was not recognized|Cannot find .*[Tt]okenizer|tokenizer\.(?:model|json)"), _tokenizer),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from imatrix_runner.environment import Needs
 from imatrix_runner.errors import NoSpaceError, RunnerError, ToolchainError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Progress, Saved, Sink, Started, info
 from imatrix_runner.files import require_space
@@ -215,7 +216,9 @@ def _compile(plan: BuildPlan, store: Store, runner: Runner, sink: Sink, *, afres
     for argv in (plan.configure, plan.compile):
         # Its folder as working directory marks everything the build starts as belonging to it (see _end_orphans).
         outcome = runner.run(
-            Command(argv, cwd=plan.build_dir, env=env), log=log, on_text=lambda _stream, text: lines.feed(text)
+            Command(argv, cwd=plan.build_dir, env=env, needs=Needs.COMPUTE | Needs.COMPILE),
+            log=log,
+            on_text=lambda _stream, text: lines.feed(text),
         )
         if not outcome.ok:
             (plan.build_dir / _FAILED_FILE).touch()

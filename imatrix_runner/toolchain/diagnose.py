@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from imatrix_runner.environment import find_program, search_path
 
 Find = Callable[[str], str | None]
 
@@ -87,13 +88,13 @@ class Diagnosis:
 
 def tool_path(env: Mapping[str, str]) -> str:
     """``PATH`` with this Python's own scripts added: ``pip install cmake ninja`` counts without an activated venv."""
-    return os.pathsep.join(filter(None, (env.get("PATH", os.defpath), str(Path(sys.executable).parent))))
+    return os.pathsep.join(filter(None, (search_path(env), str(Path(sys.executable).parent))))
 
 
 def finder(env: Mapping[str, str]) -> Find:
     """Look programs up as a build would."""
     path = tool_path(env)
-    return lambda name: shutil.which(name, path=path)
+    return lambda name: find_program(name, path)
 
 
 def manager(find: Find) -> str:
@@ -147,7 +148,8 @@ def missing_needs(backend: str, by_git: bool, env: Mapping[str, str], find: Find
 
 # First match wins. A thing of _PACKAGES as remedy means: install it.
 _SIGNS: tuple[tuple[str, str, str], ...] = (
-    (r"No space left on device|Disk quota exceeded", "the disk is full", "disk"),
+    (r"Disk quota exceeded", "the disk quota is used up", "disk"),
+    (r"No space left on device", "the disk is full", "disk"),
     (
         (
             r"Killed signal terminated program|fatal error: Killed|compiler error: Killed|execute command: Killed|"

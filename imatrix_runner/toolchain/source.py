@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from imatrix_runner.environment import Needs
 from imatrix_runner.errors import DownloadError, RunnerError, ToolchainError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Saved, Sink, Started
 from imatrix_runner.files import publish, sha256
@@ -85,7 +86,11 @@ def _pip_download(version: str, archive: Path, store: Store, runner: Runner, sin
     sink(Started(_STEP, f"Fetching {PACKAGE} {version}'s source"))
     with store.scratch(store.downloads, f"sdist-{safe_name(version)}") as scratch:
         pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check")
-        command = Command((*pip, "--no-binary", PACKAGE, "--dest", str(scratch), f"{PACKAGE}=={version}"))
+        argv = (*pip, "--no-binary", PACKAGE, "--dest", str(scratch), f"{PACKAGE}=={version}")
+        # In the scratch folder: -m looks for modules in the current directory first. pip's own temporary folders go there too,
+        # so that a killed one leaves nothing elsewhere. Preparing the metadata may ask for a compiler.
+        places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+        command = Command(argv, cwd=scratch, env=places, needs=Needs.NETWORK | Needs.COMPILE)
         outcome = runner.run(command, log=log)
         found = sorted(scratch.glob("llama_cpp_python-*.tar.gz"))
         if not outcome.ok or not found:
@@ -227,7 +232,7 @@ _GIT_ENV: Mapping[str, str] = {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
 
 def _git(arguments: tuple[str, ...], runner: Runner, log: Path, ref: str, url: str) -> Outcome:
-    outcome = runner.run(Command(("git", *arguments), env=_GIT_ENV), log=log)
+    outcome = runner.run(Command(("git", *arguments), env=_GIT_ENV, needs=Needs.NETWORK), log=log)
     if outcome.ok:
         return outcome
     lines = "\n".join(relevant_lines(outcome.tail))
@@ -242,7 +247,8 @@ def _git(arguments: tuple[str, ...], runner: Runner, log: Path, ref: str, url: s
 def _git_line(tree: Path, *arguments: str) -> str | None:
     """What git says about a checkout, without writing to it; None when it is missing, slow or distrusts the directory."""
     try:
-        told = capture(Command(("git", "--no-optional-locks", "-C", str(tree), *arguments), env=_GIT_ENV), seconds=30)
+        argv = ("git", "--no-optional-locks", "-C", str(tree), *arguments)
+        told = capture(Command(argv, env=_GIT_ENV, needs=Needs.NOTHING), seconds=30)
     except (OSError, TimeoutError):
         return None
     return told.stdout.strip() if told.returncode == 0 else None

@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 import platformdirs
 
-from imatrix_runner.errors import RunnerError, ToolchainError, from_os_error
+from imatrix_runner.errors import RunnerError, ToolchainError, from_lock_error, from_os_error
 from imatrix_runner.events import Sink, info
 from imatrix_runner.files import read_json, sync_directory, sync_file, write_json
 from imatrix_runner.signals import Stop
@@ -132,8 +132,8 @@ class Store:
                         lock.acquire(timeout=0.5)
                     except filelock.Timeout:
                         continue
-        except OSError as error:
-            raise from_os_error(error, "locking the tool cache", path) from error
+        except (OSError, NotImplementedError) as error:
+            raise from_lock_error(error, "locking the tool cache", path) from error
         try:
             yield
         finally:

@@ -7,7 +7,6 @@ measurement made now, or somebody's published one and told as such.
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from imatrix_runner.quantize.benefit import Benefit, benefit
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.memory import Budget, ContextMemory, Fit, context_memory, fit
 from imatrix_runner.resources import CALIBRATION_TEXT, HELD_OUT_TEXT, resource
+from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.hardware import Gpu, gpus, parse_gpus
 from imatrix_runner.workflow.adequacy import Suitability, Use, suits
 from imatrix_runner.workflow.calibration_inspect import Inspected, InspectRequest, inspect
@@ -244,8 +244,8 @@ def _judged(
     levels: Sequence[Level], request: LevelsRequest, model: Model, held: ContextMemory, budget: Budget, session: Session
 ) -> tuple[LevelAdvice, ...]:
     """Every level as llama.cpp would make it with an imatrix, largest first, whatever lies in the workspace."""
-    with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as name:
-        empty = Workspace(Path(name) / model.name, model.name)
+    with scratch_folder() as folder:
+        empty = Workspace(folder / model.name, model.name)
         scratch = replace(session, workspace=empty, journal=Journal(empty.journal))
         frozen = Frozen(model, "", tuple(stamp(path) for path in model.files))
         steps = LevelPlanner(request, frozen, scratch).plan(levels, None, "still to be made")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.events import Saved
 from imatrix_runner.files import atomic_writer, require_space
 from imatrix_runner.process import Runner
+from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.workflow.calibration_sources import SourceOpener
 from imatrix_runner.workflow.calibration_tokeniser import find_tokeniser, tokenizer_files
 from imatrix_runner.workflow.context import Context
@@ -58,8 +58,8 @@ def build(request: BuildRequest, context: Context, *, dry_run: bool = False) -> 
     out = request.out.expanduser().absolute()
     _check_place(out, force=request.force)
     runner = Runner(context.stop)
-    with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as scratch:
-        opener = SourceOpener(context, Path(scratch), request.field, request.offline)
+    with scratch_folder() as scratch:
+        opener = SourceOpener(context, scratch, request.field, request.offline)
         sources = [opener.open(argument) for argument in request.sources]
         _check_inputs(out, opener.paths)
         model = tokenizer_files(request.model, context, offline=request.offline) if request.model else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from imatrix_runner.calibration.parquet_text import parquet_to_text
 from imatrix_runner.downloads import Advice, Fetcher, shown
 from imatrix_runner.errors import DownloadError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Progress, Started
-from imatrix_runner.files import discard, human_bytes, part_path, require_space, sha256
+from imatrix_runner.files import discard, human_bytes, part_path, require_space, sha256, sync
 from imatrix_runner.models.hub import Hub, Listing, RepoFile
 from imatrix_runner.workflow.context import Context
 
@@ -176,7 +175,7 @@ def _from_hub(
                 with path.open("rb") as source_file:
                     shutil.copyfileobj(source_file, handle)
             handle.flush()
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         return Came(text, part, origin, licence, sha256(path), converted, documents)
     except OSError as error:
         discard(part)

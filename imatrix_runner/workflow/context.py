@@ -95,4 +95,4 @@ def held(workspace: Workspace, request: EnvironmentRequest, context: Context, *,
     with hold(workspace, request.command) as found:
         if found.orphans:
             context.sink(warning(f"An earlier run was killed; {found.orphans} of its programs still ran and were ended."))
-        yield Runner(context.stop, hang_seconds=request.hang_seconds, on_child=found.on_child)
+        yield Runner(context.stop, hang_seconds=request.hang_seconds, on_child=found.on_child, mark=found.mark)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.resolve import FAIL, Resolved, Resolver
 from imatrix_runner.quantize.weights import Weights, expected_weights, usable_weights
+from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.plan import (
     MOVE_AWAY,
@@ -189,8 +189,8 @@ def _real_or_stand_in(matrix: MatrixFile | None, expected: ExpectedMatrix | None
     elif expected is None or not expected.sizes:
         yield None
     else:
-        with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as folder:
-            path = Path(folder) / "imatrix.gguf"
+        with scratch_folder() as folder:
+            path = folder / "imatrix.gguf"
             entry = Entry(np.ones((1, 1)), np.ones(1, np.int64))
             write_gguf(Matrix(dict.fromkeys(sorted(expected.sizes), entry), 512, 1, ("stand-in",)), path)
             yield path

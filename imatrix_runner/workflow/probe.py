@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from imatrix_runner.calibration.corpus import Corpus, stage
 from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Piece
@@ -12,6 +10,7 @@ from imatrix_runner.errors import EngineError
 from imatrix_runner.events import Event, Finished, Notice, Progress, Started
 from imatrix_runner.files import require_space
 from imatrix_runner.models.sources import Model
+from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.imatrix import matrix_bytes
 
@@ -64,8 +63,7 @@ def probe(model: Model, corpus: Corpus, n_tokens: int, options: CollectOptions, 
         if isinstance(event, (Progress, Notice)):
             session.sink(event)
 
-    with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         # The float64 sums of a pair, and the engine's unfinished ones beside it.
         require_space(folder, 4 * matrix_bytes(model), "timing a few chunks")
         text = folder / "calibration.txt"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -237,6 +238,7 @@ def test_a_child_that_is_killed_costs_one_conversation() -> None:
 
 SCRIPT = """
 import sys
+import tempfile
 from imatrix_runner.calibration.documents import Conversation
 from imatrix_runner.calibration.rendering import Limits, render
 from imatrix_runner.calibration.templates import ChatTemplate
@@ -291,18 +293,18 @@ def test_a_full_disk_is_no_fault_of_the_template(monkeypatch: pytest.MonkeyPatch
         (tmp_path / "results-0.jsonl").symlink_to("/dev/full")
         yield tmp_path
 
-    monkeypatch.setattr(rendering, "_folder", folder)
+    monkeypatch.setattr(rendering, "scratch_folder", folder)
     with pytest.raises(NoSpaceError, match="The disk is full while rendering conversations"):
         render(template("{{ messages }}"), [CHAT], Runner())
 
 
 def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(rendering.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert render(template("{{ messages|length }}"), [CHAT], Runner()) == ["2"]
     assert why(FOREVER) == "the template took longer than 1 s"
     with pytest.raises(InvalidDataError):
         render(template("{% messages"), [CHAT], Runner())
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(rendering.tempfile, "tempdir", str(tmp_path / "none"))
-    with pytest.raises(InvalidDataError, match="while rendering conversations"):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(InvalidDataError, match="while making a temporary folder"):
         render(template("{{ messages }}"), [CHAT], Runner())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from imatrix_runner import errors
-from imatrix_runner.errors import InvalidDataError, NoSpaceError, RunnerError, from_os_error
+from imatrix_runner.errors import InvalidDataError, NoSpaceError, RunnerError, from_lock_error, from_os_error
 
 EXIT_CODES = {
     "UsageError": 2,
@@ -56,6 +56,35 @@ def test_os_errors_are_translated(number: int, kind: type[RunnerError]) -> None:
     assert "writing x" in translated.what
     assert translated.why == f"/some/x: {os.strerror(number)}"
     assert translated.todo
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "todo"),
+    [
+        (errno.ENOSPC, "The disk is full", "Free some space"),
+        (errno.EDQUOT, "The disk quota is used up", "larger quota"),
+        (errno.EROFS, "The file system is read-only", "--work-dir"),
+        (errno.EFBIG, "too large for this file system", "ulimit -f"),
+        (errno.ENAMETOOLONG, "name is too long", "shorter"),
+        (errno.EIO, "input/output error", "Check the disk"),
+        (errno.ESTALE, "network file system", "Mount it again"),
+        (errno.ENOLCK, "cannot lock files", "local disk"),
+        (errno.EMFILE, "Too many files are open", "ulimit -n"),
+        (errno.ELOOP, "symbolic link", "Remove the link"),
+    ],
+)
+def test_each_trouble_of_a_file_system_has_its_own_words(number: int, what: str, todo: str) -> None:
+    error = from_os_error(OSError(number, os.strerror(number)), "writing x", "/some/x")
+    assert what in error.what
+    assert error.what.endswith("while writing x")
+    assert todo in error.todo
+
+
+def test_what_is_not_supported_is_the_lock_where_one_is_taken() -> None:
+    for number in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+        assert "cannot lock files" in from_lock_error(OSError(number, "no"), "opening it", Path("/w")).what
+    assert "cannot lock files" in from_lock_error(NotImplementedError("no flock"), "opening it", Path("/w")).what
+    assert "No permission" in from_lock_error(PermissionError(errno.EACCES, "no"), "opening it", Path("/w")).what
 
 
 def test_a_forbidden_path_is_not_called_a_broken_disk() -> None:

@@ -56,6 +56,31 @@ def test_a_file_appears_with_its_content_only_at_the_end(tmp_path: Path) -> None
     assert names_in(final.parent) == ["a.bin"]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_is_written_to_all_the_same(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with atomic_writer(tmp_path / "a") as handle:
+        handle.write(b"whole")
+    publish(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"whole"
+    assert names_in(tmp_path) == ["b"]
+
+
+def test_a_disk_that_fails_to_sync_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(InvalidDataError, match="input/output error while writing a"), atomic_writer(tmp_path / "a") as handle:
+        handle.write(b"whole")
+    assert names_in(tmp_path) == []
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_write_leaves_nothing_new_and_the_old_file_whole(tmp_path: Path, error: type[BaseException]) -> None:
     old, new = tmp_path / "old", tmp_path / "new"

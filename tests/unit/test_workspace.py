@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -12,11 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from children import is_running, python
+from children import eventually, is_running, python
 
 from imatrix_runner.errors import InvalidDataError, WorkspaceLockedError
 from imatrix_runner.files import write_json
-from imatrix_runner.workspace import Owner, Workspace, hold, read_owner
+from imatrix_runner.workspace import Owner, Workspace, hold, identity, read_owner
 
 COMMAND = "imatrix-runner run m.gguf"
 
@@ -31,7 +33,7 @@ HOLDER = f"""
             held.on_child(pid, alive)
             print(pid, flush=True)
         sleep = Command((sys.executable, "-c", "import time; time.sleep(600)"))
-        runner = Runner(on_child=on_child)
+        runner = Runner(on_child=on_child, mark=held.mark)
         threading.Thread(target=runner.run, args=(sleep,), daemon=True).start()
         sys.stdin.read()
 """
@@ -135,6 +137,55 @@ def stranger() -> Iterator[psutil.Process]:
             yield psutil.Process(child.pid)
         finally:
             child.kill()
+
+
+def test_a_process_of_another_program_is_left_alone(workspace: Workspace, stranger: psutil.Process) -> None:
+    """A file that names a living process of anybody's with the right start, as a copied or a forged one can."""
+    write_json(workspace.owner, owner(children={str(stranger.pid): stranger.create_time(), "x": 1.0, "-1": 1.0}))
+    with hold(workspace, COMMAND) as held:
+        assert held.orphans == 0
+    assert is_running(stranger.pid)
+
+
+def test_a_copy_of_a_held_workspace_is_free_and_ends_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    with held_elsewhere(workspace) as (holder, child):
+        copy = Workspace(tmp_path / "copy", "m")
+        shutil.copytree(workspace.root, copy.root)
+        assert read_owner(copy) is None
+        assert eventually(lambda: (told := read_owner(workspace)) is not None and str(child) in told.children)
+        with hold(copy, COMMAND) as held:
+            assert held.orphans == 0
+        # Also one whose file claims to be of the copy.
+        told = read_owner(workspace)
+        assert told is not None
+        write_json(copy.owner, replace(told, workspace=identity(copy)))
+        with hold(copy, COMMAND) as held:
+            assert held.orphans == 0
+        assert is_running(child)
+        assert holder.poll() is None
+
+
+def test_a_renamed_workspace_still_knows_its_orphans(workspace: Workspace, tmp_path: Path) -> None:
+    with held_elsewhere(workspace) as (holder, child):
+        assert eventually(lambda: (told := read_owner(workspace)) is not None and str(child) in told.children)
+        holder.kill()
+        holder.wait()
+        moved = Workspace(workspace.root.rename(tmp_path / "moved"), "m")
+        with hold(moved, COMMAND) as held:
+            assert held.orphans == 1
+        assert not is_running(child)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(workspace: Workspace, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(_descriptor: int, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(InvalidDataError, match="cannot lock files while opening") as caught, hold(workspace, COMMAND):
+        pytest.fail("held without a lock")
+    assert os.strerror(number) in caught.value.why
+    assert "--work-dir" in caught.value.todo
 
 
 @pytest.mark.parametrize(("host", "born"), [(socket.gethostname(), 1.0), ("elsewhere", None)])

@@ -33,7 +33,7 @@ def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolc
     options = job.options
     argv = [
         str(tools.tool("llama-imatrix")),
-        *("-m", str(job.model), "-f", str(job.text), "-o", str(out)),
+        *("-m", _path(job.model), "-f", _path(job.text), "-o", _path(out)),
         *("--output-frequency", NEVER, "--chunk", str(chunks.first), "--chunks", str(chunks.count)),
         *_compute("llama-imatrix", options, tools, ends_texts=ends_texts),
     ]
@@ -43,7 +43,7 @@ def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolc
         argv.append("--process-output")
     if not options.ppl:
         argv += ["--no-ppl", "-lv", _VERBOSE]
-    argv += options.extra
+    argv += _extra(options)
     return Command(tuple(argv))
 
 
@@ -60,9 +60,9 @@ def refer_command(job: ReferJob, out: Path, tools: Toolchain, *, ends_texts: boo
         )
     argv = [
         str(tools.tool(PERPLEXITY)),
-        *("-m", str(job.model), "-f", str(job.text), "--kl-divergence-base", str(out), "--chunks", str(job.chunks.count)),
+        *("-m", _path(job.model), "-f", _path(job.text), "--kl-divergence-base", _path(out), "--chunks", str(job.chunks.count)),
         *_compute(PERPLEXITY, job.options, tools, ends_texts=ends_texts),
-        *job.options.extra,
+        *_extra(job.options),
     ]
     return Command(tuple(argv))
 
@@ -74,13 +74,24 @@ def judge_command(job: JudgeJob, base: Path, tools: Toolchain, *, ends_texts: bo
         raise _begins_at_the_beginning(f"the reference at hand begins with chunk {job.first}")
     argv = [
         str(tools.tool(PERPLEXITY)),
-        *("-m", str(job.model), "--kl-divergence", "--kl-divergence-base", str(base)),
+        *("-m", _path(job.model), "--kl-divergence", "--kl-divergence-base", _path(base)),
         # Logits do not tell of a NaN that ggml turned into some number when it quantised activations to 8 bits.
         *(["--check-tensors"] if tools.knows(PERPLEXITY, "--check-tensors") else []),
         *_compute(PERPLEXITY, job.options, tools, ends_texts=ends_texts),
-        *job.options.extra,
+        *_extra(job.options),
     ]
     return Command(tuple(argv))
+
+
+def _path(path: Path) -> str:
+    """A file as a program in another directory finds it."""
+    return str(path.absolute())
+
+
+def _extra(options: CollectOptions) -> list[str]:
+    """What the user hands on unread, with the relative names of files that are there made absolute: programs do not run in the
+    user's directory, for llama.cpp loads backends from where it runs."""
+    return [_path(Path(word)) if not word.startswith("-") and Path(word).is_file() else word for word in options.extra]
 
 
 def _begins_at_the_beginning(why: str) -> UsageError:
@@ -139,7 +150,7 @@ def _known(tool: str, tools: Toolchain, *names: str) -> str:
 
 def tokenize_command(model: Path, text: Path, tools: Toolchain, *, parse_special: bool) -> Command:
     """llama-tokenize, ids only: it reads the vocabulary, not the weights."""
-    argv = [str(tools.tool("llama-tokenize")), "-m", str(model), "-f", str(text), "--ids"]
+    argv = [str(tools.tool("llama-tokenize")), "-m", _path(model), "-f", _path(text), "--ids"]
     if tools.knows("llama-tokenize", "--no-escape"):
         argv.append("--no-escape")  # it turns a written "\n" into a line break, llama-imatrix does not
     if not parse_special:
@@ -158,9 +169,9 @@ def quantize_command(job: QuantizeJob, tools: Toolchain, *, dry_run: bool = Fals
         argv += ["--imatrix", job.imatrix.name]
     if dry_run:
         argv.append("--dry-run")
-    argv.append(str(job.source))
+    argv.append(_path(job.source))
     if not dry_run:
-        argv.append(str(job.out))
+        argv.append(_path(job.out))
     argv.append(job.ftype)
     if job.threads:
         argv.append(str(job.threads))
@@ -189,7 +200,7 @@ def quantize_options(options: QuantizeOptions) -> list[str]:
     for name, single in (
         ("--output-tensor-type", options.output_tensor_type),
         ("--token-embedding-type", options.token_embedding_type),
-        ("--tensor-type-file", str(options.tensor_type_file) if options.tensor_type_file else ""),
+        ("--tensor-type-file", _path(options.tensor_type_file) if options.tensor_type_file else ""),
         ("--prune-layers", options.prune_layers),
         ("--max-buffer-size", str(options.max_buffer_size) if options.max_buffer_size else ""),
     ):

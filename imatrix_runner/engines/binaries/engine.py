@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink
 from imatrix_runner.process import Runner
+from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.probe import QuantType, Toolchain
 
 
@@ -187,7 +187,7 @@ def _as_imatrix_reads(text: Path) -> Iterator[Path]:
     if not data.endswith(b"\n"):
         yield text
         return
-    with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as folder:
-        copy = Path(folder) / "text"
+    with scratch_folder() as folder:
+        copy = folder / "text"
         copy.write_bytes(data[:-1])
         yield copy

@@ -229,7 +229,10 @@ def with_log(todo: str, outcome: Outcome) -> str:
 
 
 def _disk_full(text: str, what: str, writes: Path) -> NoSpaceError | None:
-    said = "iostream error" in text or "No space left on device" in text or "Disk quota exceeded" in text
+    if "Disk quota exceeded" in text:
+        todo = "Remove files, ask for a larger quota, or choose another disk with --work-dir, then run the same command again."
+        return NoSpaceError(what, f"the disk quota is used up at {existing_parent(writes)}", todo)
+    said = "iostream error" in text or "No space left on device" in text
     return full_disk(what, writes) if said else None
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from imatrix_runner.environment import Needs, find_program, search_path
 from imatrix_runner.process import Command, capture
+from imatrix_runner.scratch import remove_abandoned, scratch_folder
 from imatrix_runner.toolchain.hardware import cpu_features
 
 _SOURCES = Path(__file__).parent / "native"
@@ -43,11 +43,11 @@ def compile_kernels(cache: Path, ggml: str, env: Mapping[str, str] = os.environ)
     ``ggml`` is the digest of the libraries whose bytes the kernels must give (:attr:`Bindings.digest`).
     """
     named = [env["CC"]] if env.get("CC") else list(_COMPILERS)
-    compiler = next((path for name in named if (path := shutil.which(name))), None)
+    compiler = next((path for name in named if (path := find_program(name, search_path(env)))), None)
     if compiler is None:
         return NoNative(f"there is no C compiler ({', '.join(named)})")
     try:
-        told = capture(Command((compiler, "--version")), seconds=_SECONDS)
+        told = capture(Command((compiler, "--version"), needs=Needs.COMPILE), seconds=_SECONDS)
         folder = cache / "kernels" / _key(compiler, told.stdout)
         library = folder / "kernels.so"
         if not library.is_file():
@@ -73,11 +73,12 @@ def _key(compiler: str, version: str) -> str:
 def _compile(compiler: str, library: Path) -> None:
     """Raises ``OSError`` with the compiler's words if it will not."""
     sources = [str(path) for path in _sources() if path.suffix == ".c"]
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made, said = Path(folder) / library.name, ""
+    remove_abandoned(library.parent)
+    with scratch_folder(library.parent) as folder:
+        made, said = folder / library.name, ""
         for tuned in _TUNED:
             command: Sequence[str] = (compiler, *_FLAGS, *tuned, *sources, "-o", str(made), "-lm")
-            done = capture(Command(tuple(command)), seconds=_SECONDS)
+            done = capture(Command(tuple(command), needs=Needs.COMPILE), seconds=_SECONDS)
             if done.returncode == 0:
                 made.replace(library)  # whole or not at all, whoever compiles at the same time
                 return

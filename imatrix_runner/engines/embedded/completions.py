@@ -15,6 +15,7 @@ from typing import IO
 import msgspec
 
 from imatrix_runner.engines.measures import Completion
+from imatrix_runner.files import sync
 
 _FORM = "answers 1"
 _HEAD = 32
@@ -44,7 +45,7 @@ class CompletionsFile:
         data = msgspec.msgpack.encode(list(completions))
         self._handle.write(len(data).to_bytes(4, "little") + data + zlib.crc32(data).to_bytes(4, "little"))
         self._handle.flush()
-        os.fsync(self._handle.fileno())
+        sync(self._handle.fileno())
         self.groups += 1
         self.prompts += len(completions)
 

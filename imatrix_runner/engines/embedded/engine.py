@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +39,7 @@ from imatrix_runner.engines.measures import AnswerJob, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, UsageError
 from imatrix_runner.events import Metric, Notice, Progress, Sink
 from imatrix_runner.process import Outcome, Runner
+from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.probe import QuantType
 from imatrix_runner.untrusted import UnreadableError
 
@@ -103,8 +103,7 @@ class EmbeddedEngine:
 
     def tokenise(self, model: Path, texts: Sequence[str], *, parse_special: bool, log: Path | None) -> Tokenised:
         """The tokens of each text alone, without what the vocabulary adds at the ends; and what it knows of itself."""
-        with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as name:
-            folder = Path(name)
+        with scratch_folder() as folder:
             (folder / "texts.json").write_bytes(msgspec.json.encode(list(texts)))
             out = folder / "tokens.npz"
             answers = _Answers()
@@ -258,9 +257,9 @@ class EmbeddedEngine:
     ) -> Outcome:
         command = worker_command(request, self.bindings.library)
         *program, argument = command.argv
-        with tempfile.TemporaryDirectory(prefix="imatrix-runner-") as folder:
+        with scratch_folder() as folder:
             if len(argument) > _LONGEST_ARGUMENT:
-                file = Path(folder) / "request.json"
+                file = folder / "request.json"
                 file.write_text(argument, encoding="utf-8")
                 command = replace(command, argv=(*program, f"@{file}"))
             return self._runner.run(command, log=log, on_text=answers.feed, enough=enough)

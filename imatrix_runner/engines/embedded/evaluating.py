@@ -28,6 +28,7 @@ from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
 from imatrix_runner.engines.embedded.validating import bad_tensor
 from imatrix_runner.engines.logits_file import LogitsHead, Rows, note_path, read_head, read_rows, read_tokens
 from imatrix_runner.events import Progress
+from imatrix_runner.files import sync
 from imatrix_runner.models.gguf_names import shard_names
 
 F32 = npt.NDArray[np.float32]
@@ -284,7 +285,7 @@ class _BaseFile:
         """Force what was written to the disk, while the next batch is computed: it is up to 260 MB."""
         self._handle.flush()
         self._synced.result()
-        self._synced = self._syncer.submit(os.fsync, self._handle.fileno())
+        self._synced = self._syncer.submit(sync, self._handle.fileno())
 
     def close(self) -> None:
         with closing(self._handle), self._syncer:

@@ -6,13 +6,12 @@ came to be, so that another level may copy it. JSON lines, appended; a torn last
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from imatrix_runner.files import atomic_writer
+from imatrix_runner.files import atomic_writer, sync
 from imatrix_runner.untrusted import UnreadableError, from_json
 
 VERSION = 1
@@ -77,7 +76,7 @@ class Ledger:
         """Durably; the data must be on the disk before."""
         self._file.write(_lines(entries))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
         self.entries.update((entry.tensor, entry) for entry in entries)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from imatrix_runner.engines.base import LEDGER_NAME, PassLevel
 from imatrix_runner.engines.embedded.headers import Layout, Place
 from imatrix_runner.engines.embedded.ledger import Entry, Head, Ledger, read
 from imatrix_runner.engines.embedded.refusal import Refusal
+from imatrix_runner.files import sync
 
 MAGIC = b"GGUF"
 _NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -53,7 +54,7 @@ class OutputFile:
         self.sync()
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

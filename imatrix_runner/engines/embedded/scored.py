@@ -16,6 +16,7 @@ import numpy as np
 
 from imatrix_runner.engines.embedded.judging import TOKEN, Tokens
 from imatrix_runner.engines.logits_file import scored_tokens
+from imatrix_runner.files import sync
 
 _HEAD = 32
 
@@ -55,7 +56,7 @@ class ScoredFile:
 
     def sync(self) -> None:
         self._handle.flush()
-        os.fsync(self._handle.fileno())
+        sync(self._handle.fileno())
 
     def close(self) -> None:
         self._handle.close()
