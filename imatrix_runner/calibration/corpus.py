@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix_runner.calibration.manifest import Manifest, find_manifest
+from imatrix_runner.calibration.raw_text import build_command, no_text, records_in
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.files import atomic_writer
 
@@ -24,7 +25,8 @@ class Corpus:
     """One text file: where it lies, its name for the imatrix's ``datasets``, its size and content hash.
 
     ``manifest`` is what ``calibration build`` wrote beside it, ``edited`` whether the text is another one since. ``marked``:
-    something in it looks like a chat template's control tokens.
+    something in it looks like a chat template's control tokens. ``records``: what it holds in place of running text (``JSON
+    lines``), or empty; ``crlf``: lines end as on Windows.
     """
 
     path: Path
@@ -34,6 +36,8 @@ class Corpus:
     manifest: Manifest | None = None
     edited: bool = False
     marked: bool = False
+    records: str = ""
+    crlf: bool = False
 
     @property
     def built(self) -> Manifest | None:
@@ -46,7 +50,8 @@ def open_corpus(path: Path, *, role: str = "calibration text", option: str = "-f
     ``role``; ``option`` is how it is given."""
     try:
         if path.is_dir():
-            raise _bad(path, role, "it is a folder", f"Give a text file with {option}.")
+            why = "it is a folder"
+            raise _bad(path, role, why, f"Give a text file with {option}, or build one from it: {build_command(path)}")
         if path.stat().st_size > _MAX_BYTES:
             why = f"it is larger than {_MAX_BYTES >> 30} GiB"
             raise _bad(path, role, why, "A few hundred kilobytes are enough; give a part of it.")
@@ -55,21 +60,30 @@ def open_corpus(path: Path, *, role: str = "calibration text", option: str = "-f
         raise from_os_error(error, f"reading the {role}", path) from error
     if not data.strip():
         raise _bad(path, role, "it is empty", f"Leave {option} out to use the text that is shipped with imatrix-runner.")
-    if b"\0" in data:
-        raise _bad(path, role, "it is a binary file (it holds NUL bytes)", f"Give plain UTF-8 text with {option}.")
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _bad(
-            path,
-            role,
-            f"byte {error.start} is not valid UTF-8",
-            f"Convert it, for example: iconv -f latin1 -t utf-8 {path.name} > {path.stem}-utf8.txt",
-        ) from error
+    if (other := no_text(path, data, option)) is not None:
+        raise _bad(path, role, other.why, other.todo)
     digest = hashlib.sha256(data).hexdigest()
     manifest = find_manifest(path)
     edited = manifest is not None and manifest.sha256 != digest
-    return Corpus(path, path.name, len(data), digest, manifest, edited, any(mark in data for mark in _MARKS))
+    marked = any(mark in data for mark in _MARKS)
+    return Corpus(path, path.name, len(data), digest, manifest, edited, marked, records_in(path, data), b"\r\n" in data)
+
+
+def raw_warnings(corpus: Corpus, model: Path) -> list[str]:
+    """What to say of a text that models read otherwise than people mean, with the command that helps."""
+    if corpus.manifest is not None:
+        return []
+    told = []
+    if corpus.records:
+        why = "the model would see its syntax, not the text and dialogues in it"
+        how = "calibration build renders them with the model's chat template"
+        told.append(f"{corpus.name} holds {corpus.records}: {why}; {how}: {build_command(corpus.path, model)}")
+    if corpus.crlf:
+        told.append(
+            f"{corpus.name} has Windows line ends (CRLF), which cost tokens that models seldom see. Without them: "
+            f"{build_command(corpus.path, model)}"
+        )
+    return told[:1]
 
 
 def stage(corpus: Corpus, target: Path) -> None:

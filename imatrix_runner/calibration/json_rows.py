@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 from imatrix_runner.calibration.documents import BadRecord
 from imatrix_runner.calibration.rows import MAX_ROW, SHORTEN, TOO_LONG, TOO_MANY, Row, too_many
@@ -49,7 +49,7 @@ def _line(line: bytes, where: str, strings: bool = False) -> Row | BadRecord:
         return BadRecord(where, str(error), _MEND)
 
 
-def is_jsonl(stream: io.BufferedReader, *, least: int = 2) -> bool:
+def is_jsonl(stream: IO[bytes], *, least: int = 2) -> bool:
     """Whether the first line that is not blank is a whole JSON object, and there are at least so many lines that are not: JSON
     lines, whatever the file is called."""
     objects = 0

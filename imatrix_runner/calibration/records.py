@@ -18,6 +18,7 @@ from imatrix_runner.calibration.csv_rows import csv_rows
 from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
 from imatrix_runner.calibration.folders import CODE, DATA, MAX_FILE, PROSE, Entry, documents, is_dataset, suffix
 from imatrix_runner.calibration.json_rows import is_jsonl, json_rows, jsonl_rows, lists_in, single_object
+from imatrix_runner.calibration.message_rows import joined
 from imatrix_runner.calibration.parquet_rows import parquet_rows
 from imatrix_runner.calibration.passages import WHOLE, code, passages
 from imatrix_runner.calibration.rows import Row
@@ -194,8 +195,12 @@ class _Reader:
         except OSError as error:
             raise from_os_error(error, "opening a source of calibration text", shown) from error
         if kind in DATA:
-            return self._interpreted(self._rows(kind, path, shown))
+            return self._interpreted(joined(self._rows(kind, path, shown), self._stands_alone))
         return self._text(path, shown, code if kind in CODE else passages)
+
+    def _stands_alone(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a row that is one message is a document by itself, as it is where ``--field`` names its text."""
+        return isinstance(self.interpret(fields), (str, Conversation))
 
     def _text(self, path: Path, shown: str, cut: Cut) -> Documents:
         with opened(path, shown, self.on_bytes) as stream:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.models.bounded import quoted
@@ -27,16 +27,23 @@ _GZIP = b"\x1f\x8b"
 _BOM = codecs.BOM_UTF8
 
 # What people have at hand that is no text: its first bytes, what it is, how to make a text of it.
-_OTHERS = (
+OTHER_FORMATS = (
     (codecs.BOM_UTF32_LE, "it is UTF-32", "iconv -f UTF-32 -t UTF-8 {} > text.txt"),
     (codecs.BOM_UTF16_LE, "it is UTF-16", "iconv -f UTF-16 -t UTF-8 {} > text.txt"),
     (codecs.BOM_UTF16_BE, "it is UTF-16", "iconv -f UTF-16 -t UTF-8 {} > text.txt"),
     (b"\x28\xb5\x2f\xfd", "it is compressed with zstd", "zstd -d {}"),
     (b"\xfd7zXZ\0", "it is compressed with xz", "unxz --keep {}"),
     (b"BZh", "it is compressed with bzip2", "bunzip2 --keep {}"),
-    (b"PK\x03\x04", "it is a zip archive, or a document that is kept in one", "unzip {}"),
+    (
+        b"PK\x03\x04",
+        "it is a zip archive, or an office document (.docx, .epub), which is one",
+        "unzip {0} (a document: pandoc -t plain -o text.txt {0})",
+    ),
     (b"7z\xbc\xaf\x27\x1c", "it is a 7z archive", "7z x {}"),
     (b"%PDF-", "it is a PDF", "pdftotext {} text.txt"),
+    (b"{\\rtf", "it is an RTF document", "unrtf --text {} > text.txt"),
+    (b"\xd0\xcf\x11\xe0", "it is an old office document (.doc, .xls)", "catdoc {} > text.txt"),
+    (b"SQLite format 3\0", "it is a database (SQLite)", "sqlite3 {} .dump > text.txt"),
 )
 
 
@@ -66,7 +73,7 @@ def _buffered(raw: _Read) -> io.BufferedReader:
 
 def _checked(stream: io.BufferedReader, path: Path, shown: str) -> io.BufferedReader:
     head = stream.peek(1)
-    for magic, why, command in _OTHERS:
+    for magic, why, command in OTHER_FORMATS:
         if head.startswith(magic):
             raise bad_source(shown, why, f"Make a text of it first: {command.format(quoted(path))}")
     if b"\0" in head[:_HEAD]:
@@ -123,7 +130,7 @@ def text_blocks(stream: io.BufferedReader, path: Path, shown: str, *, strict: bo
             return
 
 
-def byte_lines(stream: io.BufferedReader, limit: int) -> Iterator[tuple[int, bytes | None]]:
+def byte_lines(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes | None]]:
     """Lines with their numbers, without white space at their ends; None for a line longer than ``limit`` bytes."""
     number = 0
     while line := stream.readline(limit + 1):

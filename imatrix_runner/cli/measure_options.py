@@ -13,12 +13,13 @@ from imatrix_runner.cli.types import SIZE
 from imatrix_runner.workflow.request import MeasureRequest
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_TEXT = click.Path(path_type=Path)  # a folder is refused with the command that makes a text of it
 
 measure_options = together(
     setting(
         "--text",
         "held_out",
-        type=_FILE,
+        type=_TEXT,
         metavar="HELD_OUT",
         help="Text to measure on; nothing of it may be in the calibration text (default: a shipped one).",
     ),

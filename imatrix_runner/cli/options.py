@@ -40,6 +40,7 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_TEXT = click.Path(path_type=Path)  # a folder is refused with the command that makes a text of it
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 
 environment_options = together(
@@ -114,7 +115,7 @@ compute_options = together(
 )
 
 collect_options = together(
-    setting("-f", "--file", "text", type=_FILE, metavar="TEXT", help="Calibration text (default: the shipped one)."),
+    setting("-f", "--file", "text", type=_TEXT, metavar="TEXT", help="Calibration text (default: the shipped one)."),
     compute_options,
     setting("--chunks", type=click.IntRange(min=1), metavar="N", help="Compute at most so many chunks (default: all)."),
     setting(

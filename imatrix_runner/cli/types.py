@@ -16,6 +16,9 @@ _USUAL_LEVELS = (
 )
 
 
+_LEAST_BARE = 1 << 20  # no memory, disk or model is smaller
+
+
 class LevelNames(click.ParamType[tuple[str, ...]]):
     """A comma-separated list of level names."""
 
@@ -34,17 +37,20 @@ class LevelNames(click.ParamType[tuple[str, ...]]):
 
 
 class Size(click.ParamType[int]):
-    """Bytes, as people write them: ``4GiB``, ``500MB``, ``1.5g``; with or without the i a K is 1024, as ``df -h`` has it."""
+    """Bytes, as people write them: ``4GiB``, ``500MB``, ``1.5g``; with or without the i a K is 1024, as ``df -h`` has it.
+
+    Without a unit only whole numbers of a mebibyte and more are bytes: ``--vram 8`` means 8 GiB to those who type it.
+    """
 
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]?)(?:i?b)?\s*", str(value), re.IGNORECASE)
-        n_bytes = int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " ")) if match else 0
-        if n_bytes < 1:
+        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*(?:([kmgt])(?:i?b)?|(b))?\s*", str(value), re.IGNORECASE)
+        n_bytes = int(float(match[1]) * 1024 ** " kmgt".index((match[2] or " ").lower())) if match else 0
+        if match is None or n_bytes < 1:
             self.fail(f"{value!r} is no size; it is written like 4GiB or 500MiB", param, ctx)
+        if match[2] is None and match[3] is None and n_bytes < _LEAST_BARE:
+            self.fail(f"{value!r} has no unit and would be bytes; if GiB are meant, write {match[1]}GiB", param, ctx)
         return n_bytes
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imatrix_runner.calibration.corpus import FEW_CHUNKS, Corpus, open_corpus
+from imatrix_runner.calibration.corpus import FEW_CHUNKS, Corpus, open_corpus, raw_warnings
 from imatrix_runner.engines.base import Engine
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Saved, Sink, info, warning
@@ -103,6 +103,8 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
             )
         return _use(found, frozen.model, sink, "found in the workspace")
     corpus = open_corpus(request.text or resource(CALIBRATION_TEXT))
+    for told in raw_warnings(corpus, frozen.model.path):
+        sink(warning(told))
     request = _as_built(request, corpus, sink)
     inputs = imatrix_inputs(request, corpus, frozen, session.engine)
     if record is not None and ours and not differences(record, inputs):

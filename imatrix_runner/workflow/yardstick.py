@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imatrix_runner.calibration.corpus import Corpus, open_corpus
+from imatrix_runner.calibration.corpus import Corpus, open_corpus, raw_warnings
 from imatrix_runner.calibration.overlap import overlap_files, verdict
 from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.logits_file import first_wild_chunk, read_head, read_tokens
@@ -51,6 +51,8 @@ def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, t
     if request.base is not None:
         return _given(request.base, request, options, frozen, n_subjects, twins, session)
     corpus = open_corpus(request.text or resource(HELD_OUT_TEXT), role="held-out text", option="--text")
+    for told in raw_warnings(corpus, frozen.model.path):
+        session.sink(warning(told))
     share = overlap(corpus, _calibrations(session), session.sink)
     n_tokens = session.engine.count_tokens(frozen.model.path, corpus.path, parse_special=False, log=session.log("tokenize"))
     there = n_tokens // options.n_ctx

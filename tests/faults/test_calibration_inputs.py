@@ -73,7 +73,7 @@ def test_a_character_cut_off_at_the_end_of_a_text(cut: int, tmp_path: Path) -> N
         (b"\x28\xb5\x2f\xfd\x04", "it is compressed with zstd", "zstd -d "),
         (lzma.compress(b"text"), "it is compressed with xz", "unxz --keep "),
         (bz2.compress(b"text"), "it is compressed with bzip2", "bunzip2 --keep "),
-        (b"PK\3\4\x14\0", "it is a zip archive, or a document that is kept in one", "unzip "),
+        (b"PK\3\4\x14\0", "it is a zip archive, or an office document (.docx, .epub), which is one", "unzip "),
         (b"%PDF-1.7\n", "it is a PDF", "pdftotext "),
         (gzip.compress(b"%PDF-1.7\n"), "it is a PDF", "pdftotext "),
         (gzip.compress(b"some text" * 100)[:-20], "it is a damaged .gz file: ", "Download or make it again."),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imatrix_runner.calibration import corpus as module
-from imatrix_runner.calibration.corpus import Corpus, open_corpus, stage
+from imatrix_runner.calibration.corpus import Corpus, open_corpus, raw_warnings, stage
 from imatrix_runner.errors import InvalidDataError
 
 TEXT = "Zwölf Boxkämpfer, 十二 → 🥊\n".encode()
@@ -30,9 +30,29 @@ def test_a_text_is_known_by_name_size_and_content(tmp_path: Path) -> None:
     [
         (b"", "it is empty", "-f"),
         (b" \n\t\r\n", "it is empty", "-f"),
-        (b"GGUF\0\0\0\3", "NUL bytes", "UTF-8"),
+        (b"GGUF\0\0\0\3", "it is a GGUF", "as MODEL"),
+        (b"\x7fELF\0\0\0\3", "NUL bytes", "UTF-8"),
         ("Straße".encode("latin-1"), "byte 4 is not valid UTF-8", "iconv -f latin1 -t utf-8 text.txt"),
-        (TEXT[:3], "byte 2 is not valid UTF-8", "iconv"),
+        (TEXT[:3], "byte 2 is not valid UTF-8: it ends in the middle of a character", "iconv -c"),
+        ("It’s – quoted".encode("cp1252"), "byte 2 is not valid UTF-8", "Windows-1252): iconv -f cp1252 -t utf-8 text.txt"),
+        ("Zwölf".encode("utf-16"), "it is UTF-16", "iconv -f UTF-16 -t UTF-8"),
+        (
+            "Zwölf lines, of text\n".encode("utf-16-le"),
+            "UTF-16, without a byte order mark",
+            "iconv -f UTF-16LE -t UTF-8 text.txt",
+        ),
+        (
+            "Zwölf lines, of text\n".encode("utf-16-be"),
+            "UTF-16, without a byte order mark",
+            "iconv -f UTF-16BE -t UTF-8 text.txt",
+        ),
+        ("Zwölf".encode("utf-32"), "it is UTF-32", "iconv -f UTF-32"),
+        (b"%PDF-1.7\n", "it is a PDF", "pdftotext"),
+        (b"PK\x03\x04" + bytes(30), "office document", "pandoc -t plain"),
+        (b"\xd0\xcf\x11\xe0" + bytes(30), "old office document", "catdoc"),
+        (b"{\\rtf1\\ansi Hello}", "RTF", "unrtf"),
+        (b"\x1f\x8b\x08\0", "compressed with gzip", "gunzip --keep"),
+        (b"PAR1" + bytes(30), "a Parquet table", "imatrix-runner calibration build"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes, why: str, todo: str) -> None:
@@ -42,9 +62,53 @@ def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes, why: str, todo:
     assert todo in caught.value.todo
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidDataError, match="it is a folder"):
-        open_corpus(tmp_path)
+def test_a_folder_is_refused_with_the_command_that_makes_a_text_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "my notes"
+    folder.mkdir()
+    with pytest.raises(InvalidDataError, match="it is a folder") as caught:
+        open_corpus(folder)
+    assert f"imatrix-runner calibration build '{folder}' -o 'my notes.txt' --model MODEL" in caught.value.todo
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "records"),
+    [
+        (
+            "d.jsonl",
+            '{"role": "user", "content": "Hi"}\n{"role": "assistant", "content": "Ho"}\n',
+            "JSON lines with chat",
+        ),
+        (
+            "d.txt",
+            '\ufeff\n{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": []}\n',
+            "JSON lines with chat",
+        ),
+        ("d.txt", '{"text": "a"}\r\n{"text": "b"}\r\n', "JSON lines"),
+        ("d.json", '[\n  {"text": "a"}\n]', "JSON"),
+        ("d.json", '{"text": "one line"}', "JSON"),
+        ("d.html", "<!DOCTYPE html>\n<p>", "HTML"),
+        ("d.csv", "text,label\na,b\n", "CSV"),
+        ("d.tsv", "text\tlabel\n", "tab-separated values"),
+        ("d.txt", "text,label\n", ""),
+        ("d.txt", "{braces} are text\nand [brackets] too\n", ""),
+        ("d.txt", "[INST] What? [/INST]", ""),
+    ],
+)
+def test_records_of_a_data_set_are_noticed(name: str, data: str, records: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(data.encode())
+    corpus = open_corpus(path)
+    assert corpus.records == records.replace("chat", "chat messages")
+    told = raw_warnings(corpus, Path("/m/my model.gguf"))
+    assert len(told) == (1 if records or corpus.crlf else 0)
+    if records:
+        out = "d.txt" if name != "d.txt" else "d-built.txt"
+        assert f"calibration build {path} -o {out} --model '/m/my model.gguf'" in told[0]
+
+
+def test_line_ends_of_windows_are_noticed(tmp_path: Path) -> None:
+    (told,) = raw_warnings(open_corpus(write(tmp_path, b"a\r\nb\r\n")), Path("m.gguf"))
+    assert "CRLF" in told
 
 
 def test_a_missing_text_is_named(tmp_path: Path) -> None:
