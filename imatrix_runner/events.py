@@ -6,7 +6,7 @@ They are tagged so that a child process can send them as JSON lines: ``{"type": 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
@@ -78,6 +78,11 @@ def info(text: str) -> Notice:
 
 def warning(text: str) -> Notice:
     return Notice("warning", text)
+
+
+def no_effect(options: Sequence[str], why: str) -> str:
+    """The sentence about options that are accepted and change nothing; ``why`` may end without a full stop."""
+    return f"{', '.join(options)} {'has' if len(options) == 1 else 'have'} no effect: {why}"
 
 
 def ignore(_event: Event) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from imatrix_runner.cli.invocation import Invocation
-from imatrix_runner.cli.measure_options import measure_options, measure_request
+from imatrix_runner.cli.measure_options import measure_options, measure_request, unused_measure_options
 from imatrix_runner.cli.options import (
     compute_options,
     compute_request,
@@ -77,6 +77,7 @@ def evaluate(invocation: Invocation, /, model: str, **options: Any) -> int:
         environment_request(options, invocation),
         measure,
         LevelsRequest(threads=options["threads"]),
+        unused_measure_options(options, measured=True),
     )
     return _perform(request, options)
 

@@ -24,7 +24,7 @@ from imatrix_runner.cli.settings import SettingsCommand
 from imatrix_runner.workflow.request import RunRequest
 
 
-@click.command(cls=SettingsCommand)
+@click.command(cls=SettingsCommand, takes_extra=True)
 @click.argument("model")
 @click.option(
     "-o",

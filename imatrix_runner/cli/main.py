@@ -63,9 +63,10 @@ def cli(ctx: click.Context) -> None:
     7 workspace locked, 8 no space, 100 some levels failed, 130 interrupted (the same command continues).
     """
     if not ctx.resilient_parsing:
-        from imatrix_runner.cli.settings import apply_settings
+        from imatrix_runner.cli.settings import apply_settings, warn_of_environment
 
         apply_settings(ctx)
+        warn_of_environment(ctx)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from imatrix_runner.cli.options import together
-from imatrix_runner.cli.settings import setting
+from imatrix_runner.cli.settings import setting, typed
 from imatrix_runner.cli.types import SIZE
+from imatrix_runner.events import no_effect
 from imatrix_runner.workflow.request import MeasureRequest
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -54,6 +55,16 @@ measure_options = together(
     ),
     setting("--target-size", type=SIZE, help="Name the best level of at most this size."),
 )
+
+
+def unused_measure_options(given: dict[str, Any], *, measured: bool) -> tuple[str, ...]:
+    """A warning for options that were given by hand and need another one; ``measured``: whether anything will be measured."""
+    warnings = []
+    if not measured and (unused := typed("max_disk")):
+        warnings.append(no_effect(unused, "nothing is measured without --evaluate."))
+    if given["domain"] is None and (unused := typed("predict", "domain_template")):
+        warnings.append(no_effect(unused, "nothing is answered without --domain."))
+    return tuple(warnings)
 
 
 def measure_request(given: dict[str, Any], **changes: Any) -> MeasureRequest:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from imatrix_runner.cli.invocation import Invocation
-from imatrix_runner.cli.settings import setting
+from imatrix_runner.cli.settings import setting, typed
 from imatrix_runner.cli.types import LevelNames
 from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 from imatrix_runner.errors import UsageError
@@ -166,6 +166,12 @@ collect_options = together(
     setting("--ppl/--no-ppl", default=True, show_default=True, help="Measure the perplexity on the way."),
 )
 
+_GENERATING = (
+    *("text", "chunks", "first_chunk", "output_frequency", "save_frequency", "until_converged", "min_expert_tokens"),
+    *("parse_special", "process_output", "ppl"),
+)
+"""Parameters that only matter where an imatrix is generated."""
+
 threads_option = setting("-t", "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads (default: all).")
 
 level_options = together(
@@ -226,7 +232,8 @@ def environment_request(options: dict[str, Any], invocation: Invocation) -> Envi
 
 
 def source_request(model: str, options: dict[str, Any]) -> SourceRequest:
-    return SourceRequest(model, options["outtype"], options["mmproj"], options["trust_remote_code"])
+    converting = typed("outtype", "mmproj", "trust_remote_code")
+    return SourceRequest(model, options["outtype"], options["mmproj"], options["trust_remote_code"], converting)
 
 
 def compute_request(options: dict[str, Any], **changes: Any) -> CollectOptions:
@@ -277,6 +284,7 @@ def imatrix_request(options: dict[str, Any], extra: tuple[str, ...], **changes: 
         "until_converged": options["until_converged"],
         "min_expert_tokens": options["min_expert_tokens"],
         "parse_as_built": options["parse_special"] is None,
+        "typed": (*typed(*_GENERATING), *((f"{extra[0]} after --",) if extra else ())),
     }
     return ImatrixRequest(**{**values, **changes})
 

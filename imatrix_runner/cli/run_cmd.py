@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from imatrix_runner.cli.invocation import Invocation
-from imatrix_runner.cli.measure_options import measure_options, measure_request
+from imatrix_runner.cli.measure_options import measure_options, measure_request, unused_measure_options
 from imatrix_runner.cli.options import (
     collect_options,
     compute_request,
@@ -30,7 +30,7 @@ from imatrix_runner.errors import SomeLevelsFailedError, UsageError
 from imatrix_runner.workflow.request import ImatrixRequest, MeasureRequest, RunRequest
 
 
-@click.command(cls=SettingsCommand)
+@click.command(cls=SettingsCommand, takes_extra=True)
 @click.argument("model")
 @setting(
     "--imatrix",
@@ -61,12 +61,14 @@ def run(invocation: Invocation, /, model: str, imatrix: str, **options: Any) -> 
     imatrix-runner run model-BF16.gguf --levels Q4_K_M,IQ3_XXS --dry-run
     imatrix-runner run model-BF16.gguf --preset bartowski --target-size 4GiB
     """
+    measure = _measure(options)
     request = RunRequest(
         source_request(model, options),
         environment_request(options, invocation),
         imatrix_request(options, invocation.extra, mode=imatrix),
         levels_request(options),
-        _measure(options),
+        measure,
+        unused_measure_options(options, measured=measure is not None),
     )
     return perform(request, options)
 
@@ -112,7 +114,7 @@ def quantize(invocation: Invocation, /, model: str, imatrix: str, **options: Any
     return perform(request, options)
 
 
-@click.command(cls=SettingsCommand)
+@click.command(cls=SettingsCommand, takes_extra=True)
 @level_options
 @collect_options
 @threads_option

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +12,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from imatrix_runner.config import ENV_PREFIX, FileSettings, check_names, find_settings
+from imatrix_runner.cli.invocation import Invocation
+from imatrix_runner.config import ENV_PREFIX, OTHER_VARIABLES, FileSettings, check_names, find_settings
 from imatrix_runner.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -88,19 +92,63 @@ def _value(option: click.Parameter, settings: FileSettings) -> Any:
     return [str(value)] if option.multiple else str(value)
 
 
+def typed(*names: str) -> tuple[str, ...]:
+    """The options among these parameters that were given on the command line of the running command, by their first name."""
+    ctx = click.get_current_context()
+    given = {option.name: option.opts[0] for option in ctx.command.params if isinstance(option, click.Option)}
+    return tuple(
+        given[name]
+        for name in names
+        if name in given and ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.PROMPT)
+    )
+
+
+def warn_of_environment(ctx: click.Context) -> None:
+    """Warn of every ``IMATRIX_RUNNER_…`` variable that no option or other part of the program reads."""
+    assert isinstance(ctx.command, click.Group)
+    if isinstance(ctx.obj, Invocation) and {"-q", "--quiet"} & {*ctx.obj.arguments}:
+        return
+    suspects = [name for name, value in os.environ.items() if name.startswith(ENV_PREFIX) and value]
+    if all(name in OTHER_VARIABLES for name in suspects):
+        return  # knowing all settings means importing all commands
+    known = {ENV_PREFIX + name.upper() for name, _ in _settings_of(ctx.command, ctx)} | OTHER_VARIABLES
+    for name in sorted(set(suspects) - known):
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        click.echo(f"Warning: the environment variable {name} has no effect: it is not a setting.{hint}", err=True)
+
+
 class SettingsCommand(click.Command):
-    """A command with ``--show-config``: print every setting, its value and origin, instead of running."""
+    """A command with ``--show-config``: print every setting, its value and origin, instead of running.
+
+    ``takes_extra``: whether it runs llama-imatrix, which is given the options after ``--``.
+    """
+
+    def __init__(self, *args: Any, takes_extra: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.takes_extra = takes_extra
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--show-config" in args:
-            for parameter in self.params:
-                if isinstance(parameter, click.Argument):
-                    parameter.required = False
-        return super().parse_args(ctx, args)
+        needed = [each for each in self.params if isinstance(each, click.Argument) and each.required]
+        if "--show-config" not in args:
+            return super().parse_args(ctx, args)
+        try:
+            for argument in needed:
+                argument.required = False
+            return super().parse_args(ctx, args)
+        finally:
+            for argument in needed:
+                argument.required = True
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.params.pop("show_config", False):
             return print_settings(ctx)
+        if isinstance(ctx.obj, Invocation) and ctx.obj.extra and not self.takes_extra:
+            raise UsageError(
+                f"{ctx.command_path} takes no options after --",
+                f"{shlex.join(ctx.obj.extra)} would go to llama-imatrix, which this command does not run",
+                f"Leave them out, or see what it takes: {ctx.command_path} --help",
+            )
         return super().invoke(ctx)
 
 

@@ -21,6 +21,7 @@ from imatrix_runner.models.sources import parse_source
 from imatrix_runner.workflow.answers import DomainRequest, answer_levels, check_answerable
 from imatrix_runner.workflow.choice import Needs
 from imatrix_runner.workflow.context import Context, Session, held, settle
+from imatrix_runner.workflow.ineffective import warn_of_placement
 from imatrix_runner.workflow.levels import still_there
 from imatrix_runner.workflow.measured import (
     COMPARE,
@@ -82,6 +83,8 @@ def evaluate(
     request: EvaluateRequest, context: Context, *, dry_run: bool = False, on_plan: OnPlan | None = None
 ) -> EvaluateResult:
     """Measure the levels of a workspace. Raises errors of ours for what concerns all of them."""
+    for text in request.warnings:
+        context.sink(warning(text))
     needs = Needs((), (), request.measure.options.n_gpu_layers)
     machine, choice = settle(request.environment, needs, context.sink)
     source = parse_source(request.source.model)
@@ -98,6 +101,7 @@ def evaluate(
         session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, choice.make_beside(runner))
         model = open_source(source, request.source, session, allow_requantize=True)
         announce(model, session.sink)
+        warn_of_placement(request.measure.options, model, session, choice.no_gpu())
 
         def begin(plan: MeasurePlan) -> None:
             if not dry_run:  # from now on `status` tells how to go on

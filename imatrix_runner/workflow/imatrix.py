@@ -9,7 +9,7 @@ from pathlib import Path
 from imatrix_runner.calibration.corpus import FEW_CHUNKS, Corpus, open_corpus, raw_warnings
 from imatrix_runner.engines.base import Engine
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.events import Saved, Sink, info, warning
+from imatrix_runner.events import Saved, Sink, info, no_effect, warning
 from imatrix_runner.files import stamp
 from imatrix_runner.imatrix.chunks import ChunkPlan, describe_ranges, plan_chunks, range_chunks, watched_chunks, whole_batches
 from imatrix_runner.imatrix.collect import CollectRequest, CollectResult, clean_parts, collect
@@ -24,6 +24,7 @@ from imatrix_runner.models.sources import HubId, Model, Source
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.workflow.choice import EMBEDDED
 from imatrix_runner.workflow.context import Session
+from imatrix_runner.workflow.ineffective import ineffective_collection
 from imatrix_runner.workflow.plan import ImatrixStep
 from imatrix_runner.workflow.published import obtain_published
 from imatrix_runner.workflow.request import MODES, ImatrixRequest
@@ -54,6 +55,15 @@ def choose(request: ImatrixRequest, source: Source, frozen: Frozen, session: Ses
 
     Raises :class:`InvalidDataError` for one that cannot be used with the model.
     """
+    chosen = _choose(request, source, frozen, session)
+    if request.typed and chosen.step.action in ("none", "use", "fetch"):
+        which = "no imatrix is used" if chosen.step.path is None else f"{chosen.step.path.name} is used as it is"
+        make = ". To make a new one: --imatrix generate" if request.mode in ("auto", "there") else ""
+        session.sink(warning(no_effect(request.typed, f"{which} ({chosen.step.reason}){make}")))
+    return chosen
+
+
+def _choose(request: ImatrixRequest, source: Source, frozen: Frozen, session: Session) -> Chosen:
     if request.mode == "none":
         return Chosen(ImatrixStep("none", None, "not wanted (--imatrix none)"))
     if request.mode not in MODES:
@@ -97,10 +107,6 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
     record = journal.get(_step(out, workspace))
     ours = record is not None and record.output.name == workspace.name_of(out) and outputs_intact(record, workspace.root)
     if found is not None and not (ours and found == out):
-        if request.text is not None:
-            sink(
-                warning(f"{found.name} lies in the workspace and is used; -f is ignored. To make a new one: --imatrix generate")
-            )
         return _use(found, frozen.model, sink, "found in the workspace")
     corpus = open_corpus(request.text or resource(CALIBRATION_TEXT))
     for told in raw_warnings(corpus, frozen.model.path):
@@ -210,6 +216,8 @@ def _plan_generation(
         spread=request.until_converged is not None,
         beyond=request.min_expert_tokens > 0,
     )
+    for text in ineffective_collection(request, plan, model):
+        session.sink(warning(text))
     _tell_rounding(request, plan, session.sink)
     share = projection_share(model) if options.ppl and session.engine.name == EMBEDDED else 0.0
     if share >= _WORTH_SAYING:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import psutil
 
-from imatrix_runner.engines.base import Engine, QuantizeOptions
+from imatrix_runner.engines.base import DryRun, Engine, QuantizeOptions
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import sha256, stamp
 from imatrix_runner.imatrix.expected import ExpectedMatrix, expect, uncollected
@@ -82,6 +82,20 @@ class LevelPlanner:
                     return self._plan(draft, resolvers[id(self._engine(draft.level))], fingerprint)
 
                 return tuple(pool.map(plan, drafts))
+
+    def dry_runs_without_types(
+        self, levels: Sequence[Level], matrix: MatrixFile | None, expected: ExpectedMatrix | None
+    ) -> dict[Level, DryRun]:
+        """llama.cpp's own choice of types for each level, without any ``--tensor-type``; levels it refuses are left out."""
+        options = replace(self.request.options, tensor_types=(), tensor_type_file=None)
+        found: dict[Level, DryRun] = {}
+        with _real_or_stand_in(matrix, expected) as imatrix:
+            for engine in {id(engine): engine for engine in map(self._engine, levels)}.values():
+                mine = [level for level in levels if self._engine(level) is engine]
+                resolver = Resolver(self.frozen.model, engine, options, imatrix, None).asked(mine, self.session.log("plan"))
+                answers = {level: resolver.known[level.name] for level in mine}
+                found |= {level: answer for level, answer in answers.items() if isinstance(answer, DryRun)}
+        return found
 
     def _engine(self, level: Level) -> Engine:
         return self.session.engine_for(level.name)

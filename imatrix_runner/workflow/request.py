@@ -31,6 +31,7 @@ class ImatrixRequest:
     ``until_converged``: the tolerance (:mod:`imatrix_runner.imatrix.convergence`) below which it stops before that;
     ``min_expert_tokens``: it goes on after that until every expert saw so many tokens, or the text ends (0: it does not).
     ``parse_as_built``: a text that was built with a chat template has its special tokens parsed, whatever ``options`` says.
+    ``typed``: options given by hand that only matter where an imatrix is generated.
     """
 
     mode: str = "auto"
@@ -44,6 +45,7 @@ class ImatrixRequest:
     min_expert_tokens: int = 0
     out: Path | None = None
     parse_as_built: bool = True
+    typed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,16 @@ class MeasureRequest:
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """The model as named by the user and how to turn it into a GGUF if it is none."""
+    """The model as named by the user and how to turn it into a GGUF if it is none.
+
+    ``typed``: options given by hand that only matter where a model is converted.
+    """
 
     model: str
     outtype: OutType = "auto"
     mmproj: bool = False
     trust_remote_code: bool = False
+    typed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,20 +120,23 @@ class EnvironmentRequest:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without). ``measure``: what comes after."""
+    """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without). ``measure``: what comes after;
+    ``warnings``: what can be said of the options before anything is opened."""
 
     source: SourceRequest
     environment: EnvironmentRequest
     imatrix: ImatrixRequest
     levels: LevelsRequest | None
     measure: MeasureRequest | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """``evaluate``; ``making`` is how levels were made, for their twins."""
+    """``evaluate``; ``making`` is how levels were made, for their twins; ``warnings`` as for :class:`RunRequest`."""
 
     source: SourceRequest
     environment: EnvironmentRequest
     measure: MeasureRequest
     making: LevelsRequest
+    warnings: tuple[str, ...] = ()

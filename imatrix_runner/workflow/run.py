@@ -27,6 +27,7 @@ from imatrix_runner.workflow import imatrix as imatrix_flow
 from imatrix_runner.workflow.choice import Choice, Needs, make_checker
 from imatrix_runner.workflow.context import Context, Session, held, settle
 from imatrix_runner.workflow.evaluate import EvaluateResult, check_request, evaluate_levels
+from imatrix_runner.workflow.ineffective import warn_of_jobs, warn_of_level_options, warn_of_placement
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
 from imatrix_runner.workflow.plan import LevelStep, Plan
@@ -70,6 +71,8 @@ def run(
     Raises errors of ours for what stops the whole run; a level that fails alone is in the result.
     """
     began = time.monotonic()
+    for text in request.warnings:
+        context.sink(warning(text))
     machine, choice = settle(request.environment, _needs(request), context.sink)
     source = parse_source(request.source.model)
     name = name_of(source, request.source.model)
@@ -90,6 +93,9 @@ def run(
             job.advise_type(model)
         planner = LevelPlanner(request.levels, frozen, session) if request.levels is not None else None
         plan = job.within_target(job.plan(model, chosen, planner, levels, chosen.file))
+        if planner is not None:
+            warn_of_level_options(planner, plan.levels, chosen.step, chosen.file, chosen.expected)
+            warn_of_jobs(planner.request, session)
         if on_plan is not None:
             on_plan(plan)
         matrix = chosen.file
@@ -143,7 +149,7 @@ class _Job:
         announce(model, self.session.sink)
         if self.request.measure is not None:
             require_measurable(model)
-        self._warn_about_gpu()
+        warn_of_placement(self.request.imatrix.options, model, self.session, self.choice.no_gpu())
         return model
 
     def check_inputs(self) -> None:
@@ -235,11 +241,6 @@ class _Job:
                     "If the original was published in BF16, a BF16 file of it is as exact and quicker."
                 )
             )
-
-    def _warn_about_gpu(self) -> None:
-        layers = self.request.imatrix.options.n_gpu_layers
-        if layers not in ("", "0", "auto") and not self.session.engine.devices:
-            self.session.sink(warning(f"-ngl {layers} has no effect: {self.choice.no_gpu()}"))
 
 
 def refuse_hopeless(plan: Plan, *, one_by_one: bool = False) -> None:

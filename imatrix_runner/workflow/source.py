@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
-from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, info, warning
+from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, info, no_effect, warning
 from imatrix_runner.files import Stamp, human_bytes, joint_sha256, publish, sha256, stamp
 from imatrix_runner.journal import Output, Record, differences, outputs_intact
 from imatrix_runner.models.checkpoint_quantisation import checkpoint_quantisation, refuse_quantised
@@ -68,6 +68,7 @@ def open_source(source: Source, request: SourceRequest, session: Session, *, all
 
 def _opened(source: Source, request: SourceRequest, session: Session, *, allow_requantize: bool) -> Model:
     if isinstance(source, LocalFile):
+        _warn_unused(request, session.sink)
         return open_gguf(source.path.absolute(), allow_requantize=allow_requantize, name=session.workspace.model)
     if isinstance(source, HubId):
         return _from_hub(source, request, session, allow_requantize=allow_requantize)
@@ -90,7 +91,13 @@ def _from_hub(source: HubId, request: SourceRequest, session: Session, *, allow_
     if fetched.path.is_dir():
         directory = LocalDirectory(fetched.path)
         return _converted(directory, provenance, request, session, allow_requantize=allow_requantize)
+    _warn_unused(request, session.sink)
     return open_gguf(fetched.path, allow_requantize=allow_requantize, name=session.workspace.model, source=provenance)
+
+
+def _warn_unused(request: SourceRequest, sink: Sink) -> None:
+    if request.typed:
+        sink(warning(no_effect(request.typed, "the model is a GGUF, which is not converted.")))
 
 
 def _converted(

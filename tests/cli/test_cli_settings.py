@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,22 @@ def test_show_config_as_a_document(cli: CommandLine) -> None:
     found = {entry["name"]: (entry["value"], entry["from"]) for entry in document["settings"]}
     assert found["ctx-size"] == (256, "command line")
     assert found["work-dir"] == ("work", "default")
+
+
+def test_a_misspelt_variable_is_told_with_the_one_that_was_meant(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMATRIX_RUNNER_CTX_SIZ", "128")
+    monkeypatch.setenv("IMATRIX_RUNNER_LEVELS", "Q8_0")
+    monkeypatch.setenv("IMATRIX_RUNNER_CACHE", os.environ.get("IMATRIX_RUNNER_CACHE", ""))
+    ran = cli("run", "--show-config")
+    (line,) = ran.err.splitlines()
+    assert "IMATRIX_RUNNER_CTX_SIZ has no effect" in line
+    assert line.endswith("Did you mean IMATRIX_RUNNER_CTX_SIZE?")
+    assert cli("run", "--show-config", "-q").err == ""
+
+
+@pytest.mark.parametrize("command", [("quantize", "m"), ("evaluate", "m"), ("status",), ("imatrix", "stats", "m")])
+def test_options_after_the_dashes_are_refused_where_nothing_takes_them(cli: CommandLine, command: tuple[str, ...]) -> None:
+    ran = cli(*command, "--", "--no-warmup")
+    assert ran.code == 2
+    assert "takes no options after --" in ran.err
+    assert "--no-warmup" in ran.err

@@ -74,7 +74,7 @@ def test_a_found_file_wins_over_f_and_says_so(
 ) -> None:
     shutil.copy(tiny_imatrix, workspace / "imatrix.dat")
     done = runner("run", tiny_model, "-f", tiny_text, "--levels", "Q4_0", "--dry-run")
-    assert "imatrix.dat lies in the workspace and is used; -f is ignored" in done.err
+    assert "-f has no effect: imatrix.dat is used as it is (found in the workspace)" in done.err
 
 
 def test_generating_leaves_what_was_found_alone(
