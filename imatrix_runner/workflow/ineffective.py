@@ -36,7 +36,7 @@ def warn_of_level_options(
 ) -> None:
     """Warn of every option of levels that has no effect on this model, with the nearest name where it matches nothing."""
     model, options, session = planner.frozen.model, planner.request.options, planner.session
-    entries = None if matrix is None else matrix.matrix.entries
+    entries = matrix.matrix.entries if matrix is not None else expected.sizes if expected is not None else None
     told = ineffective_options(options, model.header, model.tensors, imatrix=imatrix.present, entries=entries)
     if planner.request.uncovered != "fail" and not imatrix.present:
         told.append(f"--uncovered {planner.request.uncovered} has no effect: no imatrix is used.")

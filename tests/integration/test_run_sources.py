@@ -192,4 +192,4 @@ def test_a_quantised_checkpoint_that_is_allowed_is_named_wherever_its_levels_are
     workspace = tmp_path / "work" / "tiny-fp8"
     assert json.loads((workspace / "report.json").read_text(encoding="utf-8"))["model"]["dequantised"] == "fp8"
     assert "quantised form (fp8)" in (workspace / "report.md").read_text(encoding="utf-8")
-    assert "fp8, dequantised for these files" in (workspace / "report.html").read_text(encoding="utf-8")
+    assert "fp8, dequantised before these files were made" in (workspace / "report.html").read_text(encoding="utf-8")
