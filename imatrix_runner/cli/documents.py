@@ -93,6 +93,7 @@ def plan_content(plan: Plan) -> dict[str, Any]:
             "tokens": plan.imatrix.n_tokens,
         },
         "levels": [_planned(step) for step in plan.levels],
+        "measure": _plain(plan.measure) if plan.measure is not None else None,
         "new_bytes": plan.new_bytes,
         "free_bytes": plan.free_bytes,
     }

@@ -11,7 +11,7 @@ from imatrix_runner.cli.columns import Column, by_remark, fitted_table
 from imatrix_runner.cli.report_table import print_report
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.workflow.making import LevelResult
-from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, LevelStep, Plan
+from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, LevelStep, MeasureStep, Plan
 from imatrix_runner.workflow.run import RunResult
 
 _STATES = {"todo": ("to do", ""), "up-to-date": ("up to date", "green"), "fails": ("will fail", "bold red")}
@@ -33,6 +33,18 @@ def print_plan(plan: Plan, console: Console) -> None:
             f"{len(plan.todo)} of {len(plan.levels)} levels to make, {human_bytes(plan.new_bytes)} to write, "
             f"{human_bytes(plan.free_bytes)} free."
         )
+    )
+    if plan.measure is not None:
+        console.print(Text(_measure_line(plan.measure)))
+
+
+def _measure_line(step: MeasureStep) -> str:
+    """What ``--evaluate`` will do, and what it takes."""
+    twins = ", each level with and without imatrix," if step.twins else ""
+    passes = "one pass" if step.n_passes == 1 else f"{step.n_passes} passes"
+    return (
+        f"Then measured{twins} on {step.text}: {step.n_chunks} chunks of {step.n_ctx} tokens in {passes} of the source, "
+        f"{human_bytes(step.n_bytes)} on the disk meanwhile."
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imatrix_runner.engines.base import ChunkRange, CollectOptions
-from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.errors import InvalidDataError, UsageError
 
 # For the size of ranges only, where it must be the same in every run and so may not be measured: what starting, reading and
 # saving cost, and what machines compute, in orders of magnitude.
@@ -170,6 +170,16 @@ def spread_order(count: int) -> list[int]:
     bits = max(0, count - 1).bit_length()
     turned = (sum(((place >> bit) & 1) << (bits - 1 - bit) for bit in range(bits)) for place in range(1 << bits))
     return [place for place in turned if place < count]
+
+
+def require_rows(options: CollectOptions) -> None:
+    """Raise :class:`UsageError` for batches so small that llama.cpp's collector skips every multiplication of theirs."""
+    if not counted_tokens(options.chunks_at_once, options):
+        raise UsageError(
+            f"Nothing can be collected with -b {options.n_batch} -ub {options.n_ubatch}",
+            f"multiplications of fewer than {_LEAST_ROWS} rows are not looked at, and no batch would have more",
+            f"Use at least {_LEAST_ROWS} for both; the defaults are -b 2048 -ub 512.",
+        )
 
 
 def counted_tokens(n_chunks: int, options: CollectOptions) -> frozenset[int]:

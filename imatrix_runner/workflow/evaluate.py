@@ -18,6 +18,7 @@ from imatrix_runner.events import warning
 from imatrix_runner.files import free_bytes
 from imatrix_runner.journal import Journal, Record, differences
 from imatrix_runner.models.sources import parse_source
+from imatrix_runner.quantize.levels import offered
 from imatrix_runner.workflow.answers import DomainRequest, answer_levels, check_answerable
 from imatrix_runner.workflow.choice import Needs
 from imatrix_runner.workflow.context import Context, Session, held, settle
@@ -216,6 +217,7 @@ class _Evaluation:
                 )
             return dict(sorted(there.items(), key=lambda each: (-_size(each[1]), each[0])))
         known = {name.upper(): name for name in there}
+        known |= {alias: known[level.name] for alias, level in offered(session.types).items() if level.name in known}
         missing = [name for name in self.request.levels if name.upper() not in known]
         if missing:
             raise UsageError(

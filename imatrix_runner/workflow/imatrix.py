@@ -11,7 +11,15 @@ from imatrix_runner.engines.base import Engine
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Saved, Sink, info, no_effect, warning
 from imatrix_runner.files import stamp
-from imatrix_runner.imatrix.chunks import ChunkPlan, describe_ranges, plan_chunks, range_chunks, watched_chunks, whole_batches
+from imatrix_runner.imatrix.chunks import (
+    ChunkPlan,
+    describe_ranges,
+    plan_chunks,
+    range_chunks,
+    require_rows,
+    watched_chunks,
+    whole_batches,
+)
 from imatrix_runner.imatrix.collect import CollectRequest, CollectResult, clean_parts, collect
 from imatrix_runner.imatrix.coverage import examine
 from imatrix_runner.imatrix.expected import ExpectedMatrix, expect
@@ -201,6 +209,7 @@ def _plan_generation(
     request: ImatrixRequest, corpus: Corpus, model: Model, out: Path, reason: str, session: Session
 ) -> tuple[ImatrixStep, ChunkPlan]:
     options = request.options
+    require_rows(options)
     n_tokens = session.engine.count_tokens(
         model.path, corpus.path, parse_special=options.parse_special, log=session.log("tokenize")
     )

@@ -75,6 +75,19 @@ class LevelStep:
 
 
 @dataclass(frozen=True)
+class MeasureStep:
+    """What the levels will be measured with: ``n_chunks`` of ``n_ctx`` tokens of a text, in ``n_passes`` of the source. The
+    measurement's own files take ``n_bytes`` at most at a time. ``twins``: levels are made without imatrix, too."""
+
+    text: str
+    n_chunks: int
+    n_ctx: int
+    n_passes: int
+    n_bytes: int
+    twins: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that will happen, before it happens. ``free_bytes``: on the work directory's disk."""
 
@@ -83,6 +96,7 @@ class Plan:
     imatrix: ImatrixStep
     levels: tuple[LevelStep, ...]
     free_bytes: int
+    measure: MeasureStep | None = None
 
     @property
     def todo(self) -> tuple[LevelStep, ...]:

@@ -30,10 +30,11 @@ from imatrix_runner.workflow.evaluate import EvaluateResult, check_request, eval
 from imatrix_runner.workflow.ineffective import warn_of_jobs, warn_of_level_options, warn_of_placement
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
-from imatrix_runner.workflow.plan import LevelStep, Plan
+from imatrix_runner.workflow.plan import LevelStep, MeasureStep, Plan
 from imatrix_runner.workflow.report import ReportFiles, make_report
 from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
 from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
+from imatrix_runner.workflow.yardstick import foresee
 from imatrix_runner.workspace import Workspace
 
 
@@ -96,6 +97,7 @@ def run(
         if planner is not None:
             warn_of_level_options(planner, plan.levels, chosen.step, chosen.file, chosen.expected)
             warn_of_jobs(planner.request, session)
+        plan = replace(plan, measure=job.foresee(plan, frozen))
         if on_plan is not None:
             on_plan(plan)
         matrix = chosen.file
@@ -106,7 +108,7 @@ def run(
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, session)
                 imatrix_flow.tell_weaknesses(matrix, model, session.sink)
-                plan = job.within_target(job.plan(model, chosen, planner, levels, matrix))
+                plan = replace(job.within_target(job.plan(model, chosen, planner, levels, matrix)), measure=plan.measure)
             if planner is not None:
                 made = make_levels(plan, planner, matrix, session)
                 evaluated = job.evaluate(made, frozen)
@@ -188,8 +190,17 @@ class _Job:
             pending = matrix is None and chosen.step.present
             fingerprint = "still to be made" if pending else imatrix_flow.fingerprint(matrix, self.session)
             steps = planner.plan(levels, matrix, fingerprint, chosen.expected if pending else None)
+            steps = self._without_needy(steps, planner.request) if not chosen.step.present else steps
         free = free_bytes(root) + reserved_bytes(self.session.workspace)
         return Plan(root, model.name, chosen.step, steps, free)
+
+    def _without_needy(self, steps: tuple[LevelStep, ...], request: LevelsRequest) -> tuple[LevelStep, ...]:
+        """Of the default levels, which nobody named, those that can be made without an imatrix."""
+        needy = [step.level.name for step in steps if step.state == "fails" and step.facts.needs_imatrix]
+        if request.names or request.preset or not needy:
+            return steps
+        self.session.sink(info(f"{', '.join(needy)} need an imatrix, and there is none: they are left out."))
+        return tuple(step for step in steps if step.level.name not in needy)
 
     def begin(self, model: Model, levels: tuple[Level, ...]) -> None:
         """Write down what was asked for, so that ``status`` can tell what is missing and how to go on."""
@@ -221,6 +232,14 @@ class _Job:
         if left_out:
             self.session.sink(detail(f"Larger than {human_bytes(target)}, left out: {', '.join(left_out)}."))
         return replace(plan, levels=fit)
+
+    def foresee(self, plan: Plan, frozen: Frozen) -> MeasureStep | None:
+        """What ``--evaluate`` will take, where there will be levels to measure (:func:`refuse_hopeless`)."""
+        request, levels = self.request.measure, self.request.levels
+        writable = plan.new_bytes <= plan.free_bytes or (levels is not None and levels.one_by_one)
+        if request is None or not writable or len(plan.failing) == len(plan.levels):
+            return None
+        return foresee(request, frozen, plan, self.session)
 
     def evaluate(self, made: MadeLevels, frozen: Frozen) -> EvaluateResult | None:
         """``--evaluate``: measure the levels that are there now."""
@@ -285,11 +304,12 @@ def _tell_changes(steps: tuple[LevelStep, ...], sink: Sink) -> None:
 
 
 def choose_levels(request: LevelsRequest, types: Sequence[QuantType], sink: Sink) -> tuple[Level, ...]:
-    """The levels of a request. A preset's levels that this llama.cpp does not offer are left out, and said."""
+    """The levels of a request, each once. A preset's levels that this llama.cpp does not offer are left out, and said."""
     if request.preset:
         levels, missing = preset_levels(request.preset, types)
         if missing:
             sink(warning(f"This llama.cpp does not offer {', '.join(missing)}; the preset goes on without."))
-        return (*levels, *(resolve_levels(request.names, types) if request.names else ()))
+        named = resolve_levels(request.names, types) if request.names else ()
+        return tuple({level.name: level for level in (*levels, *named)}.values())
     names = request.names or tuple(name for name in DEFAULT_LEVELS if name in offered(types))
     return resolve_levels(names, types)

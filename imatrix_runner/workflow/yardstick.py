@@ -9,16 +9,18 @@ from pathlib import Path
 from imatrix_runner.calibration.corpus import Corpus, open_corpus, raw_warnings
 from imatrix_runner.calibration.overlap import overlap_files, verdict
 from imatrix_runner.engines.base import CollectOptions
+from imatrix_runner.engines.binaries.perplexity import require_enough
 from imatrix_runner.engines.logits_file import first_wild_chunk, read_head, read_tokens
-from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
+from imatrix_runner.errors import InvalidDataError, NoSpaceError, UsageError, from_os_error
 from imatrix_runner.evaluate.passes import Extent, Fit, disk_limit, fit
 from imatrix_runner.events import Finished, Sink, Started, warning
-from imatrix_runner.files import free_bytes, sha256
+from imatrix_runner.files import free_bytes, human_bytes, sha256
 from imatrix_runner.models.kind import require_measurable, vocabulary_size
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
 from imatrix_runner.workflow.choice import EMBEDDED
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.imatrix import STEP as IMATRIX_STEP
+from imatrix_runner.workflow.plan import MeasureStep, Plan
 from imatrix_runner.workflow.request import MeasureRequest
 from imatrix_runner.workflow.source import Frozen, hash_files
 
@@ -44,16 +46,46 @@ class Yardstick:
     inputs: dict[str, str]
 
 
-def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, twins: list[int], session: Session) -> Yardstick:
-    """Raises :class:`InvalidDataError` for a text that is too short, or that the model was calibrated with."""
+def foresee(request: MeasureRequest, frozen: Frozen, plan: Plan, session: Session) -> MeasureStep:
+    """Return what measuring the levels of a plan will take, before any of them is made.
+
+    Raises what :func:`choose_yardstick` raises; room is what the levels will leave.
+    """
+    levels = [step for step in plan.levels if step.state != "fails"]
+    with_twins = request.twins and plan.imatrix.present
+    twins = [step.facts.n_bytes or 0 for step in levels if with_twins and not step.facts.needs_imatrix]
+    try:
+        stick = choose_yardstick(request, frozen, len(levels), twins, session, to_write=plan.new_bytes)
+    except NoSpaceError as error:
+        less = _limit(request, session, plan.new_bytes) < _limit(request, session, 0)
+        first = f"the levels to be made take {human_bytes(plan.new_bytes)} first; then " if less else ""
+        raise NoSpaceError(error.what, first + error.why, error.todo) from error
+    extent = stick.extent
+    return MeasureStep(stick.name, extent.n_chunks, extent.n_ctx, stick.fit.n_passes, stick.fit.n_bytes, bool(twins))
+
+
+def choose_yardstick(
+    request: MeasureRequest,
+    frozen: Frozen,
+    n_subjects: int,
+    twins: Sequence[int],
+    session: Session,
+    *,
+    to_write: int | None = None,
+) -> Yardstick:
+    """Choose the text and how much of it. ``to_write``: bytes of levels that are still to be made; None: they are
+    there, and the text is also compared with what the imatrix was collected from.
+
+    Raises :class:`InvalidDataError` for a text that is too short, or that the model was calibrated with.
+    """
     require_measurable(frozen.model)
     options = replace(request.options, parse_special=False)
     if request.base is not None:
-        return _given(request.base, request, options, frozen, n_subjects, twins, session)
+        return _given(request.base, request, options, frozen, n_subjects, twins, session, to_write or 0)
     corpus = open_corpus(request.text or resource(HELD_OUT_TEXT), role="held-out text", option="--text")
-    for told in raw_warnings(corpus, frozen.model.path):
+    for told in raw_warnings(corpus, frozen.model.path) if to_write is None else ():
         session.sink(warning(told))
-    share = overlap(corpus, _calibrations(session), session.sink)
+    share = overlap(corpus, _calibrations(session), session.sink) if to_write is None else None
     n_tokens = session.engine.count_tokens(frozen.model.path, corpus.path, parse_special=False, log=session.log("tokenize"))
     there = n_tokens // options.n_ctx
     if there < _LEAST_CHUNKS:
@@ -76,7 +108,9 @@ def choose_yardstick(request: MeasureRequest, frozen: Frozen, n_subjects: int, t
         further_bytes=corpus.n_bytes,
     )
     whole = session.engine.name != EMBEDDED
-    space = fit(extent, _limit(request, session), twins, whole=whole)
+    if whole:
+        require_enough(n_chunks, options.n_ctx)
+    space = fit(extent, _limit(request, session, to_write or 0), twins, whole=whole)
     if whole and space.chunks < n_chunks:
         session.sink(
             warning(
@@ -97,8 +131,9 @@ def _given(
     options: CollectOptions,
     frozen: Frozen,
     n_subjects: int,
-    twins: list[int],
+    twins: Sequence[int],
     session: Session,
+    to_write: int,
 ) -> Yardstick:
     """Somebody's file of log-probabilities, as llama-perplexity writes it."""
     try:
@@ -129,7 +164,7 @@ def _given(
         given=True,
         further_bytes=0 if session.engine.name == EMBEDDED else checked.n_bytes,  # llama-perplexity is given a part of it
     )
-    space = fit(extent, _limit(request, session), twins)
+    space = fit(extent, _limit(request, session, to_write), twins)
     (digest,) = hash_files([base], session)
     named = {"reference": f"sha256:{digest}", "context": str(head.n_ctx)}
     inputs = _inputs(named, options, frozen, session)
@@ -155,12 +190,13 @@ def _useless(base: Path, why: str) -> InvalidDataError:
     )
 
 
-def _limit(request: MeasureRequest, session: Session) -> int:
-    """Bytes that the measurement may use. What an unfinished one takes will be used, or freed."""
+def _limit(request: MeasureRequest, session: Session, to_write: int) -> int:
+    """Bytes that the measurement may use, once ``to_write`` more are written. What an unfinished one takes will be used, or
+    freed."""
     workspace = session.workspace
     unfinished = [workspace.evaluation / REFERENCE, *workspace.twins.rglob("*.gguf")]
     taken = sum(path.stat().st_size for path in unfinished if path.is_file())
-    return disk_limit(request.max_disk, free_bytes(workspace.root) + taken)
+    return disk_limit(request.max_disk, free_bytes(workspace.root) + taken - to_write)
 
 
 def _inputs(named: dict[str, str], options: CollectOptions, frozen: Frozen, session: Session) -> dict[str, str]:

@@ -66,6 +66,23 @@ def test_some_levels_failed_is_exit_100_and_the_others_are_made(cli: CommandLine
     assert "1 made, 1 failed" in ran.out
 
 
+def test_a_level_named_twice_is_planned_once(cli: CommandLine, model: Path) -> None:
+    """By a preset and by name, by an alias, in small letters."""
+    ran = cli("run", model, "--preset", "k-quants", "--levels", "Q4_K,q4_k_m,Q8_0", "--imatrix", "none", "--dry-run", "--json")
+    names = [level["level"] for level in ran.document["plan"]["levels"]]
+    assert len(names) == len(set(names)) == 10
+    assert "Q4_K_M" in names
+
+
+def test_without_an_imatrix_the_default_levels_are_those_that_need_none(cli: CommandLine, model: Path) -> None:
+    ran = cli("quantize", model, "--dry-run")
+    assert ran.code == 0
+    assert "IQ3_XXS, IQ2_M need an imatrix, and there is none: they are left out." in ran.err
+    assert "6 of 6 levels to make" in ran.out
+    named = cli("quantize", model, "--levels", "IQ2_M,Q8_0", "--dry-run")
+    assert (named.code, "IQ2_M will fail" in named.out) == (100, True)
+
+
 def test_quiet_says_nothing_at_all(cli: CommandLine, model: Path) -> None:
     ran = cli("run", model, "--levels", "Q4_0", "--imatrix", "none", "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")

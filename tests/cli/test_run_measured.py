@@ -42,6 +42,53 @@ def test_a_text_that_is_none_is_refused_before_anything_is_made(
     assert not list(tmp_path.rglob("*.gguf"))
 
 
+def test_what_measuring_takes_is_in_the_plan(cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    text = held_out_text(tmp_path / "held-out.txt", chunks=20)
+    arguments = ("run", tiny_model, *LEVELS, "-f", tiny_text, "--text", text, "--dry-run")
+    planned = cli(*arguments, "--json").document["plan"]["measure"]
+    assert (planned["text"], planned["n_passes"], planned["twins"]) == ("held-out.txt", 1, False)
+    shown = cli(*arguments, "--ab").out
+    chunks = planned["n_chunks"]
+    assert f"Then measured, each level with and without imatrix, on held-out.txt: {chunks} chunks of 512 tokens in one" in shown
+    assert cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--dry-run", "--json").document["plan"]["measure"] is None
+
+
+@pytest.mark.parametrize(
+    ("chunks", "options", "code", "why"),
+    [(2, (), 6, "too short to measure with"), (60, ("--max-disk", "10KiB"), 8, "There is no room to measure")],
+)
+def test_what_cannot_be_measured_is_refused_before_the_imatrix_is_made(
+    chunks: int,
+    options: tuple[str, ...],
+    code: int,
+    why: str,
+    cli: CommandLine,
+    tiny_model: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    """The text has that many chunks of 128 tokens; levels are measured with chunks of 512."""
+    text = held_out_text(tmp_path / "held-out.txt", chunks=chunks)
+    ran = cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--text", text, *options)
+    assert ran.code == code
+    assert why in ran.err
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_room_for_measuring_is_what_the_levels_leave(
+    cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk on which the levels fit, and the measurement beside none of them."""
+    for module in ("run", "yardstick"):
+        monkeypatch.setattr(f"imatrix_runner.workflow.{module}.free_bytes", lambda _path: 3 << 20)
+    text = held_out_text(tmp_path / "held-out.txt", chunks=60)
+    arguments = ("run", tiny_model, *LEVELS, "-f", tiny_text, "--dry-run")
+    assert cli(*arguments).code == 0
+    ran = cli(*arguments, "--text", text)
+    assert ran.code == 8
+    assert "MiB first; then" in ran.err
+
+
 def test_prompts_that_are_none_are_refused_before_anything_is_made(
     cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ QUANTIZE = "llama_model_quantize: failed to quantize: "
 # What is printed, the class of the error, and what "why" and "do" must name. One entry at least for every row of KNOWN.
 PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (NEEDS_IMATRIX, InvalidDataError, "blk.0.attn_q.weight", "--imatrix"),
-    (MISSING_WEIGHTS, InvalidDataError, "no data for tensor blk.0.attn_k.weight", "--tensor-type blk.0.attn_k.weight=q4_k"),
+    (MISSING_WEIGHTS, InvalidDataError, "no data for tensor blk.0.attn_k.weight", "--uncovered q4_k"),
     (OTHER_SIZE, InvalidDataError, "512 values for blk.0.attn_q.weight, the model needs 256", "--imatrix generate"),
     (f"{QUANTIZE}imatrix contains non-finite value nan", InvalidDataError, "NaN", "--imatrix generate"),
     ("load_imatrix: failed to load imatrix from 'i.gguf'", InvalidDataError, "cannot read the imatrix", "--imatrix generate"),

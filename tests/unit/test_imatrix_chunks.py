@@ -14,7 +14,7 @@ from tiny_models import sample_text
 
 from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
-from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.imatrix.chunks import (
     ChunkPlan,
     count_chunks,
@@ -22,6 +22,7 @@ from imatrix_runner.imatrix.chunks import (
     describe_ranges,
     plan_chunks,
     range_chunks,
+    require_rows,
     spread_order,
     watched_chunks,
     whole_batches,
@@ -363,3 +364,15 @@ class TestCountedTokens:
         matrix = read(tmp_path / "o.gguf").matrix
         most = max(int(matrix.counts(name)[0]) for name in matrix.entries if matrix.counts(name).size == 1)
         assert most in counted_tokens(7, CollectOptions(n_ctx=128, n_batch=512, n_ubatch=100))
+
+
+@pytest.mark.parametrize(
+    ("n_batch", "n_ubatch", "enough"), [(2048, 512, True), (2048, 16, True), (2048, 8, False), (8, 512, False)]
+)
+def test_batches_too_small_to_collect_anything_are_refused(n_batch: int, n_ubatch: int, enough: bool) -> None:
+    options = CollectOptions(n_ctx=128, n_batch=n_batch, n_ubatch=n_ubatch)
+    if enough:
+        require_rows(options)
+    else:
+        with pytest.raises(UsageError, match="Nothing can be collected"):
+            require_rows(options)

@@ -125,7 +125,7 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
     llama-perplexity cannot do, :class:`EngineError` or a more exact error where it fails.
     """
     count = job.chunks.count
-    _require_enough(count, job.options.n_ctx)
+    require_enough(count, job.options.n_ctx)
     what = f"What {job.model.name} predicts could not be computed"
     note, part = note_path(job.out), part_path(job.out)
     command = refer_command(job, part, tools, ends_texts=ends_texts(job.model))
@@ -163,7 +163,7 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
 def judge(job: JudgeJob, sink: Sink, tools: Toolchain, runner: Runner) -> Divergence:
     """Compare a level with the reference. Raises what :func:`refer` does."""
     head = read_head(job.base)
-    _require_enough(head.n_chunks if job.limit is None else min(job.limit, head.n_chunks), head.n_ctx)
+    require_enough(head.n_chunks if job.limit is None else min(job.limit, head.n_chunks), head.n_ctx)
     _require_fit(job, head)
     with _only_so_many(job, head) as (base, head):
         return _compare(job, base, head, sink, tools, runner)
@@ -204,7 +204,8 @@ def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Too
     )
 
 
-def _require_enough(n_chunks: int, n_ctx: int) -> None:
+def require_enough(n_chunks: int, n_ctx: int) -> None:
+    """Raise :class:`InvalidDataError` for fewer tokens than llama-perplexity sums up."""
     each = max(1, scored_tokens(n_ctx))
     if n_chunks * each < _FEWEST:
         raise InvalidDataError(
