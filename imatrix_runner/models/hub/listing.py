@@ -7,17 +7,40 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
+
+import msgspec
 
 from imatrix_runner.errors import from_os_error
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.hub.advice import Asked, no_hub
 from imatrix_runner.models.hub.choice import RepoFile
+from imatrix_runner.untrusted import as_type
 
 LISTING_SECONDS = 30.0
 _MAX_LICENCE = 80
 
 _REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+"""A length as a hub announces it."""
+
+
+class Sibling(msgspec.Struct, frozen=True):
+    """A file in a hub's answer."""
+
+    rfilename: str
+    size: Bytes | None = None
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What is taken from a hub's answer about a repository."""
+
+    sha: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{40}$")]
+    siblings: list[Sibling]
+    tags: list[str]
 
 
 @dataclass(frozen=True)
@@ -46,24 +69,32 @@ def list_repository(asked: Asked) -> Listing:
     ask = api.dataset_info if asked.repo_type == "dataset" else api.model_info
     try:
         info = ask(asked.hub_id.repo, revision=asked.hub_id.revision, files_metadata=True, timeout=LISTING_SECONDS)
+        base, licence = (info.card_data.get(key) if info.card_data else None for key in ("base_model", "license"))
+        siblings = [{"rfilename": entry.rfilename, "size": entry.size} for entry in info.siblings or ()]
+        told = as_type({"sha": info.sha, "tags": info.tags or [], "siblings": siblings}, _Answer)
+        date = iso_date(info.last_modified)
     except HFValidationError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise no_hub(asked) from error  # no JSON, or not a hub's
-    if not is_commit(info.sha):
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise no_hub(asked) from error  # not JSON, or values of other types than a hub's
+    if len({entry.rfilename for entry in told.siblings}) < len(told.siblings):
         raise no_hub(asked)
-    base = info.card_data.get("base_model") if info.card_data else None
-    base = base[0] if isinstance(base, list) and base else base
     return Listing(
         asked.hub_id.repo,
         asked.repo_type,
-        str(info.sha),
-        iso_date(info.last_modified),
-        plain_files((entry.rfilename, entry.size) for entry in info.siblings or ()),
-        base if isinstance(base, str) else None,
-        quantised_from(info.tags or ()),
-        _licence(info.card_data.get("license") if info.card_data else None),
+        told.sha,
+        date,
+        plain_files((entry.rfilename, entry.size) for entry in told.siblings),
+        _base_model(base),
+        quantised_from(told.tags),
+        _licence(licence),
     )
+
+
+def _base_model(told: object) -> str | None:
+    """The first id of what a card says under ``base_model``: an id, or a list of them."""
+    base = told[0] if isinstance(told, list) and told else told
+    return base if isinstance(base, str) and is_repository(base) else None
 
 
 def _licence(told: object) -> str | None:
@@ -110,7 +141,7 @@ def list_cached(asked: Asked, cache: Path) -> Listing | None:
     folder = repository_folder(asked, cache)
     revision = asked.hub_id.revision or "main"
     note = folder / "refs" / revision
-    commit = note.read_text(encoding="ascii").strip() if note.is_file() else revision
+    commit = note.read_bytes()[:100].decode("ascii", "replace").strip() if note.is_file() else revision
     snapshot = folder / "snapshots" / commit
     if not is_commit(commit) or not snapshot.is_dir():
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
@@ -19,6 +19,7 @@ from imatrix_runner.models.hub.fetch import default_cache, fetch_files, hub_endp
 from imatrix_runner.models.hub.listing import (
     LISTING_SECONDS,
     Listing,
+    Sibling,
     is_commit,
     is_repository,
     list_cached,
@@ -37,19 +38,14 @@ RepoType = Literal["model", "dataset"]
 _MOST_PAGES = 20
 
 
-class _Sibling(msgspec.Struct):
-    rfilename: str
-    size: int | None = None
-
-
 class _Found(msgspec.Struct, rename="camel"):
     """What a search says of a repository; of its files the names only."""
 
     id: str
     sha: str | None = None
-    last_modified: str | None = None
+    last_modified: Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\d[T0-9:.Z+-]{0,40}$")] | None = None
     tags: list[str] | None = None
-    siblings: list[_Sibling] | None = None
+    siblings: list[Sibling] | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ class Hub:
                     f"{asked.host} announces {human_bytes(told)}, and no more than {human_bytes(limit)} are taken",
                     "Nothing was downloaded. Choose another file with --from REPO:FILE.",
                 )
-        if size is None:
+        if size is None or size < 0:
             raise no_hub(asked)
         if file.size is not None and size != file.size:
             raise DownloadError(

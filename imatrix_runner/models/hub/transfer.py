@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,7 @@ _MOST_RESTARTS = 3
 _PIECE_BYTES = 1 << 20
 _PATIENCE_SECONDS = 120.0
 _NEVER = float("inf")
+_ETAG = re.compile(r"[\w.+=-]{1,200}", re.ASCII)
 
 
 def is_offline() -> bool:
@@ -86,7 +88,7 @@ def download(asked: Asked, file: RepoFile, commit: str, cache: Path, meter: Mete
     repo = asked.hub_id.repo
     # The library keeps of a broken transfer whole pieces only, and tells progress as often; its 10 MB are a whole imatrix.
     constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _PIECE_BYTES)
-    _refuse_long_waits()
+    _watch_answers()
     meter.expect(file)
     # A copy of another length is a damaged one; the library would take it for whole.
     found = try_to_load_from_cache(repo, file.name, cache_dir=cache, revision=commit, repo_type=asked.repo_type)
@@ -118,13 +120,24 @@ def _wrong_length(asked: Asked, file: RepoFile, size: int) -> DownloadError:
     )
 
 
-def _refuse_long_waits() -> None:
-    """Make the library's client raise when a hub wants us to wait for long: the library would sleep however long that is."""
+def _watch_answers() -> None:
+    """Make the library's client raise where the library would do as a hub pleases: sleep for as long as it says, and write to
+    whatever path it gives for an etag (the name of a file in the cache)."""
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks["response"]
-    if _refuse_long_wait not in hooks:
-        hooks.append(_refuse_long_wait)
+    hooks += [hook for hook in (_refuse_long_wait, _refuse_odd_etag) if hook not in hooks]
+
+
+def _refuse_odd_etag(response: httpx2.Response) -> None:
+    for name in ("etag", "x-linked-etag"):
+        tag = response.headers.get(name, "").removeprefix("W/").strip('"')
+        if tag and not _ETAG.fullmatch(tag):
+            raise DownloadError(
+                f"{response.url.host} does not answer as a hub does",
+                f"the etag it sends cannot be the name of a file: {tag[:80]!r}",
+                "Check HF_ENDPOINT and your proxy with: imatrix-runner doctor",
+            )
 
 
 def _refuse_long_wait(response: httpx2.Response) -> None:
