@@ -166,7 +166,7 @@ def test_a_model_that_computes_no_numbers_is_named(engine: EmbeddedEngine, demo_
     broken = tmp_path / "demo-model-Q4_K_M.gguf"
     broken.write_bytes(data)
     error = refusal(engine, tmp_path, broken, "Why?")
-    assert error.what == "demo-model-Q4_K_M.gguf computes no numbers"
+    assert error.what == "demo-model-Q4_K_M.gguf produced NaN or infinite numbers"
     assert "prompt 1" in error.why
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from tiny_architectures import ARCHITECTURES, write_architecture
 from tiny_models import write_llama_gguf
 
 from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, DryRun, Piece, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine, worker_command
 from imatrix_runner.engines.embedded.find import Bindings, find
 from imatrix_runner.engines.embedded.protocol import Probe
@@ -259,16 +261,60 @@ def test_damaged_unfinished_work_is_done_again(
     assert difference(ours, theirs) == 0
 
 
-def test_a_model_that_overflows_is_named(engine: EmbeddedEngine, tiny_text: Path, tmp_path: Path) -> None:
+def spoiled(path: Path, tensor: str, number: float, rows: slice = slice(None)) -> Path:
+    """A tiny model in float32, ``rows`` of one of whose tensors are ``number``."""
+    from gguf import GGUFReader
+
+    write_llama_gguf(path, dtype="f32")
+    reader = GGUFReader(path, "r+")
+    next(each for each in reader.tensors if each.name == tensor).data[rows] = number
+    del reader
+    return path
+
+
+LOGITS = "its logits in chunk 1 are NaN or infinite"
+HOLDS = ": its tensor {} holds such numbers"
+INPUTS = "the activations that blk.1.ffn_down.weight meets in chunk 1 are NaN or infinite"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "number", "why"),
+    [
+        ("blk.1.ffn_up.weight", np.inf, INPUTS + HOLDS.format("blk.1.ffn_up.weight")),
+        ("output_norm.weight", np.nan, LOGITS + HOLDS.format("output_norm.weight")),
+        ("output_norm.weight", 3e38, LOGITS),
+    ],
+)
+@pytest.mark.parametrize("kind", ["embedded", "binaries"])
+def test_a_model_that_computes_nan_stops_at_the_first_and_names_the_tensor(
+    kind: str, tensor: str, number: float, why: str, engine: EmbeddedEngine, tools: BareTools, tiny_text: Path, tmp_path: Path
+) -> None:
+    model = spoiled(tmp_path / "model.gguf", tensor, number)
+    used = engine if kind == "embedded" else BinariesEngine(tools.toolchain, Runner())
+    heard = Heard()
+    with pytest.raises(InvalidDataError) as caught:
+        used.collect(job(model, tiny_text, tmp_path / "out", replace(FEW, ppl=True), (0, 8)), heard.events.append, heard.take)
+    assert heard.pieces == []
+    if kind == "binaries":  # llama-imatrix does not say which chunk it is at
+        why = why.replace("meets in chunk 1", "meets in the chunks from 1 on")
+    assert (caught.value.what, caught.value.why) == ("model.gguf produced NaN or infinite numbers", why)
+
+
+def test_the_first_chunk_with_nan_is_named(engine: EmbeddedEngine, tiny_text: Path, tmp_path: Path) -> None:
+    """One token's embedding is NaN: the chunks before it compute."""
     from gguf import GGUFReader
 
     model = write_llama_gguf(tmp_path / "model.gguf", dtype="f32")
+    told = engine.tokenise(model, [tiny_text.read_text(encoding="utf-8")], parse_special=False, log=None)
+    place = next(at for at in range(300, len(told.ids)) if told.ids[at] not in told.ids[:at])
     reader = GGUFReader(model, "r+")
-    next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_up.weight").data[:] = np.inf
+    next(each for each in reader.tensors if each.name == "token_embd.weight").data[told.ids[place]] = np.nan
     del reader
     with pytest.raises(InvalidDataError) as caught:
-        engine.collect(job(model, tiny_text, tmp_path / "out", FEW, (0, 4)), ignore, lambda piece: True)
-    assert caught.value.what == "The model overflows: blk.1.ffn_down.weight meets NaN or infinite activations"
+        engine.collect(job(model, tiny_text, tmp_path / "out", replace(FEW, n_batch=512), (0, 40)), ignore, lambda piece: True)
+    numbers = [int(each) for each in re.findall(r"chunk (\d+)", caught.value.why)]
+    assert numbers == [place // 128 + 1]
+    assert caught.value.why.endswith("its tensor token_embd.weight holds such numbers")
 
 
 def test_a_text_that_became_shorter_is_refused(engine: EmbeddedEngine, tiny_model: Path, tmp_path: Path) -> None:
@@ -295,8 +341,6 @@ def test_tokens_are_counted_as_llama_tokenize_counts_them(
 
 @pytest.fixture
 def toolchain_tokens(tools: BareTools, demo_model: Path) -> int:
-    from imatrix_runner.engines.binaries.engine import BinariesEngine
-
     binaries = BinariesEngine(tools.toolchain, Runner())
     return binaries.count_tokens(demo_model, resource(CALIBRATION_TEXT), parse_special=False, log=None)
 
@@ -313,9 +357,9 @@ def test_a_request_too_long_for_a_command_line(engine: EmbeddedEngine, tiny_mode
 def test_a_name_that_is_not_utf_8_is_refused_in_words(engine: EmbeddedEngine, tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / os.fsdecode(b"caf\xe9.gguf")
     model.symlink_to(tiny_model)
-    with pytest.raises(InvalidDataError, match="cannot name a file of this job") as caught:
+    with pytest.raises(InvalidDataError, match="is not UTF-8") as caught:
         engine.count_tokens(model, resource(CALIBRATION_TEXT), parse_special=False, log=None)
-    assert "not UTF-8" in caught.value.why
+    assert "caf\\xe9.gguf" in caught.value.what
 
 
 def in_worker(bindings: Bindings, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

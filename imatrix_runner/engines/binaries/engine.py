@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,13 @@ from imatrix_runner.engines.binaries.vocabulary import end_token, ends_texts
 from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink
+from imatrix_runner.models.finite import no_numbers, non_finite_tensor
 from imatrix_runner.process import Runner
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.probe import QuantType, Toolchain
+
+# tools/imatrix/imatrix.cpp: LOG_ERR of IMatrixCollector::collect_imatrix.
+_NON_FINITE = re.compile(r"non-finite values detected in (\S+)")
 
 
 class BinariesEngine:
@@ -113,11 +118,17 @@ class BinariesEngine:
                 return
             if output.loaded and not was_loaded:
                 loaded_at = time.monotonic()
+            if output.wild:
+                seen = f"its logits in chunk {chunks.first + output.wild}"
+                raise no_numbers(job.model, seen, non_finite_tensor(job.model))
             tell(min(output.done, chunks.count), _perplexity(output, job.options))
 
         command = imatrix_command(job, chunks, part, self.toolchain, ends_texts=ends_texts(job.model))
         outcome = self._runner.run(command, log=job.log, on_text=follow)
         if not outcome.ok:
+            if wild := next(filter(None, map(_NON_FINITE.search, outcome.tail)), None):
+                seen = f"the activations that {wild[1]} meets in the chunks from {chunks.first + output.done + 1} on"
+                raise no_numbers(job.model, seen, non_finite_tensor(job.model))
             raise explain(outcome, "llama-imatrix failed", writes=part)
         if output.n_chunks is not None and output.n_chunks != chunks.count:
             raise InvalidDataError(

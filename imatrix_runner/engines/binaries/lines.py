@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from imatrix_runner.engines.base import DryRun, Fallback
 
 # tools/imatrix/imatrix.cpp: LOG("[%d]%.4lf,", chunk, ppl) on stdout, without line ends.
-_CHUNK = re.compile(r"\[(\d+)\]([-+\w.]+),")
+_CHUNK = re.compile(r"\[(\d{1,9})\]([-+\w.]{1,60}),")
 _LOADED = "compute_imatrix: tokenizing the input"
-_COMPUTING = re.compile(r"computing over (\d+) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)")
+_COMPUTING = re.compile(r"computing over (\d{1,9}) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)")
 # LOG_DBGV(2, "%s[%d]: %32s, ..."), "collect_imatrix", last_chunk: the chunk being collected, at high verbosity.
-_COLLECTING = re.compile(r"collect_imatrix\[(\d+)\]:")
+_COLLECTING = re.compile(r"collect_imatrix\[(\d{1,9})\]:")
 
 # src/llama-quant.cpp, one line a tensor, printed in pieces.
 _TENSOR = re.compile(
-    r"^\[\s*(?P<index>\d+)/\s*(?P<total>\d+)\]\s+(?P<name>\S+)\s+- \[(?P<shape>[\s\d,]+)\], type =\s*(?P<type>\S+),"
+    r"^\[\s*(?P<index>\d{1,9})/\s*(?P<total>\d{1,9})\]\s+(?P<name>\S+)\s+- "
+    r"\[(?P<shape>\s*\d{1,15}(?:,\s*\d{1,15}){0,3})\s*\], type =\s*(?P<type>\S+),"
 )
 _CONVERTING = re.compile(r"converting to (\S+) \.\.")
 _DRY_TYPE = re.compile(r"size =\s*[\d.]+ MiB ->\s*[\d.]+ MiB \((\S+)\)")
@@ -43,11 +44,13 @@ class Lines:
 
 @dataclass
 class ImatrixOutput:
-    """Follows one llama-imatrix run. ``done`` counts finished chunks; ``ppl`` is the perplexity of its first ``ppl_chunks``."""
+    """Follows one llama-imatrix run. ``done`` counts finished chunks; ``ppl`` is the perplexity of its first ``ppl_chunks``.
+    ``wild``: the first chunk after which that was NaN or infinite, from 1; 0 while there is none."""
 
     done: int = 0
     ppl: float | None = None
     ppl_chunks: int = 0
+    wild: int = 0
     loaded: bool = False
     n_chunks: int | None = None
     _stdout: str = ""
@@ -61,6 +64,8 @@ class ImatrixOutput:
             for match in _CHUNK.finditer(self._stdout):
                 self.done = self.ppl_chunks = int(match[1])
                 self.ppl = _number(match[2])
+                if not self.wild and not math.isfinite(self.ppl):
+                    self.wild = self.done
             # Keep what may be the beginning of the next "[n]ppl,".
             self._stdout = self._stdout[self._stdout.rfind("[") :] if "[" in self._stdout else ""
             if len(self._stdout) > 256 or _CHUNK.match(self._stdout):

@@ -25,6 +25,7 @@ from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Diverge
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Progress, Sink, detail, warning
 from imatrix_runner.files import atomic_writer, discard, part_path, publish, require_space
+from imatrix_runner.models.finite import no_numbers, non_finite_tensor
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.toolchain.probe import Toolchain
 
@@ -37,7 +38,7 @@ _FEWEST = 100
 """Of fewer scored tokens llama-perplexity prints no summary."""
 
 # A row for each chunk, cumulative: chunk, PPL, ln(PPL(Q)/PPL(base)), KL divergence, Δp RMS, same top p.
-_ROW = re.compile(r"^ *(\d+) +(\S+) ± +\S+ +\S+ ± +\S+ +(\S+) ± +\S+ ")
+_ROW = re.compile(r"^ *(\d{1,9}) +(\S+) ± +\S+ +\S+ ± +\S+ +(\S+) ± +\S+ ")
 # "Mean    KLD:   0.008893 ±   0.000228", "99.9%   Δp:  8.027%", "Same top p: 91.961 ± 0.602 %"
 _FIGURE = re.compile(r"^ *(\S[^:]*?) *: +([-+\w.]+)%?(?: ± +([-+\w.]+)(?: %)?)?$")
 _WRONG = re.compile(r"kl_divergence ?: (failed .*|inconsistent .*|.* does not look like .*|.* has been computed with .*)")
@@ -135,8 +136,8 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
 
     def follow(stream: str, piece: str) -> None:
         if output.feed(stream, piece) and output.ppl is not None:
-            if not math.isfinite(output.ppl):
-                raise _no_numbers_in(job.model, output.done)
+            if output.wild:
+                raise _no_numbers_in(job.model, output.wild)
             sink(Progress(job.step, output.done, count, f"PPL {output.ppl:.4f}"))
 
     try:
@@ -186,7 +187,7 @@ def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Too
         tries, seconds = tries + 1, seconds + outcome.seconds
         if output.invalid:
             which = f"its tensor {output.bad_tensor}" if output.bad_tensor else "one of its tensors"
-            raise _no_numbers(job.model, f"{which} has NaN or infinite numbers")
+            raise no_numbers(job.model, f"numbers in {which}", "")
         if not outcome.ok:
             raise explain(outcome, what)
         if output.wrong:
@@ -273,13 +274,10 @@ def _why_not_whole(part: Path, outcome: Outcome, what: str, error: RunnerError) 
 
 
 def _no_numbers_in(model: Path, chunk: int) -> InvalidDataError:
-    first = f" in the first {chunk} chunks" if chunk > 1 else ""
-    return _no_numbers(model, f"its logits{first} are NaN or infinite")
-
-
-def _no_numbers(model: Path, why: str) -> InvalidDataError:
-    todo = "The file is damaged or overflows: make it again, or choose another type."
-    return InvalidDataError(f"{model.name} computes no numbers", why, todo)
+    """``chunk``: the first that is known to have such logits, from 1."""
+    return no_numbers(
+        model, f"its logits in the first {chunk} chunks" if chunk > 1 else "its logits in chunk 1", non_finite_tensor(model)
+    )
 
 
 def _name(fraction: float) -> str:

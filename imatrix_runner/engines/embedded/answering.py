@@ -21,6 +21,7 @@ import numpy as np
 
 from imatrix_runner.engines.embedded.completions import CompletionsFile
 from imatrix_runner.engines.embedded.library import Library, load
+from imatrix_runner.engines.embedded.nonfinite import refuse
 from imatrix_runner.engines.embedded.proof import check
 from imatrix_runner.engines.embedded.protocol import Answer, Answered, Generate
 from imatrix_runner.engines.embedded.refusal import Refusal
@@ -42,7 +43,7 @@ def answer(request: Generate, tell: Callable[[Answer], None]) -> None:
     check(library)
     prompts = [msgspec.json.decode(line, type=Prompt) for line in request.prompts.read_bytes().splitlines()]
     with open_weights(library, request.model, request.options) as model:
-        writer = _Writer.of(library, model, request)
+        writer = _Writer.of(library, model, request, stop)
         tokens = [writer.tokens(prompt) for prompt in prompts]
         writer.refuse_unfit(tokens)
         plan = groups([len(each) + request.n_predict for each in tokens])
@@ -83,13 +84,14 @@ class _Writer:
     bos: int
     n_ctx_train: int
     n_predict: int
+    stop: Stop
 
     @classmethod
-    def of(cls, library: Library, model: Any, request: Generate) -> _Writer:
+    def of(cls, library: Library, model: Any, request: Generate, stop: Stop) -> _Writer:
         llama = library.llama
         vocab = llama.llama_model_get_vocab(model)
         bos = llama.llama_vocab_bos(vocab) if llama.llama_vocab_get_add_bos(vocab) else -1
-        return cls(library, request.model, vocab, bos, llama.llama_model_n_ctx_train(model), request.n_predict)
+        return cls(library, request.model, vocab, bos, llama.llama_model_n_ctx_train(model), request.n_predict, stop)
 
     def tokens(self, prompt: Prompt) -> Tokens:
         """int32 [n], as llama.cpp's own chat reads it: a template may write the BOS that the vocabulary adds."""
@@ -166,11 +168,7 @@ class _Writer:
         return data[:_LONGEST].decode("utf-8", "replace")
 
     def _not_a_number(self, prompt: int) -> Refusal:
-        return Refusal.invalid(
-            f"{self.model.name} computes no numbers",
-            f"its logits for prompt {prompt + 1} are NaN or infinite",
-            "The file is damaged or overflows: make it again, or choose another type.",
-        )
+        return refuse(self.library, self.model, f"its logits for prompt {prompt + 1}", None, self.stop)
 
 
 def _read(session: Session, seat: int, tokens: Tokens) -> None:

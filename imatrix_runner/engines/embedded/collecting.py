@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from imatrix_runner.engines.embedded import sums
 from imatrix_runner.engines.embedded.batches import Slice, batches, slices
 from imatrix_runner.engines.embedded.collector import Collector
 from imatrix_runner.engines.embedded.library import load
+from imatrix_runner.engines.embedded.nonfinite import NonFiniteInputError, refuse
 from imatrix_runner.engines.embedded.proof import check
 from imatrix_runner.engines.embedded.protocol import Answer, Collect, Collected
 from imatrix_runner.engines.embedded.refusal import Refusal
@@ -76,7 +78,7 @@ class _Job:
         self.session.forget()
         self.collector.begin(learn=True)
         self.session.compute(np.resize(self.tokens, (1, piece.end)), piece)
-        self.collector.check(piece.n_tokens)
+        self._check(piece, range(1))
         if not self.collector.take():
             raise Refusal.failed(
                 f"Nothing can be collected from {self.request.model.name}",
@@ -133,19 +135,34 @@ class _Job:
         for piece in slices(len(batch), options):
             self.collector.begin()
             session.compute(seen[:, piece.begin : piece.end], piece)
-            self.collector.check(piece.n_tokens)
+            self._check(piece, batch)
             if options.ppl:
-                self._score(chunks, piece, work)
+                self._score(chunks, piece, batch, work)
 
-    def _score(self, chunks: Tokens, piece: Slice, work: sums.Range) -> None:
+    def _check(self, piece: Slice, batch: range) -> None:
+        """Raise what went wrong while ``piece`` of the chunks ``batch`` was computed."""
+        try:
+            self.collector.check(piece.n_tokens)
+        except NonFiniteInputError as error:
+            rows = range(piece.n_tokens) if error.row is None else range(error.row, error.row + 1)
+            first, last = (batch.start + row // (piece.end - piece.begin) for row in (rows[0], rows[-1]))
+            raise self._no_numbers(f"the activations that {error.weight} meets in {_chunks(first, last)}") from error
+
+    def _no_numbers(self, seen: str) -> Refusal:
+        request = self.request
+        return refuse(self.session.library, request.model, seen, request.options.threads, self.stop)
+
+    def _score(self, chunks: Tokens, piece: Slice, batch: range, work: sums.Range) -> None:
         """The predictions of the second half, but of the last token, whose successor is not of the chunk."""
         n_ctx = self.request.options.n_ctx
         begin, end = max(piece.begin, n_ctx // 2), min(piece.end, n_ctx - 1)
         if begin >= end:
             return
         logits = self.session.logits(piece.n_tokens).reshape(piece.n_seq, piece.end - piece.begin, -1)
-        for chunk, rows in zip(chunks, logits, strict=True):
+        for number, chunk, rows in zip(batch, chunks, logits, strict=True):
             nll, nll2 = score(rows[begin - piece.begin : end - piece.begin], chunk[begin + 1 : end + 1], self.pool)
+            if not math.isfinite(nll2):  # as soon as one logit of a row is NaN or infinite
+                raise self._no_numbers(f"its logits in {_chunks(number, number)}")
             work.nll, work.nll2, work.scored = work.nll + nll, work.nll2 + nll2, work.scored + end - begin
 
     def _progress(self, n_chunks: int, work: sums.Range) -> None:
@@ -154,3 +171,8 @@ class _Job:
         if scored:
             self.tell(Metric(self.request.step, "ppl", float(np.exp(min((self.nll + work.nll) / scored, 700.0)))))
         self.tell(Progress(self.request.step, self.done, sum(count for _, count in self.request.ranges)))
+
+
+def _chunks(first: int, last: int) -> str:
+    """Chunks by number, the text's first is 1."""
+    return f"chunk {first + 1}" if first == last else f"chunks {first + 1} to {last + 1}"

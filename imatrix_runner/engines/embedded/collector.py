@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from imatrix_runner.engines.embedded.activations import Reader, Sums, expert_squares, fold, is_float, slice_squares
+from imatrix_runner.engines.embedded.activations import Floats, Reader, Sums, expert_squares, fold, is_float, slice_squares
 from imatrix_runner.engines.embedded.device import DeviceSums
 from imatrix_runner.engines.embedded.layout import Operations, Tensor
 from imatrix_runner.engines.embedded.library import Library
+from imatrix_runner.engines.embedded.nonfinite import NonFiniteInputError
 from imatrix_runner.engines.embedded.refusal import Refusal
 
 OUTPUT = "output.weight"
@@ -182,7 +183,8 @@ class Collector:
         squares = None if self._reader.on_host(values) else self._device_sums.squares(values)
         if squares is None:
             squares = slice_squares(self._reader.floats(address, values))
-        _check_finite(name, squares)
+        if not _is_finite(squares):
+            raise NonFiniteInputError(name, _first_bad_row(self._reader.floats(address, values)))
         return squares
 
     def _credit(self, name: str, weight: Tensor, address: int, values: Tensor) -> None:
@@ -197,7 +199,9 @@ class Collector:
         self._note(name, product.src[1], (1, weight.ne[2]), dense=False)
         experts = self._reader.experts(product.src[2], Tensor.from_address(product.src[2]))
         squares, counts = expert_squares(self._reader.floats(product.src[1], values)[0], experts, weight.ne[2])
-        _check_finite(name, squares)
+        if not _is_finite(squares):
+            finite = np.isfinite(self._reader.floats(product.src[1], values)[0]).all(axis=(1, 2))
+            raise NonFiniteInputError(name, int(finite.argmin()))
         self._add(name, squares, counts)
 
     def _note(self, name: str, address: int, n_mat: tuple[int, int], *, dense: bool) -> None:
@@ -255,11 +259,16 @@ def _is_collected(values: Tensor) -> bool:
     return bool(values.ne[1] >= _FEWEST_ROWS and is_float(values))
 
 
-def _check_finite(name: str, squares: Sums) -> None:
+def _is_finite(squares: Sums) -> bool:
     # Squares do not cancel out, and float32's fit into float64 many times: the sum is finite if all are.
-    if not math.isfinite(squares.sum()):
-        raise Refusal.invalid(
-            f"The model overflows: {name} meets NaN or infinite activations",
-            "an imatrix made of them would be useless",
-            "Try its BF16 file (F16 overflows sooner), or check the file: it may be damaged.",
-        )
+    return math.isfinite(squares.sum())
+
+
+def _first_bad_row(values: Floats) -> int | None:
+    """The first token with NaN or infinity (or a square that is) of ``values`` [ne3, ne2, ne1, ne0]; None where they are not
+    one row for each token."""
+    if values.shape[:2] != (1, 1):
+        return None
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.einsum("ij,ij->i", values[0, 0], values[0, 0]))
+    return int(finite.argmin()) if not finite.all() else None

@@ -18,6 +18,7 @@ from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.embedded.batches import batches, slices
 from imatrix_runner.engines.embedded.judging import TOKEN, block_rows, compare_rows, keep_rows
 from imatrix_runner.engines.embedded.library import load
+from imatrix_runner.engines.embedded.nonfinite import refuse
 from imatrix_runner.engines.embedded.proof import check
 from imatrix_runner.engines.embedded.protocol import Answer, Judge, Judged, Refer
 from imatrix_runner.engines.embedded.refusal import Refusal
@@ -29,6 +30,7 @@ from imatrix_runner.engines.embedded.validating import bad_tensor
 from imatrix_runner.engines.logits_file import LogitsHead, Rows, note_path, read_head, read_rows, read_tokens
 from imatrix_runner.events import Progress
 from imatrix_runner.files import sync
+from imatrix_runner.models.finite import no_numbers
 from imatrix_runner.models.gguf_names import shard_names
 
 F32 = npt.NDArray[np.float32]
@@ -38,7 +40,7 @@ def refer(request: Refer, tell: Callable[[Answer], None]) -> None:
     """Write the reference's log-probabilities; at a stop what is whole stays, and the same request continues."""
     began = time.monotonic()
     options = request.options
-    with _evaluation(request.model, options) as work:
+    with _evaluation(request.model, options, request.first) as work:
         tokens = tokenize(work.session.library, work.session.vocab, request.text, parse_special=options.parse_special)
         end = request.first + request.count
         if len(tokens) < end * options.n_ctx:
@@ -80,7 +82,7 @@ def judge(request: Judge, tell: Callable[[Answer], None]) -> None:
     began = time.monotonic()
     head = read_head(request.base)
     options = request.options
-    with _evaluation(request.model, options) as work:
+    with _evaluation(request.model, options, request.first) as work:
         if work.session.n_vocab != head.n_vocab or options.n_ctx != head.n_ctx:
             raise Refusal.invalid(
                 f"{request.model.name} cannot be compared with {request.base.name}",
@@ -158,12 +160,13 @@ def _exact(nll: F32) -> npt.NDArray[np.void]:
 
 
 @contextmanager
-def _evaluation(model: Path, options: CollectOptions) -> Iterator[_Evaluation]:
+def _evaluation(model: Path, options: CollectOptions, first: int) -> Iterator[_Evaluation]:
+    """``first``: number of the job's first chunk in the text."""
     library = load()
     check(library)
     threads = options.threads or usable_cpus()
     with ThreadPoolExecutor(threads) as pool, open_session(library, model, options, None) as session:
-        yield _Evaluation(session, pool, options, Stop(), model)
+        yield _Evaluation(session, pool, options, Stop(), model, first)
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ class _Evaluation:
     options: CollectOptions
     stop: Stop
     model: Path
+    first: int
 
     def run(
         self,
@@ -236,17 +240,13 @@ class _Evaluation:
         files = tuple(self.model.with_name(name) for name in shard_names(self.model))
         tensor = bad_tensor(self.session.library, files, self.options.threads, self.stop)
         if tensor:
-            raise self._no_numbers(f"its tensor {tensor} has NaN or infinite numbers")
+            error = no_numbers(self.model, f"numbers in its tensor {tensor}", "")
+            raise Refusal.invalid(error.what, error.why, error.todo)
 
     def no_numbers_in(self, chunk: int) -> Refusal:
-        return self._no_numbers(f"its logits in chunk {chunk} are NaN or infinite")
-
-    def _no_numbers(self, why: str) -> Refusal:
-        return Refusal.invalid(
-            f"{self.model.name} computes no numbers",
-            why,
-            "The file is damaged or overflows: make it again, or choose another type.",
-        )
+        """``chunk``: its number in the job, from 0."""
+        seen = f"its logits in chunk {self.first + chunk + 1}"
+        return refuse(self.session.library, self.model, seen, self.options.threads, self.stop)
 
 
 class _BaseFile:

@@ -21,7 +21,7 @@ import msgspec
 import imatrix_runner
 from imatrix_runner.engines.embedded.protocol import Failed, Probe, Proven, Request, decode_answer, encode
 from imatrix_runner.engines.embedded.refusal import INSTALL
-from imatrix_runner.errors import InvalidDataError, RunnerError, ToolchainError
+from imatrix_runner.errors import RunnerError, ToolchainError
 from imatrix_runner.files import read_json, sha256, stamp, write_json
 from imatrix_runner.process import Captured, Command, capture
 from imatrix_runner.toolchain.probe import find_backends, why_unfit
@@ -129,15 +129,7 @@ def worker_command(request: Request, library: Path | None) -> Command:
     stranger's files.
     """
     env = {LIBRARY_VARIABLE: str(library)} if library is not None else {}
-    try:
-        argument = encode(request).decode()
-    except UnicodeEncodeError as error:
-        raise InvalidDataError(
-            "The embedded engine cannot name a file of this job",
-            f"its name is not UTF-8 (at {error.object[max(0, error.start - 20) : error.end + 20]!r})",
-            "Rename it, or use --engine binaries.",
-        ) from error
-    return Command((sys.executable, "-m", __package__, argument), cwd=_ROOT, env=env)
+    return Command((sys.executable, "-m", __package__, encode(request).decode()), cwd=_ROOT, env=env)
 
 
 def _package() -> tuple[str, Path]:
