@@ -84,14 +84,15 @@ def tools(toolchain: Toolchain) -> BareTools:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense llama of two layers with random weights: a level of it takes a tenth of a second."""
-    return write_llama_gguf(tmp_path_factory.mktemp("tiny") / "tiny-BF16.gguf")
+    """A dense llama of two layers that knows little but how often each token comes: a level of it takes a tenth of a second."""
+    return write_llama_gguf(tmp_path_factory.mktemp("tiny") / "tiny-BF16.gguf", fluent=True)
 
 
 @pytest.fixture(scope="session")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a chat template, which writes BOS and EOS around every message."""
-    return write_llama_gguf(tmp_path_factory.mktemp("chat") / "chat-BF16.gguf", metadata={"tokenizer.chat_template": TEMPLATE})
+    path = tmp_path_factory.mktemp("chat") / "chat-BF16.gguf"
+    return write_llama_gguf(path, metadata={"tokenizer.chat_template": TEMPLATE}, fluent=True)
 
 
 @pytest.fixture(scope="session")

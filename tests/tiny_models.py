@@ -67,8 +67,12 @@ def write_llama_gguf(
     context: int = 2048,
     metadata: Mapping[str, str | float | bool | Sequence[str]] | None = None,
     extra: Mapping[str, tuple[int, ...]] | None = None,
+    fluent: bool = False,
 ) -> Path:
     """A llama GGUF with random weights and a byte-level BPE tokenizer (model gpt2, pre gpt-2, BOS added).
+
+    With random weights alone its perplexity is above the size of its vocabulary; ``fluent`` (not with ``tied``) makes it know how
+    often each token comes in :data:`TEXT`, so that it predicts better than a uniform guess and can be measured.
 
     ``experts`` > 0 makes every layer a mixture with two experts used; ``tied`` leaves out ``output.weight``; ``odd`` makes the
     feed-forward width no multiple of 256, so that K- and IQ-types fall back there. ``rows`` of the embeddings are as many as
@@ -101,7 +105,7 @@ def write_llama_gguf(
     for key, value in (metadata or {}).items():
         add_value(writer, key, value)
     for name, array in _gguf_weights(hidden, layers, ff, rows or len(tokens), experts, tied, seed):
-        add_tensor(writer, name, array, dtype)
+        add_tensor(writer, name, _taught(name, array, tokens, merges) if fluent else array, dtype)
     draw = Draw(seed + 1)
     for name, shape in (extra or {}).items():
         add_tensor(writer, name, draw(*shape), dtype)
@@ -218,6 +222,44 @@ def _gguf_weights(
     yield "output_norm.weight", draw.ones(hidden)
     if not tied:
         yield "output.weight", draw(vocab, hidden)
+
+
+def _taught(name: str, array: Array, tokens: Sequence[str], merges: Sequence[str]) -> Array:
+    """A tensor of :func:`_gguf_weights`, changed so that the logits gain the tokens' log-frequencies: the first channel of the
+    residual stream is constant and large, layers see it as one channel among others, and the output reads it."""
+    import numpy as np
+
+    hidden = array.shape[-1]
+    channel = np.float32(
+        np.sqrt(hidden)
+    )  # what a norm makes of it: next to it the other channels change the mean square little
+    if name == "token_embd.weight":
+        array = array * channel
+        array[:, 0] = 4 * channel
+    elif name.endswith("norm.weight"):
+        last = name.startswith("output")
+        array = array * np.float32(2 if last else 4)
+        array[0] = 1 if last else 1 / channel
+    elif name == "output.weight":
+        array[:, 0] = np.array(_log_frequencies(tokens, merges), np.float32) / channel
+    return array
+
+
+def _log_frequencies(tokens: Sequence[str], merges: Sequence[str]) -> list[float]:
+    """ln of each token's share of :data:`TEXT`, as if each had been seen a tenth of a time more."""
+    import math
+
+    alphabet = _byte_alphabet()
+    counts: Counter[str] = Counter()
+    for word, times in Counter(_WORD.findall(TEXT)).items():
+        symbols = tuple(alphabet[byte] for byte in word.encode())
+        for merge in merges:
+            one, _, other = merge.partition(" ")
+            symbols = _join(symbols, (one, other))
+        for symbol in symbols:
+            counts[symbol] += times
+    whole = sum(counts.values()) + len(tokens) / 10
+    return [math.log((counts[token] + 0.1) / whole) for token in tokens]
 
 
 def _hf_weights(hidden: int, layers: int, ff: int, vocab: int, tied: bool, seed: int) -> Iterator[tuple[str, Array]]:

@@ -20,8 +20,8 @@ MAGIC = b"_logits_"
 _HEAD = struct.Struct("<8sIii")
 _MOST_VOCAB = 1 << 24
 _MOST_CTX = 1 << 24
-_LEADING = 4
-"""Of a row's u16: scale and min_log_prob."""
+LEADING = 4
+"""How many u16 of a row are its scale and min_log_prob."""
 _DEPTH = 16.0
 """What is this far below the likeliest token, or farther, is kept as this far."""
 
@@ -35,7 +35,7 @@ def scored_tokens(n_ctx: int) -> int:
 
 def row_words(n_vocab: int) -> int:
     """u16 of a row."""
-    return 2 * ((n_vocab + 1) // 2) + _LEADING
+    return 2 * ((n_vocab + 1) // 2) + LEADING
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def first_wild_chunk(path: Path, head: LogitsHead) -> int | None:
     for chunk in range(head.n_chunks):
         shape = (head.rows, row_words(head.n_vocab))
         rows = np.memmap(path, "<u2", "r", head.rows_at + chunk * head.chunk_bytes, shape)
-        scale, least = np.ascontiguousarray(rows[:, :_LEADING]).view("<f4").T
+        scale, least = np.ascontiguousarray(rows[:, :LEADING]).view("<f4").T
         possible = (scale >= 0) & (scale <= (_DEPTH + 1) / 65535) & (least >= least_of_all) & (least <= 1)
         if not possible.all():
             return chunk

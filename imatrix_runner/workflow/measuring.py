@@ -18,6 +18,7 @@ from imatrix_runner.engines.base import ChunkRange
 from imatrix_runner.engines.embedded.scored import read_scored
 from imatrix_runner.engines.logits_file import LogitsHead, is_whole, note_path
 from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
+from imatrix_runner.engines.plausible import no_language_model, no_reference
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
 from imatrix_runner.evaluate.passes import next_range
 from imatrix_runner.evaluate.statistics import perplexity_ratio, summarise
@@ -31,6 +32,9 @@ from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.measured import REFER, Measured, as_facts
 from imatrix_runner.workflow.source import Frozen
 from imatrix_runner.workflow.yardstick import REFERENCE, Yardstick, check_content
+
+_ROUNDING = 0.001
+"""Mean KLD below 0 that the 16 bits of a reference can make up."""
 
 _STRANGE = 0.02
 """Mean KLD in nats of a source against its own log-probabilities. Their 16 bits and another build cost less than 0.001."""
@@ -136,6 +140,7 @@ class Measurer:
         head = LogitsHead(yardstick.extent.n_ctx, yardstick.extent.n_vocab, chunks.count)
         exact = source.done >= chunks.end or self.session.engine.name != EMBEDDED
         if exact and is_whole(self._base, head, fingerprint):
+            self._require_language_model(head)
             return
         text = self.folder / _TEXT
         stage(yardstick.text, text)
@@ -158,11 +163,17 @@ class Measurer:
         except NoSpaceError as error:
             raise self._disk_full() from error
         self.frozen.check_unchanged()
+        self._require_language_model(head)
         source.done = max(source.done, chunks.end)
         seconds = time.monotonic() - began
         sink(Finished(REFER, "done", human_bytes(head.n_bytes), seconds))
         record = Record.now(yardstick.inputs, [], "levels are measured", seconds, command=self._command())
         self.session.journal.record(f"{REFER} {chunks.first}-{chunks.end}", record)
+
+    def _require_language_model(self, head: LogitsHead) -> None:
+        """Raise :class:`InvalidDataError` for a reference that says nothing about the text."""
+        if why := no_language_model(self._base, head):
+            raise InvalidDataError(*no_reference(self.frozen.model.name, why))
 
     def check_given(self) -> None:
         """Whether somebody's log-probabilities are those of this source: it must be next to nothing away from them.
@@ -177,7 +188,7 @@ class Measurer:
         job = replace(self._job(replace(self._source, step="check"), out, 0), limit=limit)
         told = self.session.engine.judge(job, self.sink)
         found = told or summarise(read_scored(out, job.fingerprint, self.yardstick.extent.n_ctx).reshape(-1))
-        if not found.kld.value <= _STRANGE:  # no number is none either
+        if not abs(found.kld.value) <= _STRANGE:  # NaN is refused, too
             raise InvalidDataError(
                 f"{self.yardstick.name} was written by another model than {self.frozen.model.name}",
                 f"their predictions are {found.kld.value:.3g} nats apart; the same model stays below {_STRANGE:g}",
@@ -209,7 +220,7 @@ class Measurer:
                 self.sink(Finished(subject.step, "done", f"{waiting.done} of {extent.n_chunks} chunks", waiting.seconds))
                 return None
             found = told or summarise(self.scored(subject))
-            _require_numbers(found, subject)
+            _require_numbers(found, subject, extent.n_vocab)
         except (InterruptedRunError, NoSpaceError):
             raise
         except RunnerError as error:
@@ -294,14 +305,24 @@ class _Waiting:
     seconds: float = 0.0
 
 
-def _require_numbers(found: Divergence, subject: Subject) -> None:
-    """A probability of exactly 0 makes no logit infinite, and every mean of what it is compared with."""
-    figures = (found.ppl, found.ppl_base, found.ratio, found.difference, found.kld, found.dp_rms)
+def _require_numbers(found: Divergence, subject: Subject, n_vocab: int) -> None:
+    """Raise :class:`InvalidDataError` for figures that no comparison can have.
+
+    A probability of exactly 0 makes no logit infinite, and every mean of what it is compared with. A mean KLD is below 0 by no
+    more than rounding and the part of the probability that a reference keeps no log-probability of.
+    """
+    figures = (found.ppl, found.ppl_base, found.ratio, found.difference, found.kld, found.dp, found.dp_rms, found.same_top)
     if not all(math.isfinite(each.value) and math.isfinite(each.error) for each in figures):
         raise InvalidDataError(
             f"{subject.file.name} cannot be measured",
             "its figures are infinite: tokens that its source expects are impossible to it",
             "The file is damaged or overflows: make it again, or choose another type.",
+        )
+    if found.kld.value < -(_ROUNDING + n_vocab * math.exp(-16)):
+        raise InvalidDataError(
+            f"{subject.file.name} cannot be measured",
+            f"its mean KLD is {found.kld.value:.3g}, and a divergence is never below 0",
+            "The reference is damaged: measure again with --again, or give another --kl-divergence-base.",
         )
 
 

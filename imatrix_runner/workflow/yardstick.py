@@ -11,6 +11,7 @@ from imatrix_runner.calibration.overlap import overlap_files, verdict
 from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.binaries.perplexity import require_enough
 from imatrix_runner.engines.logits_file import first_wild_chunk, read_head, read_tokens
+from imatrix_runner.engines.plausible import no_language_model
 from imatrix_runner.errors import InvalidDataError, NoSpaceError, UsageError, from_os_error
 from imatrix_runner.evaluate.passes import Extent, Fit, disk_limit, fit
 from imatrix_runner.events import Finished, Sink, Started, warning
@@ -180,6 +181,8 @@ def check_content(base: Path) -> None:
     wild = first_wild_chunk(base, head)
     if wild is not None:
         raise _useless(base, f"log-probabilities of its chunk {wild} are no numbers")
+    if why := no_language_model(base, head):
+        raise _useless(base, f"of the model that wrote it {why}")
 
 
 def _useless(base: Path, why: str) -> InvalidDataError:

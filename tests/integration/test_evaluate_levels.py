@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Ran, run_command
-from evaluations import CHUNKS, CONTEXT, LEVELS, OPTIONS, Place, Watch, break_norm, make_levels, ran_since
+from evaluations import CHUNKS, CONTEXT, LEVELS, OPTIONS, Place, Watch, break_norm, held_out_text, make_levels, ran_since
 from in_process import CommandLine
 from llama_tools import BareTools, fake_tools, levels_in
 from perplexity_tools import PATIENT, perplexity_that
@@ -24,6 +24,7 @@ from imatrix_runner.engines.measures import Divergence, Estimate, JudgeJob, Refe
 from imatrix_runner.evaluate.passes import Extent
 from imatrix_runner.evaluate.statistics import summarise
 from imatrix_runner.events import ignore
+from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.store import cache_dir
 from imatrix_runner.workflow.context import Context
@@ -320,7 +321,8 @@ def test_log_probabilities_that_are_not_this_model_s_are_refused(
         case "truncated":
             shortened(base, given)
         case "another vocabulary" | "another model":
-            other = write_llama_gguf(tmp_path / "other.gguf", seed=1, vocab=300 if "vocabulary" in fault else 512)
+            vocab = 300 if "vocabulary" in fault else 512
+            other = write_llama_gguf(tmp_path / "other.gguf", seed=1, vocab=vocab, fluent=True)
             job = ReferJob("refer", other, bare.text, ChunkRange(0, CHUNKS), given, OPTIONS, "other", None)
             engine.refer(job, ignore)
         case "strange tokens":
@@ -336,6 +338,45 @@ def test_log_probabilities_that_are_not_this_model_s_are_refused(
     assert "leave it out to have one made" in done.err.splitlines()[-1]
     assert set(bare.runs()) <= {"check"}
     assert bare.figures() == {}
+
+
+# --- sources that say nothing about the text
+
+
+@pytest.mark.parametrize("engine_name", ["embedded", "binaries"])
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [("random", "and a uniform guess among its 494 tokens has 494"), ("without output", "")],
+)
+def test_a_source_that_guesses_is_refused_in_words(
+    engine_name: str, fault: str, why: str, tiny_text: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    """Every level is next to nothing away from a source that predicts nothing: such figures are not written down."""
+    model = write_llama_gguf(tmp_path / "guess-BF16.gguf", fluent=fault != "random")
+    if fault != "random":
+        zero_output(model)
+    work = ("--work-dir", tmp_path / "work")
+    assert cli("quantize", model, "--levels", "Q8_0", *work).code == 0
+    place = Place(tmp_path / "work", model, held_out_text(tmp_path / "held-out.txt"))
+    for _ in range(2):  # what a refused run left is not believed the second time
+        done = place.evaluate(cli, "--engine", engine_name)
+        assert done.code == 6, done.err
+        what, reason, todo = done.err.splitlines()[-3:]
+        assert "guess-BF16.gguf cannot be measured against" in what or "guess cannot be measured against" in what
+        assert why in reason
+        assert "would mean nothing" in reason
+        assert "causal language model" in todo
+        assert place.figures() == {}
+
+
+def zero_output(model: Path) -> None:
+    """As a damaged or half-initialised file: every logit is 0."""
+    header = read_header(model)
+    output = next(tensor for tensor in header.tensors if tensor.name == "output.weight")
+    assert output.n_bytes is not None
+    with model.open("r+b") as file:
+        file.seek(header.data_offset + output.offset)
+        file.write(bytes(output.n_bytes))
 
 
 # --- texts
@@ -575,7 +616,7 @@ def test_a_target_names_a_measured_level(known: Place, cli: CommandLine) -> None
     none = known.evaluate(cli, "--target-kld", "0.00001", "--json")
     assert none.code == 0
     assert none.document["measured"]["target"] is None
-    assert "No measured level meets the target; the closest to the source is Q8_0 with 0.000" in none.err
+    assert "No measured level meets the target; the closest to the source is Q8_0 with 0.00" in none.err
     assert ran_since(runs, known) == {}
 
 

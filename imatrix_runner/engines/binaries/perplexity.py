@@ -22,6 +22,7 @@ from imatrix_runner.engines.binaries.messages import explain, full_disk, recogni
 from imatrix_runner.engines.binaries.vocabulary import ends_texts, n_tokens
 from imatrix_runner.engines.logits_file import LogitsHead, first_wild_chunk, note_path, read_head, scored_tokens
 from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Divergence, Estimate, JudgeJob, ReferJob
+from imatrix_runner.engines.plausible import no_reference, uniform_guess
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Progress, Sink, detail, warning
 from imatrix_runner.files import atomic_writer, discard, part_path, publish, require_space
@@ -133,11 +134,14 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
     for old in (note, job.out, part):  # two would take more of the disk than was reckoned with
         discard(old)
     output = ImatrixOutput()  # it prints its chunks as llama-imatrix does
+    n_vocab = _vocabulary(job.model)
 
     def follow(stream: str, piece: str) -> None:
         if output.feed(stream, piece) and output.ppl is not None:
             if output.wild:
                 raise _no_numbers_in(job.model, output.wild)
+            if n_vocab and output.ppl > 0 and (why := uniform_guess(math.log(output.ppl), n_vocab)):
+                raise InvalidDataError(*no_reference(job.model.name, why))
             sink(Progress(job.step, output.done, count, f"PPL {output.ppl:.4f}"))
 
     try:

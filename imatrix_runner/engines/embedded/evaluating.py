@@ -28,6 +28,7 @@ from imatrix_runner.engines.embedded.stdin import Stop
 from imatrix_runner.engines.embedded.tokens import Tokens, tokenize
 from imatrix_runner.engines.embedded.validating import bad_tensor
 from imatrix_runner.engines.logits_file import LogitsHead, Rows, note_path, read_head, read_rows, read_tokens
+from imatrix_runner.engines.plausible import no_language_model, no_reference
 from imatrix_runner.events import Progress
 from imatrix_runner.files import sync
 from imatrix_runner.models.finite import no_numbers
@@ -61,7 +62,7 @@ def refer(request: Refer, tell: Callable[[Answer], None]) -> None:
                 scored.cut(request.first + done)
             loaded = time.monotonic()
 
-            exact = _Chunks()
+            exact, begun = _Chunks(), done
 
             def take(chunk: int, row: int, kept: tuple[Rows, F32]) -> None:
                 base.write(chunk, row, kept[0])
@@ -73,7 +74,12 @@ def refer(request: Refer, tell: Callable[[Answer], None]) -> None:
                 if scored is not None:
                     exact.move_to(scored)
 
-            done = work.run(chunks, done, _keep, take, finish, lambda n: tell(Progress(request.step, n, request.count)))
+            def progress(n: int) -> None:
+                if n <= begun + options.chunks_at_once:  # the first batch, before hours go into the others
+                    work.refuse_no_language_model(request.out, head, n)
+                tell(Progress(request.step, n, request.count))
+
+            done = work.run(chunks, done, _keep, take, finish, progress)
     tell(Judged(done, done == request.count, time.monotonic() - loaded, loaded - began))
 
 
@@ -242,6 +248,10 @@ class _Evaluation:
         if tensor:
             error = no_numbers(self.model, f"numbers in its tensor {tensor}", "")
             raise Refusal.invalid(error.what, error.why, error.todo)
+
+    def refuse_no_language_model(self, base: Path, head: LogitsHead, n_chunks: int) -> None:
+        if why := no_language_model(base, head, n_chunks):
+            raise Refusal.invalid(*no_reference(self.model.name, why))
 
     def no_numbers_in(self, chunk: int) -> Refusal:
         """``chunk``: its number in the job, from 0."""
