@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import divergence
 
-from imatrix_runner.evaluate.picks import NEAR_SOURCE, USABLE, Measure, front, recommend, target
+from imatrix_runner.evaluate.picks import FAR, NEAR_SOURCE, PRECISE, USABLE, Measure, front, recommend, target, unfit
 
 measures = st.lists(
     st.builds(
@@ -17,6 +19,8 @@ measures = st.lists(
         n_bytes=st.integers(1, 50),
         kld=st.floats(0, 2, allow_subnormal=False) | st.just(0.0),
         same_top=st.floats(0, 1) | st.none(),
+        error=st.sampled_from([0.0, 0.001, 0.1, math.inf]),
+        eligible=st.booleans(),
     ),
     max_size=12,
     unique_by=lambda each: each.level,
@@ -54,22 +58,23 @@ def test_a_level_that_a_smaller_one_beats_is_not_on_the_front() -> None:
 @given(measures)
 def test_at_most_three_are_recommended_each_once_and_from_the_front(measures: list[Measure]) -> None:
     picks = recommend(measures)
-    on_front = {each.level for each in front(measures)}
+    on_front = {each.level for each in front([each for each in measures if each.eligible])}
     assert len(picks) <= 3
     assert len({pick.level for pick in picks}) == len(picks)
     assert {pick.level for pick in picks} <= on_front
-    assert bool(picks) == bool(measures)
     by_name = {each.level: each for each in measures}
-    quality = next((by_name[pick.level] for pick in picks if pick.why == "quality"), None)
-    if quality is not None and any(each.kld <= NEAR_SOURCE for each in measures):
-        assert quality.kld <= NEAR_SOURCE
-        assert quality.n_bytes == min(each.n_bytes for each in measures if each.kld <= NEAR_SOURCE)
     for pick in picks:
-        agreement = by_name[pick.level].same_top
-        if pick.why == "small":
-            assert agreement is not None
-        if pick.why in ("small", "balanced"):
-            assert agreement is None or agreement >= USABLE
+        level = by_name[pick.level]
+        assert level.eligible
+        assert level.kld <= FAR
+        assert level.same_top is None or level.same_top >= USABLE
+        assert level.kld <= 1e-4 or level.error <= PRECISE * level.kld
+        assert pick.why != "small" or level.same_top is not None
+
+
+@given(measures)
+def test_whoever_gets_no_recommendation_reads_why(measures: list[Measure]) -> None:
+    assert bool(unfit(measures)) == (bool(measures) and not recommend(measures))
 
 
 def test_the_usual_levels_get_a_pick_for_quality_a_bend_and_a_small_one() -> None:
@@ -89,6 +94,44 @@ def test_without_a_level_near_the_source_the_closest_is_named_and_why() -> None:
     assert "none has a mean KLD of at most 0.01" in pick.rule
 
 
+def test_a_level_that_is_far_from_its_source_is_not_recommended_for_quality() -> None:
+    """IQ1_S of Llama-3-8B has 2.25 nats: the best of what was asked for may still be bad."""
+    bad = [Measure("IQ1_S", 200, 2.25, 0.33), Measure("IQ1_M", 220, 1.39, 0.44)]
+    assert recommend(bad) == ()
+    assert "the closest, IQ1_M, has a mean KLD of 1.39 and the source's top token in 44.0 % of cases" in unfit(bad)
+    assert recommend([Measure("Q4_0", 464, 0.047, 0.881)]) == ()  # near in the mean, but one word in eight is another
+
+
+def test_a_figure_from_too_few_tokens_recommends_nothing() -> None:
+    few = [Measure("Q4_K_M", 489, 0.018, 0.926, error=0.0010), Measure("Q8_0", 850, 0.0008, 0.985, error=0.0001)]
+    assert recommend(few) == ()
+    assert "The standard error of Q8_0's mean KLD is 12 %" in unfit(few)
+    assert recommend([replace(each, error=0.04 * each.kld) for each in few])
+
+
+def test_two_tokens_have_no_standard_error_and_recommend_nothing() -> None:
+    found = replace(divergence(0.018), n_tokens=2)
+    found = replace(found, kld=replace(found.kld, error=0.0))
+    few = [Measure.of("Q4_K_M", 489, found)]
+    assert recommend(few) == ()
+    assert "too few tokens were scored" in unfit(few)
+    pick = target(few, 0.05, None)
+    assert pick is not None
+    assert pick.rule.endswith("measured on too few tokens")
+
+
+def test_a_level_without_any_divergence_needs_no_more_tokens() -> None:
+    assert [pick.level for pick in recommend([Measure("F16", 1000, 3e-6, 0.999, error=1e-6)])] == ["F16"]
+
+
+def test_the_source_itself_is_never_a_pick() -> None:
+    source = Measure("Q8_0", 850, 0.0, 1.0, eligible=False)
+    assert recommend([source]) == ()
+    assert unfit([source]) == "No level is recommended: none is smaller than the source."
+    assert "Q8_0" not in {pick.level for pick in recommend([source, *USUAL[1:]])}
+    assert target([source], 0.1, None) is None
+
+
 def test_nothing_measured_nothing_recommended() -> None:
     assert recommend([]) == ()
     assert front([]) == []
@@ -100,7 +143,8 @@ def test_a_target_is_met_by_the_best_level_that_meets_it(
 ) -> None:
     if kld is None and n_bytes is None:
         return
-    meeting = [each for each in measures if (kld is None or each.kld <= kld) and (n_bytes is None or each.n_bytes <= n_bytes)]
+    eligible = [each for each in measures if each.eligible]
+    meeting = [each for each in eligible if (kld is None or each.kld <= kld) and (n_bytes is None or each.n_bytes <= n_bytes)]
     pick = target(measures, kld, n_bytes)
     if not meeting:
         assert pick is None
