@@ -94,6 +94,7 @@ def plan_content(plan: Plan) -> dict[str, Any]:
         },
         "levels": [_planned(step) for step in plan.levels],
         "measure": _plain(plan.measure) if plan.measure is not None else None,
+        "notes": list(plan.notes),
         "new_bytes": plan.new_bytes,
         "free_bytes": plan.free_bytes,
     }

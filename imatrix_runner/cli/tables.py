@@ -63,7 +63,8 @@ def _remarks(plan: Plan) -> list[Text]:
     failures = by_remark((step.level.name, f"{step.reason}. {step.remedy}".rstrip(". ")) for step in plan.failing)
     lines = [Text(f"{names} will fail: {reason}", style="red") for reason, names in failures.items()]
     remarks = by_remark((step.level.name, remark) for step in plan.levels for remark in _remarks_on(step.facts))
-    return lines + [Text(f"{names}: {remark}", style="yellow") for remark, names in remarks.items()]
+    lines += [Text(f"{names}: {remark}", style="yellow") for remark, names in remarks.items()]
+    return lines + [Text(note, style="yellow") for note in plan.notes]
 
 
 def _remarks_on(facts: LevelFacts) -> Iterator[str]:

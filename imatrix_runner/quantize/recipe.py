@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,20 @@ class Recipe:
     @property
     def n_elements(self) -> int:
         return sum(tensor.n_elements for tensor in self.tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for the type of every tensor: two levels of one model with the same hold the same tensors, whatever their
+        names. Empty for a level that cannot be made."""
+        if not self.tensors:
+            return ""
+        pairs = sorted(f"{tensor.name} {tensor.original} {tensor.type}" for tensor in self.tensors)
+        return hashlib.sha256("\n".join(pairs).encode()).hexdigest()
+
+    @property
+    def is_source(self) -> bool:
+        """Whether every tensor keeps its type, so that nothing is quantised."""
+        return bool(self.tensors) and not any(tensor.changes for tensor in self.tensors)
 
     @property
     def data_bytes(self) -> int | None:

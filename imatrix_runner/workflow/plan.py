@@ -43,7 +43,8 @@ class ImatrixStep:
 
 @dataclass(frozen=True)
 class LevelFacts:
-    """The figures of a level, from its recipe or from the journal."""
+    """The figures of a level, from its recipe or from the journal. ``recipe`` is the recipe's fingerprint (empty in journals of
+    before it was kept); ``is_source``: no tensor's type changes."""
 
     n_bytes: int | None
     bits_per_weight: float | None
@@ -53,6 +54,8 @@ class LevelFacts:
     weightless: tuple[str, ...]
     unseen: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
+    recipe: str = ""
+    is_source: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Plan:
     levels: tuple[LevelStep, ...]
     free_bytes: int
     measure: MeasureStep | None = None
+    notes: tuple[str, ...] = ()
+    """What is to be known before levels are made (:mod:`imatrix_runner.workflow.plan_notes`)."""
 
     @property
     def todo(self) -> tuple[LevelStep, ...]:
@@ -178,6 +183,8 @@ def facts_of(resolved: Resolved) -> LevelFacts:
         recipe.weightless,
         recipe.unseen,
         resolved.pinned,
+        recipe.fingerprint,
+        recipe.is_source,
     )
 
 

@@ -31,6 +31,7 @@ from imatrix_runner.workflow.ineffective import warn_of_jobs, warn_of_level_opti
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
 from imatrix_runner.workflow.plan import LevelStep, MeasureStep, Plan
+from imatrix_runner.workflow.plan_notes import plan_notes
 from imatrix_runner.workflow.report import ReportFiles, make_report
 from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
 from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
@@ -97,7 +98,7 @@ def run(
         if planner is not None:
             warn_of_level_options(planner, plan.levels, chosen.step, chosen.file, chosen.expected)
             warn_of_jobs(planner.request, session)
-        plan = replace(plan, measure=job.foresee(plan, frozen))
+        plan = replace(plan, measure=job.foresee(plan, frozen), notes=plan_notes(plan.levels, model))
         if on_plan is not None:
             on_plan(plan)
         matrix = chosen.file
@@ -108,7 +109,8 @@ def run(
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, session)
                 imatrix_flow.tell_weaknesses(matrix, model, session.sink)
-                plan = replace(job.within_target(job.plan(model, chosen, planner, levels, matrix)), measure=plan.measure)
+                again = job.within_target(job.plan(model, chosen, planner, levels, matrix))
+                plan = replace(again, measure=plan.measure, notes=plan.notes)
             if planner is not None:
                 made = make_levels(plan, planner, matrix, session)
                 evaluated = job.evaluate(made, frozen)
