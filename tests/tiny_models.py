@@ -71,8 +71,8 @@ def write_llama_gguf(
 ) -> Path:
     """A llama GGUF with random weights and a byte-level BPE tokenizer (model gpt2, pre gpt-2, BOS added).
 
-    With random weights alone its perplexity is above the size of its vocabulary; ``fluent`` (not with ``tied``) makes it know how
-    often each token comes in :data:`TEXT`, so that it predicts better than a uniform guess and can be measured.
+    With random weights alone its perplexity is above the size of its vocabulary; ``fluent`` (not with ``tied``) makes it know
+    how often each token comes in :data:`TEXT`, so that it predicts better than a uniform guess and can be measured.
 
     ``experts`` > 0 makes every layer a mixture with two experts used; ``tied`` leaves out ``output.weight``; ``odd`` makes the
     feed-forward width no multiple of 256, so that K- and IQ-types fall back there. ``rows`` of the embeddings are as many as

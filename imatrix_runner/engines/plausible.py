@@ -18,8 +18,8 @@ _CHUNKS, _ROWS = 8, 8
 """Chunks that are looked at, and predictions of each that are read whole: a reference is wrong everywhere or nowhere."""
 
 _UNIFORM_SHARE = 0.9
-"""Share of a vocabulary above which a perplexity is called that of a uniform guess, whose perplexity is the vocabulary's size. Real
-models have less than a hundredth of it, also on a text in a language that they hardly know."""
+"""Share of a vocabulary's size above which a perplexity is called that of a uniform guess, which has all of it. Trained models
+stay far below it, also on a text in a language that they hardly know."""
 
 _SUM_ERROR = 0.02
 """How far a row's probabilities may be from 1 together: 16 bits between two log-probabilities make up less than 0.001."""
@@ -58,8 +58,7 @@ def no_reference(model: str, why: str) -> tuple[str, str, str]:
     return (
         f"{model} cannot be measured against",
         f"{why}: figures against it would mean nothing",
-        "Check that it is a causal language model, not damaged, and that the text is one it was made for: ask it something with "
-        "llama-cli, convert or download it again, or give another --text.",
+        "Take a causal language model that answers sensibly (try it with llama-cli), or give another --text.",
     )
 
 

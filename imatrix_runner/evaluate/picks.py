@@ -18,8 +18,8 @@ FAR = 0.1
 """Mean KLD in nats above which no level is recommended. Llama-3-8B (llama.cpp PR 6936): Q3_K_M 0.102 without and 0.084 with an
 imatrix; Q2_K 0.445 and 0.332."""
 USABLE = 0.9
-"""Share of tokens for which level and source put the same one first, below which no level is recommended. Llama-3-8B (llama.cpp,
-tools/perplexity/README.md): Q4_K_M 91.9 %, Q2_K 71.1 %."""
+"""Share of tokens for which level and source put the same one first, below which no level is recommended. Llama-3-8B: Q4_K_M
+91.9 %, Q2_K 71.1 % (llama.cpp, tools/perplexity/README.md)."""
 PRECISE = 0.05
 """Standard error of a mean KLD, as a share of it, above which the text is too short to recommend anything from."""
 

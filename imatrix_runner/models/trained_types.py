@@ -1,4 +1,4 @@
-"""Whether a model's weights were trained to hold few values, as ternary and binary models are: read from the weights themselves."""
+"""Whether a model's weights were trained to hold few values, as ternary and binary models are: read from the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says about its levels before they are made: the same tensors twice, larger than the source, types that lose most."""
+"""What a plan says about its levels before they are made: the same tensors twice, larger than the source, a large loss."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def plan_notes(steps: Sequence[LevelStep], model: Model) -> tuple[str, ...]:
     notes: list[str] = []
     if possible and model.is_quantised:
         notes.append(
-            f"The source is quantised ({quantised_type(model)}): every level keeps its error and adds to it, and figures measured "
-            "against it are distances from it, not from the original."
+            f"The source is quantised ({quantised_type(model)}): every level keeps its error and adds to it, and figures "
+            "measured against it are distances from it, not from the original."
         )
     same = same_tensors({step.level.name: (step.inputs, step.facts) for step in possible})
     for name in dict.fromkeys(same.values()):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reports import divergence
 
-from imatrix_runner.evaluate.picks import FAR, NEAR_SOURCE, PRECISE, USABLE, Measure, front, recommend, target, unfit
+from imatrix_runner.evaluate.picks import FAR, PRECISE, USABLE, Measure, front, recommend, target, unfit
 
 measures = st.lists(
     st.builds(
