@@ -6,7 +6,9 @@ The figures are other models' and told as such; :mod:`imatrix_runner.evaluate.tw
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -68,14 +70,17 @@ REASONS: dict[Need, str] = {
     "required": "llama.cpp refuses to make it without; IQ2_XXS of Mistral-7B made so all the same had a perplexity of 356 "
     "(PR 4897)",
     "strongly useful": "at 4 bits and less it took away a fifth to two fifths of an error of 1 to 19 % (PR 4930)",
-    "marginal": "at 5 bits and more the error is small already, 0.2 to 0.6 % without one (PR 4930)",
-    "none": "its main type is rounded without a look at it (ggml-quants.c leaves quant_weights unused)",
+    "marginal": "at 5 bits and more the error is small already, 0.2 to 0.6 % without one, of which it took away a sixth to a "
+    "half (PR 4930)",
+    "none": "its layers' types are rounded without a look at it (ggml-quants.c leaves quant_weights unused)",
     "unknown": "nothing is known of its type",
 }
 """Why a level has its need. The tables above hold the figures."""
 
 _BITS = re.compile(r"Q(\d)")
 _FEW_BITS = 4
+_LEAST_SHARE = 0.05
+"""Share of the layers' weights that must have a type rounded by importance for an imatrix to bring anything."""
 
 
 @dataclass(frozen=True)
@@ -92,21 +97,37 @@ class Benefit:
         return REASONS[self.need]
 
 
-def benefit(level: str, ftype: str, *, needs_imatrix: bool, main_type: str) -> Benefit:
-    """``level`` made as llama.cpp's ``ftype``; ``main_type``: of most weights. A publisher's variant (``Q4_K_L``) has
-    its ftype's need, and no figures: nobody measured it."""
-    return Benefit(_need(ftype, main_type, needs_imatrix=needs_imatrix), PPL_ERRORS.get(level), KLDS.get(level))
+def benefit(level: str, *, needs_imatrix: bool, types: Mapping[str, int]) -> Benefit:
+    """``types``: how many weights of the layers' matrices the level gives each type (:func:`computing_types`). A publisher's
+    variant (``Q4_K_L``) has its tensors' need, and no figures: nobody measured it."""
+    return Benefit(_need(types, needs_imatrix=needs_imatrix), PPL_ERRORS.get(level), KLDS.get(level))
 
 
-def _need(ftype: str, main_type: str, *, needs_imatrix: bool) -> Need:
+def computing_types(tensors: Iterable[tuple[str, tuple[int, ...], str]]) -> dict[str, int]:
+    """The weights of each type among the matrices that compute in the layers, from names, shapes and types.
+
+    Embeddings are looked up and the output is never weighed, so neither counts, however large the vocabulary: Q4_K_M of
+    a model of 270 M weights has most of its bytes in Q8_0 embeddings of 262,144 tokens, and still gains from an imatrix.
+    """
+    found: dict[str, int] = {}
+    for name, shape, kind in tensors:
+        if name.startswith("blk.") and len(shape) > 1:
+            found[kind] = found.get(kind, 0) + prod(shape)
+    return found
+
+
+def _need(types: Mapping[str, int], *, needs_imatrix: bool) -> Need:
     if needs_imatrix:
         return "required"
-    if main_type in IGNORE_WEIGHTS:
+    least = _LEAST_SHARE * sum(types.values())
+    weighed = {kind: count for kind, count in types.items() if kind not in IGNORE_WEIGHTS}
+    if not weighed or sum(weighed.values()) < least:
         return "none"
-    bits = _BITS.search(ftype.upper())
-    if bits is None:
+    bits = {kind: int(match[1]) for kind in weighed if (match := _BITS.search(kind)) is not None}
+    if not bits:
         return "unknown"
-    return "strongly useful" if int(bits[1]) <= _FEW_BITS else "marginal"
+    few = sum(count for kind, count in weighed.items() if bits.get(kind, _FEW_BITS + 1) <= _FEW_BITS)
+    return "strongly useful" if few >= max(1, least) else "marginal"
 
 
 def closeness(level: str) -> float | None:

@@ -7,7 +7,6 @@ measurement made now, or somebody's published one and told as such.
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from imatrix_runner.files import free_bytes, stamp
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.kind import no_next_token, require_vocabulary
 from imatrix_runner.models.sources import HubId, LocalDirectory, Model, Source, parse_source
-from imatrix_runner.quantize.benefit import Benefit, benefit
+from imatrix_runner.quantize.benefit import Benefit, benefit, computing_types
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.memory import Budget, ContextMemory, Fit, context_memory, fit
 from imatrix_runner.resources import CALIBRATION_TEXT, HELD_OUT_TEXT, resource
@@ -257,15 +256,12 @@ def _level(step: LevelStep, held: ContextMemory, budget: Budget) -> LevelAdvice:
     assert step.resolved is not None
     facts, recipe, level = step.facts, step.resolved.recipe, step.level
     failure = step.reason if step.state == "fails" else ""
-    sizes: Counter[str] = Counter()
-    for tensor in recipe.tensors:
-        sizes[tensor.type] += tensor.n_elements
-    main_type = max(sizes, key=sizes.__getitem__, default="")
+    types = computing_types((tensor.name, tensor.shape, tensor.type) for tensor in recipe.tensors)
     return LevelAdvice(
         level=level.name,
         n_bytes=facts.n_bytes if not failure else None,
         bits_per_weight=facts.bits_per_weight if not failure else None,
-        benefit=benefit(level.name, level.ftype, needs_imatrix=facts.needs_imatrix, main_type=main_type),
+        benefit=benefit(level.name, needs_imatrix=facts.needs_imatrix, types=types),
         fit=fit(recipe.tensors, facts.n_bytes, held, budget) if facts.n_bytes is not None and not failure else None,
         fallbacks=len(facts.fallbacks),
         fallback_share=facts.fallback_share,

@@ -125,6 +125,30 @@ def test_every_level_is_judged_but_those_for_models_trained_so(ask: Ask, tiny_mo
     assert {level for level, need in needs.items() if need == "unknown"} == set()
 
 
+def test_huge_embeddings_do_not_hide_what_an_imatrix_brings(
+    ask: Ask, tiny_text: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    """Most of the weights are embeddings that come out in Q8_0; what A/B measures on the layers is what advise says."""
+    model = write_llama_gguf(tmp_path / "wide-BF16.gguf", hidden=288, vocab=12_000, fluent=True)
+    found = {each.level: each for each in ask(model, levels=LevelsRequest(("Q4_K_M", "Q8_0"))).levels}
+    assert found["Q4_K_M"].benefit.need == "strongly useful"
+    assert found["Q8_0"].benefit.need == "none"
+    done = cli(
+        *("run", model, "-f", tiny_text, "-c", "128", "--chunks", "16", "--levels", "Q4_K_M,Q8_0", "--ab", "--json"),
+        *("--text", _held_out(tmp_path), "--work-dir", tmp_path / "made"),
+    )
+    assert done.code == 0, done.err
+    saved = {each["level"]: each["saved"] for each in done.document["measured"]["comparisons"]}
+    assert saved["Q4_K_M"]["value"] > 2 * saved["Q4_K_M"]["error"]
+    assert saved["Q8_0"]["value"] == 0
+
+
+def _held_out(folder: Path) -> Path:
+    path = folder / "held-out.txt"
+    path.write_text(sample_text(20_000, seed=5), encoding="utf-8")
+    return path
+
+
 def test_q8_0_really_does_not_look_at_an_imatrix_and_q4_k_does(
     tiny_model: Path, tiny_imatrix: Path, cli: CommandLine, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imatrix_runner.quantize.benefit import KLDS, PPL_ERRORS, benefit, closeness
+from imatrix_runner.quantize.benefit import KLDS, PPL_ERRORS, benefit, closeness, computing_types
 from imatrix_runner.quantize.memory import Budget, Fit, Place
 from imatrix_runner.workflow.recommend import POOR, Candidate, recommend
 
@@ -13,31 +13,51 @@ GIB = 1 << 30
 
 class TestTheNeedOfAnImatrix:
     @pytest.mark.parametrize(
-        ("level", "ftype", "main_type", "needs", "need"),
+        ("level", "types", "needs", "need"),
         [
-            ("IQ2_XXS", "IQ2_XXS", "IQ2_XXS", True, "required"),
-            ("Q4_K_M", "Q4_K_M", "Q4_K", False, "strongly useful"),
-            ("Q4_K_L", "Q4_K_M", "Q4_K", False, "strongly useful"),
-            ("IQ4_NL", "IQ4_NL", "IQ4_NL", False, "strongly useful"),
-            ("Q5_K_M", "Q5_K_M", "Q5_K", False, "marginal"),
-            ("Q6_K", "Q6_K", "Q6_K", False, "marginal"),
-            ("Q8_0", "Q8_0", "Q8_0", False, "none"),
-            ("TQ2_0", "TQ2_0", "TQ2_0", False, "none"),
-            ("MXFP4_MOE", "MXFP4_MOE", "MXFP4", False, "none"),
-            ("NEW", "NEW", "NEW_TYPE", False, "unknown"),
+            ("IQ2_XXS", {"IQ2_XXS": 9, "Q2_K": 1}, True, "required"),
+            ("Q4_K_M", {"Q4_K": 8, "Q6_K": 2}, False, "strongly useful"),
+            ("Q4_K_L", {"Q4_K": 8, "Q6_K": 2}, False, "strongly useful"),
+            ("IQ4_NL", {"IQ4_NL": 1}, False, "strongly useful"),
+            ("Q5_K_M", {"Q5_K": 8, "Q6_K": 2}, False, "marginal"),
+            ("Q6_K", {"Q6_K": 1}, False, "marginal"),
+            ("Q8_0", {"Q8_0": 1}, False, "none"),
+            ("TQ2_0", {"TQ2_0": 1}, False, "none"),
+            ("MXFP4_MOE", {"MXFP4": 9, "Q8_0": 1}, False, "none"),
+            ("NEW", {"NEW_TYPE": 1}, False, "unknown"),
+            # What half the layers' weights gain is gained, whatever the other half has.
+            ("Q4_K_M", {"Q8_0": 60, "Q4_K": 40}, False, "strongly useful"),
+            ("Q4_K_M", {"Q5_0": 70, "Q8_0": 20, "Q4_K": 10}, False, "strongly useful"),
+            ("Q8_0", {"Q8_0": 98, "Q6_K": 2}, False, "none"),
+            ("Q4_K_M", {}, False, "none"),
         ],
     )
-    def test_by_what_llama_cpp_demands_and_by_its_bits(
-        self, level: str, ftype: str, main_type: str, needs: bool, need: str
+    def test_by_what_llama_cpp_demands_and_by_the_bits_of_what_computes(
+        self, level: str, types: dict[str, int], needs: bool, need: str
     ) -> None:
-        found = benefit(level, ftype, needs_imatrix=needs, main_type=main_type)
+        found = benefit(level, needs_imatrix=needs, types=types)
         assert found.need == need
         assert found.reason
 
+    def test_embeddings_and_the_output_do_not_decide(self) -> None:
+        """Gemma-3-270M: 168 M of its 268 M weights are embeddings, and Q4_K_M leaves them at 8 bits."""
+        tensors = [
+            ("token_embd.weight", (640, 262_144), "Q8_0"),
+            ("output.weight", (640, 262_144), "Q8_0"),
+            ("per_layer_token_embd.weight", (4096, 262_144), "Q8_0"),
+            ("blk.0.attn_norm.weight", (640,), "F32"),
+            ("blk.0.ffn_up.weight", (640, 2048), "Q5_0"),
+            ("blk.0.ffn_down.weight", (2048, 640), "Q4_K"),
+            ("blk.0.attn_q.weight", (640, 1024), "Q4_K"),
+        ]
+        types = computing_types(tensors)
+        assert types == {"Q5_0": 640 * 2048, "Q4_K": 640 * 2048 + 640 * 1024}
+        assert benefit("Q4_K_M", needs_imatrix=False, types=types).need == "strongly useful"
+
     def test_figures_are_told_of_the_level_they_were_measured_for(self) -> None:
-        found = benefit("Q4_K_M", "Q4_K_M", needs_imatrix=False, main_type="Q4_K")
+        found = benefit("Q4_K_M", needs_imatrix=False, types={"Q4_K": 1})
         assert (found.ppl_error, found.kld) == ((1.08, 0.75), (0.0313, 0.0282))
-        variant = benefit("Q4_K_L", "Q4_K_M", needs_imatrix=False, main_type="Q4_K")
+        variant = benefit("Q4_K_L", needs_imatrix=False, types={"Q4_K": 1})
         assert (variant.ppl_error, variant.kld) == (None, None)
 
     def test_an_imatrix_helped_wherever_both_were_measured(self) -> None:
@@ -53,6 +73,8 @@ class TestTheNeedOfAnImatrix:
         taken = [1 - with_imatrix / without for without, with_imatrix in low]
         assert 0.17 < min(taken) < max(taken) < 0.41
         assert {round(min(pair[0] for pair in low)), round(max(pair[0] for pair in low))} == {1, 19}
+        parts = [1 - with_imatrix / without for level, (without, with_imatrix) in PPL_ERRORS.items() if level[1] in "56"]
+        assert 1 / 6.1 < min(parts) < max(parts) < 0.5
         high = [pair[0] for level, pair in PPL_ERRORS.items() if level[1] in "56"]
         assert 0.15 < min(high) < max(high) < 0.6
 

@@ -134,7 +134,7 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
     for old in (note, job.out, part):  # two would take more of the disk than was reckoned with
         discard(old)
     output = ImatrixOutput()  # it prints its chunks as llama-imatrix does
-    n_vocab = _vocabulary(job.model)
+    n_vocab = n_tokens(job.model)
 
     def follow(stream: str, piece: str) -> None:
         if output.feed(stream, piece) and output.ppl is not None:
