@@ -295,9 +295,13 @@ def test_a_model_that_computes_nan_stops_at_the_first_and_names_the_tensor(
     with pytest.raises(InvalidDataError) as caught:
         used.collect(job(model, tiny_text, tmp_path / "out", replace(FEW, ppl=True), (0, 8)), heard.events.append, heard.take)
     assert heard.pieces == []
-    if kind == "binaries":  # llama-imatrix does not say which chunk it is at
-        why = why.replace("meets in chunk 1", "meets in the chunks from 1 on")
-    assert (caught.value.what, caught.value.why) == ("model.gguf produced NaN or infinite numbers", why)
+    assert caught.value.what == "model.gguf produced NaN or infinite numbers"
+    if kind == "binaries" and tensor.startswith(
+        "blk."
+    ):  # llama-imatrix does not say the chunk, and loses its last line at times
+        assert tensor in caught.value.why
+    else:
+        assert caught.value.why == why
 
 
 def test_the_first_chunk_with_nan_is_named(engine: EmbeddedEngine, tiny_text: Path, tmp_path: Path) -> None:

@@ -129,7 +129,11 @@ class BinariesEngine:
             if wild := next(filter(None, map(_NON_FINITE.search, outcome.tail)), None):
                 seen = f"the activations that {wild[1]} meets in the chunks from {chunks.first + output.done + 1} on"
                 raise no_numbers(job.model, seen, non_finite_tensor(job.model))
-            raise explain(outcome, "llama-imatrix failed", writes=part)
+            error = explain(outcome, "llama-imatrix failed", writes=part)
+            # Its log is written asynchronously: the line that says so is lost now and then.
+            if isinstance(error, EngineError) and outcome.returncode > 0 and (tensor := non_finite_tensor(job.model)):
+                raise no_numbers(job.model, f"numbers in its tensor {tensor}", "") from error
+            raise error
         if output.n_chunks is not None and output.n_chunks != chunks.count:
             raise InvalidDataError(
                 f"llama-imatrix computed {output.n_chunks} chunks instead of {chunks.count}",
