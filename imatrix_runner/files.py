@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import msgspec
 
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 PART = ".part"
 _BLOCK = 8 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS), getattr(errno, "EOPNOTSUPP", errno.ENOSYS))
 
 
@@ -101,21 +103,28 @@ def write_json(path: Path, value: Any) -> None:
         handle.write(msgspec.json.format(encode_json(value), indent=2) + b"\n")
 
 
-def encode_json(value: Any) -> bytes:
-    """A dataclass, struct or plain value as JSON. Raises :class:`InvalidDataError` for a name that is not UTF-8."""
+def encode_json(value: Any, order: Literal["deterministic"] | None = None) -> bytes:
+    """A dataclass, struct or plain value as JSON. Raises :class:`InvalidDataError` for a name that is not UTF-8.
+
+    ``order``: "deterministic" sorts the keys of dictionaries and sets.
+    """
     try:
-        return msgspec.json.encode(value)
+        return msgspec.json.encode(value, order=order)
     except UnicodeEncodeError as error:
         raise not_utf8(str(error.object)) from error
 
 
+def readable(text: str) -> str:
+    """A text with ``\\xe9`` for every byte that is not UTF-8."""
+    return _SURROGATE.sub(lambda found: f"\\x{ord(found[0]) & 0xFF:02x}", text)
+
+
 def not_utf8(name: str) -> InvalidDataError:
     """The error for a file name, or another text, that holds bytes which are not UTF-8."""
-    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return InvalidDataError(
-        f"The name {shown} is not UTF-8",
+        f"The name {readable(name)} is not UTF-8",
         "GGUF, JSON and reports hold names as UTF-8, and this one could not be written into them",
-        "Rename the file or the folder, for example with: convmv -f latin1 -t utf8",
+        "Rename the file or folder, then run the same command again.",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.files import read_json, sha256
+from imatrix_runner.files import encode_json, read_json, sha256
 from imatrix_runner.untrusted import UnreadableError, as_type
 
 SUFFIX = ".manifest.json"
@@ -88,7 +88,7 @@ class Manifest(msgspec.Struct, frozen=True):
     def fingerprint(self) -> str:
         """Stands for the text and all that is said of it; the text's file name is not part of it."""
         named = msgspec.structs.replace(self, text="")
-        return f"sha256:{hashlib.sha256(msgspec.json.encode(named, order='deterministic')).hexdigest()}"
+        return f"sha256:{hashlib.sha256(encode_json(named, order='deterministic')).hexdigest()}"
 
 
 def manifest_path(text: Path) -> Path:

@@ -10,6 +10,7 @@ import msgspec
 
 from imatrix_runner import __version__
 from imatrix_runner.errors import RunnerError
+from imatrix_runner.files import readable
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.workflow.evaluate import EvaluateResult
@@ -21,8 +22,21 @@ VERSION = 1
 
 
 def print_document(document: dict[str, Any]) -> None:
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
+    try:
+        data = msgspec.json.encode(document)
+    except UnicodeEncodeError:
+        data = msgspec.json.encode(_readable(msgspec.to_builtins(document)))
+    sys.stdout.write(msgspec.json.format(data, indent=2).decode() + "\n")
     sys.stdout.flush()  # here, where a reader that went away is noticed in good order
+
+
+def _readable(value: Any) -> Any:
+    """The value with every file name as text: ``\\xe9`` for a byte that is not UTF-8."""
+    if isinstance(value, str):
+        return readable(value)
+    if isinstance(value, dict):
+        return {_readable(key): _readable(each) for key, each in value.items()}
+    return [_readable(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def document(kind: str, **content: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ import click
 from imatrix_runner import __version__
 from imatrix_runner.cli.invocation import PROGRAM, Invocation
 from imatrix_runner.errors import InterruptedRunError, RunnerError, UsageError, from_os_error
+from imatrix_runner.files import not_utf8
+from imatrix_runner.untrusted import is_unicode
 
 # name -> (module, attribute, one line of help): modules are imported only when their command runs.
 _COMMANDS = {
@@ -71,6 +74,9 @@ def cli(ctx: click.Context) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold bytes that no encoding can show
     raise SystemExit(run_cli(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -81,6 +87,9 @@ def run_cli(arguments: list[str]) -> int:
     ours, invocation = arguments[:split], Invocation(tuple(arguments), tuple(arguments[split + 1 :]))
     as_json = "--json" in ours
     try:
+        for argument in arguments:
+            if not is_unicode(argument):
+                raise not_utf8(argument)
         code = cli.main(ours, prog_name=PROGRAM, standalone_mode=False, obj=invocation)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:

@@ -15,6 +15,8 @@ from click.core import ParameterSource
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.config import ENV_PREFIX, OTHER_VARIABLES, FileSettings, check_names, find_settings
 from imatrix_runner.errors import UsageError
+from imatrix_runner.files import not_utf8
+from imatrix_runner.untrusted import is_unicode
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,7 +44,10 @@ def setting(*names: str, **kwargs: Any) -> Callable[[F], F]:
 
 def apply_settings(ctx: click.Context) -> None:
     """Give the file's values to every subcommand as defaults (``ctx.default_map``)."""
-    settings = find_settings(Path.cwd())
+    here = Path.cwd()
+    if not is_unicode(str(here)):
+        raise not_utf8(str(here))
+    settings = find_settings(here)
     ctx.meta["imatrix_runner.settings"] = settings
     if not settings.values:
         return

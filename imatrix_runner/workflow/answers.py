@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import msgspec
-
 from imatrix_runner.calibration.documents import Record as Asked
 from imatrix_runner.calibration.templates import ChatTemplate
 from imatrix_runner.engines.base import CollectOptions
@@ -20,7 +18,7 @@ from imatrix_runner.engines.measures import AnswerJob, Completion
 from imatrix_runner.errors import InterruptedRunError, NoSpaceError, RunnerError, UsageError
 from imatrix_runner.evaluate.answers import DomainResult, compare_answers
 from imatrix_runner.events import Finished, Progress, Started, info
-from imatrix_runner.files import atomic_writer, sha256
+from imatrix_runner.files import atomic_writer, encode_json, sha256
 from imatrix_runner.journal import Record, differences
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.measured import ANSWER, LEVEL_INPUT, answered, as_facts
@@ -156,14 +154,14 @@ class _Answering:
             self.asked, self.template, self.session.runner, lambda done: sink(Progress("prompts", done, total))
         )
         with atomic_writer(self._prompts) as handle:
-            handle.writelines(msgspec.json.encode(prompt) + b"\n" for prompt in heard)
+            handle.writelines(encode_json(prompt) + b"\n" for prompt in heard)
         sink(Finished("prompts", "done"))
 
     def _complete(self, step: str, title: str, model: Path, content: str, name: str) -> list[Completion]:
         """A model's answers to all prompts, from where they lie already or the engine."""
         out = self.folder / f"{name}.answers"
         whole = {**self._inputs, "model file": content, "prompts": sha256(self._prompts)}
-        fingerprint = msgspec.json.encode(whole).decode()
+        fingerprint = encode_json(whole).decode()
         if self.request.again:
             out.unlink(missing_ok=True)
         completions = read_completions(out, fingerprint)

@@ -16,7 +16,7 @@ from imatrix_runner.calibration.rendering import DATE, Unrendered, render
 from imatrix_runner.calibration.templates import ChatTemplate, load_template
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.events import Saved
-from imatrix_runner.files import atomic_writer, require_space
+from imatrix_runner.files import atomic_writer, encode_json, require_space
 from imatrix_runner.process import Runner
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.workflow.calibration_sources import SourceOpener
@@ -157,6 +157,6 @@ def _write(result: BuildResult) -> None:
     data = result.built.text.encode()
     require_space(result.path, 2 * len(data) + (1 << 20), "the calibration text")
     with atomic_writer(result.manifest_path) as handle:
-        handle.write(msgspec.json.format(msgspec.json.encode(result.built.manifest, order="deterministic"), indent=1) + b"\n")
+        handle.write(msgspec.json.format(encode_json(result.built.manifest, order="deterministic"), indent=1) + b"\n")
     with atomic_writer(result.path) as handle:
         handle.write(data)

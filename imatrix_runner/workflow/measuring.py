@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -23,7 +22,7 @@ from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpace
 from imatrix_runner.evaluate.passes import next_range
 from imatrix_runner.evaluate.statistics import perplexity_ratio, summarise
 from imatrix_runner.events import Finished, Sink, Started
-from imatrix_runner.files import human_bytes
+from imatrix_runner.files import encode_json, human_bytes
 from imatrix_runner.journal import Record
 from imatrix_runner.report.document import ReportEvaluation
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
@@ -136,7 +135,7 @@ class Measurer:
         if yardstick.text is None:
             return
         inputs = {**yardstick.inputs, "chunks": f"{chunks.count} from {chunks.first}"}
-        fingerprint = msgspec.json.encode(inputs).decode()
+        fingerprint = encode_json(inputs).decode()
         head = LogitsHead(yardstick.extent.n_ctx, yardstick.extent.n_vocab, chunks.count)
         exact = source.done >= chunks.end or self.session.engine.name != EMBEDDED
         if exact and is_whole(self._base, head, fingerprint):
@@ -252,7 +251,7 @@ class Measurer:
 
     def _fingerprint(self, subject: Subject) -> str:
         """Of the scored tokens: chunks are left out, for more of them continue."""
-        return msgspec.json.encode({**self.yardstick.inputs, **subject.inputs}).decode()
+        return encode_json({**self.yardstick.inputs, **subject.inputs}).decode()
 
     def _facts(self, subject: Subject, found: Divergence) -> Measured:
         yardstick, model = self.yardstick, self.frozen.model

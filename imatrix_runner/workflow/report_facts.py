@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 
-import msgspec
-
 from imatrix_runner import __version__
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.picks import Measure, Pick, recommend, target
 from imatrix_runner.events import Sink, detail, warning
+from imatrix_runner.files import encode_json
 from imatrix_runner.journal import Journal, Record, outputs_intact
 from imatrix_runner.models.origin import repository_in
 from imatrix_runner.process import Runner
@@ -162,7 +161,7 @@ def _level(name: str, record: Record, figures: Measured | None, location: str) -
 
 def remember_target(journal: Journal, kld: float | None, n_bytes: int | None) -> None:
     """Have reports name the level that meets these, in nats and bytes; None twice: no such level."""
-    journal.remember(target=msgspec.json.encode([kld, n_bytes]).decode())
+    journal.remember(target=encode_json([kld, n_bytes]).decode())
 
 
 def _target(journal: Journal, measures: Sequence[Measure]) -> tuple[Pick, ...]:

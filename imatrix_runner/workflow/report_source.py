@@ -7,10 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
-
 from imatrix_runner.events import Sink, info, warning
-from imatrix_runner.files import joint_sha256, stamp
+from imatrix_runner.files import encode_json, joint_sha256, stamp
 from imatrix_runner.journal import Hashed, Journal
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.gguf_file import GgufHeader
@@ -105,7 +103,7 @@ def describe_source(
 def remember_source(journal: Journal, described: ReportModel) -> None:
     """Keep a description that was told by the source's own files."""
     if described.type:
-        journal.remember(**{DESCRIBED: msgspec.json.encode(described).decode()})
+        journal.remember(**{DESCRIBED: encode_json(described).decode()})
 
 
 def _remembered(journal: Journal, fingerprint: str) -> ReportModel | None:
