@@ -21,6 +21,7 @@ from typing import IO, Literal
 
 import psutil
 
+from imatrix_runner.endings import crashed, ending, signal_name
 from imatrix_runner.environment import Needs, child_environment, find_program, neutral_directory
 from imatrix_runner.errors import EngineError, from_os_error
 from imatrix_runner.signals import Stop
@@ -70,20 +71,22 @@ class Outcome:
         return self.returncode == 0 and not self.hung
 
     def ending(self) -> str:
-        """One phrase for people: ``exit code 1``, ``killed by SIGKILL (out of memory)``."""
+        """One phrase for people: ``exit code 1``, ``killed by SIGSEGV (segmentation fault)``."""
         if self.hung:
             return "it neither wrote nor computed anything and was ended"
-        if self.returncode >= 0:
-            return f"exit code {self.returncode}"
-        try:
-            name = signal.Signals(-self.returncode).name
-        except ValueError:
-            name = f"signal {-self.returncode}"
         if self.out_of_memory:
-            return f"killed by {name}: the machine ran out of memory"
-        if name == "SIGKILL":
-            return "killed by SIGKILL, by someone or by the kernel when memory ran out"
-        return f"killed by {name}"
+            return f"killed by {signal_name(self.returncode)}: the machine ran out of memory"
+        return ending(self.returncode)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the program itself is at fault (see :func:`imatrix_runner.endings.crashed`)."""
+        return not self.hung and crashed(self.returncode)
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether the program ended itself, as after a failed assertion; it says why before."""
+        return not self.hung and signal_name(self.returncode) == "SIGABRT"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from imatrix_runner.cli.columns import by_remark
 from imatrix_runner.cli.documents import document, measured_content
+from imatrix_runner.cli.failures import failure_lines
 from imatrix_runner.cli.report_table import print_report
 from imatrix_runner.files import human_bytes
 from imatrix_runner.report.wording import shown
@@ -49,8 +49,8 @@ def print_reported(report: ReportFiles | None, console: Console) -> None:
 
 
 def print_failed(result: EvaluateResult, console: Console) -> None:
-    for failure, names in by_remark((name, error.sentence()) for name, error in result.failed.items()).items():
-        console.print(Text(f"{names}: {failure}", style="red"))
+    for line in failure_lines(result.failed):
+        console.print(Text(line, style="red"))
 
 
 def evaluate_document(result: EvaluateResult, exit_code: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from imatrix_runner.cli.columns import Column, by_remark, fitted_table
+from imatrix_runner.cli.failures import failure_lines
 from imatrix_runner.cli.report_table import print_report
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.workflow.making import LevelResult
@@ -113,13 +114,11 @@ def _result_columns(source_bytes: int) -> tuple[Column[LevelResult], ...]:
 
 
 def print_failures(result: RunResult, console: Console) -> None:
-    """What went wrong, a line for each level."""
-    failures = by_remark((level.step.level.name, level.error.sentence()) for level in result.failed if level.error is not None)
-    for failure, names in failures.items():
-        console.print(Text(f"{names}: {failure}", style="red"))
+    """What went wrong, a line for each cause."""
+    failed = {level.step.level.name: level.error for level in result.failed if level.error is not None}
     unmeasured = result.evaluated.failed if result.evaluated is not None else {}
-    for failure, names in by_remark((name, error.sentence()) for name, error in unmeasured.items()).items():
-        console.print(Text(f"{names} could not be measured: {failure}", style="red"))
+    for line in (*failure_lines(failed), *failure_lines(unmeasured, " could not be measured")):
+        console.print(Text(line, style="red"))
 
 
 def _summary(result: RunResult) -> str:

@@ -22,7 +22,8 @@ class CollectOptions:
 
     ``n_gpu_layers`` is llama.cpp's ``-ngl`` as typed (a number, ``auto`` or ``all``), ``tensor_split`` its ``-ts``,
     ``split_mode`` its ``-sm``, ``main_gpu`` its ``-mg``, ``override_tensors`` its ``-ot`` (each ``REGEX=BUFFER``),
-    ``flash_attn`` its ``-fa`` (``on``, ``off``, ``auto``); empty or None: llama.cpp's default.
+    ``flash_attn`` its ``-fa`` (``on``, ``off``, ``auto``); empty or None: llama.cpp's default. ``repack`` false is its
+    ``--no-repack``: an engine sets it where the processor's own weight formats do not work (:meth:`Engine.arithmetic` says so).
     ``extra`` are further llama-imatrix options, passed through unread.
     """
 
@@ -40,6 +41,7 @@ class CollectOptions:
     parse_special: bool = False
     process_output: bool = False
     ppl: bool = True
+    repack: bool = True
     extra: tuple[str, ...] = ()
 
     @property

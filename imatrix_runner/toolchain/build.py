@@ -7,8 +7,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,7 @@ from imatrix_runner.errors import NoSpaceError, RunnerError, ToolchainError, Usa
 from imatrix_runner.events import Finished, Progress, Saved, Sink, Started, info
 from imatrix_runner.files import require_space
 from imatrix_runner.process import Command, Outcome, Runner, end_tree, relevant_lines
+from imatrix_runner.toolchain.amx import amx_build
 from imatrix_runner.toolchain.diagnose import diagnose, finder, manager, missing_needs, needs_advice, tool_path
 from imatrix_runner.toolchain.probe import CONVERTER, TOOLS, Toolchain, executable
 from imatrix_runner.toolchain.source import (
@@ -83,7 +84,13 @@ class BuildPlan:
 
 
 def plan_build(
-    request: BuildRequest, source: Source, *, cmake: str, ninja: bool, jobs: int, system: str = sys.platform
+    request: BuildRequest,
+    source: Source,
+    *,
+    cmake: str,
+    ninja: bool,
+    jobs: int,
+    system: str = sys.platform,
 ) -> BuildPlan:
     """Decide key, folders and commands. Pure: the same facts give the same plan."""
     key = safe_name(f"{source.version}-{source.commit or 'unknown'}-{request.backend}")
@@ -111,6 +118,13 @@ def plan_build(
         configure=(cmake, "-S", str(source.tree), "-B", str(build_dir), *generator, *flags),
         compile=(cmake, "--build", str(build_dir), "--config", "Release", "--parallel", str(jobs), "--target", *TOOLS),
     )
+
+
+def with_flags(plan: BuildPlan, flags: Sequence[str], env: Mapping[str, str]) -> BuildPlan:
+    """The plan with flags for the C and C++ compilers, after those of the environment, which CMake would no longer read."""
+    pairs = (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS"))
+    added = tuple(f"-D{name}={' '.join(filter(None, (env.get(inherited, ''), *flags)))}" for name, inherited in pairs)
+    return replace(plan, flags=(*plan.flags, *added), configure=(*plan.configure, *added))
 
 
 def _build_number(source: Source) -> tuple[str, ...]:
@@ -158,6 +172,10 @@ def build(request: BuildRequest, runner: Runner, sink: Sink) -> Toolchain:
         require_space(store.root, space, "building llama.cpp")
         began = time.monotonic()
         unpack_source(source, store, runner)
+        amx = amx_build(find, tree=source.tree)
+        if amx.flags:
+            sink(info(f"AMX is left out of the build: {amx.why}."))
+            plan = with_flags(plan, amx.flags, os.environ)
         _compile(plan, store, runner, sink, afresh=request.force)
         toolchain = _publish(plan, source, store)
         sink(Saved(str(toolchain.directory), toolchain.identity()))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from imatrix_runner.endings import ending, signal_name
 from imatrix_runner.errors import ToolchainError
 from imatrix_runner.process import Captured, Command, capture
 
@@ -41,7 +41,6 @@ _BACKEND_WORDS = (
     ("opencl", re.compile(r"\bGPUOpenCL\b|ggml_opencl")),
 )
 _MISSING_LIBRARY = re.compile(r"error while loading shared libraries: ([^:\s]+)|Library not loaded: (\S+)")
-_WINDOWS_STATUS = {0xC0000135: "a DLL it needs is missing", 0xC000001D: "it uses instructions this processor does not have"}
 
 
 @dataclass(frozen=True)
@@ -223,19 +222,8 @@ def why_unfit(answer: Captured) -> str:
         return "it was built for a newer system (its C or C++ library is newer than this machine's)"
     if code in (0, 1):
         return ""
-    if known := _WINDOWS_STATUS.get(code & 0xFFFFFFFF):
-        return known
-    return _died(-code) if code < 0 else f"exit code {code}{_last_line(text)}"
-
-
-def _died(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
-    if name == "SIGILL":
-        return "it uses instructions this processor does not have (SIGILL)"
-    return f"it was killed by {name}"
+    # What a crash leaves of a log are ordinary lines; who gives up says why.
+    return ending(code) if signal_name(code) not in ("", "SIGABRT") else f"{ending(code)}{_last_line(text)}"
 
 
 def _last_line(text: str) -> str:

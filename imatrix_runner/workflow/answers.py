@@ -22,6 +22,7 @@ from imatrix_runner.files import atomic_writer, encode_json, sha256
 from imatrix_runner.journal import Record, differences
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.measured import ANSWER, LEVEL_INPUT, answered, as_facts
+from imatrix_runner.workflow.measuring import once
 from imatrix_runner.workflow.prompts import describe, read_prompts, template_of, write_prompts
 from imatrix_runner.workflow.source import Frozen
 
@@ -82,11 +83,13 @@ class _Answering:
         todo = [level for level in levels if reasons[level[0]] or level[0] not in known]
         found: dict[str, DomainResult | RunnerError] = {}
         source = self._source() if todo else []
+        said: set[str] = set()
         for name, file, content in levels:
             if (name, file, content) not in todo:
                 found[name] = known[name]
             else:
-                found[name] = self._level(name, file, content, source, reasons[name] or "not answered yet")
+                outcome = self._level(name, file, content, source, reasons[name] or "not answered yet", said)
+                found[name] = outcome
         return found
 
     @cached_property
@@ -117,14 +120,17 @@ class _Answering:
         sink(Finished(f"{ANSWER} {_SOURCE}", "done", f"{len(completions)} answers"))
         return completions
 
-    def _level(self, name: str, file: Path, content: str, source: list[Completion], reason: str) -> DomainResult | RunnerError:
+    def _level(
+        self, name: str, file: Path, content: str, source: list[Completion], reason: str, said: set[str]
+    ) -> DomainResult | RunnerError:
+        """The answers of one level, or why there are none; ``said`` are the reasons that levels before gave."""
         step, sink, began = f"{ANSWER} {name}", self.session.sink, time.monotonic()
         try:
             answers = self._complete(step, f"{name} answers", file, content, name)
         except (InterruptedRunError, NoSpaceError):
             raise
         except RunnerError as error:
-            sink(Finished(step, "failed", error.why, time.monotonic() - began))
+            sink(Finished(step, "failed", once(error.why, said), time.monotonic() - began))
             return error
         shown = [describe(record) for record in self.asked]
         result = compare_answers(name, shown, source, answers, self.request.n_predict)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imatrix_runner.engines.base import Engine
-from imatrix_runner.engines.embedded.find import DISTRIBUTION, PIP_INSTALL, Bindings, Unusable, find
+from imatrix_runner.engines.embedded.find import LIBRARY_VARIABLE, Bindings, Unusable, find
+from imatrix_runner.engines.embedded.install import AFRESH, DISTRIBUTION, pip_install
 from imatrix_runner.engines.embedded.levels import quant_types
 from imatrix_runner.errors import ToolchainError, UsageError
 from imatrix_runner.events import Notice, detail, info, warning
@@ -18,7 +19,8 @@ from imatrix_runner.process import Runner
 from imatrix_runner.quantize.levels import offered
 from imatrix_runner.toolchain.hardware import may_have_gpu
 from imatrix_runner.toolchain.locate import ENV_VARIABLE, Found, locate, require
-from imatrix_runner.toolchain.store import cache_dir
+from imatrix_runner.toolchain.program_proof import ProgramProof, prove_programs
+from imatrix_runner.toolchain.store import ORIGIN, cache_dir
 
 if TYPE_CHECKING:
     from imatrix_runner.engines.embedded.engine import EmbeddedEngine
@@ -90,7 +92,7 @@ class Choice:
         if self.bindings is not None:
             return (
                 f"{DISTRIBUTION} sees no GPU (built for: {', '.join(self.bindings.backends)}). For CUDA type: "
-                f'CMAKE_ARGS="-DGGML_CUDA=on" {PIP_INSTALL} --force-reinstall --no-cache-dir'
+                f"{pip_install(*AFRESH, cmake='-DGGML_CUDA=on')}"
             )
         assert self.toolchain is not None
         return (
@@ -107,13 +109,49 @@ class Choice:
         from imatrix_runner.engines.binaries.engine import BinariesEngine
 
         assert self.toolchain is not None
-        return BinariesEngine(self.toolchain, runner)
+        return BinariesEngine(self.toolchain, runner, self._proof.repacking)
+
+    @cached_property
+    def _proof(self) -> ProgramProof:
+        """How the programs multiply here, where they are what computes."""
+        return prove_programs(self.toolchain, cache_dir()) if self.toolchain is not None else ProgramProof()
+
+    @property
+    def weakness(self) -> tuple[str, str]:
+        """What does not work on this processor although the engine computes, and the remedy; both empty where all does."""
+        if self.bindings is not None:
+            return repacking_of_library(self.bindings)
+        assert self.toolchain is not None
+        return weakness_of_programs(self.toolchain, self._proof)
 
     def make_beside(self, runner: Runner) -> Engine | None:
         """The engine for the levels that the other does not offer, if there are any."""
         from imatrix_runner.engines.binaries.engine import BinariesEngine
 
         return BinariesEngine(self.beside, runner) if self.beside is not None else None
+
+
+def repacking_of_library(bindings: Bindings) -> tuple[str, str]:
+    """What there is to say about repacked weights in a library, and the remedy; both empty where they work."""
+    if bindings.repacking.works:
+        return "", ""
+    if bindings.origin == LIBRARY_VARIABLE:
+        todo = f"Let {LIBRARY_VARIABLE} name libraries that another compiler built."
+    elif bindings.library is None:
+        todo = f"Type: {pip_install(*AFRESH, without_amx=True)}"
+    else:
+        todo = "Type: imatrix-runner tools build --force"
+    return bindings.repacking.line(DISTRIBUTION), todo
+
+
+def weakness_of_programs(tools: Toolchain, proof: ProgramProof) -> tuple[str, str]:
+    """The same for llama.cpp's programs; also where they do not compute at all."""
+    todo = f"Type: imatrix-runner tools build{' --force' if tools.origin == ORIGIN else ''}"
+    if proof.broken:
+        return f"the programs in {tools.directory} cannot multiply here ({proof.broken})", todo
+    if proof.repacking.works:
+        return "", ""
+    return proof.repacking.line(f"what lies in {tools.directory}"), todo
 
 
 def make_checker(machine: Machine, runner: Runner) -> EmbeddedEngine:
@@ -208,7 +246,7 @@ def _instead(unusable: Unusable, machine: Machine) -> Choice:
         broken = warning(f"{_because(unusable.why)} {unusable.todo}") if unusable.installed else None
         return Choice(None, machine.toolchain, broken)
     turned_down = "; ".join(str(entry) for entry in machine.found.rejected[:3])
-    pip = f"{PIP_INSTALL} --force-reinstall --no-cache-dir" if unusable.installed else PIP_INSTALL
+    pip = pip_install(*AFRESH) if unusable.installed else pip_install()
     raise ToolchainError(
         "There is nothing here that could compute",
         f"{unusable.why}, and no llama.cpp programs that run were found" + (f" ({turned_down})" if turned_down else ""),

@@ -83,6 +83,9 @@ def settle(request: EnvironmentRequest, needs: Needs, sink: Sink) -> tuple[Machi
     choice = choose(request.engine, needs, machine)
     if choice.notice is not None:
         sink(choice.notice)
+    weakness, todo = choice.weakness
+    if weakness:
+        sink(warning(f"{weakness[:1].upper()}{weakness[1:]}. {todo}"))
     return machine, choice
 
 

@@ -14,18 +14,29 @@ from typing import Literal
 import psutil
 
 from imatrix_runner.engines.embedded.compiled import NoNative, compile_kernels
-from imatrix_runner.engines.embedded.find import DISTRIBUTION, PIP_INSTALL, Unusable
+from imatrix_runner.engines.embedded.find import Unusable
+from imatrix_runner.engines.embedded.install import AFRESH, DISTRIBUTION, pip_install
 from imatrix_runner.errors import RunnerError, ToolchainError
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
 from imatrix_runner.models.convert import missing_packages
 from imatrix_runner.resources import CALIBRATION_TEXT, DEMO_MODEL, resource
 from imatrix_runner.toolchain.hardware import advice, backend_for, gpus, likes_bf16
+from imatrix_runner.toolchain.program_proof import prove_programs
 from imatrix_runner.toolchain.store import cache_dir
-from imatrix_runner.workflow.choice import EMBEDDED, Choice, Machine, Needs, choose
+from imatrix_runner.workflow.choice import (
+    EMBEDDED,
+    Choice,
+    Machine,
+    Needs,
+    choose,
+    repacking_of_library,
+    weakness_of_programs,
+)
 
 Verdict = Literal["ok", "warn", "fail"]
 
 _PACKAGES = ("click", "rich", "gguf", "numpy", "huggingface_hub", "msgspec", "psutil")
+_MULTIPLIES = "multiplies weights of every main type, as loaded and repacked for this processor"
 _LOW_DISK = 20 << 30
 _LOW_MEMORY = 4 << 30
 
@@ -85,6 +96,8 @@ def _bindings(machine: Machine) -> Iterator[Check]:
     where = f"{bindings.directory} ({bindings.origin})"
     identity = bindings.identity().removeprefix(f"{DISTRIBUTION} ")
     yield Check(DISTRIBUTION, "ok", f"{identity}, {'/'.join(bindings.backends)}, {devices}, {where}")
+    weakness, todo = repacking_of_library(bindings)
+    yield Check("  weights", "warn" if weakness else "ok", weakness or _MULTIPLIES, todo)
 
 
 def _kernels(machine: Machine) -> Iterator[Check]:
@@ -104,6 +117,14 @@ def _toolchain(machine: Machine) -> Iterator[Check]:
     if toolchain is not None:
         detail = f"{toolchain.identity()}, {'/'.join(toolchain.backends)}, {toolchain.directory} ({toolchain.origin})"
         yield Check("llama.cpp", "ok", detail)
+        proof = prove_programs(toolchain, cache_dir())
+        weakness, todo = weakness_of_programs(toolchain, proof)
+        yield Check(
+            "  weights",
+            "fail" if proof.broken and isinstance(machine.bindings, Unusable) else "warn" if weakness else "ok",
+            weakness or _MULTIPLIES,
+            todo,
+        )
     elif isinstance(machine.bindings, Unusable) or machine.named:
         yield Check("llama.cpp", "fail", "no programs that run were found", "imatrix-runner tools build   (about 4 minutes)")
     else:
@@ -117,7 +138,7 @@ def _gpu(choice: Choice | ToolchainError) -> Iterator[Check]:
     hint = None
     if isinstance(choice, Choice) and choice.bindings is not None and seen and len(choice.bindings.backends) == 1:
         flag = "HIP" if backend_for(seen[0]) == "hip" else backend_for(seen[0]).upper()
-        todo = f'CMAKE_ARGS="-DGGML_{flag}=on" {PIP_INSTALL} --force-reinstall --no-cache-dir'
+        todo = pip_install(*AFRESH, cmake=f"-DGGML_{flag}=on")
         hint = f"{seen[0]} is there, but {DISTRIBUTION} is built for the CPU only: {todo}"
     elif isinstance(choice, Choice) and choice.toolchain is not None:
         hint = advice(seen, choice.toolchain.backends)

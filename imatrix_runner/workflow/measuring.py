@@ -89,6 +89,7 @@ class Measurer:
     def measure(self, subjects: Sequence[Subject]) -> dict[str, Divergence | RunnerError]:
         """The figures of each by name, or why it has none. What concerns all of them is raised."""
         found: dict[str, Divergence | RunnerError] = {}
+        said: set[str] = set()
         self._make_folder()
         waiting = [_Waiting(subject, self._done(subject)) for subject in subjects]
         source = _Waiting(self._source, self._done(self._source))
@@ -97,7 +98,7 @@ class Measurer:
             if chunks is not None:
                 self._refer(chunks, source)
             for each in waiting:
-                outcome = self._judge(each, chunks)
+                outcome = self._judge(each, chunks, said)
                 if outcome is not None:
                     found[each.subject.name] = outcome
             waiting = [each for each in waiting if each.subject.name not in found]
@@ -201,8 +202,9 @@ class Measurer:
         except OSError as error:
             raise from_os_error(error, "making room for the measurement", self.folder) from error
 
-    def _judge(self, waiting: _Waiting, chunks: ChunkRange | None) -> Divergence | RunnerError | None:
-        """Compare a subject with what is referred to now; None while there is more to come."""
+    def _judge(self, waiting: _Waiting, chunks: ChunkRange | None, said: set[str]) -> Divergence | RunnerError | None:
+        """Compare a subject with what is referred to now; None while there is more to come. ``said``: reasons of failures that
+        were given, to which this adds its own."""
         subject, extent = waiting.subject, self.yardstick.extent
         last = chunks is None or chunks.end >= extent.n_chunks
         if chunks is not None and waiting.done >= chunks.end and not last:
@@ -223,7 +225,7 @@ class Measurer:
         except (InterruptedRunError, NoSpaceError):
             raise
         except RunnerError as error:
-            self.sink(Finished(subject.step, "failed", error.why, time.monotonic() - began))
+            self.sink(Finished(subject.step, "failed", once(error.why, said), time.monotonic() - began))
             self.frozen.check_unchanged()
             return error
         measured = self._facts(subject, found)
@@ -323,6 +325,13 @@ def _require_numbers(found: Divergence, subject: Subject, n_vocab: int) -> None:
             f"its mean KLD is {found.kld.value:.3g}, and a divergence is never below 0",
             "The reference is damaged: measure again with --again, or give another --kl-divergence-base.",
         )
+
+
+def once(why: str, said: set[str]) -> str:
+    """A reason, or that it is one of those ``said`` already; then it is one of them."""
+    before = why in said
+    said.add(why)
+    return "for the same reason" if before else why
 
 
 def describe(measured: Measured) -> str:

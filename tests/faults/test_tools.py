@@ -16,7 +16,10 @@ IOSTREAM = "llama_model_quantize: failed to quantize: basic_ios::clear: iostream
     [
         pytest.param("sleep 1000", "engine", "it neither wrote nor computed anything and was ended", id="hangs"),
         pytest.param(
-            "kill -KILL $$", "engine", "killed by SIGKILL, by someone or by the kernel when memory ran out", id="killed"
+            "kill -KILL $$",
+            "engine",
+            "killed by SIGKILL (by the kernel when memory ran out, or by another program)",
+            id="killed",
         ),
         pytest.param("kill -ABRT $$", "engine", "killed by SIGABRT", id="aborts"),
         pytest.param(f"echo '{IOSTREAM}' >&2; exit 1", "engine", f"exit code 1; {IOSTREAM}", id="iostream error"),
@@ -62,7 +65,7 @@ def test_the_same_command_heals_once_the_tools_work(
     arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "Q4_0,Q5_K_M", "--engine", "binaries")
     failed = runner(*arguments, "--llama-cpp", fake)
     assert failed.code == 100
-    assert "Q4_0: llama-quantize failed on Q4_0; killed by SIGABRT; GGML_ASSERT(x) failed" in failed.out
+    assert "Q4_0: llama-quantize failed on Q4_0; killed by SIGABRT (it gave up by itself); GGML_ASSERT(x) failed" in failed.out
     assert f"Full log: {tmp_path / 'work' / 'tiny' / 'logs' / 'level-Q4_0.log'}" in failed.out
     status = runner("status", "--json").document["workspaces"][0]
     assert (status["state"], status["detail"]) == ("resumable", "missing: Q4_0")

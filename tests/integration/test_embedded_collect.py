@@ -368,7 +368,7 @@ def test_a_name_that_is_not_utf_8_is_refused_in_words(engine: EmbeddedEngine, ti
 
 def in_worker(bindings: Bindings, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process like a worker's: native code stays out of the tests' own."""
-    command = worker_command(Probe(), bindings.library)
+    command = worker_command(Probe(Path()), bindings.library)
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=command.cwd,
@@ -444,7 +444,7 @@ def test_activations_in_device_memory(
     model = write_architecture(architecture, tmp_path / "model.gguf")
     host = collected(engine, job(model, tiny_text, tmp_path / "host", FEW, (0, 16)))
     (tmp_path / "device").mkdir()
-    command = worker_command(Probe(), bindings.library)
+    command = worker_command(Probe(tmp_path), bindings.library)
     with subprocess.Popen(
         [sys.executable, "-c", NOT_HOST, mode, str(model), str(tiny_text), str(tmp_path / "device")],
         cwd=command.cwd,

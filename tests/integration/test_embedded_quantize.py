@@ -202,9 +202,9 @@ def set_floats(path: Path, tensor: str, values: Iterable[float]) -> None:
         handle.write(np.array(list(values), "<f4").tobytes())
 
 
-def test_the_bindings_constants_give_exactly_the_types_of_the_program(engines: Engines) -> None:
+def test_the_bindings_constants_give_exactly_the_types_of_the_program(engines: Engines, tmp_path: Path) -> None:
     """Names, numbers, order, aliases and help, though the constants know more and have another order."""
-    proven = engines.ask(Probe()).answer
+    proven = engines.ask(Probe(tmp_path)).answer
     assert isinstance(proven, Proven)
     assert {"GUESSED", "MOSTLY_NVFP4"} <= proven.ftypes.keys()
     assert quant_types(proven.ftypes) == engines.toolchain.types

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 from command_line import RunCommand, clean_environment
+from in_process import CommandLine
 from llama_tools import levels_in
 
+from imatrix_runner.engines.embedded import engine
 from imatrix_runner.engines.embedded.compiled import Native, NoNative, compile_kernels
 from imatrix_runner.toolchain.probe import Toolchain
 
@@ -26,6 +28,7 @@ pytestmark = [
 INSTALL = """
 import json, sys
 from pathlib import Path
+from imatrix_runner.engines.embedded import engine
 from imatrix_runner.engines.embedded.compiled import Native
 from imatrix_runner.engines.embedded.fast import Fast
 from imatrix_runner.engines.embedded.kernels import Kernels
@@ -45,6 +48,7 @@ import ctypes, json, sys
 import numpy as np
 from pathlib import Path
 from imatrix_runner.engines.embedded import fast
+from imatrix_runner.engines.embedded import engine
 from imatrix_runner.engines.embedded.compiled import Native
 from imatrix_runner.engines.embedded.kernels import Kernels
 from imatrix_runner.engines.embedded.library import load
@@ -117,7 +121,7 @@ def test_every_kernel_gives_ggmls_bytes(native: Native, toolchain: Toolchain) ->
 def test_a_proof_is_remembered(native: Native, toolchain: Toolchain, tmp_path: Path) -> None:
     proofs = tmp_path / "proofs.json"
     assert _run(INSTALL, toolchain, native.library, proofs, "q4_K") == {"q4_K": True}
-    assert json.loads(proofs.read_text()) == {"proven": ["quantize_q4_K"], "refuted": []}
+    assert json.loads(proofs.read_text()) == {"proven": ["quantize_q4_K"], "refuted": [], "trying": []}
     proofs.write_text('{"proven": [], "refuted": ["quantize_q4_K"]}')
     assert _run(INSTALL, toolchain, native.library, proofs, "q4_K") == {"q4_K": False}
     proofs.write_text('{"prov')  # a dying machine left it so
@@ -140,7 +144,43 @@ def test_a_kernel_with_other_bytes_gives_way_to_ggmls(toolchain: Toolchain, tmp_
     subprocess.run(["cc", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-w", *sources, "-o", library, "-lm"], check=True)
     proofs = tmp_path / "proofs.json"
     assert _run(INSTALL, toolchain, library, proofs, "q4_K", "q6_K") == {"q4_K": False, "q6_K": True}
-    assert json.loads(proofs.read_text()) == {"proven": ["quantize_q6_K"], "refuted": ["quantize_q4_K"]}
+    assert json.loads(proofs.read_text()) == {"proven": ["quantize_q6_K"], "refuted": ["quantize_q4_K"], "trying": []}
+
+
+TRAPS = """
+unsigned long quantize_q4_K(void) { __builtin_trap(); }
+unsigned long quantize_q4_K_unweighted(void) { __builtin_trap(); }
+unsigned long quantize_q6_K(void) { return 0; }
+"""
+
+
+@pytest.fixture
+def crashing(tmp_path: Path) -> Native:
+    """Kernels that the compiler built wrongly for this processor."""
+    (tmp_path / "crash.c").write_text(TRAPS, encoding="utf-8")
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "crash.c", "-o", tmp_path / "crash.so"], check=True)
+    return Native(tmp_path / "crash.so", tmp_path / "proofs.json")
+
+
+def test_a_kernel_that_ends_the_process_is_tried_twice(crashing: Native, toolchain: Toolchain) -> None:
+    """The others are still proven."""
+    for deaths in (1, 2):
+        with pytest.raises(AssertionError):
+            _run(INSTALL, toolchain, crashing.library, crashing.proofs, "q4_K")
+        assert json.loads(crashing.proofs.read_text())["trying"] == ["quantize_q4_K"] * deaths
+    assert _run(INSTALL, toolchain, crashing.library, crashing.proofs, "q4_K", "q6_K") == {"q4_K": False, "q6_K": False}
+
+
+def test_a_pass_whose_kernel_crashes_ends_with_ggmls(
+    crashing: Native, tiny_model: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("quantize", tiny_model, "--levels", "Q4_K_M", "--engine", "embedded")
+    assert cli(*arguments, "--work-dir", "plain").code == 0
+    monkeypatch.setattr(engine, "compile_kernels", lambda *_: crashing)
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    assert json.loads(crashing.proofs.read_text())["trying"]
+    assert levels_in(tmp_path / "work" / "tiny") == levels_in(tmp_path / "plain" / "tiny")
 
 
 def test_compiled_once_and_again_for_another_compiler(tmp_path: Path) -> None:

@@ -92,6 +92,8 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (VULKAN, EngineError, "memory", "-ngl"),
     (f"{LOAD}unable to allocate CUDA0 buffer", EngineError, "enough memory", "-ngl"),
     ("ggml_gallocr_reserve_n_impl: failed to allocate CUDA0 buffer of size 1024", EngineError, "enough memory", "-ngl"),
+    (f"{LOAD}unable to allocate CPU_REPACK buffer", EngineError, "machine has not enough memory", "-b 512"),
+    ("alloc_tensor_range: failed to allocate CPU buffer of size 1024", EngineError, "machine has not enough memory", "-b 512"),
     (
         "terminate called after throwing an instance of 'std::bad_alloc'",
         EngineError,
@@ -170,6 +172,23 @@ def test_a_killed_child_is_not_explained_by_what_it_said_before() -> None:
     assert type(error) is EngineError
     assert "killed by SIGKILL" in error.why
     assert "continues" in error.todo
+
+
+@pytest.mark.parametrize("name", ["SIGILL", "SIGSEGV", "SIGBUS", "SIGFPE"])
+def test_a_crash_is_named_and_nothing_is_guessed(name: str) -> None:
+    error = explain(failed("tensor cannot be used with preferred buffer type", code=-getattr(signal, name)), "failed")
+    assert error.why.startswith(f"killed by {name} (")
+    assert "cannot" not in error.why
+    assert "imatrix-runner doctor" in error.todo
+    assert "GPU" not in error.todo
+
+
+def test_who_gives_up_is_explained_by_its_last_words() -> None:
+    said = ("error in line 1", *("ordinary",) * 9, "ops.cpp:7: GGML_ASSERT(false) failed")
+    error = explain(failed(*said, code=-signal.SIGABRT), "failed")
+    assert error.why == "killed by SIGABRT (it gave up by itself); ops.cpp:7: GGML_ASSERT(false) failed"
+    memory = explain(failed("terminate called after throwing an instance of 'std::bad_alloc'", code=-signal.SIGABRT), "failed")
+    assert memory.why == "the machine has not enough memory"
 
 
 def test_a_hung_child_points_to_the_time_limit() -> None:

@@ -295,8 +295,8 @@ def test_capture_of_nothing_is_an_os_error() -> None:
     [
         (0, False, False, "exit code 0"),
         (134, False, False, "exit code 134"),
-        (-signal.SIGABRT, False, False, "killed by SIGABRT"),
-        (-signal.SIGKILL, False, False, "killed by SIGKILL, by someone or by the kernel when memory ran out"),
+        (-signal.SIGABRT, False, False, "killed by SIGABRT (it gave up by itself)"),
+        (-signal.SIGKILL, False, False, "killed by SIGKILL (by the kernel when memory ran out, or by another program)"),
         (-signal.SIGKILL, False, True, "killed by SIGKILL: the machine ran out of memory"),
         (-signal.SIGTERM, True, False, "it neither wrote nor computed anything and was ended"),
         (-200, False, False, "killed by signal 200"),

@@ -225,7 +225,7 @@ def test_a_gpu_build_is_known_by_its_library_and_the_converter_by_its_place(tmp_
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("kill -ILL $$", "llama-tokenize does not run: it uses instructions this processor does not have"),
+        ("kill -ILL $$", "llama-tokenize does not run: killed by SIGILL (illegal instruction: this processor does not have it"),
         ("echo 'error while loading shared libraries: libllama.so: gone' >&2; exit 127", "libllama.so is missing"),
         ("exit 0", "lists no options"),
         ("exit 77", "exit code 77"),

@@ -133,6 +133,8 @@ def _placement(tool: str, options: CollectOptions, tools: Toolchain) -> list[str
         # Since 2026 loading has modes, and --no-mmap is gone.
         name = _known(tool, tools, "--no-mmap", "--load-mode")
         argv += [name, "none"] if name == "--load-mode" else [name]
+    if not options.repack:
+        argv.append(_known(tool, tools, "--no-repack"))
     return argv
 
 

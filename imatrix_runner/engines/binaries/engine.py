@@ -37,6 +37,7 @@ from imatrix_runner.models.finite import no_numbers, non_finite_tensor
 from imatrix_runner.process import Runner
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.probe import QuantType, Toolchain
+from imatrix_runner.toolchain.repacking import REPACKS, Repacking
 
 # tools/imatrix/imatrix.cpp: LOG_ERR of IMatrixCollector::collect_imatrix.
 _NON_FINITE = re.compile(r"non-finite values detected in (\S+)")
@@ -47,15 +48,21 @@ class BinariesEngine:
 
     name = "binaries"
 
-    def __init__(self, toolchain: Toolchain, runner: Runner) -> None:
+    def __init__(self, toolchain: Toolchain, runner: Runner, repacking: Repacking = REPACKS) -> None:
+        """``repacking``: what the programs proved (:func:`~imatrix_runner.toolchain.program_proof.prove_programs`)."""
         self.toolchain = toolchain
         self._runner = runner
+        self._repacking = repacking
 
     def identity(self) -> str:
         return self.toolchain.identity()
 
     def arithmetic(self) -> str:
-        return self.identity()
+        return f"{self.identity()}{self._repacking.mark}"
+
+    def _options(self, options: CollectOptions) -> CollectOptions:
+        """As a job has them, but for what does not work on this processor."""
+        return options if self._repacking.works else replace(options, repack=False)
 
     @property
     def types(self) -> tuple[QuantType, ...]:
@@ -90,6 +97,7 @@ class BinariesEngine:
 
         Told ``Metric("ppl")`` is the perplexity of the job's chunks so far.
         """
+        job = replace(job, options=self._options(job.options))
         done, total = 0, sum(chunks.count for chunks in job.ranges)
         before = Perplexity()
         for chunks in job.ranges:
@@ -148,11 +156,11 @@ class BinariesEngine:
 
     def refer(self, job: ReferJob, sink: Sink) -> None:
         """Write the reference's log-probabilities, whole or not at all."""
-        perplexity.refer(job, sink, self.toolchain, self._runner)
+        perplexity.refer(replace(job, options=self._options(job.options)), sink, self.toolchain, self._runner)
 
     def judge(self, job: JudgeJob, sink: Sink) -> Divergence:
         """Compare a level with the reference: the figures are what llama-perplexity prints of them."""
-        return perplexity.judge(job, sink, self.toolchain, self._runner)
+        return perplexity.judge(replace(job, options=self._options(job.options)), sink, self.toolchain, self._runner)
 
     def dry_run(self, job: QuantizeJob) -> DryRun:
         output = QuantizeOutput()

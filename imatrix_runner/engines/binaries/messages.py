@@ -30,6 +30,13 @@ def _known(pattern: str, error: type[RunnerError], why: str, todo: str) -> Known
 _ANOTHER_MATRIX = "Use an imatrix made from this very model: imatrix-runner run MODEL --imatrix generate"
 # What a failed write may have left: file systems hand out space in pieces.
 _NEARLY_FULL = 1 << 20
+_CRASHED = (
+    "llama.cpp itself failed. See whether it computes here with: imatrix-runner doctor. If it does, this model is the cause: "
+    "try the other --engine, or another version with: imatrix-runner tools build --version X"
+)
+_LAST_WORDS = 5
+"""Lines before the end in which a program that gives up says why."""
+
 _TOOLS_BUILD = "Build the current tools with: imatrix-runner tools build"
 
 KNOWN: tuple[Known, ...] = (
@@ -169,13 +176,14 @@ KNOWN: tuple[Known, ...] = (
         "Correct the option and run the command again.",
     ),
     _known(
-        r"(?:cudaMalloc failed|ErrorOutOfDeviceMemory|failed to allocate (\S+) buffer|unable to allocate .* buffer)",
+        r"(?:cudaMalloc failed|ErrorOutOfDeviceMemory"
+        r"|failed to allocate (?!CPU)(\S+) buffer|unable to allocate (?!CPU).* buffer)",
         EngineError,
-        "the GPU (or the machine) has not enough memory for the model",
+        "the GPU has not enough memory for the model",
         "Offload fewer layers, for example -ngl 20 (or -ngl 0), or take smaller batches with -b 512.",
     ),
     _known(
-        r"(?:std::bad_alloc|[Cc]annot allocate memory|failed to allocate)",
+        r"(?:std::bad_alloc|[Cc]annot allocate memory|failed to allocate|unable to allocate CPU)",
         EngineError,
         "the machine has not enough memory",
         "Close other programs; for quantising use --jobs 1 and --max-buffer-size 512, for an imatrix -b 512.",
@@ -200,13 +208,20 @@ def explain(outcome: Outcome, what: str, *, writes: Path | None = None) -> Runne
     known = recognise(outcome, what, writes=writes)
     if known is not None:
         return known
-    last = " / ".join(relevant_lines(outcome.tail, 3)) or "it said nothing"
-    todo = "Offload less to the GPU or close other programs, then run the same command again: it continues."
+    words = outcome.tail[-_LAST_WORDS:] if outcome.gave_up else outcome.tail
+    last = " / ".join(relevant_lines(words, 3)) or "it said nothing"
+    why = f"{outcome.ending()}; {last}"
     if outcome.hung:
         todo = "Run the same command again: it continues. A slow machine may need a longer --timeout."
-    elif outcome.returncode >= 0:
+    elif outcome.crashed:
+        todo = _CRASHED
+        if not outcome.gave_up:
+            why = outcome.ending()  # what a log holds when a program crashes are ordinary lines
+    elif outcome.returncode < 0:
+        todo = "Close other programs or compute less at once (-b 512), then run the same command again: it continues."
+    else:
         todo = "Read the log."
-    return EngineError(what, f"{outcome.ending()}; {last}", with_log(todo, outcome))
+    return EngineError(what, why, with_log(todo, outcome))
 
 
 def recognise(outcome: Outcome, what: str, *, writes: Path | None = None) -> RunnerError | None:
@@ -215,7 +230,9 @@ def recognise(outcome: Outcome, what: str, *, writes: Path | None = None) -> Run
     text = "\n".join(outcome.tail)
     if writes is not None and (full := _disk_full(text, what, writes)):
         return full
-    if outcome.returncode >= 0 and not outcome.hung:
+    if outcome.gave_up:
+        text = "\n".join(outcome.tail[-_LAST_WORDS:])
+    if outcome.gave_up or not (outcome.hung or outcome.crashed or outcome.returncode < 0):
         for known in KNOWN:
             if match := known.pattern.search(text):
                 groups = [group or "" for group in (match[0], *match.groups())]

@@ -48,7 +48,7 @@ def main() -> int:
         if isinstance(request, Probe):
             from imatrix_runner.engines.embedded.proof import prove
 
-            prove(tell)
+            prove(request, tell)
         elif isinstance(request, Tokenize):
             from imatrix_runner.engines.embedded.tokens import count
 

@@ -9,7 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from imatrix_runner.environment import Needs, find_program, search_path
+from imatrix_runner.errors import RunnerError
+from imatrix_runner.files import read_json
 from imatrix_runner.process import Command, capture
 from imatrix_runner.scratch import remove_abandoned, scratch_folder
 from imatrix_runner.toolchain.hardware import cpu_features
@@ -28,6 +32,23 @@ class Native:
 
     library: Path
     proofs: Path
+
+
+class Proofs(msgspec.Struct):
+    """Names of kernels: those that gave ggml's bytes and sooner, and the others. ``trying``: proofs that began and did not end,
+    because the process died; the kernel may be why."""
+
+    proven: list[str] = []
+    refuted: list[str] = []
+    trying: list[str] = []
+
+
+def recall_proofs(path: Path) -> Proofs:
+    """What is known; nothing where there is no file yet, or one that a dying machine left: the proofs are made again."""
+    try:
+        return read_json(path, Proofs, limit=1 << 16)
+    except RunnerError:
+        return Proofs()
 
 
 @dataclass(frozen=True)

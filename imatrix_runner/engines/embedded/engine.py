@@ -17,6 +17,7 @@ from imatrix_runner.engines.base import (
     CheckJob,
     ChunkRange,
     CollectJob,
+    CollectOptions,
     DryRun,
     OnePass,
     OnPiece,
@@ -32,11 +33,19 @@ from imatrix_runner.engines.base import (
 from imatrix_runner.engines.binaries.argv import quantize_options
 from imatrix_runner.engines.binaries.messages import explain, recognise, with_log
 from imatrix_runner.engines.embedded import protocol
-from imatrix_runner.engines.embedded.compiled import Native, compile_kernels
+from imatrix_runner.engines.embedded.compiled import Native, compile_kernels, recall_proofs
 from imatrix_runner.engines.embedded.find import Bindings, worker_command
 from imatrix_runner.engines.embedded.levels import quant_types
 from imatrix_runner.engines.measures import AnswerJob, JudgeJob, ReferJob
-from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, UsageError
+from imatrix_runner.errors import (
+    EngineError,
+    InterruptedRunError,
+    InvalidDataError,
+    NoSpaceError,
+    RunnerError,
+    ToolchainError,
+    UsageError,
+)
 from imatrix_runner.events import Metric, Notice, Progress, Sink
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.scratch import scratch_folder
@@ -77,8 +86,8 @@ class EmbeddedEngine:
         return self.bindings.identity()
 
     def arithmetic(self) -> str:
-        """With numpy's version: the sums go through it."""
-        return f"{self.identity()}, numpy {importlib.metadata.version('numpy')}"
+        """With numpy's version, through which the sums go, and a mark where weights cannot be repacked."""
+        return f"{self.identity()}, numpy {importlib.metadata.version('numpy')}{self.bindings.repacking.mark}"
 
     @property
     def types(self) -> tuple[QuantType, ...]:
@@ -94,6 +103,10 @@ class EmbeddedEngine:
         words += ["--imatrix", job.imatrix.name] if job.imatrix is not None else []
         line = shlex.join([*words, str(job.source), str(job.out), job.ftype, *([str(job.threads)] if job.threads else [])])
         return f"cd {shlex.quote(str(job.imatrix.parent))} && {line}" if job.imatrix is not None else line
+
+    def _options(self, options: CollectOptions) -> CollectOptions:
+        """As a job has them, but for what does not work on this processor."""
+        return options if self.bindings.repacking.works else replace(options, repack=False)
 
     def count_tokens(self, model: Path, text: Path, *, parse_special: bool, log: Path | None) -> int:
         answers = _Answers()
@@ -128,7 +141,7 @@ class EmbeddedEngine:
             job.text.absolute(),
             tuple((piece.first, piece.count) for piece in job.ranges),
             job.folder.absolute(),
-            job.options,
+            self._options(job.options),
             job.fingerprint,
         )
         self._ask(request, _Answers(hear), job.log, "The imatrix could not be computed", writes=job.folder, enough=enough)
@@ -142,7 +155,7 @@ class EmbeddedEngine:
             job.out.absolute(),
             job.chunks.first,
             job.chunks.count,
-            job.options,
+            self._options(job.options),
             job.fingerprint,
             (job.scored[0].absolute(), job.scored[1]) if job.scored is not None else None,
         )
@@ -151,7 +164,8 @@ class EmbeddedEngine:
     def judge(self, job: JudgeJob, sink: Sink) -> None:
         """Compare a level with the reference; a stop ends it after the batch, and the same job continues."""
         model, base, out = job.model.absolute(), job.base.absolute(), job.out.absolute()
-        request = protocol.Judge(job.step, model, base, out, job.first, job.limit, job.options, job.fingerprint)
+        options = self._options(job.options)
+        request = protocol.Judge(job.step, model, base, out, job.first, job.limit, options, job.fingerprint)
         self._evaluate(request, job.log, sink, f"{job.model.name} could not be compared with its source", job.out)
 
     def _evaluate(
@@ -165,7 +179,8 @@ class EmbeddedEngine:
     def answer(self, job: AnswerJob, sink: Sink) -> None:
         """Let a model answer prompts; a stop ends it after the group at work, and the same job continues."""
         model, prompts, out = job.model.absolute(), job.prompts.absolute(), job.out.absolute()
-        request = protocol.Generate(job.step, model, prompts, out, job.n_predict, job.options, job.fingerprint)
+        options = self._options(job.options)
+        request = protocol.Generate(job.step, model, prompts, out, job.n_predict, options, job.fingerprint)
         answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
         what = f"{job.model.name} could not answer the prompts"
         self._ask(request, answers, job.log, what, writes=job.out, enough=threading.Event())
@@ -210,10 +225,14 @@ class EmbeddedEngine:
             answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
             try:
                 self._pass(replace(job, levels=levels), answers)
+            except InterruptedRunError:
+                raise
             except RunnerError:
                 lost = {level.name: level for level in answers.passed if level.why}
-                if answers.failed is not None or not lost:
+                if answers.failed is not None or not (lost or self._died_in_kernel(job)):
                     raise
+                if not lost:
+                    job = replace(job, own_kernels=False)
                 spoiled |= lost
                 continue
             told = {level.name: level for level in answers.passed} | spoiled
@@ -237,6 +256,11 @@ class EmbeddedEngine:
         )
         writes = job.levels[0].job.out
         self._ask(request, answers, job.log, "The levels could not be made", writes=writes, enough=threading.Event())
+
+    def _died_in_kernel(self, job: PassJob) -> bool:
+        """Whether a worker that died was trying out a kernel of ours; ggml's do as well."""
+        native = self._native() if job.own_kernels else None
+        return native is not None and bool(recall_proofs(native.proofs).trying)
 
     def _native(self) -> Native | None:
         if self._cache is None:

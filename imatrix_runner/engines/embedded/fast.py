@@ -13,25 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from imatrix_runner.engines.embedded.compiled import Native
+from imatrix_runner.engines.embedded.compiled import Native, Proofs, recall_proofs
 from imatrix_runner.engines.embedded.grids import POINTS, read_levels
 from imatrix_runner.engines.embedded.kernels import Kernels, Type
 from imatrix_runner.errors import RunnerError
-from imatrix_runner.files import read_json, write_json
+from imatrix_runner.files import write_json
 
 _SIGNATURE = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 _PROOF_ROWS, _PROOF_COLUMNS = 37, 1280  # no whole number of lanes
-
-
-class _Proofs(msgspec.Struct):
-    """Names of kernels: those that gave ggml's bytes and sooner, and the others."""
-
-    proven: list[str] = []
-    refuted: list[str] = []
+_DEATHS = 2
+"""Processes that may die in a kernel's proof: one could have been killed by somebody, and the next by the kernel."""
 
 
 class Fast:
@@ -41,7 +35,7 @@ class Fast:
         self._library = ctypes.CDLL(str(native.library))
         self._kernels = kernels
         self._path = native.proofs
-        self._proofs = _recall(native.proofs)
+        self._proofs = recall_proofs(native.proofs)
         self._made: set[str] = set()
 
     def install(self, kind: Type, *, weighted: bool) -> bool:
@@ -54,7 +48,12 @@ class Fast:
         if not self._tables(kind):
             return False
         if name not in self._proofs.proven:
+            if self._proofs.trying.count(name) >= _DEATHS:
+                return False
+            self._proofs.trying.append(name)
+            _remember(self._path, self._proofs)
             right = self._prove(kind, function, weighted=weighted)
+            self._proofs.trying = [each for each in self._proofs.trying if each != name]
             (self._proofs.proven if right else self._proofs.refuted).append(name)
             _remember(self._path, self._proofs)
             if not right:
@@ -117,14 +116,7 @@ def _samples() -> Iterator[tuple[Floats, Floats]]:
             yield np.ascontiguousarray(rows, np.float32), given.astype(np.float32)
 
 
-def _recall(path: Path) -> _Proofs:
-    try:
-        return read_json(path, _Proofs, limit=1 << 16)
-    except RunnerError:
-        return _Proofs()  # none yet, or one that a dying machine left: the proof is made again
-
-
-def _remember(path: Path, proofs: _Proofs) -> None:
+def _remember(path: Path, proofs: Proofs) -> None:
     try:
         write_json(path, proofs)
     except RunnerError:

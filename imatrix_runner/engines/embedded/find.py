@@ -19,20 +19,22 @@ from pathlib import Path
 import msgspec
 
 import imatrix_runner
+from imatrix_runner.endings import crashed
+from imatrix_runner.engines.embedded.install import AFRESH, DISTRIBUTION, install_hint, pip_install
 from imatrix_runner.engines.embedded.protocol import Failed, Probe, Proven, Request, decode_answer, encode
-from imatrix_runner.engines.embedded.refusal import INSTALL
-from imatrix_runner.errors import RunnerError, ToolchainError
+from imatrix_runner.errors import EngineError, RunnerError, ToolchainError
 from imatrix_runner.files import read_json, sha256, stamp, write_json
 from imatrix_runner.process import Captured, Command, capture
+from imatrix_runner.scratch import scratch_folder
+from imatrix_runner.toolchain.hardware import cpu_features
 from imatrix_runner.toolchain.probe import find_backends, why_unfit
+from imatrix_runner.toolchain.repacking import REPACKS, Repacking
 from imatrix_runner.toolchain.store import Store
 from imatrix_runner.untrusted import UnreadableError
 
 LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
 """The bindings' own variable: a directory whose libraries they load instead of those in their package."""
 
-DISTRIBUTION = "llama-cpp-python"
-PIP_INSTALL = f"pip install {DISTRIBUTION}"
 PROBE_SECONDS = 60.0
 GPU_MEMORY_SECONDS = 600.0  # a GPU may vanish or come back; what a CPU build can do only changes with its files
 
@@ -52,6 +54,14 @@ class Unusable(ToolchainError):
         self.installed = installed
 
 
+class _Miscomputes(Unusable):
+    """The worker crashed, or multiplied wrongly: ``short`` says which in a phrase."""
+
+    def __init__(self, why: str, todo: str, *, short: str) -> None:
+        super().__init__(why, todo)
+        self.short = short
+
+
 @dataclass(frozen=True)
 class Bindings:
     """llama-cpp-python, the libraries it loads, and what they proved.
@@ -59,7 +69,8 @@ class Bindings:
     ``library`` is what ``LLAMA_CPP_LIB_PATH`` must say in a worker (None: the package's own libraries, nothing to say),
     ``directory`` where the libraries lie, ``digest`` the SHA-256 over them, ``origin`` how they were found. ``ggml``,
     ``features``, ``devices``, ``ftypes``: see :class:`~imatrix_runner.engines.embedded.protocol.Proven`; ``backends`` is
-    ``cpu`` and whatever else this build can use, with or without a device for it at the moment.
+    ``cpu`` and whatever else this build can use, with or without a device for it at the moment. ``repacking``: whether weights
+    may be kept in the processor's own formats.
     """
 
     version: str
@@ -73,6 +84,7 @@ class Bindings:
     backends: tuple[str, ...]
     ftypes: Mapping[str, int]
     origin: str
+    repacking: Repacking = REPACKS
 
     def identity(self) -> str:
         """``llama-cpp-python 0.3.36 (ggml 0.25.3 0c1e570, libraries 1a2b3c4d)``: what files depend on, wherever it lies."""
@@ -92,12 +104,14 @@ class _Place:
 
 
 class _Remembered(msgspec.Struct, frozen=True):
-    """The last proof: what it was made of (``key``), when, the libraries' digest, and the worker's own line."""
+    """The last proof: what it was made of (``key``), when, the libraries' digest, the worker's own line, and what came of
+    repacked weights."""
 
     key: str
     at: float
     digest: str
     answer: str
+    repacking: Repacking = REPACKS
 
 
 def find(env: Mapping[str, str], cache: Path, *, seconds: float = PROBE_SECONDS) -> Bindings:
@@ -117,8 +131,7 @@ def find(env: Mapping[str, str], cache: Path, *, seconds: float = PROBE_SECONDS)
         raise turned_down[0]
     raise Unusable(
         f"{DISTRIBUTION} {version} was installed without its libraries",
-        "Type: imatrix-runner tools build (it then uses that build's), "
-        f"or: pip install --force-reinstall --no-cache-dir {DISTRIBUTION}",
+        f"Type: imatrix-runner tools build (it then uses that build's), or: {pip_install(*AFRESH)}",
     )
 
 
@@ -138,7 +151,7 @@ def _package() -> tuple[str, Path]:
         distribution = importlib.metadata.distribution(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         why = f"{DISTRIBUTION} is not installed for {sys.executable}"
-        raise Unusable(why, f"Type: {PIP_INSTALL}   (or use --engine binaries)", installed=False) from None
+        raise Unusable(why, f"Type: {pip_install()}   (or use --engine binaries)", installed=False) from None
     directory = Path(str(distribution.locate_file("llama_cpp")))
     if not directory.is_dir():  # installed in place: only the import system knows where
         spec = importlib.util.find_spec("llama_cpp")
@@ -155,7 +168,7 @@ def _places(version: str, package: Path, env: Mapping[str, str], cache: Path) ->
     own = package / "lib"
     if _holds_llama(own):
         # Set but empty, the variable would send the bindings to the working directory.
-        yield _Place(own, own if LIBRARY_VARIABLE in env else None, "its own libraries", INSTALL)
+        yield _Place(own, own if LIBRARY_VARIABLE in env else None, "its own libraries", install_hint())
         return
     for folder, record in Store(cache).complete():
         if record.kind == "sdist" and record.version == version.partition("+")[0] and _holds_llama(folder / "bin"):
@@ -190,8 +203,8 @@ def _prove(version: str, place: _Place, env: Mapping[str, str], cache: Path, sec
     key = _key(version, place, libraries, env)
     remembered = _recall(cache / _MEMORY, key, GPU_MEMORY_SECONDS if len(built_for) > 1 else None)
     if remembered is None:
-        proven, line = _ask(place, seconds)
-        remembered = _Remembered(key, time.time(), _digest(libraries), line), proven
+        proven, line, repacking = _try(place, seconds)
+        remembered = _Remembered(key, time.time(), _digest(libraries), line, repacking), proven
         _remember(cache / _MEMORY, remembered[0])
     memory, proven = remembered
     return Bindings(
@@ -206,12 +219,14 @@ def _prove(version: str, place: _Place, env: Mapping[str, str], cache: Path, sec
         backends=tuple(dict.fromkeys((*built_for, *proven.backends))),
         ftypes=proven.ftypes,
         origin=place.origin,
+        repacking=memory.repacking,
     )
 
 
 def _key(version: str, place: _Place, libraries: Sequence[tuple[str, Path]], env: Mapping[str, str]) -> str:
     """Everything the proof depends on, as one digest."""
     parts = [imatrix_runner.__version__, platform.python_version(), sys.executable, platform.node(), version]
+    parts += [platform.machine(), cpu_features()]  # a home directory may be that of several machines
     parts += [str(place.directory), str(place.library)]
     parts += [f"{path} {stamp(path)}" for _, path in libraries]
     parts += [f"{path.name} {path.stat().st_mtime_ns}" for path in sorted(Path(__file__).parent.glob("*.py"))]
@@ -237,26 +252,48 @@ def _remember(path: Path, memory: _Remembered) -> None:
         return  # a cache that cannot be written to costs a quarter of a second next time
 
 
-def _ask(place: _Place, seconds: float) -> tuple[Proven, str]:
-    """The worker's proof, decoded and as the line it is. Raises :class:`Unusable` for whatever else comes of it."""
+def _try(place: _Place, seconds: float) -> tuple[Proven, str, Repacking]:
+    """The proof as :func:`_ask` gives it; where it fails with repacked weights, without them. Raises :class:`Unusable`."""
     try:
-        told = capture(worker_command(Probe(), place.library), seconds=seconds)
+        return *_ask(place, seconds, repack=True), REPACKS
+    except _Miscomputes as first:
+        try:
+            return *_ask(place, seconds, repack=False), Repacking(False, first.short)
+        except Unusable:
+            raise first from None
+
+
+def _ask(place: _Place, seconds: float, *, repack: bool) -> tuple[Proven, str]:
+    """The worker's proof, decoded and as the line it is. Raises :class:`Unusable` for whatever else comes of it."""
+    with scratch_folder() as folder:
+        return _heard(_capture(Probe(folder, repack), place, seconds), place)
+
+
+def _capture(request: Probe, place: _Place, seconds: float) -> Captured:
+    try:
+        return capture(worker_command(request, place.library), seconds=seconds)
     except TimeoutError as error:
         raise Unusable(f"the libraries in {place.directory} do not answer: {error}", place.todo) from error
     except OSError as error:
         raise Unusable(
             f"{sys.executable} cannot be started: {error.strerror or error}", "Check the installation of Python."
         ) from error
+
+
+def _heard(told: Captured, place: _Place) -> tuple[Proven, str]:
     for line in told.stdout.splitlines():
         try:
             answer = decode_answer(line)
         except UnreadableError:
             continue
+        if isinstance(answer, Failed) and answer.exit_code == EngineError.exit_code:
+            raise _Miscomputes(f"the libraries in {place.directory} miscompute: {answer.why}", place.todo, short=answer.why)
         if isinstance(answer, Failed):
             raise Unusable(answer.why, place.todo if place.origin == LIBRARY_VARIABLE else answer.todo)
         if isinstance(answer, Proven) and told.returncode == 0:
             return _with_processor(answer, place), line
-    raise Unusable(f"the libraries in {place.directory} do not run: {_why(told)}", place.todo)
+    why = f"the libraries in {place.directory} do not run: {_why(told)}"
+    raise _Miscomputes(why, place.todo, short=_why(told)) if crashed(told.returncode) else Unusable(why, place.todo)
 
 
 def _with_processor(proven: Proven, place: _Place) -> Proven:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from imatrix_runner.engines.embedded.kernels import PASS_FUNCTIONS
 from imatrix_runner.engines.embedded.layout import Operations, check_layout
 from imatrix_runner.engines.embedded.library import Library, load
-from imatrix_runner.engines.embedded.protocol import Answer, Proven
+from imatrix_runner.engines.embedded.multiplying import multiply
+from imatrix_runner.engines.embedded.protocol import Answer, Probe, Proven
 from imatrix_runner.engines.embedded.refusal import Refusal
 
 # What the collector calls; an older llama-cpp-python lacks some of them.
@@ -21,10 +22,11 @@ _FUNCTIONS = (
 _PREFIX = "LLAMA_FTYPE_"
 
 
-def prove(tell: Callable[[Answer], None]) -> None:
-    """Load, check, and tell what there is."""
+def prove(request: Probe, tell: Callable[[Answer], None]) -> None:
+    """Load, check, multiply, and tell what there is."""
     library = load()
     check(library)
+    multiply(library, request.folder, repack=request.repack)
     llama = library.llama
     devices = library.devices()
     names = [name for name in dir(llama) if name.startswith(_PREFIX)]

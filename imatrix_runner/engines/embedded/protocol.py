@@ -30,7 +30,14 @@ MOST_BYTES = 64 << 20
 
 
 class Probe(msgspec.Struct, frozen=True, tag_field="ask", tag="probe"):
-    """Load the library, prove that it is what we take it for, and say what it can do."""
+    """Load the library, prove that it is what we take it for and that it multiplies, and say what it can do.
+
+    ``folder`` takes files that are needed meanwhile. ``repack``: multiply also with weights in the processor's own formats
+    (ggml's extra buffer types: AMX, repacking), as models are loaded by default.
+    """
+
+    folder: Path
+    repack: bool = True
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag_field="ask", tag="tokenize"):

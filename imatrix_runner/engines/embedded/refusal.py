@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from imatrix_runner.engines.embedded.install import install_hint
 from imatrix_runner.engines.embedded.protocol import Failed
-
-INSTALL = "Install it with: pip install --force-reinstall --no-cache-dir llama-cpp-python   (or use --engine binaries)"
 
 
 class Refusal(Exception):
@@ -16,12 +15,12 @@ class Refusal(Exception):
 
     @classmethod
     def missing(cls, why: str) -> Refusal:
-        return cls("llama-cpp-python cannot be used", why, INSTALL, 3)
+        return cls("llama-cpp-python cannot be used", why, install_hint(), 3)
 
     @classmethod
     def mismatch(cls, why: str) -> Refusal:
         """The library is not what its bindings, or we, take it for: computing would read the wrong memory."""
-        return cls("This llama-cpp-python is not one we can compute with", why, INSTALL, 3)
+        return cls("This llama-cpp-python is not one we can compute with", why, install_hint(), 3)
 
     @classmethod
     def failed(

@@ -154,6 +154,8 @@ def _model_params(library: Library, options: CollectOptions, overrides: Any) -> 
         params.tensor_split = _shares(options.tensor_split, llama.llama_max_devices())
     if not options.mmap:
         params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+    if not options.repack:
+        params.use_extra_bufts = False
     if overrides is not None:
         params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     return params

@@ -1,0 +1,153 @@
+"""llama.cpp's programs prove that they multiply: llama-imatrix computes a tiny model with a layer of every main tensor type.
+
+What came of it is remembered for these files on this processor: it takes about half a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+import imatrix_runner
+from imatrix_runner.endings import crashed, ending
+from imatrix_runner.errors import RunnerError
+from imatrix_runner.files import read_json, stamp, write_json
+from imatrix_runner.process import Captured, Command, capture, relevant_lines
+from imatrix_runner.scratch import scratch_folder
+from imatrix_runner.toolchain.hardware import cpu_features
+from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.toolchain.proof_model import PROOF_CHUNKS, PROOF_CONTEXT, PROOF_TEXT, Architecture, write_proof_model
+from imatrix_runner.toolchain.repacking import REPACKS, Repacking
+
+_TOOL = "llama-imatrix"
+_NO_REPACK = "--no-repack"
+_MEMORY = "programs.json"
+_SECONDS = 20.0
+_FAR = 0.05
+"""How far repacked weights may move a chunk's mean nll. With ggml's AVX-512 kernels it is below 0.01."""
+
+_ARCHITECTURES: tuple[Architecture, ...] = ("jamba", "llama")
+_VALUE = re.compile(r"\[\d+\]([-\w.]+),")
+_LIBRARY = re.compile(r"(?:lib)?ggml.*\.(?:so|dylib|dll)")
+_DECIDING = re.compile(r"GGML_|LD_LIBRARY_PATH$|LD_PRELOAD$|DYLD_")
+
+
+@dataclass(frozen=True)
+class ProgramProof:
+    """``repacking`` as these programs do it here; ``broken``: how they die with and without it; empty where they compute."""
+
+    repacking: Repacking = REPACKS
+    broken: str = ""
+
+
+class _Remembered(msgspec.Struct, frozen=True):
+    """What was tried (``key``), and how it went."""
+
+    key: str
+    repacking: Repacking
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """One run: perplexities chunk by chunk, empty where the program computed nothing; ``crash`` says how it died."""
+
+    values: tuple[float, ...] = ()
+    crash: str = ""
+
+
+def prove_programs(tools: Toolchain, cache: Path, env: Mapping[str, str] = os.environ) -> ProgramProof:
+    """How these programs multiply on this processor.
+
+    Those that cannot load the model (forks, old releases) prove nothing, and are taken at their word. A failure is not
+    remembered: it may be repaired at any moment.
+    """
+    key = _key(tools, env)
+    known = _recall(cache / _MEMORY, key)
+    if known is not None:
+        return ProgramProof(known.repacking)
+    found = _prove(tools)
+    if not found.broken:
+        with suppress(RunnerError):  # a cache that cannot be written to costs the half second again
+            write_json(cache / _MEMORY, _Remembered(key, found.repacking))
+    return found
+
+
+def _key(tools: Toolchain, env: Mapping[str, str]) -> str:
+    """Everything the proof depends on, as one digest."""
+    program = tools.tool(_TOOL)
+    homes = {tools.directory, program.resolve().parent, program.resolve().parent.parent / "lib"}
+    libraries = sorted(path for home in homes if home.is_dir() for path in home.iterdir() if _LIBRARY.match(path.name))
+    parts = [imatrix_runner.__version__, tools.identity(), cpu_features()]
+    parts += [f"{path} {stamp(path)}" for path in (program, *libraries) if path.is_file()]
+    parts += [f"{name}={value}" for name, value in sorted(env.items()) if _DECIDING.match(name)]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _recall(path: Path, key: str) -> _Remembered | None:
+    try:
+        memory = read_json(path, _Remembered, limit=1 << 16)
+    except RunnerError:
+        return None
+    return memory if memory.key == key else None
+
+
+def _prove(tools: Toolchain) -> ProgramProof:
+    with scratch_folder() as folder:
+        for architecture in _ARCHITECTURES:
+            model = write_proof_model(folder / f"{architecture}.gguf", architecture)
+            packed = _run(tools, model, repack=True)
+            if packed.values or packed.crash:
+                return _compare(packed, _run(tools, model, repack=False) if tools.knows(_TOOL, _NO_REPACK) else _Tried())
+    return ProgramProof()
+
+
+def _compare(packed: _Tried, plain: _Tried) -> ProgramProof:
+    if packed.crash:
+        return ProgramProof(Repacking(False, packed.crash)) if plain.values else ProgramProof(broken=packed.crash)
+    far = _distance(packed.values, plain.values)
+    return ProgramProof(Repacking(False, f"its log-likelihoods are wrong by {far:.2g}") if far >= _FAR else REPACKS)
+
+
+def _run(tools: Toolchain, model: Path, *, repack: bool) -> _Tried:
+    text, out = model.with_suffix(".txt"), model.with_suffix(".out.gguf")
+    text.write_text(PROOF_TEXT, encoding="utf-8")
+    argv = [str(tools.tool(_TOOL)), "-m", str(model), "-f", str(text), "-o", str(out), "-t", "1"]
+    argv += ["-c", str(PROOF_CONTEXT), "-b", str(2 * PROOF_CONTEXT), "-ub", str(2 * PROOF_CONTEXT)]
+    argv += ["--chunks", str(PROOF_CHUNKS), "-ngl", "0"]
+    argv += ["-fit", "off"] if tools.knows(_TOOL, "-fit") else []
+    argv += [] if repack else [_NO_REPACK]
+    try:
+        told = capture(Command(tuple(argv)), seconds=_SECONDS)
+    except (OSError, TimeoutError):
+        return _Tried()
+    if crashed(told.returncode):
+        return _Tried(crash=_death(told))
+    return _Tried(_values(told.stdout) if told.returncode == 0 else ())
+
+
+def _death(told: Captured) -> str:
+    said = [line for line in relevant_lines(told.stderr.splitlines(), 1) if "assert" in line.lower()]
+    return "; ".join([ending(told.returncode), *said])
+
+
+def _values(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in _VALUE.findall(text))
+    except ValueError:
+        return ()
+
+
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """The largest difference of mean nll over the chunks that both printed; infinite where one is no number."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=False)]
+    if not all(math.isfinite(value) and value > 0 for pair in pairs for value in pair):
+        return math.inf
+    return max((abs(math.log(a / b)) for a, b in pairs), default=0.0)
