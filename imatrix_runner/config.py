@@ -19,7 +19,7 @@ FILE = "imatrix-runner.toml"
 ENV_PREFIX = "IMATRIX_RUNNER_"
 _MOST_BYTES = 1 << 20
 
-OTHER_VARIABLES = frozenset(ENV_PREFIX + name for name in ("CACHE", "LLAMA_CPP", "RELEASES_URL", "CALIBRATION_URL"))
+OTHER_VARIABLES = frozenset(ENV_PREFIX + name for name in ("CACHE", "LLAMA_CPP", "RELEASES_URL", "CALIBRATION_URL", "PASS_ENV"))
 """Variables with the prefix that are read without being the setting of every command."""
 
 Value = str | int | float | bool | list[str]
@@ -56,6 +56,19 @@ def check_names(settings: FileSettings, known: Collection[str]) -> None:
             raise UsageError(
                 f"Unknown setting {name.replace('_', '-')!r}", f"{settings.path} has a key that is no option", hint
             )
+
+
+def check_programs(settings: FileSettings) -> None:
+    """Refuse programs that lie next to the settings file: both may have come with a model."""
+    if settings.path is None:
+        return
+    home, named = settings.path.parent.resolve(), settings.values.get("llama_cpp")
+    if isinstance(named, str) and (home / named).resolve().is_relative_to(home):
+        raise UsageError(
+            "llama-cpp in a file cannot name programs next to it",
+            f"{settings.path} names {named!r}, and a folder that came with a model would run its own programs",
+            "Remove it there, and give --llama-cpp on the command line or IMATRIX_RUNNER_LLAMA_CPP in the environment.",
+        )
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -116,7 +116,7 @@ def read_owner(workspace: Workspace) -> Owner | None:
     """Who wrote last that they hold the workspace (they may be dead); None if nobody, if it cannot be read, or if it came with
     a copy of another workspace."""
     try:
-        owner = read_json(workspace.owner, Owner) if workspace.owner.exists() else None
+        owner = read_json(workspace.owner, Owner, limit=1 << 20) if workspace.owner.exists() else None
     except RunnerError:
         return None  # torn by a dying machine; it only serves to name the holder
     return owner if owner is not None and owner.workspace in ("", identity(workspace)) else None

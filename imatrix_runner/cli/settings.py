@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from imatrix_runner.cli.invocation import Invocation
-from imatrix_runner.config import ENV_PREFIX, OTHER_VARIABLES, FileSettings, check_names, find_settings
+from imatrix_runner.config import ENV_PREFIX, OTHER_VARIABLES, FileSettings, check_names, check_programs, find_settings
 from imatrix_runner.errors import UsageError
 from imatrix_runner.files import not_utf8
 from imatrix_runner.untrusted import is_unicode
@@ -53,6 +53,7 @@ def apply_settings(ctx: click.Context) -> None:
         return
     assert isinstance(ctx.command, click.Group)
     check_names(settings, {name for name, _ in _settings_of(ctx.command, ctx)})
+    check_programs(settings)
     ctx.default_map = _defaults(ctx.command, ctx, settings)
 
 

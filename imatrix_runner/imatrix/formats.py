@@ -30,7 +30,9 @@ DATASETS = "imatrix.datasets"
 CHUNK_COUNT = "imatrix.chunk_count"
 CHUNK_SIZE = "imatrix.chunk_size"
 
-_MAX_ENTRIES = 1 << 20
+_MAX_ENTRIES = 1 << 17  # as many tensors as a GGUF may have
+_MAX_COUNTS = 1 << 20  # experts of all entries; the largest mixtures have 60 layers of 512 with three tensors each
+_MAX_VALUES = 1 << 26  # of one entry: 512 MiB as float64; the largest real ones have 7 million
 _MAX_LEGACY_NAME = 1 << 10
 _MAX_COUNT = 1 << 53
 
@@ -91,6 +93,8 @@ def _read_gguf(path: Path, *, exact: bool) -> Matrix:
     datasets = header.metadata[DATASETS]
     if not isinstance(datasets, (list, tuple)):
         raise _bad(path, f"{DATASETS} is not a list of names")
+    if sum(tensor.n_elements for tensor in counts.values()) > _MAX_COUNTS:
+        raise _bad(path, f"its entries have more than {_MAX_COUNTS} counts, and no model has so many experts")
     file = OpenFile(path)
     places = {name: _gguf_place(file, header, name, sums[name], counts[name], exact=exact) for name in sums}
     return Matrix(
@@ -115,6 +119,7 @@ def _gguf_place(file: OpenFile, header: GgufHeader, name: str, sums: TensorInfo,
     n_mat = counts.n_elements
     if n_mat == 0 or sums.n_elements == 0 or sums.n_elements % n_mat:
         raise _bad(file.path, f"{name} has {sums.n_elements} sums for {n_mat} counts")
+    _require_real(file.path, name, sums.n_elements)
     whole = kinds[1] == "I64"
     at = header.data_offset + counts.offset
     tokens = file.integers(at, n_mat) if whole else file.floats(at, n_mat)
@@ -122,6 +127,12 @@ def _gguf_place(file: OpenFile, header: GgufHeader, name: str, sums: TensorInfo,
         raise _bad(file.path, f"{name} has a count that is NaN, infinite or absurd")
     found = np.rint(tokens).astype(np.int64)
     return Place(header.data_offset + sums.offset, sums.n_elements // n_mat, found, "<f8" if whole else "<f4")
+
+
+def _require_real(path: Path, name: str, n_values: int) -> None:
+    """An entry is read whole; a file with holes can announce one larger than memory."""
+    if n_values > _MAX_VALUES:
+        raise _bad(path, f"{name} has {n_values} values, and no tensor has more than {_MAX_VALUES}")
 
 
 class _Cursor:
@@ -171,6 +182,7 @@ def _read_dat(path: Path) -> Matrix:
         calls, n_values = cursor.integer(f"{name}'s calls"), cursor.integer(f"{name}'s size")
         if calls < 0 or n_values <= 0:
             raise _bad(path, f"{name} has {n_values} values from {calls} calls")
+        _require_real(path, name, n_values)
         offset = cursor.skip(4 * n_values, f"{name}'s data")
         places[name] = Place(offset, n_values, np.array([max(calls, 1)], np.int64))
     chunks, datasets = 0, tuple[str, ...]()

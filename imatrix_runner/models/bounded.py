@@ -12,13 +12,18 @@ from typing import IO, Any
 from imatrix_runner.errors import InvalidDataError, from_os_error
 
 _MAX_STRING = 16 << 20  # the longest real value, a chat template, is far below 1 MiB
+_MAX_KEPT = 32 << 20
+_OBJECT = 64
+"""Bytes reckoned for every kept text besides its own: files with holes can announce millions of small ones."""
 _WINDOW = 1 << 20
 
 
 class BoundedReader:
-    """Little-endian reading through a sliding window; nothing is taken that the file does not hold."""
+    """Little-endian reading through a sliding window; nothing is taken that the file does not hold, and no more than ``kept``
+    bytes of texts and arrays in all: a file with holes is as large as it likes."""
 
-    def __init__(self, handle: IO[bytes], path: Path, size: int) -> None:
+    def __init__(self, handle: IO[bytes], path: Path, size: int, kept: int = _MAX_KEPT) -> None:
+        self._left = kept
         self._handle = handle
         self.path = path
         self.size = size
@@ -50,6 +55,13 @@ class BoundedReader:
         self._window = self._handle.read(max(count, _WINDOW))
         if len(self._window) < count:
             raise damaged(self.path, "changed while it was read", f"it was {self.size} bytes long and now ends earlier")
+
+    def keep(self, count: int) -> None:
+        """Account for ``count`` bytes that are about to be kept."""
+        self._left -= count
+        if self._left < 0:
+            why = f"at byte {self.position}; no model has nearly as many, most likely the file is damaged"
+            raise damaged(self.path, "announces more metadata than is read", why)
 
     def head(self, count: int) -> bytes:
         """Up to ``count`` bytes from the position on, without moving."""
@@ -109,17 +121,19 @@ class BoundedReader:
         if length > _MAX_STRING:
             why = f"at byte {self.position - 8}; no model has so long a text"
             raise damaged(self.path, f"announces a text of {length} bytes", why)
+        self.keep(length + _OBJECT)
         return self.take(length)
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BoundedReader]:
-    """A reader at the start of an ordinary file; trouble with the file system becomes an error of ours."""
+def opened(path: Path, kept: int = _MAX_KEPT) -> Iterator[BoundedReader]:
+    """A reader at the start of an ordinary file, for at most ``kept`` bytes of texts and arrays; trouble with the file system
+    becomes an error of ours."""
     try:
         if path.exists() and not path.is_file():
             raise InvalidDataError(f"{path} is not a file", "a GGUF model is an ordinary file", "Name the .gguf file itself.")
         with path.open("rb", buffering=0) as handle:
-            yield BoundedReader(handle, path, path.stat().st_size)
+            yield BoundedReader(handle, path, path.stat().st_size, kept)
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}", path) from error
 

@@ -43,6 +43,9 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_ALIGNMENT = 1 << 20
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 17
+_MAX_ITEMS = 1 << 24  # of an array of texts; the largest vocabularies have 2^18 tokens
+_MAX_LONG_BYTES = 1 << 28
+_ITEM = 40  # bytes of a number in a tuple
 MAX_NAME = 63  # GGMLMAX_NAME counts the terminating NUL
 _MAX_DIMS = 4
 
@@ -176,14 +179,14 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def long_array(path: Path, key: str) -> tuple[Any, ...] | None:
-    """All items of one array of the metadata, however long (bounded by the file's size); None if there is no such array."""
-    with opened(path) as reader:
+    """All items of one array of the metadata, however long a vocabulary's is; None if there is no such array."""
+    with opened(path, _MAX_LONG_BYTES) as reader:
         _version(reader)
         reader.count(_MAX_TENSORS, 24, "tensors")
         for _ in range(reader.count(_MAX_KEYS, 13, "metadata keys")):
             name, kind = reader.string(), reader.number("I")
             if name == key and kind == _ARRAY:
-                items = _array(reader, keep=reader.size)
+                items = _array(reader, keep=_MAX_ITEMS)
                 return items if isinstance(items, tuple) else None
             _value(reader, kind)
     return None
@@ -244,7 +247,7 @@ def _value(reader: BoundedReader, kind: int) -> Any:
 def _array(reader: BoundedReader, keep: int) -> tuple[Any, ...] | LongArray:
     kind = int(reader.number("I"))
     if kind == _STRING:
-        count = reader.count(reader.size, 8, "texts of an array")
+        count = reader.count(_MAX_ITEMS, 8, "texts of an array")
         if count <= keep:
             return tuple(reader.raw_string().decode("utf-8", "replace") for _ in range(count))
         reader.skip_strings(count)
@@ -253,6 +256,7 @@ def _array(reader: BoundedReader, keep: int) -> tuple[Any, ...] | LongArray:
     each = struct.calcsize("<" + code)
     count = reader.count(reader.size, each, "items of an array")
     if count <= keep:
+        reader.keep(_ITEM * count)
         return struct.unpack(f"<{count}{code}", reader.take(count * each))
     reader.skip(count * each)
     return LongArray(name, count)

@@ -23,7 +23,9 @@ from imatrix_runner.untrusted import UnreadableError, from_json, from_lenient_js
 
 INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20  # the library's own limit
-_MAX_JSON = 256 << 20
+_MAX_JSON = 32 << 20  # the index of a model of a trillion parameters has 20 MB
+_MAX_TENSORS = 1 << 18  # such a model has 100,000
+_MAX_DIMS = 16
 _PART = re.compile(r"model[^/]*\.safetensors")
 _AGAIN = "Download the missing or damaged file again."
 
@@ -89,7 +91,10 @@ def check_safetensors(directory: Path) -> Weights:
         raise _no_weights(directory)
     found: dict[str, tuple[str, Weight]] = {}
     for name in names:
-        for weight in read_directory(directory / name):
+        weights = read_directory(directory / name)
+        if len(found) + len(weights) > _MAX_TENSORS:
+            raise damaged(directory, "announces more tensors than any model has", f"more than {_MAX_TENSORS}, up to {name}")
+        for weight in weights:
             if weight.name in found:
                 why = f"it is in {found[weight.name][0]} and in {name}"
                 raise damaged(directory, f"holds the tensor {weight.name} twice", why)
@@ -118,6 +123,8 @@ def read_directory(path: Path) -> tuple[Weight, ...]:
         try:
             entries = from_json(reader.take(length), dict[str, msgspec.Raw])
             entries.pop("__metadata__", None)
+            if len(entries) > _MAX_TENSORS:
+                raise damaged(path, f"announces {len(entries)} tensors", f"no model has more than {_MAX_TENSORS}")
             weights = tuple(_weights(path, {name: from_json(bytes(raw), _Entry) for name, raw in entries.items()}))
         except UnreadableError as error:
             raise damaged(path, "has a header that cannot be read", str(error)) from error
@@ -150,7 +157,7 @@ def _weights(path: Path, entries: dict[str, _Entry]) -> Iterator[Weight]:
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         start, end = entry.data_offsets
-        if start != position or end < start or any(size < 0 for size in entry.shape):
+        if start != position or end < start or any(size < 0 for size in entry.shape) or len(entry.shape) > _MAX_DIMS:
             raise damaged(
                 path, f"has an impossible tensor {name[:80]!r}", f"bytes {start} to {end}, expected to start at {position}"
             )

@@ -55,6 +55,21 @@ def test_the_table_of_pyproject_is_named_as_origin(cli: CommandLine, tmp_path: P
     assert shown(cli)["jobs"] == ("3", str(tmp_path / "pyproject.toml"))
 
 
+def test_a_file_that_came_with_a_model_does_not_choose_programs_or_trust(cli: CommandLine, tmp_path: Path) -> None:
+    """Settings of the current directory apply by themselves; a model's archive may hold some."""
+    file = tmp_path / FILE
+    for named in ("tools", "./tools/../tools/bin", str(tmp_path / "tools")):
+        file.write_text(f'llama-cpp = "{named}"\n')
+        ran = cli("doctor", "--offline")
+        assert ran.code == 2
+        assert "cannot name programs next to it" in ran.err
+        assert "IMATRIX_RUNNER_LLAMA_CPP" in ran.err
+    file.write_text('llama-cpp = "/opt/llama.cpp"\n')
+    assert shown(cli)["llama-cpp"] == ("/opt/llama.cpp", str(file))
+    file.write_text("trust-remote-code = true\n")
+    assert "Unknown setting 'trust-remote-code'" in cli("run", "--show-config").err
+
+
 def test_a_pattern_is_shown_as_it_was_typed(cli: CommandLine) -> None:
     assert shown(cli, "--tensor-type", "attn_[qk]:x:=q8_0")["tensor-type"] == ("attn_[qk]:x:=q8_0", "command line")
 

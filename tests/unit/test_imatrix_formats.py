@@ -314,6 +314,35 @@ class TestHostileGguf:
         assert "a GGUF of model weights (llama)" in refusal(demo_model).why
 
 
+def test_an_entry_larger_than_any_tensor_is_refused_unread(tmp_path: Path) -> None:
+    """Files with holes: as long as they say, on a few kilobytes of disk."""
+    path = tmp_path / "imatrix.dat"
+    n_values = 1 << 27
+    with path.open("wb") as file:
+        file.write(struct.pack("<ii", 1, len(QUERY)) + QUERY.encode() + struct.pack("<ii", 1, n_values))
+        file.truncate(file.tell() + 4 * n_values)
+    assert "no tensor has more" in refusal(path).why
+
+
+def test_more_experts_than_any_model_has_are_refused_unread(tmp_path: Path) -> None:
+    n_counts = 1 << 28
+    names, offsets = (f"{QUERY}.counts", f"{QUERY}.in_sum2"), (0, 4 * n_counts)
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, 3)
+    for key, kind, value in (
+        ("imatrix.datasets", 9, struct.pack("<IQQ", 8, 1, 1) + b"t"),
+        ("imatrix.chunk_count", 4, struct.pack("<I", 1)),
+        ("imatrix.chunk_size", 4, struct.pack("<I", 512)),
+    ):
+        head += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+    for name, offset in zip(names, offsets, strict=True):
+        head += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<IQQIQ", 2, 1, n_counts, 0, offset)
+    path = tmp_path / "imatrix.gguf"
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(-(-len(head) // 32) * 32 + 8 * n_counts)
+    assert "no model has so many experts" in refusal(path).why
+
+
 @pytest.mark.parametrize("content", [b"", b"\0\0", b"\0" * 4096])
 def test_an_empty_or_zero_filled_file_is_called_so(tmp_path: Path, content: bytes) -> None:
     assert "empty or filled with zeros" in refusal(save(tmp_path, content)).why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 import tracemalloc
@@ -122,6 +123,65 @@ def test_a_large_vocabulary_is_read_fast_and_in_little_memory(tmp_path: Path) ->
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+def with_holes(path: Path, *parts: bytes | int) -> Path:
+    """A file of these bytes, and of so many zeros that take no space on the disk."""
+    with path.open("wb") as file:
+        for part in parts:
+            if isinstance(part, int):
+                file.seek(part, os.SEEK_CUR)
+            else:
+                file.write(part)
+        file.truncate(file.tell())
+    return path
+
+
+def begun(name: str, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+HEAD_OF_ONE = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+LONG_TEXT = 15 << 20
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(
+            [b"GGUF" + struct.pack("<IQQ", 3, 0, 200)]
+            + [part for n in range(200) for part in (begun(f"k{n}", STR, struct.pack("<Q", LONG_TEXT)), LONG_TEXT)],
+            id="texts",
+        ),
+        pytest.param(
+            [HEAD_OF_ONE, begun("k", ARR, struct.pack("<IQ", STR, 200))]
+            + [part for _ in range(200) for part in (struct.pack("<Q", LONG_TEXT), LONG_TEXT)],
+            id="a short array of long texts",
+        ),
+        pytest.param(
+            [b"GGUF" + struct.pack("<IQQ", 3, 0, 60_000)]
+            + [part for n in range(60_000) for part in (begun(f"k{n}", ARR, struct.pack("<IQ", U32, 1024)), 4096)],
+            id="many short arrays",
+        ),
+        pytest.param([HEAD_OF_ONE, begun("k", ARR, struct.pack("<IQ", STR, 1 << 30)), 9 << 30], id="empty texts"),
+        pytest.param([b"GGUF" + struct.pack("<IQQ", 3, 1 << 30, 0), 30 << 30], id="tensors"),
+    ],
+)
+def test_a_file_with_holes_costs_neither_memory_nor_time(tmp_path: Path, parts: list[bytes | int]) -> None:
+    """Every single length in it fits the file, which is as large as it likes."""
+    path = with_holes(tmp_path / "m.gguf", *parts)
+    assert path.stat().st_size > 200 << 20
+    began = time.process_time()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidDataError):
+            read_header(path)
+        with suppress(InvalidDataError):
+            long_array(path, "absent")
+        assert tracemalloc.get_traced_memory()[1] < 400 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize(

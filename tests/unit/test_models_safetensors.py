@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import DType, write_hf_directory
 
 from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.models import safetensors_file
 from imatrix_runner.models.convert import refuse_code, resolve_outtype
 from imatrix_runner.models.safetensors_file import INDEX, check_safetensors, read_directory
 
@@ -39,6 +41,30 @@ def test_reads_all_shards(checkpoint: Path) -> None:
     embedding = next(weight for weight in weights.tensors if weight.name == "model.embed_tokens.weight")
     assert embedding.shape == (512, 256)
     assert embedding.n_bytes == 2 * embedding.n_elements
+
+
+def test_more_tensors_than_any_model_has_cost_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "_MAX_TENSORS", 20)
+    for shard in range(2):
+        header = {f"{shard}-{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(15)}
+        (tmp_path / f"model-{shard}.safetensors").write_bytes(pack(header))
+    with pytest.raises(InvalidDataError, match="announces more tensors than any model has"):
+        check_safetensors(tmp_path)
+    (tmp_path / "model-0.safetensors").write_bytes(
+        pack({f"{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(21)})
+    )
+    with pytest.raises(InvalidDataError, match="announces 21 tensors"):
+        read_directory(tmp_path / "model-0.safetensors")
+
+
+def test_a_shape_of_a_million_dimensions_is_not_multiplied(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pack(one("F32", [1 << 62] * 300_000, 0, 4), bytes(4)))
+    began = time.process_time()
+    with pytest.raises(InvalidDataError, match="impossible tensor") as caught:
+        read_directory(path)
+    assert time.process_time() - began < 5
+    assert len(caught.value.why) < 1000
 
 
 def test_missing_and_truncated_shards_are_named(checkpoint: Path) -> None:
