@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,30 @@ T = TypeVar("T")
 OnBytes = Callable[[int, int | None], None]
 """Hears how many bytes have come, and how many the server announces if it does; may raise to stop."""
 
-_BLOCK = 1 << 18
 _ATTEMPTS = 3
+_DOCUMENT_SECONDS = 120.0
+"""For a small document, all of it."""
+
+PACE_SECONDS = 60.0
+LEAST_BYTES = 60 << 10
+"""What every :data:`PACE_SECONDS` of a connection must bring: 1 KiB/s, a fifth of a telephone modem's rate."""
+
+
+class Pace:
+    """Tells a connection that will never bring a file from a slow one: one byte a second keeps every other clock content."""
+
+    def __init__(self) -> None:
+        self._began, self._bytes = time.monotonic(), 0
+
+    def is_slow(self, count: int) -> bool:
+        """Take note of ``count`` more bytes; true when a whole period brought less than :data:`LEAST_BYTES`."""
+        self._bytes += count
+        now = time.monotonic()
+        if now - self._began < PACE_SECONDS:
+            return False
+        slow = self._bytes < LEAST_BYTES
+        self._began, self._bytes = now, 0
+        return slow
 
 
 class _TryAgain(Exception):
@@ -70,7 +93,14 @@ class Fetcher:
 
         def attempt() -> None:
             parts.clear()
-            self._stream(url, what, limit, lambda block, _total: parts.append(block), self._longer(what, limit))
+            until = time.monotonic() + _DOCUMENT_SECONDS
+
+            def keep(block: bytes, _total: int | None) -> None:
+                if time.monotonic() > until:
+                    raise _too_slow(what, f"it was not complete after {_DOCUMENT_SECONDS:g} s")
+                parts.append(block)
+
+            self._stream(url, what, limit, keep, self._longer(what, limit))
 
         self._persist(attempt)
         return b"".join(parts)
@@ -158,8 +188,12 @@ class Fetcher:
             ):
                 self._require_success(answer, url, what)
                 total = _announced(answer)
-                for block in answer.iter_bytes(_BLOCK):
+                pace = Pace()
+                for block in answer.iter_bytes():
                     self.stop.check()
+                    if pace.is_slow(len(block)):
+                        why = f"in {PACE_SECONDS:g} s less than {human_bytes(LEAST_BYTES)} arrived"
+                        raise _TryAgain(_too_slow(what, why))
                     seen += len(block)
                     if seen > limit:
                         raise too_large
@@ -200,6 +234,12 @@ def shown(url: str) -> str:
 def _announced(answer: httpx2.Response) -> int | None:
     told = answer.headers.get("content-length", "")
     return int(told) if told.isascii() and told.isdigit() else None
+
+
+def _too_slow(what: str, why: str) -> DownloadError:
+    return DownloadError(
+        f"{what} arrives too slowly", why, "Run the same command again on a better connection, or at another time."
+    )
 
 
 def _cut(what: str, why: str) -> DownloadError:

@@ -86,6 +86,10 @@ class Trouble:
     """Send a web page for files only, with the headers of the true file on HEAD."""
     gone: set[str] = field(default_factory=set)
     """Files that are listed but answer 404."""
+    listing_bytes_per_second: float = 0.0
+    """How fast answers of the API come."""
+    packed_listing: bytes | None = None
+    """Answer every question of the API with this, and say that it is gzip."""
     bare_404: bool = False
     """404 without the header that says what is missing."""
     status_for: str = ""
@@ -209,6 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         if trouble.status and trouble.status_for in f"{self.command} {path}" and hub.spend("status_times"):
             extra = {"Retry-After": str(trouble.retry_after)} if trouble.retry_after is not None else {}
             self._send(trouble.status, b"trouble", extra)
+        elif trouble.packed_listing is not None and path.startswith("/api/"):
+            self._send(200, trouble.packed_listing, {"Content-Type": "application/json", "Content-Encoding": "gzip"})
         elif trouble.html:
             self._send(200, _PAGE, {"Content-Type": "text/html"})
         elif match := _RESOLVE.fullmatch(path):
@@ -322,7 +328,9 @@ class _Handler(BaseHTTPRequestHandler):
         is_file = "X-Repo-Commit" in headers
         cut = trouble.cut_after if is_file and trouble.cut_after is not None and self.server_hub.spend("cut_times") else None
         try:
-            self._write(body if cut is None else body[:cut], trouble.bytes_per_second if is_file else 0.0)
+            self._write(
+                body if cut is None else body[:cut], trouble.bytes_per_second if is_file else trouble.listing_bytes_per_second
+            )
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the client went away: some tests want just that
         if cut is not None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import socket
 import threading
+import time
+import tracemalloc
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -310,6 +315,69 @@ def test_disk_space_is_checked_first(hub: HubServer, cache: Path, gguf: bytes, m
         fetch(hub, "org/tiny", cache)
     assert "HF_HOME" in caught.value.todo
     assert hub.downloads() == []
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes last for tenths of seconds."""
+    monkeypatch.setattr("imatrix_runner.downloads.PACE_SECONDS", 0.3)
+    monkeypatch.setattr("imatrix_runner.models.hub.transfer.ANSWER_SECONDS", 0.5)
+
+
+def test_a_listing_that_unpacks_to_gigabytes_is_given_up_before(hub: HubServer, cache: Path) -> None:
+    zeros = zlib.compressobj(wbits=31)
+    hub.trouble = Trouble(packed_listing=b"".join([*(zeros.compress(bytes(1 << 20)) for _ in range(256)), zeros.flush()]))
+    tracemalloc.start()
+    try:
+        error = refusal(hub, "org/tiny", cache)
+        assert tracemalloc.get_traced_memory()[1] < 160 << 20
+    finally:
+        tracemalloc.stop()
+    assert "sends more than a hub does" in error.what
+    assert "32.00 MiB" in error.why
+    assert len(hub.requests) == 1
+
+
+def test_a_packed_listing_is_read(hub: HubServer, cache: Path, gguf: bytes) -> None:
+    held = hub.add("org/tiny", {"tiny-BF16.gguf": gguf})
+    listing = {"id": "org/tiny", "sha": held.commit, "siblings": [{"rfilename": "tiny-BF16.gguf", "size": len(gguf)}]}
+    hub.trouble = Trouble(packed_listing=gzip.compress(json.dumps(listing).encode()))
+    assert fetch(hub, "org/tiny", cache).path.read_bytes() == gguf
+    hub.trouble.packed_listing = b"\x1f\x8b not gzip"
+    assert refusal(hub, "org/tiny", cache).exit_code == 4
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_listing_that_drips_is_given_up(hub: HubServer, cache: Path, gguf: bytes) -> None:
+    """Each byte comes in time; all of them would take minutes."""
+    hub.add("org/tiny", {"tiny-BF16.gguf": gguf})
+    hub.trouble = Trouble(listing_bytes_per_second=20)
+    began = time.monotonic()
+    error = refusal(hub, "org/tiny", cache)
+    assert time.monotonic() - began < 10
+    assert "sends too slowly" in error.what
+    assert "0.5 s" in error.why
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_file_that_drips_is_tried_again_and_given_up(hub: HubServer, cache: Path, gguf: bytes) -> None:
+    hub.add("org/tiny", {"tiny-BF16.gguf": gguf})
+    hub.trouble = Trouble(bytes_per_second=50)
+    began = time.monotonic()
+    error = refusal(hub, "org/tiny", cache)
+    assert time.monotonic() - began < 10
+    assert "sends too slowly" in error.what
+    assert hub.downloads() == ["tiny-BF16.gguf"] * 3
+    assert not list(cache.rglob("*.incomplete"))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_file_that_dripped_once_arrives(hub: HubServer, cache: Path, gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/tiny", {"tiny-BF16.gguf": gguf})
+    hub.trouble = Trouble(bytes_per_second=50)
+    threading.Timer(0.5, lambda: setattr(hub.trouble, "bytes_per_second", 0.0)).start()
+    assert fetch(hub, "org/tiny", cache).path.read_bytes() == gguf
+    assert len(hub.downloads()) >= 2
 
 
 def test_a_stop_is_heard_between_two_pieces(hub: HubServer, cache: Path, gguf: bytes) -> None:

@@ -107,6 +107,14 @@ def token_source() -> str | None:
     return "token file" if file.is_file() and file.stat().st_size else None
 
 
+def _status(url: str) -> int:
+    """The status of an answer; of its body nothing is read."""
+    import httpx2
+
+    with httpx2.stream("GET", url, timeout=_DOCTOR_SECONDS) as answer:
+        return answer.status_code
+
+
 def reachability(endpoint: str | None = None) -> str:
     """One line for ``doctor`` within about three seconds: ``reachable in 120 ms``, or why not."""
     import httpx2
@@ -122,13 +130,13 @@ def reachability(endpoint: str | None = None) -> str:
             raise TimeoutError
 
     try:
-        answer = in_background(partial(httpx2.get, f"{endpoint}/api/models?limit=1", timeout=_DOCTOR_SECONDS), expire)
+        status = in_background(partial(_status, f"{endpoint}/api/models?limit=1"), expire)
     except TimeoutError:
         return f"{asked.host} does not answer within {_DOCTOR_SECONDS:g} s"
     except httpx2.HTTPError as error:
         return str(explain(error, asked))
-    if answer.status_code >= 400:
-        return f"{asked.host} answers with HTTP status {answer.status_code}"
+    if status >= 400:
+        return f"{asked.host} answers with HTTP status {status}"
     return f"{asked.host} is reachable in {1000 * (time.monotonic() - began):.0f} ms"
 
 
@@ -173,7 +181,9 @@ def fetch_files(
     paths: list[Path] = []
     try:
         for file in files:
-            path = cached[file.name] or patiently(partial(download, asked, file, commit, cache, meter), asked, meter.check)
+            path = cached[file.name] or patiently(
+                partial(download, asked, file, commit, cache, meter), asked, meter.check, seconds=float("inf")
+            )
             if look is not None:
                 look(file, path)
             paths.append(path)

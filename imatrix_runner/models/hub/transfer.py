@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from imatrix_runner.downloads import LEAST_BYTES, PACE_SECONDS
 from imatrix_runner.errors import DownloadError
 from imatrix_runner.events import Progress, Sink
 from imatrix_runner.files import human_bytes
@@ -32,6 +33,11 @@ _TRIES = 3
 _MOST_RESTARTS = 3
 _PIECE_BYTES = 1 << 20
 _PATIENCE_SECONDS = 120.0
+_MODEL_PATIENCE_SECONDS = 1200.0
+_MOST_SLOW_MINUTES = 2
+ANSWER_SECONDS = 60.0
+"""For one answer of the hub's API, from the request to its last byte."""
+
 _NEVER = float("inf")
 _ETAG = re.compile(r"[\w.+=-]{1,200}", re.ASCII)
 
@@ -43,24 +49,68 @@ def is_offline() -> bool:
     return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def patiently(work: Callable[[], T], asked: Asked, check: Callable[[], None]) -> T:
+def patiently(work: Callable[[], T], asked: Asked, check: Callable[[], None], seconds: float | None = None) -> T:
     """Up to three tries, with growing pauses, for what passes by itself; everything else is explained at once.
 
-    ``check`` is called while the work goes on; what it raises ends the waiting.
+    ``check`` is called while the work goes on; what it raises ends the waiting. One try may take ``seconds`` in all (None:
+    :data:`ANSWER_SECONDS`), however busily the other side sends.
     """
     import tenacity
 
+    clock = _Clock(asked, ANSWER_SECONDS if seconds is None else seconds)
+
+    def attempt() -> T:
+        from imatrix_runner.models.hub.answers import watch_session
+
+        watch_session(_refuse_long_wait, _refuse_odd_etag)
+        with clock:
+            return work()
+
+    def watch() -> None:
+        check()
+        clock.check()
+
     tries = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(_TRIES), wait=_pause, retry=tenacity.retry_if_exception(is_passing), reraise=True
+        stop=tenacity.stop_after_attempt(_TRIES),
+        wait=_pause,
+        retry=tenacity.retry_if_exception(lambda error: is_passing(error) and not clock.expired),
+        reraise=True,
     )
     check()
     try:
-        return in_background(partial(tries, work), check)
+        return in_background(partial(tries, attempt), watch)
     except Exception as error:
         explained = explain(error, asked)
         if explained is error:
             raise
         raise explained from error
+
+
+class _Clock:
+    """The time that one try takes, between entering and leaving; looked at by the thread that waits."""
+
+    def __init__(self, asked: Asked, seconds: float) -> None:
+        self._asked, self._seconds = asked, seconds
+        self._until = _NEVER
+        self.expired = False
+
+    def __enter__(self) -> None:
+        self._until = time.monotonic() + self._seconds
+
+    def __exit__(self, *_error: object) -> None:
+        self._until = _NEVER
+
+    def check(self) -> None:
+        if time.monotonic() > self._until:
+            from huggingface_hub import close_session
+
+            self.expired = True
+            close_session()  # wakes the thread that reads
+            raise DownloadError(
+                f"{self._asked.host} sends too slowly",
+                f"its answer about {self._asked.hub_id.repo} was not complete after {self._seconds:g} s",
+                "Run the same command again on a better connection, or at another time.",
+            )
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
@@ -84,27 +134,29 @@ def download(asked: Asked, file: RepoFile, commit: str, cache: Path, meter: Mete
     """Fetch a file through the library into its cache. Never more than ``file.size`` bytes, where that is known."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
+    from imatrix_runner.models.hub.answers import paced
+
     bar: Any = type("_MeteredBar", (_Bar,), {"meter": meter})
     repo = asked.hub_id.repo
     # The library keeps of a broken transfer whole pieces only, and tells progress as often; its 10 MB are a whole imatrix.
     constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _PIECE_BYTES)
-    _watch_answers()
     meter.expect(file)
     # A copy of another length is a damaged one; the library would take it for whole.
     found = try_to_load_from_cache(repo, file.name, cache_dir=cache, revision=commit, repo_type=asked.repo_type)
-    path = Path(
-        hf_hub_download(
-            repo,
-            file.name,
-            repo_type=asked.repo_type,
-            revision=commit,
-            endpoint=asked.endpoint,
-            cache_dir=cache,
-            force_download=isinstance(found, str),
-            tqdm_class=bar,
-            library_name="imatrix-runner",
+    with paced(meter):
+        path = Path(
+            hf_hub_download(
+                repo,
+                file.name,
+                repo_type=asked.repo_type,
+                revision=commit,
+                endpoint=asked.endpoint,
+                cache_dir=cache,
+                force_download=isinstance(found, str),
+                tqdm_class=bar,
+                library_name="imatrix-runner",
+            )
         )
-    )
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         raise _wrong_length(asked, file, size)
@@ -120,16 +172,8 @@ def _wrong_length(asked: Asked, file: RepoFile, size: int) -> DownloadError:
     )
 
 
-def _watch_answers() -> None:
-    """Make the library's client raise where the library would do as a hub pleases: sleep for as long as it says, and write to
-    whatever path it gives for an etag (the name of a file in the cache)."""
-    from huggingface_hub import get_session
-
-    hooks = get_session().event_hooks["response"]
-    hooks += [hook for hook in (_refuse_long_wait, _refuse_odd_etag) if hook not in hooks]
-
-
 def _refuse_odd_etag(response: httpx2.Response) -> None:
+    """A hook: the library would write to whatever path a hub gives for an etag (the name of a file in the cache)."""
     for name in ("etag", "x-linked-etag"):
         tag = response.headers.get(name, "").removeprefix("W/").strip('"')
         if tag and not _ETAG.fullmatch(tag):
@@ -141,6 +185,7 @@ def _refuse_odd_etag(response: httpx2.Response) -> None:
 
 
 def _refuse_long_wait(response: httpx2.Response) -> None:
+    """A hook: the library would sleep for as long as a hub says."""
     from huggingface_hub.errors import HfHubHTTPError
 
     error = HfHubHTTPError("asked to wait", response=response)
@@ -151,18 +196,19 @@ def _refuse_long_wait(response: httpx2.Response) -> None:
 class Meter:
     """Adds up what all files of a download bring, and lets a stop through between two pieces.
 
-    ``impatient`` gives up on a connection that brings no piece for two minutes.
+    It gives up on a connection that brings no piece for twenty minutes (``impatient``: two), or hardly a byte for three.
     """
 
     def __init__(self, sink: Sink, stop: Stop, asked: Asked, total: int, *, impatient: bool = False) -> None:
         self._sink, self._stop, self._asked, self._total = sink, stop, asked, total
-        self._patience = _PATIENCE_SECONDS if impatient else _NEVER
+        self._patience = _PATIENCE_SECONDS if impatient else _MODEL_PATIENCE_SECONDS
         self._moved = time.monotonic()
         self._gave_up: DownloadError | None = None
         self._file = RepoFile("", None)
         self._finished = 0
         self._current = 0
         self._restarts = 0
+        self._slow_minutes = 0
 
     def check(self) -> None:
         """For the thread that waits: raise once a stop was requested or nothing has come for too long."""
@@ -170,13 +216,23 @@ class Meter:
         if time.monotonic() - self._moved > self._patience:
             from huggingface_hub import close_session
 
-            self._gave_up = DownloadError(
-                f"{self._asked.host} sends too slowly",
-                f"in {self._patience:g} s less than {human_bytes(_PIECE_BYTES)} of {self._file.name} arrived",
-                "Run the same command again on a better connection, or at another time.",
-            )
+            self._gave_up = self._too_slow(self._patience, _PIECE_BYTES)
             close_session()  # wakes the thread that reads, so that it clears its half file away
             raise self._gave_up
+
+    def _too_slow(self, seconds: float, n_bytes: int) -> DownloadError:
+        return DownloadError(
+            f"{self._asked.host} sends too slowly",
+            f"in {seconds:g} s less than {human_bytes(n_bytes)} of {self._file.name} arrived",
+            "Run the same command again on a better connection, or at another time.",
+        )
+
+    def slow_minute(self) -> None:
+        """The file hardly grew for a minute: go on twice with another connection, then give up."""
+        self._go_on()
+        self._slow_minutes += 1
+        if self._slow_minutes > _MOST_SLOW_MINUTES:
+            raise self._too_slow(PACE_SECONDS * self._slow_minutes, LEAST_BYTES * self._slow_minutes)
 
     def expect(self, file: RepoFile) -> None:
         """A new file, or another try of the same."""
@@ -209,6 +265,7 @@ class Meter:
                 )
         self._current += count
         self._moved = time.monotonic()
+        self._slow_minutes = 0
         if self._file.size is not None and self._current > self._file.size:
             raise _wrong_length(self._asked, self._file, self._current)
         self._sink(Progress(STEP, float(self._finished + self._current), float(self._total)))
