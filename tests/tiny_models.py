@@ -67,6 +67,8 @@ def write_llama_gguf(
     context: int = 2048,
     metadata: Mapping[str, str | float | bool | Sequence[str]] | None = None,
     extra: Mapping[str, tuple[int, ...]] | None = None,
+    arrays: Mapping[str, NDArray[Any]] | None = None,
+    alignment: int | None = None,
     fluent: bool = False,
 ) -> Path:
     """A llama GGUF with random weights and a byte-level BPE tokenizer (model gpt2, pre gpt-2, BOS added).
@@ -76,8 +78,8 @@ def write_llama_gguf(
 
     ``experts`` > 0 makes every layer a mixture with two experts used; ``tied`` leaves out ``output.weight``; ``odd`` makes the
     feed-forward width no multiple of 256, so that K- and IQ-types fall back there. ``rows`` of the embeddings are as many as
-    the vocabulary has tokens unless given. ``metadata`` adds keys, ``extra`` tensors (name -> shape with ne0 last; such a model
-    is quantised, but does not run). Returns ``path``.
+    the vocabulary has tokens unless given. ``metadata`` adds keys, ``extra`` tensors (name -> shape with ne0 last),
+    ``arrays`` others as they are (such a model is quantised, but does not run). Returns ``path``.
     """
     from gguf import GGUFWriter
 
@@ -85,6 +87,8 @@ def write_llama_gguf(
     tokens, merges = byte_level_bpe(min(vocab, 1024))
     tokens += [f"<unused{number}>" for number in range(vocab - 1024)]  # as large as models' vocabularies are, for speed
     writer = GGUFWriter(path, "llama")
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     writer.add_name("tiny llama")
     writer.add_type("model")
     writer.add_context_length(context)
@@ -109,6 +113,8 @@ def write_llama_gguf(
     draw = Draw(seed + 1)
     for name, shape in (extra or {}).items():
         add_tensor(writer, name, draw(*shape), dtype)
+    for name, values in (arrays or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from imatrix_runner.engines.base import DryRun, Fallback, QuantizeOptions
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, padded, tensor_bytes, type_id, type_size
+from imatrix_runner.quantize.layout import ALIGNMENT, conversion_problem, layout_problems, written_shape
 from imatrix_runner.quantize.levels import PLAIN_FTYPES, Level
 from imatrix_runner.quantize.weights import NO_IMATRIX, OUTPUT, Failure, Lacks, Weights, requires_imatrix
 
-ALIGNMENT = 32  # llama-quantize aligns to GGUF_DEFAULT_ALIGNMENT whatever the source did
 MAX_TEXT = 127  # llama_model_kv_override.val_str
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
@@ -117,11 +117,13 @@ def make_recipe(
     needs = dry_run.needs_imatrix
     for name, type_name in dry_run.types.items():
         original = _original_name(name, kept)
-        source = sources[original]
+        source = sources.get(original)
+        if source is None:
+            continue  # told below, by the tensor that was meant
         kind = type_name.upper()
         number = type_id(kind)
         n_bytes = tensor_bytes(source.shape, number) if number is not None else None
-        rows.append(RecipeTensor(name, source.shape, source.type_name, kind, n_bytes, original))
+        rows.append(RecipeTensor(name, written_shape(source.shape), source.type_name, kind, n_bytes, original))
         if kind == source.type_name.upper():
             continue
         required = requires_imatrix(name, kind, level.ftype)
@@ -131,8 +133,13 @@ def make_recipe(
             failures.append(Failure(why, "Start from the BF16, F16 or F32 model, or accept the loss with --allow-requantize."))
         if (bad := _shape_problem(name, source.shape, kind, number)) is not None:
             failures.append(bad)
+        if (bad := conversion_problem(source)) is not None:
+            failures.append(bad)
         if lacks is not None:
             lacks.judge(original, source.shape, kind, required=required)
+    header_bytes = _header_bytes(rows, header, weights, options)
+    failures += _unplanned(sources, rows, len(dry_run.types), options)
+    failures += layout_problems(header, sources, rows, header_bytes, options)
     if lacks is not None:
         failures += lacks.failures
     elif needs:
@@ -144,7 +151,7 @@ def make_recipe(
         tuple(lacks.weightless) if lacks is not None else (),
         tuple(failures),
         needs,
-        _file_bytes(rows, header, weights, options),
+        _file_bytes(rows, header_bytes),
         tuple(lacks.unseen) if lacks is not None else (),
         tuple(lacks.starved) if lacks is not None else (),
     )
@@ -176,10 +183,26 @@ def _original_name(name: str, kept: Sequence[int]) -> str:
     return f"blk.{kept[int(match[1])]}.{name[match.end() :]}"
 
 
-def _file_bytes(
+def _unplanned(
+    sources: Mapping[str, TensorInfo], rows: Sequence[RecipeTensor], n_told: int, options: QuantizeOptions
+) -> list[Failure]:
+    """A level must hold every tensor of the model, but for those of pruned layers."""
+    planned = {row.original for row in rows}
+    missing = [name for name in sources if name not in planned and not (options.prune_layers and _BLOCK.match(name))]
+    if not missing and n_told == len(rows):
+        return []
+    name = missing[0] if missing else "one of its tensors"
+    return [
+        Failure(
+            f"llama.cpp's dry run does not plan {name}", "Read the log of this level; rename the tensor if its name is odd."
+        )
+    ]
+
+
+def _header_bytes(
     tensors: Sequence[RecipeTensor], header: GgufHeader, weights: Weights | None, options: QuantizeOptions
-) -> int | None:
-    """The exact size of a single-file output: header as llama-quantize writes it, then every tensor padded."""
+) -> int:
+    """The header of a single-file output as llama-quantize writes it, not padded."""
     kv = {key: size for key, size in header.kv_sizes.items() if key not in _SPLIT_KEYS}
     for key in ("general.quantization_version", "general.file_type"):
         kv[key] = _kv_bytes(key, 4)
@@ -193,7 +216,12 @@ def _file_bytes(
         if weights.chunks > 0:
             kv["quantize.imatrix.chunks_count"] = _kv_bytes("quantize.imatrix.chunks_count", 4)
     infos = sum(24 + len(tensor.name.encode()) + 8 * len(tensor.shape) for tensor in tensors)
-    total = padded(24 + sum(kv.values()) + infos, ALIGNMENT)
+    return 24 + sum(kv.values()) + infos
+
+
+def _file_bytes(tensors: Sequence[RecipeTensor], header_bytes: int) -> int | None:
+    """The exact size of a single-file output: its header, then every tensor, each padded."""
+    total = padded(header_bytes, ALIGNMENT)
     for tensor in tensors:
         if tensor.n_bytes is None:
             return None

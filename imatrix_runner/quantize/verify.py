@@ -7,6 +7,7 @@ from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.gguf_file import GgufHeader, expected_file_size, read_header
+from imatrix_runner.quantize.layout import written_shape
 from imatrix_runner.quantize.recipe import Recipe
 from imatrix_runner.quantize.weights import Weights
 
@@ -24,7 +25,7 @@ def verify_output(files: Sequence[Path], recipe: Recipe, weights: Weights | None
         raise _bad(recipe, f"it has {len(written)} tensors instead of {len(planned)}; the first that differs is {odd[0]}")
     for name, plan in planned.items():
         tensor = written[name]
-        if tensor.shape != plan.shape:
+        if written_shape(tensor.shape) != plan.shape:
             raise _bad(recipe, f"{name} has the shape {tensor.shape} instead of {plan.shape}")
         if plan.n_bytes is not None and (tensor.type_name.upper() != plan.type or tensor.n_bytes != plan.n_bytes):
             raise _bad(

@@ -18,16 +18,16 @@ _COLLECTING = re.compile(r"collect_imatrix\[(\d{1,9})\]:")
 
 # src/llama-quant.cpp, one line a tensor, printed in pieces.
 _TENSOR = re.compile(
-    r"^\[\s*(?P<index>\d{1,9})/\s*(?P<total>\d{1,9})\]\s+(?P<name>\S+)\s+- "
+    r"^\[\s*(?P<index>\d{1,9})/\s*(?P<total>\d{1,9})\]\s+(?P<name>\S.*?)\s+- "
     r"\[(?P<shape>\s*\d{1,15}(?:,\s*\d{1,15}){0,3})\s*\], type =\s*(?P<type>\S+),"
 )
 _CONVERTING = re.compile(r"converting to (\S+) \.\.")
 _DRY_TYPE = re.compile(r"size =\s*[\d.]+ MiB ->\s*[\d.]+ MiB \((\S+)\)")
 _SIZE = re.compile(r"size =\s*[\d.]+ MiB")
 _FALLBACK = re.compile(
-    r"warning: (\S+)\s+- ncols\s+\d+ not divisible by\s+\d+ \(required for type\s+(\S+)\).*-> falling back to\s+(\S+)"
+    r"warning: (\S.*?)\s+- ncols\s+\d+ not divisible by\s+\d+ \(required for type\s+(\S+)\).*-> falling back to\s+(\S+)"
 )
-_NO_WEIGHTS = re.compile(r"did not find weights for (\S+)")
+_NO_WEIGHTS = re.compile(r"did not find weights for (\S.*?)\s*$")
 _NEEDS_IMATRIX = "will require an imatrix!"
 
 
