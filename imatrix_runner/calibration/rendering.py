@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
 
 from imatrix_runner.calibration import render_worker
 from imatrix_runner.calibration.conversations import text_flaw
@@ -112,6 +114,38 @@ def render(
     return results
 
 
+T = TypeVar("T")
+
+
+class _Event(msgspec.Struct, frozen=True):
+    """A line of the child: ``count`` conversations are ``done``, or why it ``stopped``."""
+
+    event: Literal["ready", "compiled", "done", "stopped"]
+    count: Annotated[int, msgspec.Meta(ge=0)] = 0
+    kind: str = ""
+    why: str = ""
+    errno: int | None = None
+
+
+class _Rendered(msgspec.Struct, frozen=True):
+    """One conversation's text, or why there is none."""
+
+    text: str = ""
+    error: str | None = None
+
+
+def _decoded(line: str, kind: type[T]) -> T:
+    """Raises :class:`EngineError` for what the child would not write. Half a surrogate pair may be in a template's text."""
+    try:
+        return msgspec.convert(json.loads(line), kind)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(
+            "The answer of the process that renders conversations could not be read",
+            f"it is not what that process writes: {line[:200]!r}",
+            "Run the same command again; if it stays so, give another template with --chat-template-file FILE.",
+        ) from error
+
+
 class _Answers:
     """Follows what the child tells on stdout; ``before`` conversations were done by earlier ones."""
 
@@ -120,22 +154,21 @@ class _Answers:
         self._rest = ""
         self.ready = False
         self.compiled = False
-        self.stopped: Mapping[str, Any] | None = None
+        self.stopped: _Event | None = None
 
     def feed(self, stream: str, text: str) -> None:
         if stream != "stdout":
             return
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            self._hear(json.loads(line))
+            self._hear(_decoded(line, _Event))
 
-    def _hear(self, answer: Mapping[str, Any]) -> None:
-        event = answer["event"]
+    def _hear(self, answer: _Event) -> None:
         self.ready = True
-        self.compiled = self.compiled or event in ("compiled", "done")
-        if event == "done" and self._on_progress is not None:
-            self._on_progress(self._before + answer["count"])
-        elif event == "stopped":
+        self.compiled = self.compiled or answer.event in ("compiled", "done")
+        if answer.event == "done" and self._on_progress is not None:
+            self._on_progress(self._before + answer.count)
+        elif answer.event == "stopped":
             self.stopped = answer
 
 
@@ -169,15 +202,15 @@ def _read(path: Path) -> list[str | Unrendered]:
     with _disk(path), path.open(encoding="ascii") as lines:
         for line in lines:
             if line.endswith("\n"):
-                results.append(_result(json.loads(line)))
+                results.append(_result(_decoded(line, _Rendered)))
     return results
 
 
-def _result(answer: Mapping[str, str]) -> str | Unrendered:
-    if "error" in answer:
-        return Unrendered(printable(answer["error"])[:_LONGEST_WHY])
-    flaw = text_flaw(answer["text"])
-    return Unrendered(f"what the template makes of it {flaw}") if flaw else answer["text"]
+def _result(answer: _Rendered) -> str | Unrendered:
+    if answer.error is not None:
+        return Unrendered(printable(answer.error)[:_LONGEST_WHY])
+    flaw = text_flaw(answer.text)
+    return Unrendered(f"what the template makes of it {flaw}") if flaw else answer.text
 
 
 def _death(outcome: Outcome, limits: Limits) -> str:
@@ -210,10 +243,10 @@ def _never_began(outcome: Outcome, answers: _Answers, template: ChatTemplate, li
     )
 
 
-def _stopped(answer: Mapping[str, Any], template: ChatTemplate, folder: Path) -> RunnerError:
-    kind, why = answer["kind"], printable(str(answer["why"]))[:_LONGEST_WHY]
+def _stopped(answer: _Event, template: ChatTemplate, folder: Path) -> RunnerError:
+    kind, why = answer.kind, printable(answer.why)[:_LONGEST_WHY]
     if kind == "disk":
-        return from_os_error(OSError(answer["errno"], why), "rendering conversations", folder)
+        return from_os_error(OSError(answer.errno or 0, why), "rendering conversations", folder)
     if kind == "flood":
         return InvalidDataError(
             f"The chat template {printable(template.origin)} writes without measure",

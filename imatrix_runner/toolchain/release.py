@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -136,15 +136,18 @@ def _sha256(digest: str | None) -> str:
     return match.group(1) if match else ""
 
 
+_Name = Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{1,200}$")]
+
+
 class _WireAsset(msgspec.Struct):
-    name: str
-    size: int
-    browser_download_url: str
+    name: _Name
+    size: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+    browser_download_url: Annotated[str, msgspec.Meta(pattern=r"^https?://[\x21-\x7e]{1,2000}$")]
     digest: str | None = None
 
 
 class _WireRelease(msgspec.Struct):
-    tag_name: str
+    tag_name: Annotated[str, msgspec.Meta(pattern=r"^[\w.+-]{1,100}$")]
     assets: list[_WireAsset]
 
 

@@ -54,7 +54,11 @@ def as_facts(value: Any) -> dict[str, object]:
 
 def levels_made(journal: Journal) -> dict[str, Record]:
     """Every level that was ever finished, by name, in the order of making; the files may be gone since."""
-    return {step.removeprefix("level-"): record for step, record in journal.steps().items() if step.startswith("level-")}
+    return {
+        step.removeprefix("level-"): record
+        for step, record in journal.steps().items()
+        if step.startswith("level-") and record.output
+    }
 
 
 def measured(journal: Journal) -> dict[str, Measured]:

@@ -78,4 +78,8 @@ def _records(handle: IO[bytes]) -> Iterator[tuple[list[Completion], int]]:
         data = handle.read(length)
         if zlib.crc32(data).to_bytes(4, "little") != handle.read(4):
             return
-        yield msgspec.msgpack.decode(data, type=list[Completion]), handle.tell()
+        try:
+            completions = msgspec.msgpack.decode(data, type=list[Completion])
+        except (ValueError, RecursionError):  # sealed, but by another program
+            return
+        yield completions, handle.tell()
