@@ -21,6 +21,7 @@ from imatrix_runner.process import Command, Outcome, Runner, end_tree, relevant_
 from imatrix_runner.toolchain.amx import amx_build
 from imatrix_runner.toolchain.diagnose import diagnose, finder, manager, missing_needs, needs_advice, tool_path
 from imatrix_runner.toolchain.probe import CONVERTER, TOOLS, Toolchain, executable
+from imatrix_runner.toolchain.program_proof import tell_weakness
 from imatrix_runner.toolchain.source import (
     TESTED_VERSION,
     UPSTREAM,
@@ -180,6 +181,7 @@ def build(request: BuildRequest, runner: Runner, sink: Sink) -> Toolchain:
         toolchain = _publish(plan, source, store)
         sink(Saved(str(toolchain.directory), toolchain.identity()))
         sink(Finished(_STEP, "done", toolchain.identity(), time.monotonic() - began))
+        tell_weakness(toolchain, store.root, sink)
         _clean(plan, source)
         return toolchain
 

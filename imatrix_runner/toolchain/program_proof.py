@@ -19,6 +19,7 @@ import msgspec
 import imatrix_runner
 from imatrix_runner.endings import crashed, ending
 from imatrix_runner.errors import RunnerError
+from imatrix_runner.events import Sink, warning
 from imatrix_runner.files import read_json, stamp, write_json
 from imatrix_runner.process import Captured, Command, capture, relevant_lines
 from imatrix_runner.scratch import scratch_folder
@@ -47,6 +48,12 @@ class ProgramProof:
     repacking: Repacking = REPACKS
     broken: str = ""
 
+    def weakness(self, tools: Toolchain) -> str:
+        """What does not work, in a phrase; empty where all does."""
+        if self.broken:
+            return f"the programs in {tools.directory} cannot multiply here ({self.broken})"
+        return "" if self.repacking.works else self.repacking.line(f"what lies in {tools.directory}")
+
 
 class _Remembered(msgspec.Struct, frozen=True):
     """What was tried (``key``), and how it went."""
@@ -61,6 +68,13 @@ class _Tried:
 
     values: tuple[float, ...] = ()
     crash: str = ""
+
+
+def tell_weakness(tools: Toolchain, cache: Path, sink: Sink) -> None:
+    """Have new programs prove that they multiply, and warn where they do not."""
+    weakness = prove_programs(tools, cache).weakness(tools)
+    if weakness:
+        sink(warning(f"{weakness[:1].upper()}{weakness[1:]}."))
 
 
 def prove_programs(tools: Toolchain, cache: Path, env: Mapping[str, str] = os.environ) -> ProgramProof:

@@ -23,6 +23,7 @@ from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.archive import ArchiveError, unpack
 from imatrix_runner.toolchain.download import Fetcher
 from imatrix_runner.toolchain.probe import NEEDED, Toolchain, executable
+from imatrix_runner.toolchain.program_proof import tell_weakness
 from imatrix_runner.toolchain.source import check_ref
 from imatrix_runner.toolchain.store import Record, Store, cache_dir, now, safe_name
 from imatrix_runner.untrusted import UnreadableError, as_type
@@ -189,6 +190,7 @@ def install(request: InstallRequest, runner: Runner, sink: Sink, env: Mapping[st
         if toolchain.converter is None:
             sink(info("Releases carry no converter for Hugging Face models; imatrix-runner tools build makes one."))
         sink(Finished(_STEP, "done", toolchain.identity(), time.monotonic() - began))
+        tell_weakness(toolchain, store.root, sink)
         return toolchain
 
 

@@ -146,12 +146,8 @@ def repacking_of_library(bindings: Bindings) -> tuple[str, str]:
 
 def weakness_of_programs(tools: Toolchain, proof: ProgramProof) -> tuple[str, str]:
     """The same for llama.cpp's programs; also where they do not compute at all."""
-    todo = f"Type: imatrix-runner tools build{' --force' if tools.origin == ORIGIN else ''}"
-    if proof.broken:
-        return f"the programs in {tools.directory} cannot multiply here ({proof.broken})", todo
-    if proof.repacking.works:
-        return "", ""
-    return proof.repacking.line(f"what lies in {tools.directory}"), todo
+    weakness = proof.weakness(tools)
+    return weakness, f"Type: imatrix-runner tools build{' --force' if tools.origin == ORIGIN else ''}" if weakness else ""
 
 
 def make_checker(machine: Machine, runner: Runner) -> EmbeddedEngine:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -24,11 +25,12 @@ import psutil
 import pytest
 
 from imatrix_runner.errors import DownloadError, InterruptedRunError, ToolchainError
-from imatrix_runner.events import Event, Finished, Notice, Progress, Started
+from imatrix_runner.events import Event, Finished, Notice, Progress, Started, info
 from imatrix_runner.files import read_json
 from imatrix_runner.process import Runner
 from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain import build as building
+from imatrix_runner.toolchain.amx import WITHOUT_AMX, AmxBuild
 from imatrix_runner.toolchain.build import BuildRequest, build
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import TOOLS
@@ -91,6 +93,21 @@ def project(path: Path) -> Path:
         (path / part / "__init__.py").touch()
     (path / "LICENSE").write_text("MIT", encoding="utf-8")
     return path
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are x86-64's")
+def test_what_the_compiler_builds_wrong_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags reach the compiler, after those of the environment."""
+    tree = project(tmp_path / "llama.cpp")
+    check = "#if WITH != 1 || !defined(__SSE2__) || defined(__AMX_INT8__)\n#error flags\n#endif\n"
+    (tree / "part0.c").write_text(f"{check}int part0(void) {{ return 4; }}\n", encoding="utf-8")
+    monkeypatch.setattr(building, "amx_build", lambda _find, tree: AmxBuild((*WITHOUT_AMX, "-msse2"), f"of {tree.name}"))
+    monkeypatch.setenv("CFLAGS", "-DWITH=1 -mamx-int8")
+    events: list[Event] = []
+    made = build(BuildRequest(source=tree, cache=tmp_path / "cache", jobs=2), Runner(), events.append)
+    assert info("AMX is left out of the build: of llama.cpp.") in events
+    record = read_json(made.directory.parent / RECORD, Record)
+    assert "-DCMAKE_C_FLAGS=-DWITH=1 -mamx-int8 -mno-amx-tile -mno-amx-int8 -msse2" in record.flags
 
 
 @pytest.fixture
