@@ -105,6 +105,12 @@ placement_options = together(
     setting("-ot", "--override-tensor", multiple=True, metavar="REGEX=BUFFER", help="Where matching tensors lie."),
     setting("-fa", "--flash-attn", type=click.Choice(("on", "off", "auto")), help="Flash attention (default: auto)."),
     setting("--mmap/--no-mmap", default=True, show_default=True, help="Map the model's file into memory."),
+    setting(
+        "--repack/--no-repack",
+        default=True,
+        show_default=True,
+        help="Rearrange weights for this processor's kernels (left out by itself where those were seen to crash).",
+    ),
 )
 
 compute_options = together(
@@ -262,6 +268,7 @@ def compute_request(options: dict[str, Any], **changes: Any) -> CollectOptions:
         "override_tensors": tuple(options["override_tensor"]),
         "flash_attn": options["flash_attn"] or "",
         "mmap": options["mmap"],
+        "repack": options["repack"],
     }
     return CollectOptions(**{**values, **changes})
 

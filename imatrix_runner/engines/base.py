@@ -23,7 +23,7 @@ class CollectOptions:
     ``n_gpu_layers`` is llama.cpp's ``-ngl`` as typed (a number, ``auto`` or ``all``), ``tensor_split`` its ``-ts``,
     ``split_mode`` its ``-sm``, ``main_gpu`` its ``-mg``, ``override_tensors`` its ``-ot`` (each ``REGEX=BUFFER``),
     ``flash_attn`` its ``-fa`` (``on``, ``off``, ``auto``); empty or None: llama.cpp's default. ``repack`` false is its
-    ``--no-repack``: an engine sets it where the processor's own weight formats do not work (:meth:`Engine.arithmetic` says so).
+    ``--no-repack``; an engine also leaves repacking out where it does not work (then :meth:`Engine.arithmetic` says so).
     ``extra`` are further llama-imatrix options, passed through unread.
     """
 

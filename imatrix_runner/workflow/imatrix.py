@@ -169,6 +169,7 @@ def imatrix_inputs(request: ImatrixRequest, corpus: Corpus, frozen: Frozen, engi
     how += [f"-mg {options.main_gpu}" if options.main_gpu is not None else ""]
     how += [f"-ot {override}" for override in options.override_tensors]
     how += [f"-fa {options.flash_attn}" if options.flash_attn else "", "" if options.mmap else "--no-mmap"]
+    how += ["" if options.repack else "--no-repack"]
     how += ["--parse-special" if options.parse_special else "", "--process-output" if options.process_output else ""]
     how += [" ".join(options.extra), f"name {corpus.name}"]
     ranges = [f"--output-frequency {request.output_frequency}" if request.output_frequency else ""]

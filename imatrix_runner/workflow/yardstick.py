@@ -213,7 +213,7 @@ def _how(options: CollectOptions) -> str:
     how += [f"-sm {options.split_mode}" if options.split_mode else ""]
     how += [f"-mg {options.main_gpu}" if options.main_gpu is not None else ""]
     how += [f"-ot {override}" for override in options.override_tensors]
-    how += [f"-fa {options.flash_attn}" if options.flash_attn else ""]
+    how += [f"-fa {options.flash_attn}" if options.flash_attn else "", "" if options.repack else "--no-repack"]
     return " ".join(filter(None, how))
 
 

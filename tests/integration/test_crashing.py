@@ -160,6 +160,43 @@ def test_levels_are_measured_without_repacking_and_that_is_said(
     elsewhere = cli("evaluate", *made, *arguments(engine, toolchain), "--dry-run", "--json")
     assert {level["reason"] for level in elsewhere.document["plan"]["levels"]} == {"changed: engine"}
     assert "repacked" not in elsewhere.err
+    asked = cli("evaluate", *made, *arguments(engine, toolchain), "--no-repack", "--dry-run", "--json")
+    assert {level["reason"] for level in asked.document["plan"]["levels"]} == {"changed: options, engine"}
+
+
+def test_answers_are_written_without_repacking_too(
+    made: tuple[str, ...],
+    toolchain: Toolchain,
+    tmp_path: Path,
+    cli: CommandLine,
+    library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crash(monkeypatch, library, "repacked", signal.SIGILL)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "The keeper writes"}\n', encoding="utf-8")
+    computing = (*arguments("embedded", toolchain), "--levels", "Q4_0")
+    ran = cli("evaluate", *made, *computing, "--domain", prompts, "--predict", "4", "--json")
+    assert ran.code == 0, ran.err
+
+
+@ENGINES
+def test_a_matrix_of_a_quantised_model_is_collected_without_repacking(
+    engine: str,
+    made: tuple[str, ...],
+    toolchain: Toolchain,
+    tmp_path: Path,
+    tiny_text: Path,
+    cli: CommandLine,
+    library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    crash(monkeypatch, library, "repacked", signal.SIGILL)
+    level = tmp_path / "work" / "tiny" / "tiny-Q4_0.gguf"
+    ran = cli(
+        "imatrix", "generate", level, "-f", tiny_text, "--chunks", "4", *arguments(engine, toolchain), "--work-dir", "other"
+    )
+    assert ran.code == 0, ran.err
 
 
 @ENGINES

@@ -110,6 +110,12 @@ def test_an_older_program_is_told_in_its_own_words_not_to_map(spellings: tuple[s
     assert collect_argv(CollectOptions(mmap=False), tools)[-1:] == argv
 
 
+def test_weights_are_left_as_they_are_only_where_that_is_asked_for() -> None:
+    tools = fake_toolchain(options={"llama-imatrix": frozenset({"--no-repack"})})
+    assert collect_argv(CollectOptions(repack=False), tools)[-1:] == ["--no-repack"]
+    assert "--no-repack" not in collect_argv(CollectOptions(), tools)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -119,6 +125,7 @@ def test_an_older_program_is_told_in_its_own_words_not_to_map(spellings: tuple[s
         CollectOptions(override_tensors=("a=CPU",)),
         CollectOptions(flash_attn="on"),
         CollectOptions(mmap=False),
+        CollectOptions(repack=False),
     ],
     ids=str,
 )

@@ -32,7 +32,7 @@ _ANOTHER_MATRIX = "Use an imatrix made from this very model: imatrix-runner run 
 _NEARLY_FULL = 1 << 20
 _CRASHED = (
     "llama.cpp itself failed. See whether it computes here with: imatrix-runner doctor. If it does, this model is the cause: "
-    "try the other --engine, or another version with: imatrix-runner tools build --version X"
+    "try another llama.cpp (imatrix-runner tools build --version X), or --no-repack if it was calibrated or measured"
 )
 _LAST_WORDS = 5
 """Lines before the end in which a program that gives up says why."""
