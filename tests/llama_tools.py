@@ -12,7 +12,7 @@ from pathlib import Path
 
 from command_line import clean_environment
 
-from imatrix_runner.toolchain.probe import NEEDED, Toolchain
+from imatrix_runner.toolchain.probe import COUNTER, NEEDED, Toolchain
 
 _CHUNK = re.compile(r"\[(\d+)\]([\d.]+),")
 
@@ -93,7 +93,7 @@ def fake_tools(toolchain: Toolchain, folder: Path, **scripts: str) -> Path:
     The script finds the program it stands for in ``$real``, and ends in that if it does not end before.
     """
     folder.mkdir(parents=True)
-    for tool in NEEDED:
+    for tool in (*NEEDED, COUNTER):
         (folder / tool).symlink_to(toolchain.tool(tool))
     for name, script in scripts.items():
         program = folder / name.replace("_", "-")

@@ -30,7 +30,10 @@ def fake_toolchain(**changes: Any) -> Toolchain:
         backends=("cpu",),
         devices=(),
         types=quant_types("Q4_K_M", "IQ2_XS"),
-        options={"llama-imatrix": frozenset(("-fit", "-c", "-b"))},
+        options={
+            "llama-imatrix": frozenset(("-fit", "-c", "-b", "-lv", "--parse-special")),
+            "llama-tokenize": frozenset(("-m", "-f", "--ids", "--no-parse-special")),
+        },
         converter=None,
     )
     return replace(plain, **changes)

@@ -186,12 +186,16 @@ class DryRun:
     """What llama.cpp says it would do: the source of every recipe.
 
     ``types``: tensor name -> ggml type name (lower case, as ggml prints it) for every tensor of the output, in its order;
-    ``needs_imatrix`` is only ever true when none was given.
+    ``needs_imatrix`` is only ever true when none was given. ``row_bytes``: bytes of one row by type (upper case) and row
+    length, for types that only the engine's programs know. ``certain``: false where the programs could not say what they do
+    with the model and made a skeleton of it instead; then another type in the finished file is no error.
     """
 
     types: Mapping[str, str]
     fallbacks: tuple[Fallback, ...]
     needs_imatrix: bool
+    row_bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    certain: bool = True
 
 
 @dataclass(frozen=True)
@@ -344,6 +348,11 @@ class Engine(Protocol):
     @property
     def devices(self) -> tuple[str, ...]:
         """The GPUs it sees, one line each."""
+        ...
+
+    @property
+    def counts_experts(self) -> bool:
+        """Whether a collected matrix says how many tokens each expert saw, and keeps a tensor of which one saw none."""
         ...
 
     def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:

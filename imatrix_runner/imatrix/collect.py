@@ -24,7 +24,7 @@ from imatrix_runner.imatrix.checkpoint import Checkpoint
 from imatrix_runner.imatrix.chunks import RELOAD_SHARE, ChunkPlan, count_chunks, counted_tokens
 from imatrix_runner.imatrix.convergence import Point, Uncovered, converged, estimate, point, uncovered
 from imatrix_runner.imatrix.formats import prepare_gguf, read
-from imatrix_runner.imatrix.matrix import Entry, Matrix, add, entry_problem
+from imatrix_runner.imatrix.matrix import Entry, Matrix, add, as_collected, entry_problem
 from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
 from imatrix_runner.workspace import Workspace
 
@@ -223,8 +223,10 @@ class _Collection:
         errors: list[tuple[str, float]] = []
         matrix: Matrix | None = None
         try:
-            matrix = read(piece.path, exact=True).matrix
-            foreign = _miscounted(matrix, piece.chunks, request.options)
+            file = read(piece.path, exact=True)
+            matrix = as_collected(file.matrix, piece.chunks.count, request.options.n_ctx)
+            # A legacy file counts no tokens: that all chunks were computed is known from what the program said.
+            foreign = _miscounted(matrix, piece.chunks, request.options) if file.format == "gguf" else []
             if before is not None and not foreign:
                 add([before, matrix])  # for what it refuses
             for name in matrix.entries:

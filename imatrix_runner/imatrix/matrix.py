@@ -7,6 +7,7 @@ one row of sums and one count per expert for MoE tensors. See llama.cpp ``tools/
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -146,12 +147,13 @@ def _addable(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 
 class _InTokens(Entries):
-    def __init__(self, matrix: Matrix, chunk_size: int) -> None:
-        self._matrix, self._chunk_size = matrix, chunk_size
+    """A legacy matrix's entries with tokens for calls, ``each`` of them per call."""
+
+    def __init__(self, matrix: Matrix, each: float) -> None:
+        self._matrix, self._each = matrix, each
 
     def __getitem__(self, name: str) -> Entry:
-        entry = self._matrix.entries[name]
-        return Entry(entry.sums * self._chunk_size, entry.counts * self._chunk_size)
+        return Entry(self._matrix.entries[name].sums * self._each, self.counts(name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._matrix.entries
@@ -160,13 +162,27 @@ class _InTokens(Entries):
         return self._matrix.shape(name)
 
     def counts(self, name: str) -> Counts:
-        return self._matrix.counts(name) * self._chunk_size
+        counts: Counts = np.rint(self._matrix.counts(name) * self._each).astype(np.int64)
+        return counts
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._matrix.entries)
 
     def __len__(self) -> int:
         return len(self._matrix.entries)
+
+
+def as_collected(matrix: Matrix, n_chunks: int, chunk_size: int) -> Matrix:
+    """A matrix that was collected from ``n_chunks`` chunks, counted in tokens; one that counts tokens is returned as it is.
+
+    The legacy format counts calls: multiplications of one batch, of which a chunk takes one or several. Most weights meet
+    every token once, so the number of calls that most entries have stands for all the chunks.
+    """
+    if matrix.chunk_size or not matrix.entries:
+        return matrix
+    calls, _ = Counter(int(matrix.counts(name).max()) for name in matrix.entries).most_common(1)[0]
+    entries = _InTokens(matrix, n_chunks * chunk_size / max(1, calls))
+    return Matrix(entries, chunk_size, n_chunks, matrix.datasets)
 
 
 def in_tokens(matrix: Matrix, chunk_size: int) -> Matrix:

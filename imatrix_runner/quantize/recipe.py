@@ -48,7 +48,8 @@ class Recipe:
     ``file_bytes``: size of the output, None when a type's size is unknown (a fork's). ``failures``: why llama-quantize would
     refuse and what to do. ``weightless``: tensors that will be quantised without weights although there is an imatrix;
     ``unseen``: those whose entry counted no token, so that all their columns weigh alike; ``starved``: those whose type
-    cannot do without the weights the imatrix lacks (each is a failure too).
+    cannot do without the weights the imatrix lacks (each is a failure too). ``certain``: see
+    :class:`~imatrix_runner.engines.base.DryRun`.
     """
 
     level: Level
@@ -60,6 +61,7 @@ class Recipe:
     file_bytes: int | None
     unseen: tuple[str, ...] = ()
     starved: tuple[str, ...] = ()
+    certain: bool = True
 
     @property
     def n_elements(self) -> int:
@@ -122,7 +124,7 @@ def make_recipe(
             continue  # told below, by the tensor that was meant
         kind = type_name.upper()
         number = type_id(kind)
-        n_bytes = tensor_bytes(source.shape, number) if number is not None else None
+        n_bytes = tensor_bytes(source.shape, number) if number is not None else _told_bytes(source.shape, kind, dry_run)
         rows.append(RecipeTensor(name, written_shape(source.shape), source.type_name, kind, n_bytes, original))
         if kind == source.type_name.upper():
             continue
@@ -154,7 +156,14 @@ def make_recipe(
         _file_bytes(rows, header_bytes),
         tuple(lacks.unseen) if lacks is not None else (),
         tuple(lacks.starved) if lacks is not None else (),
+        dry_run.certain,
     )
+
+
+def _told_bytes(shape: tuple[int, ...], kind: str, dry_run: DryRun) -> int | None:
+    """Bytes of a tensor whose type only the engine's programs know, if they said what a row takes."""
+    row = dry_run.row_bytes.get((kind, shape[0]))
+    return row * prod(shape[1:]) if row is not None else None
 
 
 def _shape_problem(name: str, shape: tuple[int, ...], kind: str, number: int | None) -> Failure | None:

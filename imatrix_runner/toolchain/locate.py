@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix_runner.errors import ToolchainError
-from imatrix_runner.toolchain.probe import NEEDED, Rejected, Rejection, Toolchain, executable, probe
+from imatrix_runner.toolchain.probe import NEEDED, Rejected, Rejection, Toolchain, executable, probe, program
 from imatrix_runner.toolchain.store import ORIGIN, Store, cache_dir
 
 __all__ = ["ENV_VARIABLE", "Found", "cache_dir", "locate", "require"]
@@ -94,7 +94,7 @@ def usual_places(env: Mapping[str, str], system: str) -> tuple[Path, ...]:
 def _candidates(explicit: Path | None, env: Mapping[str, str], cache: Path, system: str) -> Iterator[tuple[Path, str]]:
     named = explicit or (Path(env[ENV_VARIABLE]) if env.get(ENV_VARIABLE) else None)
     if named is not None:
-        yield _inside(named.absolute()), _OPTION if explicit else ENV_VARIABLE
+        yield _inside(named.absolute(), old_names=True), _OPTION if explicit else ENV_VARIABLE
         return
     for folder, _ in Store(cache).complete():
         yield folder / "bin", ORIGIN
@@ -107,9 +107,17 @@ def _candidates(explicit: Path | None, env: Mapping[str, str], cache: Path, syst
             yield inside, _USUAL
 
 
-def _inside(directory: Path) -> Path:
-    """The folder in or below ``directory`` that holds binaries; ``directory`` itself when none does."""
-    return next((directory / place for place in _INSIDE if _holds_any(directory / place)), directory)
+def _inside(directory: Path, *, old_names: bool = False) -> Path:
+    """The folder in or below ``directory`` that holds binaries; ``directory`` itself when none does.
+
+    ``old_names``: also those that were called ``imatrix`` and ``quantize``; only where the user says that they are
+    llama.cpp's, because programs of other projects have such names too.
+    """
+    places = [directory / place for place in _INSIDE]
+    found = next((place for place in places if _holds_any(place)), None)
+    if found is None and old_names:
+        found = next((place for place in places if all(program(place, tool).is_file() for tool in NEEDED)), None)
+    return found or directory
 
 
 def _holds_any(directory: Path) -> bool:

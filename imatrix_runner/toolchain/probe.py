@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from imatrix_runner.endings import ending, signal_name
 from imatrix_runner.errors import ToolchainError
 from imatrix_runner.process import Captured, Command, capture
+from imatrix_runner.scratch import scratch_folder
+from imatrix_runner.toolchain.usage import Usage, read_usage
 
 TOOLS = ("llama-imatrix", "llama-quantize", "llama-tokenize", "llama-perplexity", "llama-gguf-split")
-NEEDED = ("llama-imatrix", "llama-quantize", "llama-tokenize")
+NEEDED = ("llama-imatrix", "llama-quantize")
+COUNTER = "llama-tokenize"
+"""Only tokens are counted with it, and some forks do not ship it: it may be absent, but where it is it must run."""
 CONVERTER = "convert_hf_to_gguf.py"
 
 _SUFFIX = ".exe" if os.name == "nt" else ""
@@ -103,6 +107,7 @@ class Toolchain:
     types: tuple[QuantType, ...]
     options: Mapping[str, frozenset[str]]
     converter: Path | None
+    usage: Mapping[str, Usage] = field(default_factory=dict)
 
     def tool(self, name: str) -> Path:
         """The path of one binary; :class:`ToolchainError` when this toolchain does not have it."""
@@ -118,6 +123,10 @@ class Toolchain:
     def knows(self, tool: str, option: str) -> bool:
         """Whether ``tool``'s own help lists ``option`` (as spelled: ``--save-frequency``, ``-ngl``)."""
         return option in self.options.get(tool, frozenset())
+
+    def takes(self, tool: str) -> Usage:
+        """How ``tool`` takes its options; like llama.cpp's current programs where its help was not read."""
+        return self.usage.get(tool) or Usage()
 
     def type(self, name: str) -> QuantType | None:
         """The quantisation type called ``name``, in any case, or None."""
@@ -136,12 +145,18 @@ def executable(directory: Path, tool: str) -> Path:
     return directory / f"{tool}{_SUFFIX}"
 
 
+def program(directory: Path, tool: str) -> Path:
+    """Where ``tool`` is in ``directory``, also under the name it had before June 2024: without ``llama-``."""
+    path, old = executable(directory, tool), executable(directory, tool.removeprefix("llama-"))
+    return old if old.is_file() and not path.is_file() else path
+
+
 def probe(directory: Path, origin: str, *, seconds: float = 20) -> Toolchain:
     """Run every binary in ``directory`` and read its abilities; raise :class:`Rejected` unless all :data:`NEEDED` run.
 
     ``seconds`` bounds each single run.
     """
-    paths = {tool: executable(directory, tool) for tool in TOOLS}
+    paths = {tool: program(directory, tool) for tool in TOOLS}
     missing = [tool for tool in NEEDED if not paths[tool].is_file()]
     if missing:
         raise Rejected(directory, origin, f"{_listed(missing)} {'is' if len(missing) == 1 else 'are'} not there")
@@ -149,22 +164,24 @@ def probe(directory: Path, origin: str, *, seconds: float = 20) -> Toolchain:
     def ask(tool: str, *arguments: str) -> Captured:
         return _ask(paths[tool], arguments, seconds)
 
+    must = (*NEEDED, *([COUNTER] if paths[COUNTER].is_file() else []))
     try:
         told = ask("llama-imatrix", "--version")
-        helps = {tool: _text(ask(tool, "--help")) for tool in NEEDED}
+        helps = {tool: _text(ask(tool, "--help")) for tool in must}
         options = {tool: parse_options(text) for tool, text in helps.items()}
         types = parse_types(helps["llama-quantize"])
-        for tool in NEEDED:
+        for tool in must:
             if not options[tool]:
                 raise _Unfit(f"{tool} runs, but its help lists no options: is it llama.cpp's?")
         if not types:
             raise _Unfit("llama-quantize runs, but its help lists no quantisation types")
         for tool in TOOLS:
-            if tool not in NEEDED and paths[tool].is_file():
+            if tool not in must and paths[tool].is_file():
                 try:
-                    options[tool] = parse_options(_text(ask(tool, "--help")))
+                    helps[tool] = _text(ask(tool, "--help"))
                 except _Unfit:
                     continue  # not needed: it is simply not part of this toolchain
+                options[tool] = parse_options(helps[tool])
         listed = ask("llama-imatrix", "--list-devices") if "--list-devices" in options["llama-imatrix"] else None
     except _Unfit as unfit:
         raise Rejected(directory, origin, str(unfit)) from unfit
@@ -184,6 +201,7 @@ def probe(directory: Path, origin: str, *, seconds: float = 20) -> Toolchain:
         types=types,
         options=options,
         converter=_converter(home),
+        usage={tool: read_usage(text) for tool, text in helps.items()},
     )
 
 
@@ -194,8 +212,9 @@ class _Unfit(Exception):
 def _ask(path: Path, arguments: Iterable[str], seconds: float) -> Captured:
     name = path.name
     try:
-        # Its own directory: a fork that writes a log beside itself must not litter the user's.
-        answer = capture(Command((str(path.absolute()), *arguments)), seconds=seconds)
+        # Releases of 2024 and forks write a log where they are started.
+        with scratch_folder() as folder:
+            answer = capture(Command((str(path.absolute()), *arguments), cwd=folder), seconds=seconds)
     except TimeoutError as error:
         raise _Unfit(f"{name} gave no answer within {seconds:g} s") from error
     except FileNotFoundError as error:

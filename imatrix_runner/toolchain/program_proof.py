@@ -139,7 +139,7 @@ def _run(tools: Toolchain, model: Path, *, repack: bool) -> _Tried:
     argv += ["-fit", "off"] if tools.knows(_TOOL, "-fit") else []
     argv += [] if repack else [_NO_REPACK]
     try:
-        told = capture(Command(tuple(argv)), seconds=_SECONDS)
+        told = capture(Command(tuple(argv), cwd=model.parent), seconds=_SECONDS)
     except (OSError, TimeoutError):
         return _Tried()
     if crashed(told.returncode):

@@ -109,7 +109,7 @@ class Choice:
         from imatrix_runner.engines.binaries.engine import BinariesEngine
 
         assert self.toolchain is not None
-        return BinariesEngine(self.toolchain, runner, self._proof.repacking)
+        return BinariesEngine(self.toolchain, runner, self._proof.repacking, cache_dir())
 
     @cached_property
     def _proof(self) -> ProgramProof:
@@ -128,7 +128,7 @@ class Choice:
         """The engine for the levels that the other does not offer, if there are any."""
         from imatrix_runner.engines.binaries.engine import BinariesEngine
 
-        return BinariesEngine(self.beside, runner) if self.beside is not None else None
+        return BinariesEngine(self.beside, runner, cache=cache_dir()) if self.beside is not None else None
 
 
 def repacking_of_library(bindings: Bindings) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from imatrix_runner.calibration.corpus import FEW_CHUNKS, Corpus, open_corpus, raw_warnings
 from imatrix_runner.engines.base import Engine
-from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.events import Saved, Sink, info, no_effect, warning
 from imatrix_runner.files import stamp
 from imatrix_runner.imatrix.chunks import (
@@ -258,9 +258,17 @@ def _tell_unparsed(n_tokens: int, corpus: Corpus, model: Model, session: Session
 
 def _range_size(request: ImatrixRequest, model: Model, n_tokens: int, engine: Engine) -> int:
     """Chunks from one checkpoint to the next: as asked for, else what makes its cost small, and short enough to decide by."""
+    if request.min_expert_tokens and not engine.counts_experts:
+        raise UsageError(
+            "--min-expert-tokens cannot be kept with these programs",
+            f"the llama-imatrix in use ({engine.identity()}) does not count the tokens that each expert saw",
+            "Leave it out, or use --engine embedded.",
+        )
     if request.output_frequency:
         return request.output_frequency
     options = request.options
+    if model.n_experts and not engine.counts_experts:
+        return max(1, n_tokens // options.n_ctx)  # of a range in which one expert saw nothing, its tensor would be lost
     gpu = bool(engine.devices) and options.n_gpu_layers != "0"
     weights, matrix = active_params(model), matrix_bytes(model)
     if request.until_converged is None and not request.min_expert_tokens:

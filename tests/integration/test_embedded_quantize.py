@@ -547,7 +547,7 @@ class TestErrors:
         assert made.ours.failed.exit_code == made.ours.outcome.returncode == 5
         error = made.errors()[0]
         assert type(error) is InvalidDataError
-        assert error.why == "the imatrix has no data for tensor token_embd.weight, and its type cannot do without"
+        assert error.why == "there is no imatrix data for tensor token_embd.weight, and its type cannot do without"
 
     def test_a_native_crash_is_the_worker_s_alone(
         self, engines: Engines, tools: BareTools, tiny_model: Path, tmp_path: Path

@@ -12,6 +12,7 @@ from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, 
 from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, quantize_options, tokenize_command
 from imatrix_runner.errors import ToolchainError, UsageError
 from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.toolchain.usage import Usage
 
 CPU = fake_toolchain()
 GPU = fake_toolchain(devices=("CUDA0: a GPU",), backends=("cpu", "cuda"))
@@ -142,8 +143,83 @@ def test_tokenising_prints_ids_only() -> None:
 
 
 def test_tokenising_reads_backslashes_as_the_collector_does() -> None:
-    knows = fake_toolchain(options={"llama-tokenize": frozenset(("--no-escape",))})
+    knows = fake_toolchain(options={"llama-tokenize": frozenset(("-f", "--no-escape"))})
     assert "--no-escape" in tokenize_command(Path("/m"), Path("/t"), knows, parse_special=False).argv
+
+
+# Releases of 2024 and forks take other options, or take them otherwise
+
+FIXED = ("-m", "-f", "-o", "--output-frequency", "--chunk", "--chunks", "-c", "-b", "-ub")
+"""What every llama-imatrix is told first, each with a value."""
+OLD_USAGE = Usage(frozenset(("-fa", "--no-mmap")), escapes=True, named_layers=False)
+OLD = fake_toolchain(
+    options={
+        "llama-imatrix": frozenset(("-c", "-ngl", "-fa", "--verbosity", "--no-escape", "--no-mmap")),
+        "llama-quantize": frozenset(("--imatrix", "--output-tensor-type", "--token-embedding-type", "--include-weights")),
+        "llama-tokenize": frozenset(("-m", "-f", "--ids")),
+    },
+    usage={"llama-imatrix": OLD_USAGE},
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "argv"),
+    [
+        (CollectOptions(), ["--no-escape"]),
+        (CollectOptions(n_gpu_layers="all"), ["-ngl", "999", "--no-escape"]),
+        (CollectOptions(n_gpu_layers="auto"), ["--no-escape"]),
+        (CollectOptions(n_gpu_layers="20"), ["-ngl", "20", "--no-escape"]),
+        (CollectOptions(flash_attn="on"), ["--no-escape", "-fa"]),
+        (CollectOptions(flash_attn="off"), ["--no-escape"]),
+        (CollectOptions(mmap=False), ["--no-escape", "--no-mmap"]),
+        (CollectOptions(ppl=False), ["--no-escape", "--no-ppl", "--verbosity", "2"]),
+    ],
+    ids=str,
+)
+def test_an_old_release_is_told_in_its_own_words(options: CollectOptions, argv: list[str]) -> None:
+    assert collect_argv(options, OLD)[1 + 2 * len(FIXED) :] == argv
+
+
+def test_special_tokens_are_refused_where_the_collector_cannot_parse_them() -> None:
+    with pytest.raises(UsageError, match="This llama-imatrix has no --parse-special"):
+        collect_argv(CollectOptions(parse_special=True), OLD)
+
+
+def test_a_tokenizer_that_cannot_leave_special_tokens_alone_is_not_asked_to() -> None:
+    argv = tokenize_command(Path("/m"), Path("/t"), OLD, parse_special=False).argv
+    assert argv[1:] == ("-m", "/m", "-f", "/t", "--ids")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (QuantizeOptions(tensor_types=("attn_q=q6_k",)), "--tensor-type"),
+        (QuantizeOptions(pins=("^blk=q6_k",)), "--tensor-type"),
+        (QuantizeOptions(prune_layers="1"), "--prune-layers"),
+        (QuantizeOptions(keep_split=True), "--keep-split"),
+        (QuantizeOptions(tensor_type_file=Path("/types")), "--tensor-type-file"),
+        (QuantizeOptions(exclude_weights=("attn",)), "--exclude-weights"),
+    ],
+    ids=str,
+)
+def test_what_an_old_quantizer_cannot_do_is_refused(options: QuantizeOptions, name: str) -> None:
+    with pytest.raises(UsageError, match=f"This llama-quantize has no {name}:") as caught:
+        quantize_command(replace(QUANTIZE, options=options), OLD)
+    assert "tools build" in caught.value.todo
+
+
+def test_an_old_quantizer_is_given_types_in_ggmls_own_case_and_no_limit_of_its_buffer() -> None:
+    options = QuantizeOptions(output_tensor_type="q6_k", token_embedding_type="Q8_0", max_buffer_size=64)
+    argv = quantize_command(replace(QUANTIZE, options=options), OLD).argv
+    assert argv[1:5] == ("--output-tensor-type", "q6_K", "--token-embedding-type", "q8_0")
+    assert "--max-buffer-size" not in argv
+
+
+def test_a_forks_own_name_for_types_of_tensors() -> None:
+    ik = fake_toolchain(options={"llama-quantize": frozenset(("--imatrix", "--custom-q"))})
+    options = QuantizeOptions(tensor_types=(r"blk\.0\.attn=q6_k", "ffn_down=iq4_k"))
+    argv = quantize_command(replace(QUANTIZE, options=options), ik).argv
+    assert argv[1:5] == ("--custom-q", r"blk\.0\.attn=q6_K", "--custom-q", "ffn_down=iq4_k")
 
 
 def test_quantising_without_an_imatrix() -> None:

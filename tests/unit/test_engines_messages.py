@@ -35,6 +35,7 @@ MISSING_WEIGHTS = """\
 ============================================================
 Missing importance matrix for tensor blk.0.attn_k.weight in a very low-bit quantization
 The result will be garbage, so bailing out"""
+NO_MATRIX = "Please do not use IQ1_S, IQ1_M, IQ2_S, IQ2_XXS, IQ2_XS or Q2_K_S quantization without an importance matrix"
 OTHER_SIZE = "====== llama_model_quantize_impl: imatrix size 512 is different from tensor size 256 for blk.0.attn_q.weight"
 EMBEDDING_SIZE = "====== llama_model_quantize_impl: imatrix size 512 is different from tensor size 256 for token_embd.weight"
 UNKNOWN_TOKENIZER = "error loading model vocabulary: unknown pre-tokenizer type: 'newbpe'"
@@ -51,10 +52,12 @@ QUANTIZE = "llama_model_quantize: failed to quantize: "
 # What is printed, the class of the error, and what "why" and "do" must name. One entry at least for every row of KNOWN.
 PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (NEEDS_IMATRIX, InvalidDataError, "blk.0.attn_q.weight", "--imatrix"),
-    (MISSING_WEIGHTS, InvalidDataError, "no data for tensor blk.0.attn_k.weight", "--uncovered q4_k"),
+    (MISSING_WEIGHTS, InvalidDataError, "no imatrix data for tensor blk.0.attn_k.weight", "--uncovered q4_k"),
+    (NO_MATRIX, InvalidDataError, "needs an importance matrix", "--imatrix generate"),
     (OTHER_SIZE, InvalidDataError, "512 values for blk.0.attn_q.weight, the model needs 256", "--imatrix generate"),
     (f"{QUANTIZE}imatrix contains non-finite value nan", InvalidDataError, "NaN", "--imatrix generate"),
     ("load_imatrix: failed to load imatrix from 'i.gguf'", InvalidDataError, "cannot read the imatrix", "--imatrix generate"),
+    ("load_imatrix: failed reading data for entry 0", InvalidDataError, "cannot read the imatrix", "--imatrix generate"),
     ("load_imatrix: missing imatrix metadata in file i.gguf", InvalidDataError, "cannot read the imatrix", ""),
     (f"{QUANTIZE}requantizing from type q4_K is disabled", InvalidDataError, "already quantised (q4_K)", "--allow-requantize"),
     (f"{LOAD}unknown model architecture: 'newmodel'", ToolchainError, "architecture newmodel", "tools build"),

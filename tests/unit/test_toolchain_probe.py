@@ -17,6 +17,7 @@ from imatrix_runner.process import Captured
 from imatrix_runner.toolchain import locate as locating
 from imatrix_runner.toolchain.locate import ENV_VARIABLE, locate, require, usual_places
 from imatrix_runner.toolchain.probe import (
+    COUNTER,
     NEEDED,
     Rejected,
     find_backends,
@@ -193,7 +194,7 @@ def test_a_fork_with_its_own_type_counts(tmp_path: Path) -> None:
     assert found.identity() == "llama.cpp 0.5.0-dev build 9976 commit 0c1e57098"
     assert found.knows("llama-imatrix", "--output-frequency")
     assert not found.knows("llama-imatrix", "--no-mmproj")
-    assert set(found.tools) == set(NEEDED)
+    assert set(found.tools) == {*NEEDED, COUNTER}
     assert found.backends == ("cpu",)
     assert found.devices == ()
     assert found.converter is None
@@ -252,8 +253,28 @@ def test_files_that_are_not_programs_are_refused(tmp_path: Path) -> None:
     (directory / "llama-imatrix").chmod(0o755)
     assert "loader or interpreter" in why(directory)
     (directory / "llama-imatrix").unlink()
+    (directory / "llama-quantize").unlink()
+    assert why(directory) == "llama-imatrix and llama-quantize are not there"
+
+
+def test_a_toolchain_need_not_count_tokens(tmp_path: Path) -> None:
+    directory = tools(tmp_path / "bin")
     (directory / "llama-tokenize").unlink()
-    assert why(directory) == "llama-imatrix and llama-tokenize are not there"
+    found = probe(directory, "test")
+    assert set(found.tools) == set(NEEDED)
+    with pytest.raises(ToolchainError, match="llama-tokenize is not part of this toolchain"):
+        found.tool("llama-tokenize")
+
+
+def test_programs_under_the_names_they_had_until_june_2024(tmp_path: Path) -> None:
+    """Only where the user says that they are llama.cpp's: other projects have a ``quantize``, too."""
+    directory = tools(tmp_path / "llama.cpp")
+    for path in list(directory.iterdir()):
+        path.rename(path.with_name(path.name.removeprefix("llama-")))
+    named = locate(tmp_path / "llama.cpp", env={}, cache=tmp_path / "cache").toolchain
+    assert named is not None
+    assert named.tool("llama-quantize") == directory / "quantize"
+    assert locate(None, env={"PATH": str(directory)}, cache=tmp_path / "cache", system="test").toolchain is None
 
 
 def test_a_quantizer_without_types_is_refused(tmp_path: Path) -> None:

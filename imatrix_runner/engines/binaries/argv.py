@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
@@ -21,7 +24,8 @@ ADD_END = "tokenizer.ggml.add_eos_token"
 """Metadata: whether the vocabulary ends every text with a token."""
 
 # With --no-ppl there is no line per chunk; at this verbosity the collector names the chunk it is in.
-_VERBOSE = "5"
+_VERBOSE, _OLD_VERBOSE = "5", "2"
+_ALL_LAYERS = "999"  # for programs whose -ngl takes numbers only
 
 
 def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolchain, *, ends_texts: bool = False) -> Command:
@@ -38,13 +42,24 @@ def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolc
         *_compute("llama-imatrix", options, tools, ends_texts=ends_texts),
     ]
     if options.parse_special:
-        argv.append("--parse-special")
+        argv.append(_known("llama-imatrix", tools, "--parse-special"))
     if options.process_output:
         argv.append("--process-output")
     if not options.ppl:
-        argv += ["--no-ppl", "-lv", _VERBOSE]
+        argv += ["--no-ppl", *_talkative(tools)]
     argv += _extra(options)
-    return Command(tuple(argv))
+    return Command(tuple(argv), cwd=_aside("llama-imatrix", tools, out.parent))
+
+
+def _aside(tool: str, tools: Toolchain, folder: Path) -> Path | None:
+    """Where a program that leaves a log is started; None for others, for which it does not matter."""
+    return folder.absolute() if tools.takes(tool).leaves_log else None
+
+
+def _talkative(tools: Toolchain) -> list[str]:
+    if tools.knows("llama-imatrix", "-lv"):
+        return ["-lv", _VERBOSE]
+    return ["--verbosity", _OLD_VERBOSE] if tools.knows("llama-imatrix", "--verbosity") else []
 
 
 def refer_command(job: ReferJob, out: Path, tools: Toolchain, *, ends_texts: bool = False) -> Command:
@@ -64,7 +79,7 @@ def refer_command(job: ReferJob, out: Path, tools: Toolchain, *, ends_texts: boo
         *_compute(PERPLEXITY, job.options, tools, ends_texts=ends_texts),
         *_extra(job.options),
     ]
-    return Command(tuple(argv))
+    return Command(tuple(argv), cwd=_aside(PERPLEXITY, tools, out.parent))
 
 
 def judge_command(job: JudgeJob, base: Path, tools: Toolchain, *, ends_texts: bool = False) -> Command:
@@ -80,7 +95,7 @@ def judge_command(job: JudgeJob, base: Path, tools: Toolchain, *, ends_texts: bo
         *_compute(PERPLEXITY, job.options, tools, ends_texts=ends_texts),
         *_extra(job.options),
     ]
-    return Command(tuple(argv))
+    return Command(tuple(argv), cwd=_aside(PERPLEXITY, tools, job.out.parent))
 
 
 def _path(path: Path) -> str:
@@ -107,13 +122,22 @@ def _compute(tool: str, options: CollectOptions, tools: Toolchain, *, ends_texts
     argv += ["-c", str(options.n_ctx), "-b", str(options.n_batch), "-ub", str(options.n_ubatch)]
     if options.threads:
         argv += ["-t", str(options.threads)]
-    if options.n_gpu_layers:
-        argv += ["-ngl", options.n_gpu_layers]
+    if layers := _layers(tool, options, tools):
+        argv += ["-ngl", layers]
+    if tools.takes(tool).escapes:
+        argv.append("--no-escape")  # a text is what it is: a written "\\n" is no line break
     explicit = options.n_gpu_layers not in ("", "auto") or not tools.devices
     if explicit and tools.knows(tool, "-fit") and "-fit" not in options.extra:
         # Fitting to free memory may place layers differently from one segment to the next; it also loads twice.
         argv += ["-fit", "off"]
     return argv + _placement(tool, options, tools)
+
+
+def _layers(tool: str, options: CollectOptions, tools: Toolchain) -> str:
+    """``-ngl`` as this tool takes it; empty for its default."""
+    if tools.takes(tool).named_layers:
+        return options.n_gpu_layers
+    return {"auto": "", "all": _ALL_LAYERS}.get(options.n_gpu_layers, options.n_gpu_layers)
 
 
 def _placement(tool: str, options: CollectOptions, tools: Toolchain) -> list[str]:
@@ -125,10 +149,12 @@ def _placement(tool: str, options: CollectOptions, tools: Toolchain) -> list[str
         (("-sm", "--split-mode"), (options.split_mode,)),
         (("-mg", "--main-gpu"), (main_gpu,)),
         (("-ot", "--override-tensor"), options.override_tensors),
-        (("-fa", "--flash-attn"), (options.flash_attn,)),
+        (("-fa", "--flash-attn"), (_flash_attention(tool, options, tools),)),
     ):
         for value in filter(None, values):
             argv += [_known(tool, tools, *names), value]
+    if options.flash_attn == "on" and _is_flag(tool, tools):
+        argv.append("-fa")
     if not options.mmap:
         # Since 2026 loading has modes, and --no-mmap is gone.
         name = _known(tool, tools, "--no-mmap", "--load-mode")
@@ -138,6 +164,15 @@ def _placement(tool: str, options: CollectOptions, tools: Toolchain) -> list[str
     return argv
 
 
+def _flash_attention(tool: str, options: CollectOptions, tools: Toolchain) -> str:
+    """The value for ``-fa``; empty where it is a flag (2024), whose absence means ``off``."""
+    return "" if _is_flag(tool, tools) else options.flash_attn
+
+
+def _is_flag(tool: str, tools: Toolchain) -> bool:
+    return "-fa" in tools.takes(tool).flags
+
+
 def _known(tool: str, tools: Toolchain, *names: str) -> str:
     """The first spelling that this tool knows."""
     for name in names:
@@ -145,17 +180,18 @@ def _known(tool: str, tools: Toolchain, *names: str) -> str:
             return name
     raise UsageError(
         f"This {tool} has no {names[0]}",
-        f"its help ({tools.identity()}, {tools.directory}) lists neither {' nor '.join(names)}",
+        f"the help of {tool} ({tools.identity()}, {tools.directory}) does not list {' or '.join(names)}",
         "Leave the option out, or build the current tools with: imatrix-runner tools build",
     )
 
 
 def tokenize_command(model: Path, text: Path, tools: Toolchain, *, parse_special: bool) -> Command:
     """llama-tokenize, ids only: it reads the vocabulary, not the weights."""
-    argv = [str(tools.tool("llama-tokenize")), "-m", _path(model), "-f", _path(text), "--ids"]
+    name = "llama-tokenize"
+    argv = [str(tools.tool(name)), "-m", _path(model), _known(name, tools, "-f"), _path(text), "--ids"]
     if tools.knows("llama-tokenize", "--no-escape"):
         argv.append("--no-escape")  # it turns a written "\n" into a line break, llama-imatrix does not
-    if not parse_special:
+    if not parse_special and tools.knows("llama-tokenize", "--no-parse-special"):
         argv.append("--no-parse-special")
     return Command(tuple(argv))
 
@@ -166,7 +202,7 @@ def quantize_command(job: QuantizeJob, tools: Toolchain, *, dry_run: bool = Fals
     It runs in the imatrix's directory and is given its bare name: the path goes into the output's metadata
     (``quantize.imatrix.file``), where a user's folders have no business and would make equal jobs differ.
     """
-    argv = [str(tools.tool("llama-quantize")), *quantize_options(job.options)]
+    argv = [str(tools.tool("llama-quantize")), *_spelled(quantize_options(_taken(job.options, tools)), tools)]
     if job.imatrix is not None:
         argv += ["--imatrix", job.imatrix.name]
     if dry_run:
@@ -211,3 +247,50 @@ def quantize_options(options: QuantizeOptions) -> list[str]:
     for pin in options.pins:
         argv += ["--tensor-type", pin]
     return argv
+
+
+_QUANTIZE = "llama-quantize"
+_TENSOR_TYPE, _CUSTOM_TYPES = "--tensor-type", "--custom-q"
+"""The second is ik_llama.cpp's name for the first."""
+
+
+def _taken(options: QuantizeOptions, tools: Toolchain) -> QuantizeOptions:
+    """The options that this llama-quantize has. Raises :class:`UsageError` for a wanted one that it lacks."""
+    if _QUANTIZE not in tools.options:
+        return options
+    for names, wanted in (
+        ((_TENSOR_TYPE, _CUSTOM_TYPES), options.tensor_types or options.pins),
+        (("--tensor-type-file",), options.tensor_type_file),
+        (("--prune-layers",), options.prune_layers),
+        (("--keep-split",), options.keep_split),
+        (("--include-weights",), options.include_weights),
+        (("--exclude-weights",), options.exclude_weights),
+        (("--output-tensor-type",), options.output_tensor_type),
+        (("--token-embedding-type",), options.token_embedding_type),
+        (("--override-kv",), options.override_kv),
+    ):
+        if wanted:
+            _known(_QUANTIZE, tools, *names)
+    # Without --max-buffer-size more memory is used, and the same bytes are written.
+    return options if tools.knows(_QUANTIZE, "--max-buffer-size") else replace(options, max_buffer_size=None)
+
+
+def _spelled(argv: Sequence[str], tools: Toolchain) -> Iterator[str]:
+    """The options as programs without ``--tensor-type`` spell them: ``--custom-q``, and types in ggml's own case (``q4_K``)."""
+    if _QUANTIZE not in tools.options or tools.knows(_QUANTIZE, _TENSOR_TYPE):
+        yield from argv
+        return
+    before = ""
+    for word in argv:
+        if before == _TENSOR_TYPE:
+            pattern, _, kind = word.rpartition("=")
+            yield f"{pattern}={_as_ggml(kind)}"
+        elif before in ("--output-tensor-type", "--token-embedding-type"):
+            yield _as_ggml(word)
+        else:
+            yield _CUSTOM_TYPES if word == _TENSOR_TYPE else word
+        before = word
+
+
+def _as_ggml(kind: str) -> str:
+    return re.sub(r"^(q\d)_k$", r"\1_K", kind.lower())

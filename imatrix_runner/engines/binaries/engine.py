@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -27,32 +29,53 @@ from imatrix_runner.engines.base import (
 )
 from imatrix_runner.engines.binaries import perplexity
 from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, tokenize_command
+from imatrix_runner.engines.binaries.handover import Handover
 from imatrix_runner.engines.binaries.lines import ImatrixOutput, QuantizeOutput, parse_token_ids
-from imatrix_runner.engines.binaries.messages import explain
+from imatrix_runner.engines.binaries.messages import explain, rounded_context
+from imatrix_runner.engines.binaries.skeleton import is_yet_to_be_made, make_skeleton
 from imatrix_runner.engines.binaries.vocabulary import end_token, ends_texts
 from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink
 from imatrix_runner.models.finite import no_numbers, non_finite_tensor
+from imatrix_runner.models.gguf_file import type_id
 from imatrix_runner.process import Runner
 from imatrix_runner.scratch import scratch_folder
+from imatrix_runner.toolchain.capabilities import Capabilities, capabilities
 from imatrix_runner.toolchain.probe import QuantType, Toolchain
 from imatrix_runner.toolchain.repacking import REPACKS, Repacking
+from imatrix_runner.toolchain.store import cache_dir
 
 # tools/imatrix/imatrix.cpp: LOG_ERR of IMatrixCollector::collect_imatrix.
 _NON_FINITE = re.compile(r"non-finite values detected in (\S+)")
 
 
 class BinariesEngine:
-    """Drives the programs of one located toolchain through one :class:`~imatrix_runner.process.Runner`."""
+    """Drives the programs of one located toolchain through one :class:`~imatrix_runner.process.Runner`.
+
+    What they can do beyond what their help says is found out when it first matters, and remembered in ``cache``.
+    """
 
     name = "binaries"
 
-    def __init__(self, toolchain: Toolchain, runner: Runner, repacking: Repacking = REPACKS) -> None:
+    def __init__(self, toolchain: Toolchain, runner: Runner, repacking: Repacking = REPACKS, cache: Path | None = None) -> None:
         """``repacking``: what the programs proved (:func:`~imatrix_runner.toolchain.program_proof.prove_programs`)."""
         self.toolchain = toolchain
         self._runner = runner
         self._repacking = repacking
+        self._cache = cache or cache_dir()
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        return capabilities(self.toolchain, self._cache)
+
+    @cached_property
+    def _handover(self) -> Handover:
+        return Handover(self.capabilities.reads)
+
+    def _handed(self, job: QuantizeJob) -> QuantizeJob:
+        """The job with its imatrix in the format that llama-quantize reads."""
+        return job if job.imatrix is None else replace(job, imatrix=self._handover.path(job.imatrix))
 
     def identity(self) -> str:
         return self.toolchain.identity()
@@ -92,6 +115,10 @@ class BinariesEngine:
                 "llama-tokenize gave no tokens", str(error), "Check the toolchain: imatrix-runner doctor"
             ) from error
 
+    @property
+    def counts_experts(self) -> bool:
+        return self.capabilities.counts_experts
+
     def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:
         """One llama-imatrix for each range: its own mid-run saves are torn, only a run that ended well can be trusted.
 
@@ -124,6 +151,8 @@ class BinariesEngine:
             was_loaded = output.loaded
             if not output.feed(stream, piece):
                 return
+            if output.chunk_size not in (None, job.options.n_ctx):
+                raise rounded_context("llama-imatrix", job.options.n_ctx, output.chunk_size)
             if output.loaded and not was_loaded:
                 loaded_at = time.monotonic()
             if output.wild:
@@ -163,11 +192,34 @@ class BinariesEngine:
         return perplexity.judge(replace(job, options=self._options(job.options)), sink, self.toolchain, self._runner)
 
     def dry_run(self, job: QuantizeJob) -> DryRun:
+        """What llama-quantize says itself, or what it makes of the model's skeleton where it cannot say."""
+        # A program that reads only the legacy format may insist on every weight even when it plans.
+        pending = self.capabilities.reads == "dat" and is_yet_to_be_made(job)
+        if pending or not self.toolchain.knows("llama-quantize", "--dry-run"):
+            return replace(self._try_skeleton(job), certain=False)
         output = QuantizeOutput()
-        outcome = self._runner.run(quantize_command(job, self.toolchain, dry_run=True), log=job.log, on_text=output.feed)
+        command = quantize_command(self._handed(job), self.toolchain, dry_run=True)
+        outcome = self._runner.run(command, log=job.log, on_text=output.feed)
         if not outcome.ok:
             raise explain(outcome, f"llama-quantize cannot plan {job.ftype}")
-        return output.as_dry_run()
+        planned = output.as_dry_run()
+        if all(type_id(kind) is not None for kind in planned.types.values()):
+            return planned
+        try:
+            return replace(planned, row_bytes=self._try_skeleton(job).row_bytes)
+        except (EngineError, InvalidDataError):
+            return planned  # the sizes of the types that only it knows stay unknown; its log says why
+
+    def _try_skeleton(self, job: QuantizeJob) -> DryRun:
+        """Quantise the skeleton of the job's model, and read the types and sizes off the result."""
+        with scratch_folder() as folder:
+            skeleton = make_skeleton(job, folder)
+            output = QuantizeOutput()
+            outcome = self._runner.run(quantize_command(skeleton.job, self.toolchain), log=job.log, on_text=output.feed)
+            if not outcome.ok:
+                raise explain(outcome, f"llama-quantize cannot plan {job.ftype}", writes=skeleton.job.out)
+            planned = output.as_dry_run()
+            return replace(planned, row_bytes=skeleton.row_bytes(planned.types))
 
     def dry_runs(self, jobs: Sequence[QuantizeJob], log: Path | None) -> list[DryRun | RunnerError]:
         with ThreadPoolExecutor(max_workers=psutil.cpu_count() or 1) as pool:
@@ -180,7 +232,8 @@ class BinariesEngine:
             if output.feed(stream, piece):
                 sink(Progress(job.step, output.elements, note=f"{output.index}/{output.total} {output.tensor}"))
 
-        outcome = self._runner.run(quantize_command(job, self.toolchain), log=job.log, on_text=follow)
+        command = quantize_command(self._handed(job), self.toolchain)
+        outcome = self._runner.run(command, log=job.log, on_text=follow)
         if not outcome.ok:
             raise explain(outcome, f"llama-quantize failed on {job.ftype}", writes=job.out)
         return Quantized(outcome.seconds, tuple(output.fallbacks), tuple(output.without_weights))
@@ -191,7 +244,11 @@ class BinariesEngine:
         return None
 
     def command(self, job: QuantizeJob) -> str:
-        return str(quantize_command(job, self.toolchain))
+        if job.imatrix is None or self.capabilities.reads == "gguf":
+            return str(quantize_command(job, self.toolchain))
+        legacy = job.imatrix.with_suffix(".dat")
+        convert = ["imatrix-runner", "imatrix", "convert", str(job.imatrix), str(legacy)]
+        return f"{shlex.join(convert)} && {quantize_command(replace(job, imatrix=legacy), self.toolchain)}"
 
 
 def _perplexity(output: ImatrixOutput, options: CollectOptions) -> Perplexity:

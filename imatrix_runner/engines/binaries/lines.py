@@ -12,7 +12,10 @@ from imatrix_runner.engines.base import DryRun, Fallback
 # tools/imatrix/imatrix.cpp: LOG("[%d]%.4lf,", chunk, ppl) on stdout, without line ends.
 _CHUNK = re.compile(r"\[(\d{1,9})\]([-+\w.]{1,60}),")
 _LOADED = "compute_imatrix: tokenizing the input"
-_COMPUTING = re.compile(r"computing over (\d{1,9}) chunks, n_ctx=(\d+), batch_size=(\d+), n_seq=(\d+)")
+_COMPUTING = re.compile(r"computing over (\d{1,9}) chunks\b")
+# Releases of 2024 compute one chunk at a time, and some forks round the context up to what their kernels like.
+_ONE_BY_ONE = re.compile(r"computing over \d+ chunks with batch_size")
+_CONTEXT = re.compile(r"^llama_\w+ *: n_ctx +=? *(\d{1,9})$")
 # LOG_DBGV(2, "%s[%d]: %32s, ..."), "collect_imatrix", last_chunk: the chunk being collected, at high verbosity.
 _COLLECTING = re.compile(r"collect_imatrix\[(\d{1,9})\]:")
 
@@ -23,10 +26,12 @@ _TENSOR = re.compile(
 )
 _CONVERTING = re.compile(r"converting to (\S+) \.\.")
 _DRY_TYPE = re.compile(r"size =\s*[\d.]+ MiB ->\s*[\d.]+ MiB \((\S+)\)")
-_SIZE = re.compile(r"size =\s*[\d.]+ MiB")
+_SIZE = re.compile(r"size =\s*[\d.]+ Mi?B")
 _FALLBACK = re.compile(
     r"warning: (\S.*?)\s+- ncols\s+\d+ not divisible by\s+\d+ \(required for type\s+(\S+)\).*-> falling back to\s+(\S+)"
 )
+# Before 2026, and in forks: without the tensor's name, which stands in the line before.
+_NAMELESS_FALLBACK = re.compile(r"tensor cols .*, required for (\S+)\s+- using fallback quantization (\S+)")
 _NO_WEIGHTS = re.compile(r"did not find weights for (\S.*?)\s*$")
 _NEEDS_IMATRIX = "will require an imatrix!"
 
@@ -45,7 +50,8 @@ class Lines:
 @dataclass
 class ImatrixOutput:
     """Follows one llama-imatrix run. ``done`` counts finished chunks; ``ppl`` is the perplexity of its first ``ppl_chunks``.
-    ``wild``: the first chunk after which that was NaN or infinite, from 1; 0 while there is none."""
+    ``wild``: the first chunk after which that was NaN or infinite, from 1; 0 while there is none. ``chunk_size`` is what it
+    takes for a chunk, where it says so."""
 
     done: int = 0
     ppl: float | None = None
@@ -53,14 +59,18 @@ class ImatrixOutput:
     wild: int = 0
     loaded: bool = False
     n_chunks: int | None = None
+    chunk_size: int | None = None
+    _context: int | None = None
     _stdout: str = ""
     _stderr: Lines = field(default_factory=Lines)
 
     def feed(self, stream: str, text: str) -> bool:
         """Take a piece; true if something changed that is worth telling."""
-        before = (self.done, self.ppl, self.loaded)
+        before = (self.done, self.ppl, self.loaded, self.chunk_size)
         if stream == "stdout":
             self._stdout += text
+            for match in _COLLECTING.finditer(self._stdout):  # releases of 2024 print it here
+                self.done = max(self.done, int(match[1]))
             for match in _CHUNK.finditer(self._stdout):
                 self.done = self.ppl_chunks = int(match[1])
                 self.ppl = _number(match[2])
@@ -73,13 +83,16 @@ class ImatrixOutput:
         else:
             for line in self._stderr.feed(text):
                 self._line(line)
-        return (self.done, self.ppl, self.loaded) != before
+        return (self.done, self.ppl, self.loaded, self.chunk_size) != before
 
     def _line(self, line: str) -> None:
         if _LOADED in line:
             self.loaded = True
         elif match := _COMPUTING.search(line):
             self.n_chunks = int(match[1])
+            self.chunk_size = self._context if _ONE_BY_ONE.search(line) else None
+        elif match := _CONTEXT.match(line):
+            self._context = int(match[1])
         elif match := _COLLECTING.search(line):
             self.done = max(self.done, int(match[1]))
 
@@ -127,6 +140,8 @@ class QuantizeOutput:
             line = line[match.end() :]
         elif match := _FALLBACK.search(line):
             self.fallbacks.append(Fallback(match[1], match[2], match[3]))
+        elif match := _NAMELESS_FALLBACK.search(line):
+            self.fallbacks.append(Fallback(self.tensor, match[1], match[2]))
         elif match := _NO_WEIGHTS.search(line):
             self.without_weights.append(match[1])
         elif _NEEDS_IMATRIX in line:

@@ -49,8 +49,15 @@ KNOWN: tuple[Known, ...] = (
     _known(
         r"Missing importance matrix for tensor (\S+) in a very low-bit",
         InvalidDataError,
-        "the imatrix has no data for tensor {1}, and its type cannot do without",
+        "there is no imatrix data for tensor {1}, and its type cannot do without",
         "Give tensors without data a type that needs none: --uncovered q4_k; or choose a level of 3 bits or more.",
+    ),
+    _known(
+        # Before 2026, and in forks, the program itself refuses some ftypes.
+        r"Please do not use .* quantization without an importance matrix",
+        InvalidDataError,
+        "it needs an importance matrix and there is none",
+        "Give one with --imatrix FILE, or let one be made with --imatrix generate.",
     ),
     _known(
         # For token embeddings llama-quantize says so too, but goes on.
@@ -66,7 +73,7 @@ KNOWN: tuple[Known, ...] = (
         _ANOTHER_MATRIX,
     ),
     _known(
-        r"load_imatrix: failed to load imatrix from|missing imatrix metadata in file",
+        r"load_imatrix: (?:failed to load imatrix from|no data in file|failed reading)|missing imatrix metadata in file",
         InvalidDataError,
         "llama-quantize cannot read the imatrix",
         _ANOTHER_MATRIX,
@@ -201,6 +208,15 @@ KNOWN: tuple[Known, ...] = (
         "The log tells more; check that the file is complete, or update the tools: imatrix-runner tools build",
     ),
 )
+
+
+def rounded_context(tool: str, asked: int, taken: int | None) -> UsageError:
+    """The error for a program that computes with a larger context than it was given."""
+    return UsageError(
+        f"{tool} does not compute chunks of {asked} tokens",
+        f"it rounds the context up to {taken}, so its chunks would not be those that were planned",
+        f"Give -c {taken}, or use --engine embedded.",
+    )
 
 
 def explain(outcome: Outcome, what: str, *, writes: Path | None = None) -> RunnerError:

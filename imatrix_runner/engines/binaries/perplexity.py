@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from imatrix_runner.engines.binaries.argv import judge_command, refer_command
+from imatrix_runner.engines.binaries.argv import PERPLEXITY, judge_command, refer_command
 from imatrix_runner.engines.binaries.lines import ImatrixOutput, Lines
-from imatrix_runner.engines.binaries.messages import explain, full_disk, recognise, with_log
+from imatrix_runner.engines.binaries.messages import explain, full_disk, recognise, rounded_context, with_log
 from imatrix_runner.engines.binaries.vocabulary import ends_texts, n_tokens
 from imatrix_runner.engines.logits_file import LogitsHead, first_wild_chunk, note_path, read_head, scored_tokens
 from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Divergence, Estimate, JudgeJob, ReferJob
@@ -44,6 +44,8 @@ _ROW = re.compile(r"^ *(\d{1,9}) +(\S+) ± +\S+ +\S+ ± +\S+ +(\S+) ± +\S+ ")
 _FIGURE = re.compile(r"^ *(\S[^:]*?) *: +([-+\w.]+)%?(?: ± +([-+\w.]+)(?: %)?)?$")
 _WRONG = re.compile(r"kl_divergence ?: (failed .*|inconsistent .*|.* does not look like .*|.* has been computed with .*)")
 _INVALID = re.compile(r"tensor '([^']*)' has invalid data|ggml_validate_row_data: found ")
+# Lines that releases before 2025 do not print.
+_LATER_KLD = frozenset((0.95, 0.9, 0.001))
 _NAMES = {1.0: "Maximum", 0.5: "Median", 0.0: "Minimum"}
 
 
@@ -97,6 +99,11 @@ class DivergenceOutput:
         except KeyError:
             return None
 
+    def _kld_fractions(self) -> tuple[float, ...]:
+        """The percentiles that this llama-perplexity prints: what is lost is the end of a summary, never a part before it."""
+        older = "Same top p" in self._figures and not any(f"{_name(later)} KLD" in self._figures for later in _LATER_KLD)
+        return tuple(fraction for fraction in KLD_FRACTIONS if not older or fraction not in _LATER_KLD)
+
     def _divergence(self, n_tokens: int) -> Divergence:
         correlation = self._figures["Cor(ln(PPL(Q)), ln(PPL(base)))"][0] / 100
         return Divergence(
@@ -108,7 +115,7 @@ class DivergenceOutput:
             ratio=self._estimate("Mean PPL(Q)/PPL(base)"),
             difference=self._estimate("Mean PPL(Q)-PPL(base)"),
             kld=self._estimate("Mean KLD"),
-            kld_at={fraction: self._figures[f"{_name(fraction)} KLD"][0] for fraction in KLD_FRACTIONS},
+            kld_at={fraction: self._figures[f"{_name(fraction)} KLD"][0] for fraction in self._kld_fractions()},
             dp=self._estimate("Mean Δp", 100),
             dp_at={fraction: self._figures[f"{_name(fraction)} Δp"][0] / 100 for fraction in DP_FRACTIONS},
             dp_rms=self._estimate("RMS Δp", 100),
@@ -149,6 +156,8 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
         if not outcome.ok:
             raise explain(outcome, what, writes=part)
         head = _whole(part, outcome, what)
+        if head.n_ctx != job.options.n_ctx:
+            raise rounded_context(PERPLEXITY, job.options.n_ctx, head.n_ctx)
         if (head.n_ctx, head.n_chunks) != (job.options.n_ctx, count):
             raise InvalidDataError(
                 f"llama-perplexity computed {head.n_chunks} chunks of {head.n_ctx} tokens, not {count} of {job.options.n_ctx}",

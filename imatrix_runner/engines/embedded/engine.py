@@ -126,6 +126,10 @@ class EmbeddedEngine:
             with np.load(out) as arrays:
                 return Tokenised(told, arrays["ids"], arrays["sizes"], arrays["lengths"])
 
+    @property
+    def counts_experts(self) -> bool:
+        return True
+
     def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:
         enough = threading.Event()
 
