@@ -37,7 +37,8 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(stop: Stop) -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into ``stop``; a second SIGINT raises ``KeyboardInterrupt`` at once.
+    """Turn SIGINT, SIGTERM and SIGHUP into ``stop``; a second SIGINT raises ``KeyboardInterrupt`` at once, and
+    later ones are ignored until what was begun is ended.
 
     Only the main thread can install handlers; elsewhere this does nothing. A signal that is ignored stays so: ``nohup`` and
     a shell's background jobs mean it.
@@ -45,6 +46,8 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
 
     def handler(signum: int, _frame: FrameType | None) -> None:
         if stop.requested and signum == signal.SIGINT:
+            # Once: what is torn down now (children above all) would be left behind by another.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
         stop.request(signum)
 

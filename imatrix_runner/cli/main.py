@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -77,7 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may hold bytes that no encoding can show
-    raise SystemExit(run_cli(list(sys.argv[1:] if arguments is None else arguments)))
+    try:
+        code = run_cli(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:  # one more, while the last one was reported
+        code = InterruptedRunError.exit_code
+    # It is decided how this ends. One more Ctrl-C would kill the interpreter while it shuts down, with a code of its own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # CPython remembers a KeyboardInterrupt that came through code compiled from text (a dataclass being made during an import),
+    # and at exit kills itself by SIGINT for it, caught or not. The next such code that ends well makes it forget.
+    exec("")  # noqa: S102
+    raise SystemExit(code)
 
 
 def run_cli(arguments: list[str]) -> int:
@@ -100,9 +110,7 @@ def run_cli(arguments: list[str]) -> int:
     except RunnerError as error:
         return _tell(error, invocation, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
-        stopped = InterruptedRunError(
-            "Stopped at once", "asked to by a second Ctrl-C", "Run the same command again: it continues."
-        )
+        stopped = InterruptedRunError("Stopped at once", "Ctrl-C asked for it", "Run the same command again: it continues.")
         return _tell(stopped, invocation, as_json=as_json)
     except SystemExit:
         return 0  # Click's way to end when the reader of our output went away (a pager, head): not an error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import threading
 
 import pytest
+from children import python
 
 from imatrix_runner.errors import InterruptedRunError
 from imatrix_runner.signals import Stop, stop_on_signals
@@ -23,6 +26,41 @@ def test_two_interrupts_the_first_asks_the_second_insists() -> None:
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(InterruptedRunError, match="Stopped by SIGINT"):
         stop.check()
+
+
+# Interrupts itself in code compiled from text, as dataclasses have it, and once more while that is reported.
+INTERRUPTED = """
+    import signal, sys
+    from imatrix_runner.cli import main
+    def interrupt(*_arguments, **_options):
+        exec("signal.raise_signal(signal.SIGINT)", {"signal": signal})
+    main.cli.main = interrupt
+    if "again" in sys.argv:
+        main._tell = interrupt
+    import atexit
+    atexit.register(signal.raise_signal, signal.SIGINT)  # and while the interpreter shuts down
+    main.main([])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there Ctrl-C is no signal that a process can send to itself")
+@pytest.mark.parametrize("again", [(), ("again",)])
+def test_however_often_ctrl_c_is_pressed_the_code_is_130(again: tuple[str, ...]) -> None:
+    done = subprocess.run(python(INTERRUPTED, *again).argv, capture_output=True, check=False, timeout=60)
+    assert done.returncode == 130, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+
+
+def test_an_insisting_user_does_not_interrupt_the_tearing_down() -> None:
+    with stop_on_signals(Stop()), pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)  # would replace what ends the children
+            torn_down = True
+    assert torn_down
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_outside_the_main_thread_handlers_are_left_alone() -> None:
