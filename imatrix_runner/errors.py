@@ -18,10 +18,9 @@ class RunnerError(Exception):
     kind: ClassVar[str] = "error"
 
     def __init__(self, what: str, why: str, todo: str) -> None:
-        super().__init__(what, why, todo)
-        self.what = what
-        self.why = why
-        self.todo = todo
+        # What is quoted may be a name out of a file: nothing in it commands a terminal or breaks a document.
+        self.what, self.why, self.todo = (_shown(text) for text in (what, why, todo))
+        super().__init__(self.what, self.why, self.todo)
 
     def __str__(self) -> str:
         return f"{self.what}: {self.why}"
@@ -29,6 +28,11 @@ class RunnerError(Exception):
     def sentence(self) -> str:
         """All of it on one line; a part that is empty leaves no mark."""
         return ". ".join(filter(None, ("; ".join(filter(None, (self.what, self.why))), self.todo)))
+
+
+def _shown(text: str) -> str:
+    """The text without control characters and halves of characters; line breaks stay."""
+    return text if text.isprintable() else "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
 
 
 class UsageError(RunnerError):

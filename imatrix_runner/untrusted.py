@@ -113,8 +113,8 @@ def is_unicode(text: str) -> bool:
 def _refuse_depth(value: Any) -> None:
     """Raise :class:`UnreadableError` for a value deeper than :data:`MAX_DEPTH`: whatever walks it later would fail."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [child for container in level for child in _children(container)]
+    for _ in range(MAX_DEPTH):
+        level = [child for holder in level for child in _children(holder) if not isinstance(child, (str, bytes, int, float))]
         if not level:
             return
     raise UnreadableError(_DEEP)

@@ -100,6 +100,10 @@ class Trouble:
     """The Content-Length of files to send on GET, whatever HEAD said."""
     redirect: str = ""
     """Send whoever wants a file to the same path at this address, as hubs do with their storage."""
+    answer: bytes | None = None
+    """What every listing and search is answered with, whatever was asked."""
+    etag: str = ""
+    """The etag of every file, whatever it holds."""
     next_page: str = ""
     """What every search names as its next page."""
 
@@ -217,6 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, trouble.packed_listing, {"Content-Type": "application/json", "Content-Encoding": "gzip"})
         elif trouble.html:
             self._send(200, _PAGE, {"Content-Type": "text/html"})
+        elif trouble.answer is not None and path.startswith("/api/"):
+            self._send(200, trouble.answer, {"Content-Type": "application/json"})
         elif match := _RESOLVE.fullmatch(path):
             self._resolve(match["repo"], match["revision"], match["file"])
         elif match := _API.fullmatch(unquote(path)):
@@ -287,7 +293,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound")
             return
         data = repository.content(name)
-        headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{_etag(data)}"', "Accept-Ranges": "bytes"}
+        etag = trouble.etag or _etag(data)
+        headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if trouble.redirect:
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": headers["ETag"]}
             self._send(302, b"", headers | linked | {"Location": trouble.redirect + self.path})

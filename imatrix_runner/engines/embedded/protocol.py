@@ -25,7 +25,7 @@ from imatrix_runner.untrusted import first_non_finite, from_json
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
-MOST_BYTES = 64 << 20
+MOST_BYTES = 16 << 20
 """Upper bound of one message: the control tokens of a large vocabulary take 2 MiB."""
 
 

@@ -20,7 +20,7 @@ from imatrix_runner.untrusted import as_type
 LISTING_SECONDS = 30.0
 _MAX_LICENCE = 80
 
-_REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
