@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 
 import pytest
-from children import python
 
 from imatrix_runner.errors import InterruptedRunError
 from imatrix_runner.signals import Stop, stop_on_signals
@@ -45,8 +47,10 @@ INTERRUPTED = """
 
 @pytest.mark.skipif(os.name == "nt", reason="there Ctrl-C is no signal that a process can send to itself")
 @pytest.mark.parametrize("again", [(), ("again",)])
-def test_however_often_ctrl_c_is_pressed_the_code_is_130(again: tuple[str, ...]) -> None:
-    done = subprocess.run(python(INTERRUPTED, *again).argv, capture_output=True, check=False, timeout=60)
+def test_however_often_ctrl_c_is_pressed_the_code_is_130(again: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text(textwrap.dedent(INTERRUPTED))
+    argv = [sys.executable, "-m", "interrupted", *again]  # with -c the interpreter ends in another way
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=False, timeout=60)
     assert done.returncode == 130, done.stderr.decode()
     assert b"Traceback" not in done.stderr
 
