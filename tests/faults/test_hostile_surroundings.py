@@ -57,6 +57,18 @@ def test_levels_are_made_among_programs_and_modules_of_the_same_names(
     assert (trap / "work" / "model" / "model-Q4_0.gguf").is_file()
 
 
+def test_temporary_folders_of_a_killed_run_are_gone_after_the_next(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    places = {"TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    arguments = ("quantize", tiny_model, "--levels", "Q4_0", "--work-dir", tmp_path / "work")
+    with started("advise", tiny_model, "-f", tiny_text, cwd=tmp_path, env=places) as running:
+        running.wait_for(lambda: list((tmp_path / "tmp").iterdir()))
+        running.kill_tree()
+    assert list((tmp_path / "tmp").iterdir())
+    assert run_command(*arguments, cwd=tmp_path, env=places).code == 0
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="the kernel shows no process's environment here")
 @pytest.mark.parametrize("engine", ["embedded", "binaries"])
 def test_no_process_of_a_run_holds_the_users_tokens(engine: str, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:

@@ -9,13 +9,34 @@ from pathlib import Path
 import pytest
 from llama_tools import BareTools, fake_tools
 
-from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Piece
+from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Piece, QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Event, Metric, Progress, ignore
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.process import Runner
-from imatrix_runner.toolchain.probe import Toolchain
+from imatrix_runner.toolchain.probe import Toolchain, probe
+
+
+def test_libraries_next_to_the_imatrix_are_not_where_llama_quantize_runs(
+    toolchain: Toolchain, tiny_model: Path, tiny_imatrix: Path, tools: BareTools, tmp_path: Path
+) -> None:
+    """A llama.cpp with loadable backends would load them: an imatrix's folder may have come from anywhere."""
+    where = tmp_path / "where"
+    fake = fake_tools(toolchain, tmp_path / "fake", llama_quantize=f"pwd >> {where}")
+    engine = BinariesEngine(probe(fake, "test"), Runner())
+    own = tmp_path / "downloaded"
+    own.mkdir()
+    imatrix = own / tiny_imatrix.name
+    imatrix.write_bytes(tiny_imatrix.read_bytes())
+    job = QuantizeJob("level", tiny_model, tmp_path / "level.gguf", "Q4_K_M", QuantizeOptions(), imatrix, None, None)
+    expected = tools.quantize(tiny_model, tmp_path / "theirs.gguf", "Q4_K_M", imatrix=imatrix).read_bytes()
+    for library, elsewhere in (("ggml-notes.txt", False), ("libggml-cpu-evil.so", True)):
+        (own / library).touch()
+        engine.quantize(job, ignore)
+        assert (Path(where.read_text().splitlines()[-1]) != own) is elsewhere
+        assert job.out.read_bytes() == expected
+
 
 RANGES = (ChunkRange(8, 4), ChunkRange(0, 3), ChunkRange(20, 2))
 

@@ -71,7 +71,7 @@ class BinariesEngine:
 
     @cached_property
     def _handover(self) -> Handover:
-        return Handover(self.capabilities.reads)
+        return Handover(self.capabilities.reads, self.toolchain.directory)
 
     def _handed(self, job: QuantizeJob) -> QuantizeJob:
         """The job with its imatrix in the format that llama-quantize reads."""
