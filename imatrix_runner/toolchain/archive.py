@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from imatrix_runner.errors import from_os_error
 
 MAX_BYTES = 12 << 30
 MAX_MEMBERS = 100_000
 _BLOCK = 1 << 20
+_MAX_HEADER = 4 << 20
+_OPENERS: Mapping[bytes, Callable[[Path], IO[bytes]]] = {
+    b"\x1f\x8b": lambda path: cast("IO[bytes]", gzip.open(path)),  # noqa: SIM115 - closed by who opens
+    b"BZh": lambda path: cast("IO[bytes]", bz2.open(path)),  # noqa: SIM115 - closed by who opens
+    b"\xfd7zXZ": lambda path: cast("IO[bytes]", lzma.open(path)),  # noqa: SIM115 - closed by who opens
+}
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
 
 
@@ -76,15 +85,42 @@ def _safe_link(path: PurePosixPath, target: str) -> None:
         raise ArchiveError(f"its link {str(path)!r} leads outside the destination, to {target!r}")
 
 
+@contextmanager
+def opened_tar(archive: Path) -> Iterator[tarfile.TarFile]:
+    """A tar archive with any compression. Of its headers no more than :data:`_MAX_HEADER` bytes are read at once: tarfile takes
+    a long name or extended header whole, and a few packed kilobytes can say that it has gigabytes."""
+    with archive.open("rb") as head:
+        magic = head.read(6)
+    opener = next((opener for start, opener in _OPENERS.items() if magic.startswith(start)), None)
+    with (
+        opener(archive) if opener is not None else archive.open("rb") as stream,
+        tarfile.open(fileobj=cast("IO[bytes]", _ShortReads(stream)), mode="r:") as tar,
+    ):
+        yield tar
+
+
+class _ShortReads:
+    """A stream that refuses to read much at once."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.tell, self.seek = stream.tell, stream.seek
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise ArchiveError(f"one of its headers has more than {_MAX_HEADER} bytes")
+        return self._stream.read(size)
+
+
 def _unpack_tar(archive: Path, into: Path, budget: _Budget, check: Callable[[], None]) -> None:
     links: set[PurePosixPath] = set()
-    with tarfile.open(archive, "r:*") as tar:
+    with opened_tar(archive) as tar:
         if hasattr(tarfile, "data_filter"):
             tar.extraction_filter = tarfile.data_filter
         for member in tar:
             check()
             path = safe_path(member.name)
-            budget.spend(member.size if member.isreg() else 0)
+            budget.spend(member.size)  # whatever kind it says it is: its bytes are read past
             if links.intersection(path.parents):
                 raise ArchiveError(f"its member {member.name!r} would be written through a link")
             if member.issym():

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tarfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from imatrix_runner.errors import DownloadError, RunnerError, ToolchainError, Us
 from imatrix_runner.events import Finished, Saved, Sink, Started
 from imatrix_runner.files import publish, sha256
 from imatrix_runner.process import Command, Outcome, Runner, capture, relevant_lines
-from imatrix_runner.toolchain.archive import ArchiveError, unpack
+from imatrix_runner.toolchain.archive import MAX_BYTES, ArchiveError, opened_tar, unpack
 from imatrix_runner.toolchain.store import Store, safe_name
 
 PACKAGE = "llama-cpp-python"
@@ -121,14 +122,18 @@ def _pip_error(version: str, outcome: Outcome, log: Path) -> RunnerError:
 def _sdist_commit(archive: Path) -> str:
     """The upstream commit the distribution's change log names first; empty when it names none."""
     try:
-        with tarfile.open(archive, "r:*") as tar:
+        with opened_tar(archive) as tar:
+            passed = 0
             for member in tar:
+                passed += member.size
+                if passed > MAX_BYTES:
+                    break
                 if member.name.count("/") == 1 and member.name.endswith("/CHANGELOG.md") and member.isreg():
                     handle = tar.extractfile(member)
                     text = handle.read(1 << 20).decode("utf-8", "replace") if handle else ""
                     match = _UPSTREAM_COMMIT.search(text)
                     return match.group(1) if match else ""
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (ArchiveError, tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise _bad_archive(archive, str(error)) from error
     return ""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.metadata
 import io
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -99,6 +101,24 @@ def test_bombs_are_refused_by_size_and_by_number(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="unpacks to more"):
         unpack(archive, tmp_path, max_members=9)
     unpack(archive, tmp_path, max_bytes=10_000, max_members=10)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_that_unpacks_to_a_gigabyte_is_not_read(tmp_path: Path, kind: bytes) -> None:
+    info = tarfile.TarInfo("long")
+    info.type, info.size = kind, 1 << 30
+    path = tmp_path / "a.tar.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(64):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArchiveError, match="one of its headers"):
+            unpack(path, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("keep", [0, 10, 200, -20])
