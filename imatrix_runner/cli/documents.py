@@ -162,6 +162,7 @@ def _level(level: LevelResult) -> dict[str, Any]:
         "bytes": level.n_bytes,
         "bits_per_weight": level.step.facts.bits_per_weight,
         "seconds": round(level.seconds, 3),
+        "share": level.share,
         "without_weights": list(level.without_weights),
         "error": error_content(error) if error else None,
     }

@@ -69,7 +69,7 @@ def _level_columns(picked: set[str]) -> tuple[Column[ReportLevel], ...]:
         Column("PPL", lambda level: f"{points(level.ppl_ratio.value - 1)} %" if level.ppl_ratio is not None else None, 1),
         Column("Same top", measured(lambda found: percent(found.same_top.value))),
         Column("Δp RMS", measured(lambda found: percent(found.dp_rms.value)), 2),
-        Column("Time", lambda level: human_seconds(level.seconds) if level.seconds else None, 4),
+        Column("Time", lambda level: human_seconds(level.own_seconds) if level.seconds else None, 4),
     )
 
 

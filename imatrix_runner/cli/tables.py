@@ -96,6 +96,8 @@ def print_result(result: RunResult, console: Console) -> None:
         table = fitted_table(columns, result.levels, console, title="Result")
         console.print(table)
         print_failures(result, console)
+        for line in _passes(result):
+            console.print(Text(line))
     if result.report is not None and not result.report.stale:
         console.print(Text(f"Report: {result.report.html}"))
     console.print(Text(f"{_summary(result)} in {human_seconds(result.seconds)}, in {result.plan.workspace}"))
@@ -108,9 +110,25 @@ def _result_columns(source_bytes: int) -> tuple[Column[LevelResult], ...]:
         Column("Of source", lambda level: f"{level.n_bytes / source_bytes:.0%}" if level.n_bytes else "-", 3),
         Column("Bits/weight", lambda level: _bits(level.step.facts), 2),
         Column("Fallback", lambda level: _fallback_cell(level.step.facts), 4, left=True),
-        Column("Time", lambda level: human_seconds(level.seconds) if level.seconds else "-", 1),
+        Column("Time", _time, 1),
         Column("State", lambda level: Text(*_STATUSES[level.status]), left=True),
     )
+
+
+def _time(level: LevelResult) -> str:
+    """What a level took: of a pass that made several, its share of the work."""
+    if level.share is not None:
+        return f"{level.share:.0%}"
+    return human_seconds(level.seconds) if level.seconds else "-"
+
+
+def _passes(result: RunResult) -> Iterator[str]:
+    """The time of every pass that made several levels."""
+    made = sum(level.share is not None for level in result.levels)
+    for figures in result.passes:
+        if len(figures.shares) > 1:
+            took = human_seconds(figures.seconds)
+            yield f"{made} levels in one pass of {took}; Time: each level's share of what it computed."
 
 
 def print_failures(result: RunResult, console: Console) -> None:

@@ -296,7 +296,8 @@ class TypeCost:
 
 @dataclass(frozen=True)
 class PassFigures:
-    """Where a pass's time went, in seconds of threads but for ``seconds``."""
+    """Where a pass's time went, in seconds of threads but for ``seconds``. ``shares``: by level, its part of the time for
+    types; what several levels want alike counts for each of them in equal parts."""
 
     seconds: float
     threads: int
@@ -306,6 +307,7 @@ class PassFigures:
     widening: float
     checking: float
     writing: float
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 OnePass = Callable[[PassJob, Sink], tuple[tuple[PassedLevel, ...], PassFigures]]

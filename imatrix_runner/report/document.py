@@ -65,7 +65,8 @@ class ReportModel:
 
 @dataclass(frozen=True)
 class ReportLevel:
-    """One finished level. ``seconds``: of its making (of the whole pass, for levels made in one); ``measured`` None: not.
+    """One finished level. ``seconds``: of its making (of the whole pass, for levels made in one, of whose work it had the part
+    ``pass_share``); ``measured`` None: not.
 
     ``ppl_ratio``: its perplexity over the source's own, which people compare; ``measured.ratio`` is llama-perplexity's, whose
     reference knows no token rarer than e^-16.
@@ -85,6 +86,12 @@ class ReportLevel:
     command: str = ""
     measured: Divergence | None = None
     ppl_ratio: Estimate | None = None
+    pass_share: float | None = None
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds for this level alone: of a pass, its share."""
+        return self.seconds if self.pass_share is None else self.seconds * self.pass_share
 
 
 @dataclass(frozen=True)

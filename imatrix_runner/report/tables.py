@@ -120,8 +120,8 @@ LEVEL_COLUMNS: Final = (
     Column(
         "time",
         "Time",
-        "of making it; of the whole pass for levels made in one.",
-        lambda level: _number(human_seconds(level.seconds), level.seconds) if level.seconds else None,
+        "of making it; for levels made in one pass over the model, their share of its time by what they computed.",
+        lambda level: _number(human_seconds(level.own_seconds), level.own_seconds) if level.seconds else None,
     ),
 )
 

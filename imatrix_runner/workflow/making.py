@@ -50,7 +50,7 @@ STEP = "levels"
 @dataclass(frozen=True)
 class LevelResult:
     """What became of one level. ``seconds`` from the beginning of its making (with others: of the pass) until it had its name;
-    ``error`` is set when it failed."""
+    ``share``: its part of the work of a pass, where several levels were made in one; ``error`` is set when it failed."""
 
     step: LevelStep
     status: Status
@@ -58,6 +58,7 @@ class LevelResult:
     seconds: float
     error: RunnerError | None = None
     without_weights: tuple[str, ...] = ()
+    share: float | None = None
 
 
 def skipped(step: LevelStep) -> LevelResult:
@@ -91,6 +92,7 @@ class _Written:
     engine: Engine
     seconds: float
     without_weights: tuple[str, ...]
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ class LevelMaker:
         told = f"{len(steps) - spoiled} of {len(steps)} written" if spoiled else _told(passed, figures)
         self.sink(Finished(STEP, "failed" if spoiled == len(steps) else "done", told, figures.seconds))
         written = {level.name: level for level in passed}
+        shares = figures.shares if len(steps) > 1 else {}
 
         def finish(step: LevelStep, job: QuantizeJob) -> LevelResult:
             level = written[step.level.name]
@@ -188,7 +191,8 @@ class LevelMaker:
             def write() -> _Written:
                 if level.why:
                     raise _spoiled(step, level.tensor, level.why)
-                return _Written(_parts(job), job, engine, figures.seconds, level.without_weights)
+                share = shares.get(step.level.name)
+                return _Written(_parts(job), job, engine, figures.seconds, level.without_weights, share)
 
             self.sink(Started(step.step, step.level.name, step.facts.n_bytes, "B"))
             return self._finish(step, began, write)
@@ -265,7 +269,7 @@ class LevelMaker:
             self.sink(Saved(str(file), step.level.name, file.stat().st_size))
         self.sink(Finished(step.step, "done", human_bytes(n_bytes), seconds))
         expected = tuple(name for name in written.without_weights if name not in NEVER_WEIGHED)
-        return LevelResult(step, "done", n_bytes, seconds, without_weights=expected)
+        return LevelResult(step, "done", n_bytes, seconds, without_weights=expected, share=written.share)
 
     def _job(self, step: LevelStep, threads: int | None) -> QuantizeJob:
         """What llama-quantize would be told, with a folder of the level's own to write to."""
@@ -298,7 +302,8 @@ class LevelMaker:
         facts = msgspec.to_builtins(replace(facts_of(resolved), n_bytes=n_bytes))
         outputs = [Output(part.name, stamp(part), digest) for part, digest in zip(parts, hashes, strict=True)]
         command = written.engine.command(replace(written.job, out=step.files[0]))
-        record = Record.now(step.inputs, outputs, step.reason, written.seconds, command=command, facts={"level": facts})
+        told = {"level": facts, "share": written.share}
+        record = Record.now(step.inputs, outputs, step.reason, written.seconds, command=command, facts=told)
         self.session.journal.conclude(step.step, record, list(zip(parts, step.files, strict=True)))
         self._keep_ledger(step, written)
         return n_bytes

@@ -156,6 +156,7 @@ def _level(name: str, record: Record, figures: Measured | None, location: str) -
         command=bare_command(record.command, location),
         measured=figures.divergence if figures is not None else None,
         ppl_ratio=figures.ppl_ratio if figures is not None else None,
+        pass_share=share if isinstance(share := record.facts.get("share"), float) else None,
     )
 
 

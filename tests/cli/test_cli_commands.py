@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from command_line import RunCommand
 from in_process import CommandLine
 
 from imatrix_runner import __version__
+from imatrix_runner.report.stored import read_report
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.workspace import Workspace, hold
 
@@ -81,6 +83,16 @@ def test_without_an_imatrix_the_default_levels_are_those_that_need_none(cli: Com
     assert "6 of 6 levels to make" in ran.out
     named = cli("quantize", model, "--levels", "IQ2_M,Q8_0", "--dry-run")
     assert (named.code, "IQ2_M will fail" in named.out) == (100, True)
+
+
+def test_the_time_of_a_pass_is_said_once_and_levels_have_their_shares(cli: CommandLine, tmp_path: Path, model: Path) -> None:
+    ran = cli("run", model, "--imatrix", "none", "--engine", "embedded", "--levels", "Q6_K,Q4_K_M,Q4_K_S")
+    assert re.search("3 levels in one pass of .*; Time: each level's share of what it computed", ran.out)
+    rows = [line for line in ran.out.splitlines() if line.startswith(("Q6_K", "Q4_K"))]
+    assert sum(int(found[1]) for row in rows if (found := re.search(r"(\d+)%  done", row))) == pytest.approx(100, abs=2)
+    report = read_report(tmp_path / "work" / model.stem.removesuffix("-BF16") / "report.json")
+    assert len({level.seconds for level in report.levels}) == 1
+    assert sum(level.own_seconds for level in report.levels) == pytest.approx(report.levels[0].seconds, rel=0.01)
 
 
 def test_quiet_says_nothing_at_all(cli: CommandLine, model: Path) -> None:

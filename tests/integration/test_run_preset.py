@@ -132,7 +132,7 @@ def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     by_name = {level["level"]: level for level in document["levels"]}
     q4 = by_name["Q4_K_M"]
     assert q4.keys() == {
-        *("level", "status", "files", "bytes", "bits_per_weight", "seconds", "without_weights", "error"),
+        *("level", "status", "files", "bytes", "bits_per_weight", "seconds", "share", "without_weights", "error"),
     }
     assert q4["status"] == "skipped"
     assert q4["error"] is None

@@ -116,7 +116,7 @@ class _Pass:
             self.tell(Passed(self._result(output)))
         seconds = time.monotonic() - began
         # Only now: what was to be copied and could not be was computed.
-        self.tell(Passed(None, _figures(seconds, self.threads, tables, spent, _pairs(self.works))))
+        self.tell(Passed(None, _figures(seconds, self.threads, tables, spent, self.works)))
 
     def aborting(self, message: bytes) -> None:
         """An assertion of ggml failed, and the process ends when this returns: say which levels it concerns. The others go on
@@ -320,8 +320,22 @@ def _pairs(works: Sequence[Work]) -> dict[str, tuple[int, int, int]]:
     return {name: (pairs[name], wanted[name], elements[name]) for name in pairs}
 
 
-def _figures(
-    seconds: float, threads: int, tables: float, spent: Spent, pairs: Mapping[str, tuple[int, int, int]]
-) -> PassFigures:
+def _shares(works: Sequence[Work], types: Sequence[TypeCost]) -> dict[str, float]:
+    """Level -> its part of the time that went into types, 0 to 1."""
+    total = sum(cost.seconds for cost in types)
+    each = {cost.type: cost.seconds / cost.elements for cost in types if cost.elements}
+    spent: dict[str, float] = {}
+    for work in works:
+        for part in work.parts:
+            seconds = each.get(part.kind.name, 0.0) * work.tensor.n_elements if work.computes(part) else 0.0
+            for output, _ in part.targets:
+                spent[output.level.name] = spent.get(output.level.name, 0.0) + seconds / len(part.targets)
+    return {name: round(seconds / total, 4) if total else 0.0 for name, seconds in spent.items()}
+
+
+def _figures(seconds: float, threads: int, tables: float, spent: Spent, works: Sequence[Work]) -> PassFigures:
+    pairs = _pairs(works)
     types = tuple(TypeCost(name, *figures, round(spent.types[name], 4)) for name, figures in sorted(pairs.items()))
-    return PassFigures(seconds, threads, types, tables, spent.reading, spent.widening, spent.checking, spent.writing)
+    return PassFigures(
+        seconds, threads, types, tables, spent.reading, spent.widening, spent.checking, spent.writing, _shares(works, types)
+    )
