@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix_runner.calibration.manifest import Manifest, find_manifest
-from imatrix_runner.calibration.raw_text import build_command, no_text, records_in
+from imatrix_runner.calibration.raw_text import SINGLE_MESSAGES, WITH_MESSAGES, build_command, no_text, records_in
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.files import atomic_writer
 
@@ -69,21 +69,27 @@ def open_corpus(path: Path, *, role: str = "calibration text", option: str = "-f
     return Corpus(path, path.name, len(data), digest, manifest, edited, marked, records_in(path, data), b"\r\n" in data)
 
 
-def raw_warnings(corpus: Corpus, model: Path) -> list[str]:
-    """What to say of a text that models read otherwise than people mean, with the command that helps."""
+def raw_warnings(corpus: Corpus, model: Path, *, has_template: bool) -> list[str]:
+    """What to say of a text that models read otherwise than people mean, with the command that helps.
+
+    ``has_template``: the model brings a chat template, without which dialogues cannot be rendered.
+    """
     if corpus.manifest is not None:
         return []
-    told = []
+    command = build_command(corpus.path, model)
     if corpus.records:
-        why = "the model would see its syntax, not the text and dialogues in it"
-        how = "calibration build renders them with the model's chat template"
-        told.append(f"{corpus.name} holds {corpus.records}: {why}; {how}: {build_command(corpus.path, model)}")
+        how = "calibration build takes out what is meant"
+        if corpus.records in WITH_MESSAGES:
+            how = "calibration build renders them with the model's chat template"
+            if not has_template:
+                how = "the model has no chat template, but calibration build can take the texts (or --chat-template-file FILE)"
+                command += " --field content" if corpus.records == SINGLE_MESSAGES else " --chat-template-file FILE"
+        return [f"{corpus.name} holds {corpus.records}, and the model would see their syntax; {how}: {command}"]
     if corpus.crlf:
-        told.append(
-            f"{corpus.name} has Windows line ends (CRLF), which cost tokens that models seldom see. Without them: "
-            f"{build_command(corpus.path, model)}"
-        )
-    return told[:1]
+        return [
+            f"{corpus.name} has Windows line ends (CRLF), which cost tokens that models seldom see. Without them: {command}"
+        ]
+    return []
 
 
 def stage(corpus: Corpus, target: Path) -> None:

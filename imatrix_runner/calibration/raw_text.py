@@ -17,6 +17,10 @@ _ASCII_SHARE = 0.25
 """Of UTF-16 in a European language nearly half of the bytes are zero, all at even or all at odd places."""
 _TABLES = {".csv": "CSV", ".tsv": "tab-separated values"}
 _HEAD_OF_PAGE = re.compile(rb"\s*<(?:!doctype html|html|head)\b", re.IGNORECASE)
+SINGLE_MESSAGES = "JSON lines, each a chat message"
+WITH_MESSAGES = (SINGLE_MESSAGES, "JSON lines with chat messages")
+
+_SINGLE = re.compile(rb'\s*\{\s*(?:"(?!messages|conversation)\w+"\s*:\s*"[^"]*"\s*,\s*)*"(?:role|from)"\s*:')
 _ROLE = re.compile(rb'"(?:role|from)"\s*:\s*"')
 
 
@@ -56,8 +60,9 @@ def no_text(path: Path, data: bytes, option: str) -> NoText | None:
 def records_in(path: Path, data: bytes) -> str:
     """What a text holds in place of running text, for people (``JSON lines``), or an empty text."""
     if is_jsonl(io.BytesIO(data)):
-        messages = _ROLE.search(data[:_SAMPLE]) is not None
-        return "JSON lines with chat messages" if messages else "JSON lines"
+        if _SINGLE.match(data[:_SAMPLE].removeprefix(codecs.BOM_UTF8)):
+            return SINGLE_MESSAGES
+        return WITH_MESSAGES[1] if _ROLE.search(data[:_SAMPLE]) else "JSON lines"
     head = data[:_SAMPLE].removeprefix(codecs.BOM_UTF8).lstrip()
     if head.startswith((b"[{", b'{"')) or re.match(rb'[\[{]\s+["{]', head):
         return "JSON"

@@ -15,6 +15,7 @@ from imatrix_runner.cli.types import LevelNames
 from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 from imatrix_runner.errors import UsageError
 from imatrix_runner.quantize.levels import PRESETS
+from imatrix_runner.quantize.typed_options import check_override, check_tensor_type
 from imatrix_runner.workflow.request import (
     DEFAULT_TOLERANCE,
     EnvironmentRequest,
@@ -323,10 +324,9 @@ def levels_request(options: dict[str, Any]) -> LevelsRequest:
             "Leave one out.",
         )
     for entry in options["tensor_type"]:
-        if "=" not in entry:
-            raise UsageError(
-                f"--tensor-type {entry} has no type", "it is written REGEX=TYPE", "For example: --tensor-type ffn_down=q6_k"
-            )
+        check_tensor_type(entry)
+    for entry in options["override_kv"]:
+        check_override(entry)
     if not all(part.strip().isdecimal() for part in options["prune_layers"].split(",") if part):
         raise UsageError(
             f"--prune-layers {options['prune_layers']} is no list of layers",

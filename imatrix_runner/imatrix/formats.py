@@ -21,6 +21,7 @@ from imatrix_runner.imatrix.matrix import Matrix, Sums
 from imatrix_runner.imatrix.stored import OpenFile, Place, StoredEntries
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.gguf_file import MAX_NAME, GgufHeader, TensorInfo, read_header
+from imatrix_runner.models.sniff import HEAD_BYTES, LFS_POINTER, UNKNOWN, foreign_format, is_legacy_imatrix
 
 Format = Literal["gguf", "dat"]
 
@@ -35,6 +36,10 @@ _MAX_COUNTS = 1 << 20  # experts of all entries; the largest mixtures have 60 la
 _MAX_VALUES = 1 << 26  # of one entry: 512 MiB as float64; the largest real ones have 7 million
 _MAX_LEGACY_NAME = 1 << 10
 _MAX_COUNT = 1 << 53
+_FORK = (
+    "Download or copy it again. If another program wrote it, let that convert it to llama.cpp's .dat or .gguf; or let one be "
+    "made with --imatrix generate."
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ def _read_gguf(path: Path, *, exact: bool) -> Matrix:
     counts = {tensor.name[: -len(COUNTS)]: tensor for tensor in header.tensors if tensor.name.endswith(COUNTS)}
     if not sums:
         kind = header.text("general.architecture")
+        if header.text("general.type") == "imatrix" or CHUNK_COUNT in header.metadata:
+            first = printable(header.tensors[0].name) if header.tensors else "no tensor at all"
+            raise _bad(path, f"it calls itself an imatrix, but holds {first} where llama.cpp's have NAME{SUMS}", _FORK)
         raise _bad(path, f"it is a GGUF of model weights ({kind})" if kind else "it is a GGUF without imatrix data")
     if sums.keys() != counts.keys():
         odd = sorted(sums.keys() ^ counts.keys())[0]
@@ -115,7 +123,7 @@ def _whole(path: Path, header: GgufHeader, key: str) -> int:
 def _gguf_place(file: OpenFile, header: GgufHeader, name: str, sums: TensorInfo, counts: TensorInfo, *, exact: bool) -> Place:
     kinds = (sums.type_name, counts.type_name)
     if kinds != ("F32", "F32") and not (exact and kinds == ("F64", "I64")):
-        raise _bad(file.path, f"{name} is stored as {sums.type_name}, not F32")
+        raise _bad(file.path, f"{name} is stored as {sums.type_name}, not F32", _FORK)
     n_mat = counts.n_elements
     if n_mat == 0 or sums.n_elements == 0 or sums.n_elements % n_mat:
         raise _bad(file.path, f"{name} has {sums.n_elements} sums for {n_mat} counts")
@@ -160,6 +168,23 @@ class _Cursor:
 
 
 def _read_dat(path: Path) -> Matrix:
+    """The legacy layout; what cannot be read is named by what it seems to be."""
+    try:
+        return _parse_dat(path)
+    except InvalidDataError as error:
+        with path.open("rb") as handle:
+            head = handle.read(HEAD_BYTES)
+        if is_legacy_imatrix(head):
+            why = f"{error.why}; it was cut short, or a fork of llama.cpp wrote it in a layout of its own"
+            raise _bad(path, why, _FORK) from error
+        foreign = foreign_format(head, path.stat().st_size, path)
+        if foreign.seems == UNKNOWN.seems:
+            raise
+        todo = [foreign.todo] if head.startswith(LFS_POINTER) else []
+        raise _bad(path, f"neither a GGUF nor a legacy imatrix: it is {foreign.seems}", *todo) from error
+
+
+def _parse_dat(path: Path) -> Matrix:
     """The legacy layout, little endian: i32 n; n times (i32 len, name, i32 ncall, i32 nval, f32[nval]); optionally
     i32 last_chunk, i32 len, dataset (llama.cpp ``common/imatrix-loader.cpp``). A value is (Σx²/count)*ncall, so the mean
     square is value/ncall: it is kept as sums with a count of ncall."""

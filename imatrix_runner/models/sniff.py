@@ -32,6 +32,9 @@ class Foreign:
     todo: str
 
 
+UNKNOWN = Foreign("data of a kind unknown to us", _OTHERWISE)
+
+
 @dataclass(frozen=True)
 class _File:
     """What a row looks at."""
@@ -157,7 +160,7 @@ def foreign_format(head: bytes, size: int, path: Path) -> Foreign:
         gguf = path.suffix.lower() in (".gguf", ".safetensors", ".bin")
         what = "text, most likely an error message saved under this name" if gguf else "text"
         return Foreign(f"{what}; it begins with {first!r}", _AGAIN if gguf else _OTHERWISE)
-    return Foreign("data of a kind unknown to us", _OTHERWISE)
+    return UNKNOWN
 
 
 def _folder_advice(path: Path) -> str:

@@ -115,6 +115,11 @@ class Model:
         return share.most_common(1)[0][0]
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the model brings a chat template."""
+        return bool(self.header.text("tokenizer.chat_template"))
+
+    @property
     def n_layers(self) -> int | None:
         """Number of blocks, from ``<architecture>.block_count``."""
         return self.header.integer(f"{self.architecture}.block_count")

@@ -52,7 +52,10 @@ class Resolver:
         return replace(self, known={level.name: answer for level, answer in zip(levels, answers, strict=True)})
 
     def resolve(self, level: Level, log: Path | None) -> Resolved:
-        """The recipe of one level. What llama.cpp refuses to plan is a recipe that fails, with its reason."""
+        """The recipe of one level. What llama.cpp refuses to plan is a recipe that fails, with its reason.
+
+        Raises :class:`UsageError` for an option that llama.cpp does not take, such as a pattern: it would fail every level.
+        """
         options = level.apply(self.options)
         before: dict[str, str] = {}
         try:
@@ -64,7 +67,7 @@ class Resolver:
                 recipe = self._ask(level, options, log)
             pinned = tuple(tensor.original for tensor in recipe.tensors if before.get(tensor.name, tensor.type) != tensor.type)
             return Resolved(recipe, options, pinned)
-        except (EngineError, InvalidDataError, ToolchainError, UsageError) as error:
+        except (EngineError, InvalidDataError, ToolchainError) as error:
             return Resolved(_impossible(level, error), options)
 
     def _ask(self, level: Level, options: QuantizeOptions, log: Path | None) -> Recipe:

@@ -117,7 +117,7 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
     if found is not None and not (ours and found == out):
         return _use(found, frozen.model, sink, "found in the workspace")
     corpus = open_corpus(request.text or resource(CALIBRATION_TEXT))
-    for told in raw_warnings(corpus, frozen.model.path):
+    for told in raw_warnings(corpus, frozen.model.path, has_template=frozen.model.has_chat_template):
         sink(warning(told))
     request = _as_built(request, corpus, sink)
     inputs = imatrix_inputs(request, corpus, frozen, session.engine)

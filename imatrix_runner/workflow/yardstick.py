@@ -84,8 +84,9 @@ def choose_yardstick(
     if request.base is not None:
         return _given(request.base, request, options, frozen, n_subjects, twins, session, to_write or 0)
     corpus = open_corpus(request.text or resource(HELD_OUT_TEXT), role="held-out text", option="--text")
-    for told in raw_warnings(corpus, frozen.model.path) if to_write is None else ():
-        session.sink(warning(told))
+    told = raw_warnings(corpus, frozen.model.path, has_template=frozen.model.has_chat_template)
+    for each in told if to_write is None else ():
+        session.sink(warning(each))
     share = overlap(corpus, _calibrations(session), session.sink) if to_write is None else None
     n_tokens = session.engine.count_tokens(frozen.model.path, corpus.path, parse_special=False, log=session.log("tokenize"))
     there = n_tokens // options.n_ctx

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 from command_line import RunCommand, started
+from in_process import CommandLine
 from llama_tools import levels_in
 
 
@@ -104,3 +106,19 @@ def test_layers_for_a_gpu_that_is_not_there(tiny_model: Path, runner: RunCommand
     done = runner("run", tiny_model, "-ngl", "99", "--levels", "Q4_0", "--dry-run")
     assert done.code == 0
     assert re.search(r"Warning: -ngl 99 has no effect: llama-cpp-python sees no GPU", done.err)
+
+
+@pytest.mark.parametrize("engine", ["embedded", "binaries"])
+def test_weights_that_do_not_fit_the_metadata_are_named(
+    engine: str, tiny_model: Path, tiny_text: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    """As a merge leaves them whose configuration is another model's: llama.cpp's own line is the reason."""
+    key, size = b"llama.feed_forward_length", struct.pack("<I", 4)
+    data = tiny_model.read_bytes()
+    at = data.index(key) + len(key) + len(size)
+    model = tmp_path / "merged.gguf"
+    model.write_bytes(data[:at] + struct.pack("<I", 384) + data[at + 4 :])
+    done = cli("run", model, "--engine", engine, "-f", tiny_text, "-c", "64", "-b", "64", "--levels", "Q8_0")
+    assert done.code == 6, done.err
+    assert re.search(r"blk\.0\.ffn_\w+\.weight has the shape [\d, ]+, and the model's own metadata asks for [\d, ]+", done.err)
+    assert "config.json that fits its weights" in done.err

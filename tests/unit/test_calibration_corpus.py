@@ -9,6 +9,7 @@ import pytest
 
 from imatrix_runner.calibration import corpus as module
 from imatrix_runner.calibration.corpus import Corpus, open_corpus, raw_warnings, stage
+from imatrix_runner.calibration.raw_text import SINGLE_MESSAGES, WITH_MESSAGES
 from imatrix_runner.errors import InvalidDataError
 
 TEXT = "Zwölf Boxkämpfer, 十二 → 🥊\n".encode()
@@ -76,12 +77,12 @@ def test_a_folder_is_refused_with_the_command_that_makes_a_text_of_it(tmp_path: 
         (
             "d.jsonl",
             '{"role": "user", "content": "Hi"}\n{"role": "assistant", "content": "Ho"}\n',
-            "JSON lines with chat",
+            SINGLE_MESSAGES,
         ),
         (
             "d.txt",
             '\ufeff\n{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": []}\n',
-            "JSON lines with chat",
+            WITH_MESSAGES[1],
         ),
         ("d.txt", '{"text": "a"}\r\n{"text": "b"}\r\n', "JSON lines"),
         ("d.json", '[\n  {"text": "a"}\n]', "JSON"),
@@ -98,16 +99,28 @@ def test_records_of_a_data_set_are_noticed(name: str, data: str, records: str, t
     path = tmp_path / name
     path.write_bytes(data.encode())
     corpus = open_corpus(path)
-    assert corpus.records == records.replace("chat", "chat messages")
-    told = raw_warnings(corpus, Path("/m/my model.gguf"))
+    assert corpus.records == records
+    told = raw_warnings(corpus, Path("/m/my model.gguf"), has_template=True)
     assert len(told) == (1 if records or corpus.crlf else 0)
     if records:
         out = "d.txt" if name != "d.txt" else "d-built.txt"
-        assert f"calibration build {path} -o {out} --model '/m/my model.gguf'" in told[0]
+        assert told[0].endswith(f"calibration build {path} -o {out} --model '/m/my model.gguf'")
+
+
+def test_without_a_chat_template_the_texts_are_offered(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    for line, further in (
+        ('{"id": "7", "role": "user", "content": "Hi"}', " --field content"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', " --chat-template-file FILE"),
+        ('{"text": "Hi"}', " --model m.gguf"),
+    ):
+        path.write_text(f"{line}\n{line}\n")
+        (told,) = raw_warnings(open_corpus(path), Path("m.gguf"), has_template=False)
+        assert told.endswith(further)
 
 
 def test_line_ends_of_windows_are_noticed(tmp_path: Path) -> None:
-    (told,) = raw_warnings(open_corpus(write(tmp_path, b"a\r\nb\r\n")), Path("m.gguf"))
+    (told,) = raw_warnings(open_corpus(write(tmp_path, b"a\r\nb\r\n")), Path("m.gguf"), has_template=True)
     assert "CRLF" in told
 
 

@@ -47,6 +47,11 @@ NO_GGUF = "gguf_init_from_file_impl: invalid magic characters: 'xxxx', expected 
 TOO_SHORT = "0.00.039.042 E compute_imatrix: you need at least 1024 tokens for a context of 512 tokens"
 TOO_SHORT_TO_MEASURE = "0.00.1 E perplexity: you need at least 1024 tokens to evaluate perplexity with a context of 512"
 LOAD = "llama_model_load: error loading model: "
+HYPER = "error loading model hyperparameters: "
+VOCAB = "error loading model vocabulary: "
+SHAPES = "expected   256,   256, got   256,   128,     1,     1"
+WRONG_SHAPE = f"{LOAD}check_tensor_dims: tensor 'blk.0.a.weight' has wrong shape; {SHAPES}"
+NO_MERGES = f"{LOAD}{VOCAB}cannot find tokenizer merges in model file"
 QUANTIZE = "llama_model_quantize: failed to quantize: "
 
 # What is printed, the class of the error, and what "why" and "do" must name. One entry at least for every row of KNOWN.
@@ -113,9 +118,82 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (
         f"{LOAD}tensor 'blk.0.attn_q.weight' data is not within the file bounds, model is corrupted or incomplete",
         InvalidDataError,
-        "cannot load the model",
+        "cannot load the model: the file ends before blk.0.attn_q.weight",
         "complete",
     ),
+    (WRONG_SHAPE, InvalidDataError, "blk.0.a.weight has the shape 256, 128, 1, 1, and the model's own metadata", "config.json"),
+    (f"{LOAD}missing tensor 'blk.3.ffn_up.weight'", InvalidDataError, "tensor blk.3.ffn_up.weight is missing", "convert"),
+    (
+        f"{LOAD}check_tensor_dims: tensor 'output_norm.weight' not found",
+        InvalidDataError,
+        "tensor output_norm.weight is missing",
+        "convert",
+    ),
+    (
+        f"{LOAD}done_getting_tensors: wrong number of tensors; expected 292, got 291",
+        InvalidDataError,
+        "292 tensors, and these llama.cpp tools know what to do with 291",
+        "tools build",
+    ),
+    (f"{LOAD}invalid model: tensor 'a.weight' is duplicated", InvalidDataError, "a.weight is in the model twice", "again"),
+    (f"{LOAD}{HYPER}key not found in model: llama.context_length", InvalidDataError, "lacks llama.context_length", "convert"),
+    (f"{LOAD}{HYPER}array key not found in model: llama.x", InvalidDataError, "lacks llama.x", "convert"),
+    (f"{LOAD}{HYPER}key llama.x has wrong type str but expected type u32", InvalidDataError, "under llama.x", "convert"),
+    (f"{LOAD}{HYPER}key llama.x has wrong array length; expected 4, got 3", InvalidDataError, "under llama.x", "convert"),
+    (f"{LOAD}{HYPER}invalid n_rot: 64, expected 128", InvalidDataError, "64 rotary dimensions, and its heads have 128", ""),
+    (
+        "gguf_init_from_reader: tensor 'blk.0.attn_q.weight' has invalid ggml type 139. should be in [0, 43)",
+        ToolchainError,
+        "type number 139",
+        "--llama-cpp DIR",
+    ),
+    (
+        f"{LOAD}illegal split file idx: 1 (file: m.gguf), model must be loaded with the first split",
+        InvalidDataError,
+        "do not fit together: illegal split file idx: 1",
+        "the first",
+    ),
+    (f"{LOAD}corrupted model: 10 tensors expected but 9 found", InvalidDataError, "10 tensors expected but 9", "again"),
+    (
+        NO_MERGES,
+        InvalidDataError,
+        "without its tokenizer (merges)",
+        "config.json",
+    ),
+    (f"{LOAD}{VOCAB}unknown tokenizer: 'newkind'", ToolchainError, "of the kind newkind", "tools build"),
+    (f"{LOAD}LLAMA_SPLIT_MODE_TENSOR not implemented for architecture 'mamba'", UsageError, "mamba", "-sm layer"),
+    (
+        f"{QUANTIZE}type iq4_k unsupported for integer quantization: no dequantization available",
+        InvalidDataError,
+        "(iq4_k)",
+        "BF16",
+    ),
+    (f"{QUANTIZE}cannot dequantize/convert tensor type i32", InvalidDataError, "(i32)", "BF16"),
+    (f"{QUANTIZE}Bad layer 9 for tensor blk.9.x. Must be in [0, 2)", InvalidDataError, "blk.9.x", "convert"),
+    ("collect_imatrix: inconsistent size for blk.0.x (256 vs 512)", InvalidDataError, "256 values for blk.0.x", "generate"),
+    ("compute_imatrix: there will be not enough tokens left after removing 30 chunks", InvalidDataError, "chunk 30", "--chunk"),
+    ("kl_divergence: inconsistent vocabulary (512 vs 32000)", InvalidDataError, "512 tokens, and this one has 32000", "own"),
+    (
+        "kl_divergence: base.kld does not look like a file containing log-probabilities",
+        InvalidDataError,
+        "base.kld holds no log-probabilities",
+        "Remove",
+    ),
+    (
+        "kl_divergence: base.kld has been computed with 512, while the current context is 256. Increase it with -c and retry",
+        InvalidDataError,
+        "a context of 512, not 256",
+        "-c 512",
+    ),
+    ("CUDA error: no kernel image is available for execution on the device", ToolchainError, "other GPUs", "-ngl 0"),
+    (
+        "gguf_init_from_file: failed to open GGUF file 'm.gguf' (Permission denied)",
+        InvalidDataError,
+        "m.gguf cannot be opened (Permission denied)",
+        "read",
+    ),
+    (f"{LOAD}{HYPER}something quite new", InvalidDataError, "cannot load the model: something quite new", "tools build"),
+    (f"{QUANTIZE}something quite new", EngineError, "cannot quantise it: something quite new", "log"),
     (NO_GGUF, InvalidDataError, "cannot load", "complete"),
     ("0.00.1 E cmn  common_init_: failed to load model 'm.gguf'", InvalidDataError, "cannot load", "complete"),
 ]

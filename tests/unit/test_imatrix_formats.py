@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 from values import DEMO_CHUNKS, DEMO_CONTEXT, entry, matrix, same_matrix
@@ -351,3 +352,40 @@ def test_an_empty_or_zero_filled_file_is_called_so(tmp_path: Path, content: byte
 def test_a_missing_file_and_a_folder_are_errors_of_ours(tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none.gguf").why
     assert "directory" in refusal(tmp_path).why
+
+
+@pytest.mark.parametrize(
+    ("content", "why", "todo"),
+    [
+        (LEGACY[: len(LEGACY) // 2], "it was cut short, or a fork of llama.cpp wrote it", "let that convert it"),
+        (
+            legacy({QUERY: (2, [1.0] * 8)})[:16] + b"blk.0.attn_q.weight" + struct.pack("<iii", 2, -8, 1),
+            "a fork of llama.cpp wrote it",
+            "let that convert it",
+        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "it is a Git LFS pointer", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "it is a web page", "--imatrix generate"),
+        (b"PK\x03\x04" + bytes(100), "it is a zip archive", "--imatrix generate"),
+        (b"A text for calibration, given by mistake.\n" * 9, "it is text", "--imatrix generate"),
+    ],
+)
+def test_what_cannot_be_read_is_named(content: bytes, why: str, todo: str, tmp_path: Path) -> None:
+    error = refusal(save(tmp_path, content))
+    assert why in error.why
+    assert todo in error.todo
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("blk.0.attn_q.weight.in_sum3", np.float32), (f"{QUERY}.in_sum2", np.float16)])
+def test_a_gguf_imatrix_of_another_program_is_named(name: str, dtype: type, tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "fork.gguf", "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["x"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    writer.add_tensor(name, np.ones((1, 8), dtype))
+    writer.add_tensor(f"{QUERY}.counts", np.ones((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "If another program wrote it" in refusal(tmp_path / "fork.gguf").todo

@@ -24,7 +24,7 @@ class Known:
 
 
 def _known(pattern: str, error: type[RunnerError], why: str, todo: str) -> Known:
-    return Known(re.compile(pattern), error, why, todo)
+    return Known(re.compile(pattern, re.MULTILINE), error, why, todo)
 
 
 _ANOTHER_MATRIX = "Use an imatrix made from this very model: imatrix-runner run MODEL --imatrix generate"
@@ -38,6 +38,7 @@ _LAST_WORDS = 5
 """Lines before the end in which a program that gives up says why."""
 
 _TOOLS_BUILD = "Build the current tools with: imatrix-runner tools build"
+_CONVERT_AGAIN = "Get the file again, or convert the original model with current tools (imatrix-runner tools build)"
 
 KNOWN: tuple[Known, ...] = (
     _known(
@@ -202,7 +203,151 @@ KNOWN: tuple[Known, ...] = (
         _TOOLS_BUILD,
     ),
     _known(
-        r"(?:tensor '[^']*' data is not within the file bounds|invalid magic|failed to load model|failed to init)",
+        r"tensor '([^']*)' has wrong shape; expected (.+?), got (.+)",
+        InvalidDataError,
+        "{1} has the shape {3}, and the model's own metadata asks for {2}",
+        f"{_CONVERT_AGAIN}; an edited or merged model needs a config.json that fits its weights.",
+    ),
+    _known(
+        r"(?:missing tensor|: tensor) '([^']*)'(?: not found)?$",
+        InvalidDataError,
+        "the tensor {1} is missing: the file is incomplete, or these llama.cpp tools know another form of this model",
+        _CONVERT_AGAIN,
+    ),
+    _known(
+        r"wrong number of tensors; expected (\d+), got (\d+)",
+        InvalidDataError,
+        "the file holds {1} tensors, and these llama.cpp tools know what to do with {2} of them only",
+        _CONVERT_AGAIN,
+    ),
+    _known(
+        r"invalid model: tensor '([^']*)' is duplicated",
+        InvalidDataError,
+        "the tensor {1} is in the model twice",
+        "Download all files of the model again, from one revision.",
+    ),
+    _known(
+        r"key not found in model: (\S+)",
+        InvalidDataError,
+        "the model's metadata lacks {1}",
+        _CONVERT_AGAIN,
+    ),
+    _known(
+        r"key (\S+) has wrong (?:type (\S+) but expected type (\S+)|array length; expected \d+, got \d+)",
+        InvalidDataError,
+        "the model's metadata holds something else under {1} than llama.cpp expects",
+        _CONVERT_AGAIN,
+    ),
+    _known(
+        r"invalid n_rot: (\d+), expected (\d+)",
+        InvalidDataError,
+        "the model's metadata says {1} rotary dimensions, and its heads have {2}",
+        _CONVERT_AGAIN,
+    ),
+    _known(
+        r"tensor '([^']*)'.* has invalid ggml type (\d+)",
+        ToolchainError,
+        "{1} is stored in type number {2}, which these llama.cpp tools do not know: a newer llama.cpp's or a fork's",
+        f"Name the fork's programs with --llama-cpp DIR. {_TOOLS_BUILD}",
+    ),
+    _known(
+        r"((?:illegal split file idx|invalid split file|invalid split count|failed to load GGUF split|corrupted model:)[^\n]*)",
+        InvalidDataError,
+        "the shards of the model do not fit together: {1}",
+        "Download all shards again from one revision, and name the first.",
+    ),
+    _known(
+        r"cannot find tokenizer (vocab|merges) in model file",
+        InvalidDataError,
+        "the model was converted without its tokenizer ({1})",
+        f"{_CONVERT_AGAIN}, with the tokenizer's files next to its config.json.",
+    ),
+    _known(
+        r"unknown tokenizer: '([^']*)'",
+        ToolchainError,
+        "these llama.cpp tools do not know tokenizers of the kind {1}",
+        _TOOLS_BUILD,
+    ),
+    _known(
+        r"LLAMA_SPLIT_MODE_TENSOR not implemented for architecture '([^']*)'",
+        UsageError,
+        "-sm tensor is not offered for models of the architecture {1}",
+        "Use -sm layer.",
+    ),
+    _known(
+        r"type (\S+) unsupported for integer quantization|cannot dequantize/convert tensor type (\S+)",
+        InvalidDataError,
+        "the source holds tensors of a type that llama.cpp cannot widen ({1}{2})",
+        "Start from a model in F32, F16 or BF16.",
+    ),
+    _known(
+        r"(?:Bad layer (\d+) for|Failed to determine layer for) tensor (\S+)",
+        InvalidDataError,
+        "{2} does not belong to any of the layers that the model's metadata announces",
+        _CONVERT_AGAIN,
+    ),
+    _known(
+        r"inconsistent (?:size|expert count) for (\S+) \((\d+) vs (\d+)\)",
+        InvalidDataError,
+        "the imatrix file to continue holds {2} values for {1}, the model needs {3}: it was made from another model",
+        _ANOTHER_MATRIX,
+    ),
+    _known(
+        r"there will be not enough tokens left after removing (\d+) chunks",
+        InvalidDataError,
+        "the calibration text ends before chunk {1}",
+        "Give a longer text with -f, or a smaller --chunk.",
+    ),
+    _known(
+        r"inconsistent vocabulary \((\d+) vs (\d+)\)",
+        InvalidDataError,
+        "the reference is of a model with {1} tokens, and this one has {2}",
+        "Measure levels against a reference of their own source.",
+    ),
+    _known(
+        r"(\S+) does not look like a file containing log-probabilities",
+        InvalidDataError,
+        "{1} holds no log-probabilities",
+        "Remove it: it is made again.",
+    ),
+    _known(
+        r"has been computed with (\d+), while the current context is (\d+)",
+        InvalidDataError,
+        "the reference was made with a context of {1}, not {2}",
+        "Run the same command with -c {1}.",
+    ),
+    _known(
+        r"no kernel image is available for execution|CUDA driver version is insufficient|invalid device function",
+        ToolchainError,
+        "llama.cpp was built for other GPUs or another driver than this machine has",
+        f"{_TOOLS_BUILD} (or compute without the GPU: -ngl 0)",
+    ),
+    _known(
+        r"tensor '([^']*)' data is not within the file bounds",
+        InvalidDataError,
+        "llama.cpp cannot load the model: the file ends before {1}",
+        "It is not complete: download or convert it again.",
+    ),
+    _known(
+        r"failed to open (?:GGUF )?file '([^']*)'(?: \(([^)]*)\)|: ([^\n]*))?",
+        InvalidDataError,
+        "{1} cannot be opened ({2}{3})",
+        "Check that it exists and may be read, then run the same command again.",
+    ),
+    _known(
+        r"error loading model: (?:error loading model (?:hyperparameters|vocabulary): )?([^\n]+)",
+        InvalidDataError,
+        "llama.cpp cannot load the model: {1}",
+        "Check that the file is complete, or update the tools: imatrix-runner tools build",
+    ),
+    _known(
+        r"failed to quantize: ([^\n]+)",
+        EngineError,
+        "llama.cpp cannot quantise it: {1}",
+        "Read the log.",
+    ),
+    _known(
+        r"(?:invalid magic|failed to load model|failed to init)",
         InvalidDataError,
         "llama.cpp cannot load the model",
         "The log tells more; check that the file is complete, or update the tools: imatrix-runner tools build",
@@ -251,7 +396,7 @@ def recognise(outcome: Outcome, what: str, *, writes: Path | None = None) -> Run
     if outcome.gave_up or not (outcome.hung or outcome.crashed or outcome.returncode < 0):
         for known in KNOWN:
             if match := known.pattern.search(text):
-                groups = [group or "" for group in (match[0], *match.groups())]
+                groups = [" ".join((group or "").split()) for group in (match[0], *match.groups())]
                 return known.error(what, known.why.format(*groups), with_log(known.todo.format(*groups), outcome))
     return None
 

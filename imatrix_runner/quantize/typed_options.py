@@ -1,0 +1,70 @@
+"""llama-quantize's options that are texts with a form of their own, checked before a model is fetched or opened.
+
+llama.cpp reads numbers as C's ``atol`` and ``atof`` do and takes 0 for anything else; here that is a mistake.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from imatrix_runner.errors import UsageError
+from imatrix_runner.models.bounded import printable
+
+MAX_TEXT = 127
+"""Bytes of a key or a text in llama.cpp's ``llama_model_kv_override``."""
+
+_SHOWN = 60
+_NUMBERS = {
+    "int": (re.compile(r"[+-]?\d+"), "a whole number", "2048"),
+    "float": (re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE), "a number", "0.5"),
+}
+_AT_MOST = f"llama.cpp takes at most {MAX_TEXT}"
+
+
+def check_override(text: str) -> None:
+    """Raise :class:`UsageError` unless ``text`` is the KEY=TYPE:VALUE that ``--override-kv`` takes."""
+    shown = f"--override-kv {_short(text)}"
+    key, equals, typed = text.partition("=")
+    kind, colon, value = typed.partition(":")
+    if not equals or not key:
+        raise UsageError(
+            f"{shown} names no key and value", "it is written KEY=TYPE:VALUE", _example("general.name", "str", "Mine")
+        )
+    if (length := len(os.fsencode(key))) > MAX_TEXT:
+        raise UsageError(
+            f"{shown} has a key that is too long", f"{length} bytes; llama.cpp takes at most {MAX_TEXT}", "Shorten it."
+        )
+    if not colon or kind not in ("int", "float", "bool", "str"):
+        why = "TYPE is int, float, bool or str, and the value follows a colon"
+        raise UsageError(f"{shown} has no type", why, _example(key, "str", typed or "Mine"))
+    if kind == "bool" and value not in ("true", "false"):
+        raise UsageError(f"{shown} is neither true nor false", "a bool is written so", _example(key, "bool", "true"))
+    if kind == "str" and (length := len(os.fsencode(value))) > MAX_TEXT:
+        raise UsageError(
+            f"{shown} has a text that is too long",
+            f"{length} bytes; {_AT_MOST}",
+            "Shorten it, or set it in the source before (the gguf package's gguf-new-metadata writes texts of any length).",
+        )
+    if kind in _NUMBERS:
+        form, what, example = _NUMBERS[kind]
+        if not form.fullmatch(value):
+            why = f"{kind} takes {what}, and llama.cpp would read 0"
+            raise UsageError(f"{shown} is not {what}", why, _example(key, kind, example))
+
+
+def check_tensor_type(text: str) -> None:
+    """Raise :class:`UsageError` unless ``text`` has the form REGEX=TYPE. Types and patterns are llama.cpp's to judge."""
+    pattern, equals, kind = text.partition("=")
+    if not (pattern and equals and kind):
+        missing = "pattern" if equals and not pattern else "type"
+        example = "For example: --tensor-type ffn_down=q6_k"
+        raise UsageError(f"--tensor-type {_short(text)} has no {missing}", "it is written REGEX=TYPE", example)
+
+
+def _example(key: str, kind: str, value: str) -> str:
+    return f"For example: --override-kv {_short(key)}={kind}:{_short(value)}"
+
+
+def _short(text: str) -> str:
+    return printable(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
