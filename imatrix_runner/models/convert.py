@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import re
 import sys
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imatrix_runner.environment import Needs
-from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, from_os_error
+from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, ToolchainError, from_os_error
 from imatrix_runner.events import Finished, Progress, Saved, Sink, Started
 from imatrix_runner.files import human_bytes, part_path, publish, require_space
+from imatrix_runner.models.converter_messages import explain_conversion
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.models.safetensors_file import Weights, check_safetensors, read_model_json
 from imatrix_runner.models.sources import open_gguf
@@ -199,57 +199,9 @@ def _json(path: Path) -> dict[str, Any]:
     return read_model_json(path) if path.is_file() else {}
 
 
-_Advice = Callable[[str, str], RunnerError]
-
-
 def _failure(outcome: Outcome, log: Path) -> RunnerError:
     """The converter's last words, translated; its whole output is in ``log``."""
     if outcome.out_of_memory or outcome.hung:
         todo = f"Close other programs or use a machine with more memory, then run the same command again; log: {log}"
         return EngineError("The conversion did not finish", outcome.ending(), todo)
-    for line in reversed(outcome.tail):
-        for pattern, advice in _TELLING:
-            if pattern.search(line):
-                return advice(line.strip(), str(log))
-    last = outcome.tail[-1].strip() if outcome.tail else outcome.ending()
-    return EngineError("The converter failed", last[:300], f"Read its whole output: {log}")
-
-
-def _unsupported(line: str, log: str) -> RunnerError:
-    todo = f"Build a newer llama.cpp with: imatrix-runner tools build --ref TAG; log: {log}"
-    return EngineError("This llama.cpp cannot convert that architecture", line[:300], todo)
-
-
-def _tokenizer(line: str, log: str) -> RunnerError:
-    todo = f"Check that tokenizer.json or tokenizer.model is complete, or build a newer llama.cpp; log: {log}"
-    return EngineError("The converter does not know the model's tokenizer", line[:300], todo)
-
-
-def _missing_file(line: str, log: str) -> RunnerError:
-    return EngineError("A file of the model is missing", line[:300], f"Download the whole repository again; log: {log}")
-
-
-def _missing_package(line: str, _log: str) -> RunnerError:
-    return ToolchainError(
-        "A package for converting models is missing", line[:300], "Run: pip install 'imatrix-runner[convert]'"
-    )
-
-
-def _quota(line: str, _log: str) -> RunnerError:
-    return from_os_error(OSError(errno.EDQUOT, line[:300]), "converting")
-
-
-def _full(line: str, _log: str) -> RunnerError:
-    todo = "Free some space, or choose another disk with --work-dir, then run the same command again."
-    return NoSpaceError("The disk is full while converting", line[:300], todo)
-
-
-# The converter's messages (convert_hf_to_gguf.py, conversion/base.py), the most telling first.
-_TELLING: tuple[tuple[re.Pattern[str], _Advice], ...] = (
-    (re.compile(r"Disk quota exceeded"), _quota),
-    (re.compile(r"No space left on device"), _full),
-    (re.compile(r"ModuleNotFoundError|ImportError"), _missing_package),
-    (re.compile(r"Model \S+ is not supported|Architecture .* not supported"), _unsupported),
-    (re.compile(r"pre-tokenizer was not recognized|Cannot find .*[Tt]okenizer|tokenizer\.(?:model|json)"), _tokenizer),
-    (re.compile(r"FileNotFoundError|No such file or directory"), _missing_file),
-)
+    return explain_conversion(outcome.tail, outcome.ending(), str(log))

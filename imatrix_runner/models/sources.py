@@ -20,6 +20,7 @@ from imatrix_runner.models.folders import CACHED, diagnose
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, read_header
 from imatrix_runner.models.gguf_names import SHARD, shard_names
 from imatrix_runner.models.misnamed import meant
+from imatrix_runner.models.native_types import keep_native, native_tensors
 
 _PRECISION = re.compile(r"[-._](?:bf16|f16|f32)$", re.IGNORECASE)
 _HUB_ID = re.compile(
@@ -107,6 +108,12 @@ class Model:
         return bool(self.source.dequantised) or any(tensor.is_quantised for tensor in _weights(self.tensors))
 
     @property
+    def is_native(self) -> bool:
+        """Whether all that is quantised is in a form that models are published in: gpt-oss has its experts in MXFP4."""
+        quantised = [tensor for tensor in _weights(self.tensors) if tensor.is_quantised]
+        return bool(quantised) and len(native_tensors(quantised)) == len(quantised)
+
+    @property
     def main_type(self) -> str:
         """The type that most weights have: ``BF16`` for a usual source."""
         share: Counter[str] = Counter()
@@ -189,13 +196,20 @@ def open_gguf(path: Path, *, allow_requantize: bool, name: str | None = None, so
         architecture=first.text("general.architecture") or "",
         source=source or Provenance("file", str(path)),
     )
-    if model.is_quantised and not allow_requantize:
-        raise InvalidDataError(
-            f"{path} is already quantised",
-            f"most of its weights are {model.main_type}, and quantising again adds one error to another",
-            "Use its BF16, F16 or F32 GGUF or the original directory; if this is all there is, pass --allow-requantize.",
-        )
+    # Tensors in a published 4-bit form may be kept; whether a level would quantise them again is for the plan to say.
+    if model.is_quantised and not allow_requantize and not model.is_native:
+        raise _already_quantised(path, model)
     return model
+
+
+def _already_quantised(path: Path, model: Model) -> InvalidDataError:
+    native = native_tensors(model.tensors)
+    keep = f" Its {native[0].type_name} tensors are as published: keep them with {keep_native(native)}." if native else ""
+    return InvalidDataError(
+        f"{path} is already quantised",
+        f"most of its weights are {model.main_type}, and quantising again adds one error to another",
+        "Use its BF16, F16 or F32 GGUF or the original directory; if this is all there is, pass --allow-requantize." + keep,
+    )
 
 
 def _weights(tensors: tuple[TensorInfo, ...]) -> tuple[TensorInfo, ...]:

@@ -10,6 +10,7 @@ from math import prod
 
 from imatrix_runner.engines.base import DryRun, Fallback, QuantizeOptions
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, padded, tensor_bytes, type_id, type_size
+from imatrix_runner.models.native_types import NATIVE_TYPES, keep_native, native_tensors
 from imatrix_runner.quantize.layout import ALIGNMENT, conversion_problem, layout_problems, written_shape
 from imatrix_runner.quantize.levels import PLAIN_FTYPES, Level
 from imatrix_runner.quantize.weights import NO_IMATRIX, OUTPUT, Failure, Lacks, Weights, requires_imatrix
@@ -131,8 +132,7 @@ def make_recipe(
         required = requires_imatrix(name, kind, level.ftype)
         needs = needs or required
         if source.is_quantised and not options.allow_requantize:
-            why = f"{name} is {source.type_name} already and would become {kind}"
-            failures.append(Failure(why, "Start from the BF16, F16 or F32 model, or accept the loss with --allow-requantize."))
+            failures.append(_again(source, name, kind, tensors))
         if (bad := _shape_problem(name, source.shape, kind, number)) is not None:
             failures.append(bad)
         if (bad := conversion_problem(source)) is not None:
@@ -164,6 +164,16 @@ def _told_bytes(shape: tuple[int, ...], kind: str, dry_run: DryRun) -> int | Non
     """Bytes of a tensor whose type only the engine's programs know, if they said what a row takes."""
     row = dry_run.row_bytes.get((kind, shape[0]))
     return row * prod(shape[1:]) if row is not None else None
+
+
+def _again(source: TensorInfo, name: str, kind: str, tensors: Sequence[TensorInfo]) -> Failure:
+    """Why a quantised tensor would not be quantised again."""
+    native = [tensor for tensor in native_tensors(tensors) if tensor.type_name == source.type_name]
+    if source.type_name in NATIVE_TYPES:
+        why = f"{name} is {source.type_name}, as the model was published, and would become {kind}"
+        return Failure(why, f"Keep such tensors with {keep_native(native)}, or accept the loss with --allow-requantize.")
+    why = f"{name} is {source.type_name} already and would become {kind}"
+    return Failure(why, "Start from the BF16, F16 or F32 model, or accept the loss with --allow-requantize.")
 
 
 def _shape_problem(name: str, shape: tuple[int, ...], kind: str, number: int | None) -> Failure | None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 from command_line import RunCommand
+from in_process import CommandLine
 from llama_tools import BareTools, digest, levels_in
 from tiny_models import write_llama_gguf
+
+from imatrix_runner.models.gguf_file import read_header
 
 
 @pytest.mark.parametrize(
@@ -133,3 +136,21 @@ def test_jobs_and_threads_change_no_byte(tiny_model: Path, tiny_imatrix: Path, r
         found.append(levels_in(tmp_path / f"work{number}" / "tiny"))
     assert found[0] == found[1]
     assert len(found[0]) == 3
+
+
+def test_experts_published_in_mxfp4_are_kept_with_the_option_that_is_offered(cli: CommandLine, tmp_path: Path) -> None:
+    """As gpt-oss has them: there is no better original to point to."""
+    made = write_llama_gguf(tmp_path / "moe-BF16.gguf", layers=1, experts=4)
+    native = ("--tensor-type", "_exps=mxfp4", "--tensor-type", ".=bf16")
+    assert cli("quantize", made, "--levels", "Q4_K_M", "--imatrix", "none", *native).code == 0
+    source = (tmp_path / "work" / "moe" / "moe-Q4_K_M.gguf").rename(tmp_path / "oss.gguf")
+    arguments = ("quantize", source, "--levels", "Q4_K_M", "--imatrix", "none")
+    refused = cli(*arguments)
+    assert refused.code == 6
+    assert "is MXFP4, as the model was published, and would become" in refused.err
+    assert "Keep such tensors with --tensor-type _exps=mxfp4" in refused.err
+    kept = cli(*arguments, "--tensor-type", "_exps=mxfp4")
+    assert kept.code == 0, kept.err
+    types = {tensor.name: tensor.type_name for tensor in read_header(tmp_path / "work" / "oss" / "oss-Q4_K_M.gguf").tensors}
+    assert {kind for name, kind in types.items() if "_exps" in name} == {"MXFP4"}
+    assert types["blk.0.attn_k.weight"] == "Q4_K"

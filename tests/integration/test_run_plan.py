@@ -151,8 +151,9 @@ def test_an_impossible_shape_is_told_before_anything_runs(runner: RunCommand, tm
 
 def test_a_bad_pattern_is_told_before_anything_runs(tiny_model: Path, runner: RunCommand) -> None:
     done = runner("run", tiny_model, "--imatrix", "none", "--levels", "Q4_0", "--tensor-type", "ffn_(=q8_0")
-    assert done.code == 6
-    assert "Q4_0 cannot be made" in done.err
+    assert done.code == 2
+    assert "a pattern of --tensor-type is no regular expression" in done.err
+    assert "Correct the pattern" in done.err
 
 
 def test_partial_weights_are_told(tiny_model: Path, tiny_imatrix: Path, runner: RunCommand) -> None:

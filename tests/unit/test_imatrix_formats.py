@@ -359,7 +359,7 @@ def test_a_missing_file_and_a_folder_are_errors_of_ours(tmp_path: Path) -> None:
     [
         (LEGACY[: len(LEGACY) // 2], "it was cut short, or a fork of llama.cpp wrote it", "let that convert it"),
         (
-            legacy({QUERY: (2, [1.0] * 8)})[:16] + b"blk.0.attn_q.weight" + struct.pack("<iii", 2, -8, 1),
+            struct.pack("<ii", 1, len(QUERY)) + QUERY.encode() + struct.pack("<iii", 2, -8, 1),
             "a fork of llama.cpp wrote it",
             "let that convert it",
         ),

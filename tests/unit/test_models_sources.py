@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tiny_models import write_hf_directory, write_llama_gguf
 
 from imatrix_runner.errors import InvalidDataError, RunnerError, UsageError
+from imatrix_runner.models.gguf_file import TensorInfo, type_id
 from imatrix_runner.models.gguf_names import shard_names
+from imatrix_runner.models.native_types import keep_native, native_tensors
 from imatrix_runner.models.sources import (
     HubId,
     LocalDirectory,
@@ -293,3 +295,14 @@ def test_the_first_shard_may_be_empty(tmp_path: Path) -> None:
     )
     paths[0].write_bytes(head + counted)
     assert len(open_gguf(paths[0], allow_requantize=False).tensors) == 1
+
+
+def test_native_types_are_named_with_the_option_that_keeps_them() -> None:
+    def tensor(name: str, kind: str) -> TensorInfo:
+        return TensorInfo(name, (32, 4), type_id(kind) or 0, kind, 0, 1)
+
+    experts = [tensor(f"blk.{layer}.ffn_{part}_exps.weight", "MXFP4") for layer in (0, 1) for part in ("up", "down")]
+    assert native_tensors([*experts, tensor("output.weight", "Q8_0")]) == experts
+    assert keep_native(experts) == "--tensor-type _exps=mxfp4"
+    dense = [tensor("blk.0.ffn_up.weight", "NVFP4"), tensor("blk.1.attn_q.weight", "NVFP4")]
+    assert keep_native(dense) == r"--tensor-type '\.(attn_q|ffn_up)\.weight'=nvfp4"
