@@ -26,6 +26,7 @@ _MAX_HEADER = 100 << 20  # the library's own limit
 _MAX_JSON = 32 << 20  # the index of a model of a trillion parameters has 20 MB
 _MAX_TENSORS = 1 << 18  # such a model has 100,000
 _MAX_DIMS = 16
+_NUMBERED = re.compile(r"model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _PART = re.compile(r"model[^/]*\.safetensors")
 _AGAIN = "Download the missing or damaged file again."
 
@@ -87,6 +88,7 @@ def check_safetensors(directory: Path) -> Weights:
             )
     else:
         names = sorted(path.name for path in directory.iterdir() if _PART.fullmatch(path.name))
+        _refuse_gaps(directory, names)
     if not names:
         raise _no_weights(directory)
     found: dict[str, tuple[str, Weight]] = {}
@@ -107,6 +109,22 @@ def check_safetensors(directory: Path) -> Weights:
             _AGAIN,
         )
     return Weights(tuple(directory / name for name in names), tuple(weight for _, weight in found.values()))
+
+
+def _refuse_gaps(directory: Path, names: list[str]) -> None:
+    """Without an index only the numbers of shards tell that some are missing; the converter takes what is there."""
+    numbered = [match for name in names if (match := _NUMBERED.fullmatch(name))]
+    counts = {int(match["count"]) for match in numbered}
+    if len(counts) != 1:
+        return
+    missing = sorted(set(range(1, counts.pop() + 1)) - {int(match["number"]) for match in numbered})
+    if missing:
+        shown = ", ".join(f"{number:05d}" for number in missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise InvalidDataError(
+            f"{len(missing)} of the {numbered[0]['count'].lstrip('0')} weight files of {directory} are missing",
+            f"there is no number {shown}, and no {INDEX} either",
+            _AGAIN,
+        )
 
 
 def read_directory(path: Path) -> tuple[Weight, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import DType, write_hf_directory
+from tiny_models import DType, write_hf_directory, write_packed
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models import safetensors_file
@@ -79,6 +79,16 @@ def test_missing_and_truncated_shards_are_named(checkpoint: Path) -> None:
     with pytest.raises(InvalidDataError, match="1 of the 2 weight files") as caught:
         check_safetensors(checkpoint)
     assert second.name in caught.value.why
+
+
+def test_without_an_index_the_numbers_tell_what_is_missing(tmp_path: Path) -> None:
+    for number in (1, 3):
+        write_packed(tmp_path / f"model-{number:05d}-of-00003.safetensors", {f"t{number}": ("F32", (2, 2))})
+    with pytest.raises(InvalidDataError, match="1 of the 3 weight files") as caught:
+        check_safetensors(tmp_path)
+    assert "no number 00002" in caught.value.why
+    write_packed(tmp_path / "model-00002-of-00003.safetensors", {"t2": ("F32", (2, 2))})
+    assert len(check_safetensors(tmp_path).tensors) == 3
 
 
 def test_an_index_must_stay_inside_and_tell_the_truth(checkpoint: Path) -> None:
