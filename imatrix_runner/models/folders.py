@@ -220,7 +220,7 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         _pointer,
         "{path} holds Git LFS pointers in place of files",
-        "{count} of its files, such as {seen}, only name the content, which was not fetched",
+        "{seen} only names its content, which was not fetched (pointers: {count})",
         "Fetch it with: git lfs pull (in that folder)",
         "anywhere",
     ),

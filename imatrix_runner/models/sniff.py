@@ -18,6 +18,9 @@ _AGAIN = "Delete it and download it again, or give the hub id (org/name) and let
 _OTHERWISE = "Give the model's GGUF file, its directory, or its hub id (org/name)."
 _NEWER = "Use a GGUF made by a current converter; nothing reads this format any more."
 _ORIGINAL = "Give the model it was made from: its GGUF, its directory with safetensors, or its hub id (org/name)."
+_PICKLE = (
+    "Give the model's directory with safetensors, or its GGUF; pickles are not read, for they can execute code hidden in them."
+)
 _UNPACK = "Unpack it, then give the GGUF file or the folder with config.json."
 _CONVERT = "<convert>"
 """Stands for the advice to name the folder, which :func:`foreign_format` fills in."""
@@ -104,8 +107,8 @@ _TABLE: tuple[tuple[Callable[[_File], bool], str, str], ...] = (
     (_both(_magic(b"PK\x03\x04"), _named(".npz")), "NumPy arrays (.npz), perhaps an early MLX or JAX export", _ORIGINAL),
     (_both(_magic(b"PK\x03\x04"), _named(".docx", ".xlsx", ".pptx", ".odt", ".epub")), "an office document", _OTHERWISE),
     (_both(_magic(b"PK\x03\x04"), _named(".zip")), "a zip archive", _UNPACK),
-    (_magic(b"PK\x03\x04"), "a zip archive, most likely PyTorch weights (.bin, .pt, .pth)", _CONVERT),
-    (_magic(b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a Python pickle, most likely old PyTorch weights", _CONVERT),
+    (_magic(b"PK\x03\x04"), "a zip archive, most likely PyTorch weights (.bin, .pt, .pth)", _PICKLE),
+    (_magic(b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), "a Python pickle, most likely old PyTorch weights", _PICKLE),
     (_magic(b"lmgg"), "a legacy GGML model of 2023", _NEWER),
     (_magic(b"fmgg"), "a legacy GGMF model of 2023", _NEWER),
     (_magic(b"tjgg"), "a legacy GGJT model of 2023", _NEWER),

@@ -37,7 +37,7 @@ def quantised(dtypes: Mapping[str, str] | None = None, **announced: Any) -> Fold
 
 # A folder, and what "what", "why" and "do" must name.
 SEEN: list[tuple[Folder, str, str, str]] = [
-    (folder(*CHECKPOINT, pointers=("model.safetensors",)), "Git LFS pointers", "such as model.safetensors", "git lfs pull"),
+    (folder(*CHECKPOINT, pointers=("model.safetensors",)), "Git LFS pointers", "model.safetensors only names", "git lfs pull"),
     (folder("config.json", "model.safetensors.part"), "unfinished download", "model.safetensors.part", "finish"),
     (folder(*CHECKPOINT, "model.safetensors.aria2"), "unfinished download", "model.safetensors.aria2", "finish"),
     (folder("m.gguf.crdownload"), "unfinished download", "m.gguf.crdownload", "finish"),

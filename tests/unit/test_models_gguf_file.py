@@ -218,7 +218,7 @@ def test_says_what_a_foreign_file_is(tmp_path: Path, content: bytes, said: str) 
         ("m.zip", b"PK\x03\x04" + bytes(100), "a zip archive", "Unpack"),
         ("weights.npz", b"PK\x03\x04" + bytes(100), "NumPy arrays", "made from"),
         ("notes.docx", b"PK\x03\x04" + bytes(100), "office document", "GGUF"),
-        ("pytorch_model.bin", b"PK\x03\x04" + bytes(100), "PyTorch weights", "imatrix-runner run"),
+        ("pytorch_model.bin", b"PK\x03\x04" + bytes(100), "PyTorch weights", "safetensors"),
         ("config.json", b'{"architectures": []}', "JSON text", "imatrix-runner run"),
         ("tokenizer.model", b"\n\x0e\xff\xfe", "a tokenizer", "imatrix-runner run"),
         ("model.onnx", b"\x08\x07\x12\x07pytorch", "an ONNX export", "made from"),
