@@ -24,11 +24,14 @@ def print_measure_plan(plan: MeasurePlan, console: Console) -> None:
     extent, space = stick.extent, stick.fit
     what = f"Measured on {shown(stick.name)}: {extent.n_chunks} chunks of {extent.n_ctx}, {extent.n_tokens:,} tokens scored"
     console.print(Text(f"{what}."))
-    todo, known = [subject.name for subject in plan.todo], len(plan.subjects) - len(plan.todo)
+    todo = [subject.name for subject in plan.todo]
+    known = sum(not subject.todo and subject.name not in plan.same for subject in plan.subjects)
     told = f"To measure: {', '.join(todo) or 'nothing'}"
     console.print(Text(told + (f"; {known} known already." if known else ".")))
     if plan.twins:
         console.print(Text(f"Made without imatrix, measured and removed: {', '.join(plan.twins)}."))
+    for name, of in plan.same.items():
+        console.print(Text(f"{name} holds the same tensors as {of}, and has its figures.", style="dim"))
     for name, why in plan.alone.items():
         console.print(Text(f"{name} {why}.", style="yellow"))
     if not (todo or plan.twins):
@@ -73,6 +76,7 @@ def evaluate_document(result: EvaluateResult, exit_code: int) -> dict[str, Any]:
             "levels": [_planned(subject) for subject in plan.subjects],
             "twins": list(plan.twins),
             "without_twin": dict(plan.alone),
+            "same": dict(plan.same),
         },
         measured=measured_content(result),
         picks=[msgspec.to_builtins(pick) for pick in report.report.picks] if report is not None else [],

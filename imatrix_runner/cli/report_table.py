@@ -13,6 +13,7 @@ from imatrix_runner.evaluate.answers import DomainResult
 from imatrix_runner.evaluate.twins import RULE, Comparison
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.report.document import Report, ReportLevel
+from imatrix_runner.report.provenance import source_kind
 from imatrix_runner.report.wording import error, figure, kld, kld_error, percent, points, shown, signed
 
 PICKED = "*"
@@ -24,7 +25,7 @@ def print_report(report: Report, console: Console) -> None:
     picked = {pick.level for pick in report.picks}
     table = fitted_table(
         _level_columns(picked),
-        report.levels,
+        report.rows,
         console,
         title="Report",
         style=lambda level: "green" if level.name in picked else "",
@@ -35,17 +36,24 @@ def print_report(report: Report, console: Console) -> None:
         console.print(
             Text(
                 f"Measured on {shown(evaluation.text)}: {evaluation.n_tokens:,} tokens in {evaluation.n_chunks} chunks of "
-                f"{evaluation.n_ctx}; the source's PPL is {figure(evaluation.ppl.value)} ± {error(evaluation.ppl)}. {_LEGEND}",
+                f"{evaluation.n_ctx}, against the {source_kind(report.model)} source; the source's PPL is "
+                f"{figure(evaluation.ppl.value)} ± {error(evaluation.ppl)}. {_LEGEND}",
                 style="dim",
             )
         )
     for pick in report.picks:
         line = Text(f"{PICKED} {shown(pick.level)}", style="bold green")
         console.print(line.append(f" ({pick.why}): {shown(pick.rule)}", style="not bold default"))
+    for caveat in report.caveats:
+        console.print(Text(shown(caveat, 600), style="yellow"))
     if report.comparisons:
         console.print()
         console.print(fitted_table(_TWINS, report.comparisons, console, title="With and without imatrix"))
+        if evaluation is not None:
+            console.print(Text(f"Measured on {shown(evaluation.text)}.", style="dim"))
         console.print(Text(RULE, style="dim"))
+    for alone in report.without_twin:
+        console.print(Text(f"{shown(alone.level)} {shown(alone.why, 600)}.", style="yellow"))
     if report.domain:
         console.print()
         console.print(fitted_table(_ANSWERS, report.domain, console, title="Answers to your prompts"))
@@ -62,7 +70,7 @@ def _level_columns(picked: set[str]) -> tuple[Column[ReportLevel], ...]:
         return lambda level: form(level.measured) if level.measured is not None else None
 
     return (
-        Column("Level", lambda level: shown(level.name) + (f" {PICKED}" if level.name in picked else ""), left=True),
+        Column("Level", lambda level: shown(level.label) + (f" {PICKED}" if level.name in picked else ""), left=True),
         Column("Size", lambda level: human_bytes(level.n_bytes)),
         Column("Bits/weight", lambda level: f"{level.bits_per_weight:.2f}" if level.bits_per_weight is not None else None, 3),
         Column("Mean KLD", measured(lambda found: kld_error(found.kld))),

@@ -11,13 +11,17 @@ import numpy.typing as npt
 
 from imatrix_runner.engines.measures import Divergence, Estimate
 
-Verdict = Literal["not needed", "take it", "do not go without"]
+Verdict = Literal["not needed", "take it", "do not go without", "undecided"]
 
 LITTLE, MUCH = 0.03, 0.10
 RULE = (
     f"The rule: where the imatrix takes away less than {100 * LITTLE:g} % of the KLD it is not needed; "
     f"more than {100 * MUCH:g} %: do not go without; between: take it, it is free at inference."
 )
+_NOTHING = 1e-4
+"""Mean KLD without imatrix that is rounding: there is nothing to take away."""
+_FEWEST = 11
+"""Scored tokens that have a standard error."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Comparison:
     """``level`` with and without imatrix. ``saved``: the share of the twin's KLD that the imatrix takes away (negative: it
     adds); ``kld``, ``ppl``, ``same_top``: with minus without. Errors are those of the paired difference where tokens are known.
 
-    ``sure``: the saved share is more than two of its standard errors from 0.
+    ``sure``: the saved share is more than two of its standard errors from 0. The verdict is ``undecided`` where it is not, and
+    yet may be large.
     """
 
     level: str
@@ -41,6 +46,8 @@ class Comparison:
     @property
     def remark(self) -> str:
         """What is to be said of the verdict."""
+        if self.verdict == "undecided":
+            return "too few tokens"
         if not self.sure:
             return "within two standard errors"
         return "closer to the source without it" if self.saved.value < 0 else ""
@@ -63,8 +70,13 @@ def compare(
     words, so their difference is known better than either. Without them the two count as independent."""
     kld, ppl, same = _apart(with_imatrix, without) if tokens is None else _paired(with_imatrix, without, *tokens)
     saved = _saved(with_imatrix.kld, without.kld, tokens)
-    sure = abs(saved.value) > 2 * saved.error
-    return Comparison(level, with_imatrix, without, saved, kld, ppl, same, judge(saved.value), sure)
+    sure = abs(saved.value) > 2 * saved.error and with_imatrix.n_tokens >= _FEWEST
+    verdict = judge(saved.value)
+    if without.kld.value <= _NOTHING:
+        verdict = "not needed"
+    elif not sure and (verdict != "not needed" or saved.value + 2 * saved.error >= MUCH or with_imatrix.n_tokens < _FEWEST):
+        verdict = "undecided"
+    return Comparison(level, with_imatrix, without, saved, kld, ppl, same, verdict, sure)
 
 
 def _apart(one: Divergence, other: Divergence) -> tuple[Estimate, Estimate, Estimate]:

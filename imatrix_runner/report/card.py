@@ -60,7 +60,7 @@ class _Compared:
 
 def render_card(report: Report) -> str:
     """The card. Where the hub id that the files will have is not known, commands name a stand-in."""
-    levels = sorted(report.levels, key=lambda level: -level.n_bytes)
+    levels = sorted(report.rows, key=lambda level: -level.n_bytes)
     measured = [level for level in levels if level.measured is not None]
     advice = describe(levels, report.picks)
     base, where = _base(report), repository_in(report.repo) or ""
@@ -79,7 +79,7 @@ def render_card(report: Report) -> str:
             choices=_choices(report, levels),
             picture=PICTURE if len(measured) > 1 else "",
             rows=[_row(level, advice[level.name]) for level in levels],
-            notes=notes_of(levels),
+            notes=[*map(inline, report.caveats), *notes_of(levels)],
             download=_download(report, levels, where or stand_in(report)),
             stand_in=Markdown("" if where else stand_in(report)),
             matrix=_matrix(report),
@@ -168,7 +168,7 @@ def _row(level: ReportLevel, advice: str) -> _Row:
     found = level.measured
     return _Row(
         file=_file(level),
-        type=level.name,
+        type=level.label,
         size=human_bytes(level.n_bytes),
         bits=f"{level.bits_per_weight:.2f}" if level.bits_per_weight is not None else _UNKNOWN,
         kld=wording.kld_error(found.kld) if found else _UNKNOWN,

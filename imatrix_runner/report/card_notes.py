@@ -9,6 +9,7 @@ from imatrix_runner.models.origin import repository_in
 from imatrix_runner.report import wording
 from imatrix_runner.report.document import CalibrationSource, Report, ReportImatrix, ReportLevel
 from imatrix_runner.report.markdown import Markdown, code, inline, joined, link
+from imatrix_runner.report.provenance import source_kind
 
 _FEATURES = "https://github.com/ggml-org/llama.cpp/wiki/Feature-matrix"
 _UNTIL = {"converged": "until it had converged", "covered": "until every expert had seen enough"}
@@ -30,7 +31,7 @@ def facts_of(report: Report, licence: Markdown) -> list[Markdown]:
     if measured and report.evaluation is not None:
         which = "every level" if measured == len(report.levels) else wording.many(measured, "level")
         found.append(
-            Markdown(f"Quality: {which} measured against the {inline(model.type)} source, [how](#how-it-was-measured)")
+            Markdown(f"Quality: {which} measured against the {inline(source_kind(model))} source, [how](#how-it-was-measured)")
         )
     return found
 
@@ -73,7 +74,7 @@ def measuring_of(report: Report) -> list[Markdown]:
     found = [
         Markdown(f"{text}, {scored}"),
         Markdown(
-            f"Source: {inline(report.model.type)}, with a perplexity of {wording.figure(evaluation.ppl.value)} ± "
+            f"Source: {inline(source_kind(report.model))}, with a perplexity of {wording.figure(evaluation.ppl.value)} ± "
             f"{wording.figure(evaluation.ppl.error)} on this text"
         ),
         Markdown(

@@ -91,7 +91,7 @@ def saved(report: Report) -> Spec | None:
     x = {"scale": {"domain": [low, high], "nice": True}, "axis": {"tickCount": 6, "labelExpr": "datum.label + ' %'"}}
     limits = [{"at": 100 * LITTLE, "name": f"{LITTLE:.0%}"}, {"at": 100 * MUCH, "name": f"{MUCH:.0%}"}]
     best = max(report.comparisons, key=lambda each: each.saved.value)
-    colours = {"not needed": "other", "take it": "accent", "do not go without": "twin"}
+    colours = {"not needed": "other", "take it": "accent", "do not go without": "twin", "undecided": "soft"}
     used = {verdict: colour for verdict, colour in colours.items() if any(row["verdict"] == verdict for row in rows)}
     return spec(
         f"Share of the KLD that the imatrix takes away, for {wording.many(len(rows), 'level')}; most for "

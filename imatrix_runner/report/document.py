@@ -61,6 +61,8 @@ class ReportModel:
     n_experts: int = 0
     prompt_format: str = ""
     dequantised: str = ""
+    quantised: str = ""
+    """The block format of a source that is quantised itself; empty for an F32, F16 or BF16 one."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class ReportLevel:
 
     ``ppl_ratio``: its perplexity over the source's own, which people compare; ``measured.ratio`` is llama-perplexity's, whose
     reference knows no token rarer than e^-16.
+
+    ``is_source``: no tensor's type differs from the source's. ``same_as``: the level whose file holds the same tensors, in
+    whose row this one is shown; ``others`` are the levels in this one's row.
     """
 
     name: str
@@ -87,11 +92,19 @@ class ReportLevel:
     measured: Divergence | None = None
     ppl_ratio: Estimate | None = None
     pass_share: float | None = None
+    is_source: bool = False
+    same_as: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def own_seconds(self) -> float:
         """Seconds for this level alone: of a pass, its share."""
         return self.seconds if self.pass_share is None else self.seconds * self.pass_share
+
+    @property
+    def label(self) -> str:
+        """Its name, and those of the levels that are shown in its row."""
+        return f"{self.name} (= {', '.join(self.others)})" if self.others else self.name
 
 
 @dataclass(frozen=True)
@@ -197,6 +210,14 @@ class ReportEvaluation:
 
 
 @dataclass(frozen=True)
+class WithoutTwin:
+    """A level that is not compared with one made without imatrix, and why, as the rest of a sentence about it."""
+
+    level: str
+    why: str
+
+
+@dataclass(frozen=True)
 class ReportStep:
     """One line of how it was made: the command that reproduces it (may be empty), and how long it took."""
 
@@ -210,8 +231,9 @@ class ReportStep:
 class Report:
     """One workspace. ``made`` is ISO 8601 in UTC; ``command`` the line that was typed; ``toolchain`` the engine's identity.
 
-    ``quantized_by``: whom the model card names as the maker of these files; ``repo``: the hub id that the files have or will
-    have, which the card's commands name. Empty where not given.
+    ``caveats``: sentences without which the figures would mislead, shown wherever the figures are. ``quantized_by``: whom the
+    model card names as the maker of these files; ``repo``: the hub id that the files have or will have, which the card's
+    commands name. Empty where not given.
     """
 
     model: ReportModel
@@ -223,10 +245,18 @@ class Report:
     imatrix: ReportImatrix | None = None
     evaluation: ReportEvaluation | None = None
     comparisons: tuple[Comparison, ...] = ()
+    without_twin: tuple[WithoutTwin, ...] = ()
     domain: tuple[DomainResult, ...] = ()
     picks: tuple[Pick, ...] = ()
+    caveats: tuple[str, ...] = ()
     steps: tuple[ReportStep, ...] = ()
     quantized_by: str = ""
     repo: str = ""
     schema: Literal["imatrix-runner/report"] = SCHEMA
     version: Literal[1] = VERSION
+
+    @property
+    def rows(self) -> tuple[ReportLevel, ...]:
+        """The levels that tables and charts show: of those that hold the same tensors one."""
+        names = {level.name for level in self.levels}
+        return tuple(level for level in self.levels if level.same_as not in names - {level.name})

@@ -31,7 +31,7 @@ from imatrix_runner.report.descriptions import PICKED
 from imatrix_runner.report.differing import Run, differences
 from imatrix_runner.report.document import Report, ReportLevel
 from imatrix_runner.report.pareto import pareto
-from imatrix_runner.report.provenance import provenance
+from imatrix_runner.report.provenance import provenance, source_kind
 from imatrix_runner.report.tables import level_table
 from imatrix_runner.toolchain.store import cache_dir
 
@@ -108,7 +108,7 @@ def render_html(report: Report) -> str:
             chosen=chosen,
             answer=next((each for each in chosen if each.pick.why == "target"), chosen[0] if chosen else None),
             named={each.level.name: each.name for each in chosen},
-            table=level_table(report.levels),
+            table=level_table(report.rows),
             pareto=_chart("pareto", pareto(report)),
             saved=_chart("saved", charts.saved(report)),
             rule=RULE,
@@ -235,6 +235,7 @@ def _environment() -> jinja2.Environment:
         difference=wording.difference,
         count=wording.count,
         moment=wording.moment,
+        kind=source_kind,
     )
     environment.globals.update(many=wording.many)
     return environment

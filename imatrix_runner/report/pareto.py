@@ -61,7 +61,7 @@ def pareto(report: Report, *, width: float = _WIDE, height: float = _HEIGHT) -> 
     The scale of the KLD is a logarithm's: a level with none at all has no place on it, unless that is so of all. Names are
     placed for a plot of ``width`` and ``height`` pixels.
     """
-    measured = [(level, level.measured) for level in report.levels if level.measured is not None]
+    measured = [(level, level.measured) for level in report.rows if level.measured is not None]
     placed = [(level, found) for level, found in measured if found.kld.value > 0]
     plotted = placed or measured
     if not plotted:
@@ -225,6 +225,6 @@ def _told(report: Report, plotted: Sequence[tuple[ReportLevel, Divergence]]) -> 
     if report.picks:
         text += f" Recommended: {', '.join(wording.shown(pick.level) for pick in report.picks)}."
     shown = {level.name for level, _ in plotted}
-    if same := [wording.shown(each.name) for each in report.levels if each.measured is not None and each.name not in shown]:
+    if same := [wording.shown(each.name) for each in report.rows if each.measured is not None and each.name not in shown]:
         text += f" Without a place on the log scale: {', '.join(same)}, whose KLD is 0."
     return text

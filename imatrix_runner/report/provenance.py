@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from imatrix_runner.files import human_bytes
 from imatrix_runner.report import wording
-from imatrix_runner.report.document import Report
+from imatrix_runner.report.document import Report, ReportModel
 
 _FILES, _PARTS = 64, 200
 """Files of a source, parts of a text that are named."""
@@ -19,6 +19,13 @@ class Fact:
     name: str
     text: str = ""
     code: str = ""
+
+
+def source_kind(model: ReportModel) -> str:
+    """What figures are measured against: ``BF16``, ``quantised Q8_0``, ``dequantised fp8``."""
+    if model.dequantised:
+        return wording.shown(f"dequantised {model.dequantised}")
+    return wording.shown(f"quantised {model.quantised}" if model.quantised else model.type)
 
 
 def provenance(report: Report) -> list[tuple[str, list[Fact]]]:

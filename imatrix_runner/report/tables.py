@@ -72,7 +72,7 @@ def _fallbacks(level: ReportLevel) -> Cell | None:
 
 LEVEL_COLUMNS: Final = (
     Column(
-        "level", "Level", "llama.cpp's name of the mixture.", lambda level: Cell(wording.shown(level.name), level.name), False
+        "level", "Level", "llama.cpp's name of the mixture.", lambda level: Cell(wording.shown(level.label), level.name), False
     ),
     Column("size", "Size", "all files of the level.", lambda level: _number(human_bytes(level.n_bytes), level.n_bytes)),
     Column("bits", "Bits/weight", "of the file, averaged over all weights.", _bits),

@@ -25,9 +25,11 @@ from imatrix_runner.workflow.context import Context, Session, held, settle
 from imatrix_runner.workflow.ineffective import warn_of_placement
 from imatrix_runner.workflow.levels import still_there
 from imatrix_runner.workflow.measured import (
+    ALONE,
     COMPARE,
     EVALUATE,
     LEVEL_INPUT,
+    Alone,
     as_facts,
     comparisons,
     content_of,
@@ -35,7 +37,8 @@ from imatrix_runner.workflow.measured import (
     measured,
 )
 from imatrix_runner.workflow.measuring import Measurer, Subject
-from imatrix_runner.workflow.plan import LevelStep
+from imatrix_runner.workflow.plan import LevelStep, facts_of_record
+from imatrix_runner.workflow.plan_notes import same_tensors
 from imatrix_runner.workflow.report import ReportFiles, make_report, remember_target
 from imatrix_runner.workflow.request import EvaluateRequest, LevelsRequest, MeasureRequest
 from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
@@ -48,7 +51,8 @@ from imatrix_runner.workspace import Workspace
 @dataclass(frozen=True)
 class MeasurePlan:
     """What will be measured with what. ``twins`` by level, those to be made and measured; ``compared``: levels whose comparison
-    with their twin is known; ``alone``: levels without a twin, and why."""
+    with their twin is known; ``alone``: levels without a twin, and why; ``same``: levels that get the figures of another one,
+    because their files hold the same tensors."""
 
     yardstick: Yardstick
     subjects: tuple[Subject, ...]
@@ -56,10 +60,11 @@ class MeasurePlan:
     compared: tuple[str, ...]
     alone: Mapping[str, str]
     free_bytes: int
+    same: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def todo(self) -> tuple[Subject, ...]:
-        return tuple(subject for subject in self.subjects if subject.todo)
+        return tuple(subject for subject in self.subjects if subject.todo and subject.name not in self.same)
 
 
 @dataclass(frozen=True)
@@ -164,14 +169,16 @@ class _Evaluation:
         if (domain := _domain(self.request)) is not None:
             check_answerable(domain, session)
         self._warn_of_strangers(made)
-        steps, alone = self.twins.plan(made) if self.request.twins else ((), {})
+        same = same_tensors({name: (record.inputs, facts_of_record(record)) for name, record in made.items()})
+        distinct = {name: record for name, record in made.items() if name not in same}
+        steps, alone = self.twins.plan(distinct) if self.request.twins else ((), {})
         sizes = [step.facts.n_bytes or 0 for step in steps]
-        yardstick = choose_yardstick(self.request, self.frozen, len(made), sizes, session)
+        yardstick = choose_yardstick(self.request, self.frozen, len(distinct), sizes, session)
         subjects = tuple(self._subject(name, record, yardstick) for name, record in made.items())
         pairs = {step.level.name: (step, self.twins.subject(step)) for step in steps}
         wanted = {name: pair for name, pair in pairs.items() if self._compare_again(name, made[name], yardstick, pair[1])}
         compared = tuple(name for name in pairs if name not in wanted)
-        return MeasurePlan(yardstick, subjects, wanted, compared, alone, free_bytes(session.workspace.root))
+        return MeasurePlan(yardstick, subjects, wanted, compared, alone, free_bytes(session.workspace.root), same)
 
     def run(self, plan: MeasurePlan, began: float) -> EvaluateResult:
         session = self.session
@@ -184,6 +191,14 @@ class _Evaluation:
             measurer.check_given()
         _sort(measurer.measure(plan.todo), found, failed)
         everything = {**self._known(plan), **found}
+        for subject in plan.subjects:
+            if subject.todo and (of := plan.same.get(subject.name)) is not None:
+                if of in everything:
+                    measurer.repeat(subject, of)
+                    everything[subject.name] = everything[of]
+                else:
+                    failed[subject.name] = failed[of]
+        self._record_alone(plan)
         pairs = self._compare(plan, measurer, everything, failed)
         measurer.tidy()
         self.twins.tidy()
@@ -226,6 +241,13 @@ class _Evaluation:
                 f"Make it first: imatrix-runner run {source} --levels {','.join(missing)}",
             )
         return {known[name.upper()]: there[known[name.upper()]] for name in self.request.levels}
+
+    def _record_alone(self, plan: MeasurePlan) -> None:
+        """Keep for reports why levels have no twin."""
+        levels = {subject.name: subject for subject in plan.subjects}
+        for name, why in plan.alone.items():
+            record = Record.now(levels[name].inputs, [], "asked for", 0.0, facts=as_facts(Alone(why)))
+            self.session.journal.record(f"{ALONE} {name}", record)
 
     def _warn_of_strangers(self, made: Mapping[str, Record]) -> None:
         strangers = [name for name, record in made.items() if record.inputs.get("model file") != self.frozen.fingerprint]
@@ -287,7 +309,8 @@ class _Evaluation:
         domain = _domain(self.request)
         if domain is None:
             return ()
-        levels = [(each.name, each.file, each.inputs[LEVEL_INPUT]) for each in plan.subjects if each.name not in failed]
+        asked = [each for each in plan.subjects if each.name not in failed and each.name not in plan.same]
+        levels = [(each.name, each.file, each.inputs[LEVEL_INPUT]) for each in asked]
         found = answer_levels(domain, self.frozen, levels, self.session, self.session.workspace.evaluation)
         failed.update({name: outcome for name, outcome in found.items() if isinstance(outcome, RunnerError)})
         return tuple(outcome for outcome in found.values() if isinstance(outcome, DomainResult))
@@ -310,7 +333,11 @@ class _Evaluation:
         if request.target_kld is None and request.target_size is None:
             return None
         made = levels_made(self.session.journal)
-        points = [Measure(name, _size(made[name]), found.kld.value, found.same_top.value) for name, found in known.items()]
+        points = [
+            Measure.of(name, size, found, eligible=facts_of_record(made[name]).gains(size, self.frozen.model.n_bytes))
+            for name, found in known.items()
+            for size in [_size(made[name])]
+        ]
         pick = target(points, request.target_kld, request.target_size)
         if pick is None:
             best = min(points, key=lambda each: each.kld, default=None)

@@ -1,7 +1,7 @@
 """What the journal keeps of measurements, and whether it still holds.
 
 Steps: ``reference FIRST-END`` (a pass over these chunks of the source), ``evaluate LEVEL`` (facts: :class:`Measured`),
-``compare LEVEL`` (:class:`~imatrix_runner.evaluate.twins.Comparison`), ``answer LEVEL``
+``compare LEVEL`` (:class:`~imatrix_runner.evaluate.twins.Comparison`), ``alone LEVEL`` (why it has no twin), ``answer LEVEL``
 (:class:`~imatrix_runner.evaluate.answers.DomainResult`). All but the first name the content of the level's file among their
 inputs (:data:`LEVEL_INPUT`): a level that was made again has no figures until it is measured again.
 """
@@ -24,10 +24,10 @@ from imatrix_runner.report.document import ReportEvaluation
 from imatrix_runner.untrusted import UnreadableError, as_type
 
 LEVEL_INPUT = "level file"
-EVALUATE, COMPARE, ANSWER, REFER = "evaluate", "compare", "answer", "reference"
+EVALUATE, COMPARE, ANSWER, REFER, ALONE = "evaluate", "compare", "answer", "reference", "alone"
 T = TypeVar("T")
 
-_ASKED = {EVALUATE: "", COMPARE: " --ab", ANSWER: " --domain PROMPTS"}
+_ASKED = {EVALUATE: "", COMPARE: " --ab", ANSWER: " --domain PROMPTS", ALONE: " --ab"}
 """By what each is asked for."""
 
 
@@ -39,6 +39,13 @@ class Measured:
     divergence: Divergence
     ppl_ratio: Estimate
     evaluation: ReportEvaluation
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Why a level is not compared with one made without imatrix, as the rest of a sentence about it."""
+
+    why: str
 
 
 def content_of(record: Record) -> str:
@@ -68,6 +75,11 @@ def measured(journal: Journal) -> dict[str, Measured]:
 
 def comparisons(journal: Journal) -> dict[str, Comparison]:
     return dict(_holding(journal, COMPARE, Comparison))
+
+
+def alone(journal: Journal) -> dict[str, str]:
+    """Levels that were to be compared with one made without imatrix and could not be, and why."""
+    return {level: found.why for level, found in _holding(journal, ALONE, Alone)}
 
 
 def answered(journal: Journal) -> dict[str, DomainResult]:

@@ -28,7 +28,7 @@ from imatrix_runner.report.document import ReportEvaluation
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
 from imatrix_runner.workflow.choice import EMBEDDED
 from imatrix_runner.workflow.context import Session
-from imatrix_runner.workflow.measured import REFER, Measured, as_facts
+from imatrix_runner.workflow.measured import EVALUATE, REFER, Measured, as_facts
 from imatrix_runner.workflow.source import Frozen
 from imatrix_runner.workflow.yardstick import REFERENCE, Yardstick, check_content
 
@@ -103,6 +103,13 @@ class Measurer:
                     found[each.subject.name] = outcome
             waiting = [each for each in waiting if each.subject.name not in found]
         return found
+
+    def repeat(self, subject: Subject, of: str) -> None:
+        """Give a subject the figures of the level ``of``, whose file holds the same tensors."""
+        record = self.session.journal[f"{EVALUATE} {of}"]
+        reason = f"it holds the same tensors as {of}"
+        inputs = {**record.inputs, **subject.inputs}
+        self.session.journal.record(subject.step, replace(record, inputs=inputs, reason=reason, seconds=0.0))
 
     def forget(self, subjects: Sequence[Subject]) -> None:
         """Drop what is known of these and of the source: they are measured from the first token on."""

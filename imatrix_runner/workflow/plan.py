@@ -57,6 +57,10 @@ class LevelFacts:
     recipe: str = ""
     is_source: bool = False
 
+    def gains(self, n_bytes: int, source_bytes: int) -> bool:
+        """Whether a file of ``n_bytes`` is another one than its source, and smaller (``source_bytes`` 0: not known)."""
+        return not self.is_source and (n_bytes < source_bytes or not source_bytes)
+
 
 @dataclass(frozen=True)
 class LevelStep:

@@ -36,9 +36,10 @@ def plan_notes(steps: Sequence[LevelStep], model: Model) -> tuple[str, ...]:
     possible = [step for step in steps if step.state != "fails"]
     notes: list[str] = []
     if possible and model.is_quantised:
+        kind = model.source.dequantised or quantised_type(model)
         notes.append(
-            f"The source is quantised ({quantised_type(model)}): every level keeps its error and adds to it, and figures "
-            "measured against it are distances from it, not from the original."
+            f"The source is quantised ({kind}): every level keeps its error and adds to it, and figures against it are "
+            "distances from it, not from the original."
         )
     same = same_tensors({step.level.name: (step.inputs, step.facts) for step in possible})
     for name in dict.fromkeys(same.values()):

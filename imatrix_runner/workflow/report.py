@@ -127,7 +127,7 @@ def _forms() -> str:
 
 def _names(report: Report) -> tuple[str, ...]:
     """The files of a report; one that measured little has no picture."""
-    drawn = sum(level.measured is not None for level in report.levels) >= _LEAST_POINTS
+    drawn = sum(level.measured is not None for level in report.rows) >= _LEAST_POINTS
     return NAMES if drawn else tuple(name for name in NAMES if name != PICTURE)
 
 

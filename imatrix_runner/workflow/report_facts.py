@@ -14,10 +14,12 @@ from imatrix_runner.files import encode_json
 from imatrix_runner.journal import Journal, Record, outputs_intact
 from imatrix_runner.models.origin import repository_in
 from imatrix_runner.process import Runner
-from imatrix_runner.report.document import Report, ReportEvaluation, ReportFile, ReportLevel
+from imatrix_runner.report.document import Report, ReportEvaluation, ReportFile, ReportLevel, WithoutTwin
 from imatrix_runner.untrusted import UnreadableError, from_json
-from imatrix_runner.workflow.measured import EVALUATE, Measured, answered, comparisons, levels_made, measured
+from imatrix_runner.workflow.measured import EVALUATE, Measured, alone, answered, comparisons, levels_made, measured
 from imatrix_runner.workflow.plan import facts_of_record
+from imatrix_runner.workflow.plan_notes import same_tensors
+from imatrix_runner.workflow.report_caveats import caveats
 from imatrix_runner.workflow.report_imatrix import NONE, collected, describe_imatrix
 from imatrix_runner.workflow.report_source import describe_source, origin_of
 from imatrix_runner.workflow.report_steps import bare_command, describe_steps
@@ -53,9 +55,11 @@ def gather(
     if used != NONE:
         imatrix = describe_imatrix(workspace, journal, used, first, before.imatrix if before is not None else None)
     collection = collected(workspace, journal, imatrix.file.sha256) if imatrix is not None and imatrix.made_here else None
-    compared, answers, measures = comparisons(journal), answered(journal), _measures(levels)
+    levels = _grouped(levels, records)
+    compared, answers, measures = comparisons(journal), answered(journal), _measures(levels, records, model.n_bytes)
+    lonely = alone(journal)
     newest = _newest(records)
-    return Report(
+    report = Report(
         model=model,
         levels=tuple(levels),
         made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -67,14 +71,20 @@ def gather(
         comparisons=tuple(
             compared[each.name]
             for each in levels
-            if each.name in compared and compared[each.name].with_imatrix == each.measured
+            if not each.same_as and each.name in compared and compared[each.name].with_imatrix == each.measured
         ),
-        domain=tuple(answers[each.name] for each in levels if each.name in answers),
+        without_twin=tuple(
+            WithoutTwin(each.name, lonely[each.name])
+            for each in levels
+            if not each.same_as and each.name in lonely and each.name not in compared
+        ),
+        domain=tuple(answers[each.name] for each in levels if each.name in answers and not each.same_as),
         picks=(*_target(journal, measures), *recommend(measures)),
         steps=describe_steps(journal, records, collection, model, local),
         quantized_by=journal.fact("quantized_by") or "",
         repo=repository_in(journal.fact("repo")) or "",
     )
+    return replace(report, caveats=caveats(report, measures))
 
 
 def _levels_here(workspace: Workspace, journal: Journal, sink: Sink) -> tuple[dict[str, Record], str]:
@@ -151,6 +161,7 @@ def _level(name: str, record: Record, figures: Measured | None, location: str) -
         used_imatrix=record.inputs["imatrix"] != NONE,
         fallbacks=len(facts.fallbacks),
         fallback_share=facts.fallback_share,
+        is_source=facts.is_source,
         seconds=record.seconds,
         finished=record.finished,
         command=bare_command(record.command, location),
@@ -174,9 +185,23 @@ def _target(journal: Journal, measures: Sequence[Measure]) -> tuple[Pick, ...]:
     return (pick,) if pick is not None else ()
 
 
-def _measures(levels: Sequence[ReportLevel]) -> list[Measure]:
+def _grouped(levels: Sequence[ReportLevel], records: Mapping[str, Record]) -> list[ReportLevel]:
+    """The levels, those that hold the same tensors pointing at the first of them."""
+    same = same_tensors({level.name: (records[level.name].inputs, facts_of_record(records[level.name])) for level in levels})
     return [
-        Measure(each.name, each.n_bytes, each.measured.kld.value, each.measured.same_top.value)
+        replace(level, same_as=same.get(level.name, ""), others=tuple(other for other, of in same.items() if of == level.name))
+        for level in levels
+    ]
+
+
+def _measures(levels: Sequence[ReportLevel], records: Mapping[str, Record], source_bytes: int) -> list[Measure]:
+    return [
+        Measure.of(
+            each.name,
+            each.n_bytes,
+            each.measured,
+            eligible=facts_of_record(records[each.name]).gains(each.n_bytes, source_bytes),
+        )
         for each in levels
-        if each.measured is not None
+        if each.measured is not None and not each.same_as
     ]

@@ -18,6 +18,7 @@ from imatrix_runner.models.sources import Model, open_gguf
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import ReportFile, ReportModel
 from imatrix_runner.untrusted import UnreadableError, from_json
+from imatrix_runner.workflow.plan_notes import quantised_type
 from imatrix_runner.workflow.prompt_format import prompt_format
 from imatrix_runner.workspace import Workspace
 
@@ -96,7 +97,10 @@ def describe_source(
         sink(info(f"The source of {name} is gone; the report says of it what {path.name} tells."))
     described = _with_metadata(known, model, _folder(journal), sink)
     return replace(
-        described, type=model.main_type if source.paths else "", prompt_format=prompt_format(model.header, runner, sink)
+        described,
+        type=model.main_type if source.paths else "",
+        quantised=quantised_type(model) if source.paths and not dequantised else "",
+        prompt_format=prompt_format(model.header, runner, sink),
     )
 
 

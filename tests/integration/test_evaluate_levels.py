@@ -9,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import Ran, run_command
-from evaluations import CHUNKS, CONTEXT, LEVELS, OPTIONS, Place, Watch, break_norm, held_out_text, make_levels, ran_since
+from evaluations import (
+    CHUNKS,
+    COMPUTE,
+    CONTEXT,
+    LEVELS,
+    OPTIONS,
+    Place,
+    Watch,
+    break_norm,
+    held_out_text,
+    make_levels,
+    ran_since,
+)
 from in_process import CommandLine
 from llama_tools import BareTools, fake_tools, levels_in
 from perplexity_tools import PATIENT, perplexity_that
@@ -26,6 +38,7 @@ from imatrix_runner.evaluate.statistics import summarise
 from imatrix_runner.events import ignore
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import Runner
+from imatrix_runner.report.stored import read_report
 from imatrix_runner.toolchain.store import cache_dir
 from imatrix_runner.workflow.context import Context
 from imatrix_runner.workflow.evaluate import EvaluateResult, evaluate
@@ -212,7 +225,7 @@ def test_what_the_source_said_is_computed_again_when_it_is_lost(known: Place, cl
 
 
 def test_another_source_of_the_same_name_is_said_and_measured_anew(known: Place, cli: CommandLine, tmp_path: Path) -> None:
-    other = replace(known, model=write_llama_gguf(tmp_path / "tiny-BF16.gguf", seed=1))
+    other = replace(known, model=write_llama_gguf(tmp_path / "tiny-BF16.gguf", seed=1, fluent=True))
     done = other.evaluate(cli, "--levels", "Q8_0", "--json")
     assert done.code == 0, done.err
     assert "Q8_0: made from another file than this tiny" in done.err
@@ -338,6 +351,61 @@ def test_log_probabilities_that_are_not_this_model_s_are_refused(
     assert "leave it out to have one made" in done.err.splitlines()[-1]
     assert set(bare.runs()) <= {"check"}
     assert bare.figures() == {}
+
+
+# --- levels that hold the same tensors, a quantised source, the source itself
+
+
+def test_levels_of_the_same_tensors_are_measured_once_and_shown_once(tiny_text: Path, cli: CommandLine, tmp_path: Path) -> None:
+    """Rows of 96 fit no K-quant's blocks; what falls back to the same types is one level under several names."""
+    model = write_llama_gguf(tmp_path / "narrow-BF16.gguf", hidden=96, ff=160, fluent=True)
+    place = make_levels(tmp_path, model, tiny_text, levels=("Q8_0", "Q3_K_S", "Q2_K", "IQ4_XS", "IQ4_NL"))
+    done = place.evaluate(cli, "--ab")
+    assert done.code == 0, done.err
+    assert "IQ4_XS holds the same tensors as IQ4_NL, and has its figures." in done.err
+    measured = [name for name in place.runs() if name in ("Q8_0", "Q3_K_S", "Q2_K", "IQ4_XS", "IQ4_NL")]
+    report = read_report(place.root / "report.json")
+    rows = {level.name: level.others for level in report.rows}
+    assert sorted(measured) == sorted(rows)
+    assert len(rows) < 5
+    hidden = [level for level in report.levels if level.same_as]
+    assert {level.name: level.same_as for level in hidden} == {name: of for of, others in rows.items() for name in others}
+    figures = place.divergences()
+    assert set(figures) == {"Q8_0", "Q3_K_S", "Q2_K", "IQ4_XS", "IQ4_NL"}
+    assert all(figures[level.name] == figures[level.same_as] for level in hidden)
+    assert not {pick.level for pick in report.picks} & {level.name for level in hidden}
+    assert {pair.level for pair in report.comparisons} <= set(rows)
+    runs = place.runs()
+    assert place.evaluate(cli, "--ab").code == 0
+    assert place.runs() == runs
+
+
+def test_a_quantised_source_is_named_and_never_picked(tiny_model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    work = ("--work-dir", tmp_path / "first")
+    assert cli("quantize", tiny_model, "--levels", "Q8_0", *work).code == 0
+    source = tmp_path / "first" / "tiny" / "tiny-Q8_0.gguf"
+    levels = ("--levels", "Q8_0,F16,Q6_K", "--allow-requantize", "--work-dir", tmp_path / "work")
+    done = cli("quantize", source, *levels)
+    assert done.code == 0, done.err
+    place = Place(tmp_path / "work", source, held_out_text(tmp_path / "held-out.txt"))
+    (folder,) = place.work.iterdir()
+    done = cli("evaluate", source, "--text", place.text, *COMPUTE, "--work-dir", place.work)
+    assert done.code == 0, done.err
+    report = read_report(folder / "report.json")
+    assert report.model.quantised == "Q8_0"
+    assert {level.name for level in report.levels if level.is_source} == {"Q8_0"}
+    assert {pick.level for pick in report.picks} <= {"Q6_K"}  # neither the source nor what is larger
+    assert "The source is quantised Q8_0" in report.caveats[0]
+    assert "against the quantised Q8_0 source" in done.out.replace("\n", " ")
+
+
+def test_levels_that_cannot_exist_without_a_matrix_are_named_in_the_report(known: Place, cli: CommandLine) -> None:
+    done = known.evaluate(cli, "--ab")
+    assert done.code == 0, done.err
+    report = read_report(known.root / "report.json")
+    assert [each.level for each in report.without_twin] == ["IQ2_XS"]
+    assert "cannot be made without an imatrix" in report.without_twin[0].why
+    assert "IQ2_XS cannot be made without an imatrix" in done.out
 
 
 # --- sources that say nothing about the text

@@ -136,6 +136,34 @@ def test_sure_is_more_than_two_standard_errors(error: float, sure: bool, pair: t
     assert found.sure is sure
 
 
+@pytest.mark.parametrize(
+    ("with_imatrix", "error", "n_tokens", "verdict"),
+    [
+        (0.5, 0.01, 4000, "do not go without"),
+        (0.5, 0.3, 4000, "undecided"),  # half is saved, or nothing
+        (0.95, 0.03, 4000, "undecided"),
+        (0.99, 0.02, 4000, "not needed"),  # at most a twentieth
+        (1.2, 0.3, 4000, "undecided"),
+        (1.2, 0.01, 4000, "not needed"),
+        (0.5, 0.0, 5, "undecided"),  # too few tokens for an error
+    ],
+)
+def test_a_verdict_takes_enough_tokens(
+    with_imatrix: float, error: float, n_tokens: int, verdict: str, pair: tuple[Tokens, Tokens]
+) -> None:
+    level = replace(summarise(pair[0]), n_tokens=n_tokens)
+    mine, twin = replace(level, kld=Estimate(with_imatrix, 0.0)), replace(level, kld=Estimate(1.0, error / with_imatrix))
+    found = compare("Q4_K_M", mine, twin)
+    assert found.verdict == verdict
+    assert found.remark == ("too few tokens" if verdict == "undecided" else found.remark)
+
+
+def test_what_is_rounding_has_nothing_to_save(pair: tuple[Tokens, Tokens]) -> None:
+    level = summarise(pair[0])
+    found = compare("F16", replace(level, kld=Estimate(1e-6, 1e-8)), replace(level, kld=Estimate(3e-6, 1e-8)))
+    assert found.verdict == "not needed"
+
+
 def test_a_twin_without_divergence_has_nothing_to_save(pair: tuple[Tokens, Tokens]) -> None:
     level = summarise(pair[0])
     found = compare("F16", replace(level, kld=Estimate(0.0, 0.0)), replace(level, kld=Estimate(0.0, 0.0)))

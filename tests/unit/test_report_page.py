@@ -18,8 +18,9 @@ from imatrix_runner.engines.measures import Estimate
 from imatrix_runner.evaluate.picks import Pick
 from imatrix_runner.report import page as page_module
 from imatrix_runner.report import wording
+from imatrix_runner.report.card import render_card
 from imatrix_runner.report.differing import differences, words
-from imatrix_runner.report.document import Report, ReportFile, ReportStep
+from imatrix_runner.report.document import Report, ReportFile, ReportStep, WithoutTwin
 from imatrix_runner.report.page import ANSWERS, embedded_json, render_html
 from imatrix_runner.report.tables import level_table
 
@@ -141,6 +142,23 @@ def poisoned(report: Report) -> Report:
         program=HOSTILE,
         made=HOSTILE,
     )
+
+
+def test_the_page_and_the_card_say_what_the_figures_are_of_and_show_the_same_tensors_once() -> None:
+    report = DENSE
+    first, second, *rest = report.levels
+    report = replace(
+        report,
+        model=replace(report.model, quantised="Q8_0"),
+        levels=(replace(first, others=(second.name,)), replace(second, same_as=first.name), *rest),
+        caveats=("The source is quantised Q8_0: every figure is a distance from that.",),
+        without_twin=(WithoutTwin("IQ2_M", "cannot be made without an imatrix"),),
+    )
+    for text in (render_html(report), render_card(report).replace("\\", "")):
+        assert "quantised Q8_0" in text
+        assert "every figure is a distance from that." in text
+        assert "cannot be made without an imatrix" in text
+        assert f"{first.name} (= {second.name})" in text
 
 
 def test_the_answer_comes_first_with_its_rule(dense: Page) -> None:

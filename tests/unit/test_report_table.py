@@ -11,7 +11,7 @@ from rich.console import Console
 
 from imatrix_runner.cli.report_table import print_report
 from imatrix_runner.evaluate.twins import RULE
-from imatrix_runner.report.document import Report
+from imatrix_runner.report.document import Report, WithoutTwin
 
 
 def printed(report: Report, width: int = 200) -> str:
@@ -52,6 +52,33 @@ def test_comparisons_come_with_verdict_and_rule() -> None:
     assert "+14.2 ± 1.7 %" in row(twins, "IQ4_XS")
     assert row(twins, "Q6_K").endswith("not needed (within two standard errors)")
     assert RULE in twins
+
+
+def test_levels_of_the_same_tensors_share_a_row() -> None:
+    report = sample_report()
+    first, second, *rest = report.levels
+    levels = (replace(first, others=(second.name,)), replace(second, same_as=first.name), *rest)
+    text, _, _ = printed(replace(report, levels=levels)).partition("With and without imatrix")
+    assert f"{first.name} (= {second.name})" in text
+    assert not any(line.startswith(f"{second.name} ") for line in text.splitlines())
+
+
+def test_what_the_figures_are_of_is_said_next_to_them() -> None:
+    report = sample_report()
+    model = replace(report.model, quantised="Q8_0", type="Q8_0")
+    text = printed(
+        replace(
+            report,
+            model=model,
+            caveats=("No level is recommended: too few tokens were scored.",),
+            without_twin=(WithoutTwin("IQ2_M", "cannot be made without an imatrix: it needs one"),),
+        )
+    )
+    assert "against the quantised Q8_0 source" in text
+    assert "No level is recommended: too few tokens were scored." in text
+    assert "IQ2_M cannot be made without an imatrix: it needs one." in text
+    assert report.evaluation is not None
+    assert f"Measured on {report.evaluation.text}." in text
 
 
 def test_answers_are_summed_up() -> None:
