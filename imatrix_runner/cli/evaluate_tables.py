@@ -10,7 +10,7 @@ from rich.text import Text
 
 from imatrix_runner.cli.documents import document, measured_content
 from imatrix_runner.cli.failures import failure_lines
-from imatrix_runner.cli.report_table import print_report
+from imatrix_runner.cli.report_table import print_files, print_report
 from imatrix_runner.files import human_bytes
 from imatrix_runner.report.wording import shown
 from imatrix_runner.workflow.evaluate import EvaluateResult, MeasurePlan
@@ -48,7 +48,7 @@ def print_reported(report: ReportFiles | None, console: Console) -> None:
         return
     print_report(report.report, console)
     if not report.stale:
-        console.print(Text(f"Report: {report.html}"))
+        print_files(report, console)
 
 
 def print_failed(result: EvaluateResult, console: Console) -> None:

@@ -15,6 +15,7 @@ from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.report.document import Report, ReportLevel
 from imatrix_runner.report.provenance import source_kind
 from imatrix_runner.report.wording import error, figure, kld, kld_error, percent, points, shown, signed
+from imatrix_runner.workflow.report import ReportFiles
 
 PICKED = "*"
 """What stands behind the name of a recommended level."""
@@ -57,6 +58,13 @@ def print_report(report: Report, console: Console) -> None:
     if report.domain:
         console.print()
         console.print(fitted_table(_ANSWERS, report.domain, console, title="Answers to your prompts"))
+
+
+def print_files(files: ReportFiles, console: Console) -> None:
+    """Where the page lies, and the picture if there is one."""
+    console.print(Text(f"Report: {files.html}"))
+    if files.picture is not None:
+        console.print(Text(f"Picture: {files.picture}"))
 
 
 _LEGEND = (

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from imatrix_runner.cli.columns import Column, by_remark, fitted_table
 from imatrix_runner.cli.failures import failure_lines
-from imatrix_runner.cli.report_table import print_report
+from imatrix_runner.cli.report_table import print_files, print_report
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.workflow.making import LevelResult
 from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, LevelStep, MeasureStep, Plan
@@ -99,7 +99,7 @@ def print_result(result: RunResult, console: Console) -> None:
         for line in _passes(result):
             console.print(Text(line))
     if result.report is not None and not result.report.stale:
-        console.print(Text(f"Report: {result.report.html}"))
+        print_files(result.report, console)
     console.print(Text(f"{_summary(result)} in {human_seconds(result.seconds)}, in {result.plan.workspace}"))
 
 

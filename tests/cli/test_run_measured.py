@@ -146,3 +146,13 @@ def test_a_target_counts_until_the_next_measurement(
     again = cli("evaluate", tiny_model, "--text", text, "-t", "1")
     assert again.code == 0, again.err
     assert "(target)" not in again.out
+
+
+def test_the_demo_ends_with_what_its_levels_cost_and_a_picture(cli: CommandLine, tmp_path: Path) -> None:
+    done = cli("demo", "--levels", "Q8_0,Q4_0", "-c", "128", "--chunks", "4", "--work-dir", tmp_path / "work")
+    assert done.code == 0, done.err
+    assert "Measured on held_out.txt: 2,040 tokens in 8 chunks of 512" in done.out.replace("\n", " ")
+    picture = tmp_path / "work" / "demo-model" / "report.png"
+    assert picture.is_file()
+    assert f"Picture: {picture}" in done.out.replace("\n", "")
+    assert "(quality)" in done.out
