@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
+from imatrix_runner.models.folder_signs import CACHED
 from imatrix_runner.models.folder_survey import survey
-from imatrix_runner.models.folders import CACHED, diagnose
+from imatrix_runner.models.folders import diagnose
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, read_header
 from imatrix_runner.models.gguf_names import SHARD, shard_names
 from imatrix_runner.models.misnamed import meant
@@ -263,7 +264,8 @@ def _hub_id(text: str, repo: str, revision: str | None, file: str | None) -> Hub
         )
     if file is not None and not file.lower().endswith(".gguf"):
         if "." not in file and "/" not in file and revision is None:
-            raise _no_model(text)
+            found = meant(text)
+            raise UsageError(f"There is no model {text!r}", found.why, found.todo)
         raise UsageError(
             f"{text!r} names a file that is not a GGUF",
             "after the colon only a .gguf can stand",

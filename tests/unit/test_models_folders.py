@@ -26,6 +26,10 @@ def folder(*files: str, config: Mapping[str, Any] = LLAMA, **more: Any) -> Folde
     return Folder("/m", tuple(files), config if "config.json" in files else {}, **more)
 
 
+def built(architecture: str) -> Folder:
+    return folder(*CHECKPOINT, config={"architectures": [architecture]})
+
+
 def compressed(kind: str, strategy: str) -> Folder:
     groups = {"group_0": {"weights": {"strategy": strategy}}}
     return quantised(quant_method="compressed-tensors", format=kind, config_groups=groups)
@@ -148,6 +152,18 @@ SEEN: list[tuple[Folder, str, str, str]] = [
     (folder(), "is empty", "not a single file", ""),
     (folder("model.safetensors", "tokenizer.json"), "not a Hugging Face", "no config.json", "Download config.json"),
     (folder(*CHECKPOINT, config={"hidden_size": 8}), "which model it is", "no architectures", "Download"),
+    (
+        folder(*CHECKPOINT, config={"architectures": ["WhisperForConditionalGeneration"]}),
+        "not a language model",
+        "Whisper",
+        "generates",
+    ),
+    (
+        folder(*CHECKPOINT, config={"architectures": ["BertForTokenClassification"]}),
+        "not a language model",
+        "Bert",
+        "generates",
+    ),
     (folder("config.json", "model.safetensors", "vocab.json"), "half a tokenizer", "merges.txt", "Download"),
     (folder("config.json", "model.safetensors", "tokenizer_config.json"), "has no tokenizer", "tokenizer.json", "Download"),
 ]
@@ -189,6 +205,8 @@ def test_every_row_is_seen_in_some_folder() -> None:
         folder(*CHECKPOINT, config={"text_config": {"architectures": ["LlamaForCausalLM"]}}),
         folder(*CHECKPOINT, "adapter_config.json", "m-Q4_0.gguf"),
         folder(*CHECKPOINT, "model.safetensors.tmp"),
+        built("Qwen3ForSequenceClassification"),
+        built("VitalForCausalLM"),
         quantised({"a.weight": "F8_E4M3", "a.weight_scale_inv": "F32"}, quant_method="fp8"),
         quantised({"a.qweight": "I32", "a.g_idx": "I32"}, quant_method="gptq", bits=4),
         quantised(quant_method="mxfp4"),

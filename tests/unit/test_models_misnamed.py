@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.models.sources import parse_source
 
 
@@ -38,7 +38,7 @@ def test_a_name_that_is_none_is_answered_with_what_was_meant(
     text: str, why: str, todo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InvalidDataError) as caught:
+    with pytest.raises((InvalidDataError, UsageError)) as caught:
         parse_source(text)
     assert "There is no model" in caught.value.what
     assert why in caught.value.why
