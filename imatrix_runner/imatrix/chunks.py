@@ -172,13 +172,25 @@ def spread_order(count: int) -> list[int]:
     return [place for place in turned if place < count]
 
 
-def require_rows(options: CollectOptions) -> None:
-    """Raise :class:`UsageError` for batches so small that llama.cpp's collector skips every multiplication of theirs."""
-    if not counted_tokens(options.chunks_at_once, options):
+def require_rows(options: CollectOptions, *, recurrent: bool = False) -> None:
+    """Raise :class:`UsageError` for batches so small that llama.cpp's collector skips every multiplication of theirs.
+
+    ``recurrent``: the model has layers that multiply each sequence by itself.
+    """
+    by_rows, by_sequence, _ = _counts(options.chunks_at_once, options)
+    if not by_rows:
         raise UsageError(
             f"Nothing can be collected with -b {options.n_batch} -ub {options.n_ubatch}",
             f"multiplications of fewer than {_LEAST_ROWS} rows are not looked at, and no batch would have more",
             f"Use at least {_LEAST_ROWS} for both; the defaults are -b 2048 -ub 512.",
+        )
+    if recurrent and not by_sequence:
+        at_once = max(1, options.n_ubatch // _LEAST_ROWS)
+        raise UsageError(
+            f"Nothing can be collected from recurrent layers with -c {options.n_ctx} -b {options.n_batch}",
+            f"they compute each of the {options.chunks_at_once} chunks of a batch by itself, in pieces of fewer than "
+            f"{_LEAST_ROWS} tokens, which are not looked at",
+            f"Compute fewer chunks at once with -b {options.n_ctx * at_once}, or use a larger -c.",
         )
 
 
@@ -191,6 +203,12 @@ def counted_tokens(n_chunks: int, options: CollectOptions) -> frozenset[int]:
     each sequence by itself, so that 16 tokens of each are needed; older builds, and ``-kvu``, cut a batch without regard to
     its chunks and lose less. A count may also be a whole multiple of these: a weight used twice in a graph counts twice.
     """
+    return frozenset(_counts(n_chunks, options)) - {0}
+
+
+def _counts(n_chunks: int, options: CollectOptions) -> tuple[int, int, int]:
+    """Tokens that are counted where rows of all sequences are multiplied together, where each sequence is by itself, and where
+    a batch is cut without regard to sequences."""
     batches = [options.chunks_at_once] * (n_chunks // options.chunks_at_once)
     batches += [n_chunks % options.chunks_at_once] if n_chunks % options.chunks_at_once else []
     n_batch = min(options.n_batch, options.chunks_at_once * options.n_ctx)
@@ -204,7 +222,7 @@ def counted_tokens(n_chunks: int, options: CollectOptions) -> frozenset[int]:
             by_sequence += sum(seqs * tokens for seqs, tokens in pieces if tokens >= _LEAST_ROWS)
             whole, rest = divmod(n_seq * n_tokens, n_ubatch)
             simple += whole * n_ubatch * (n_ubatch >= _LEAST_ROWS) + rest * (rest >= _LEAST_ROWS)
-    return frozenset((by_rows, by_sequence, simple)) - {0}
+    return by_rows, by_sequence, simple
 
 
 def _equal_pieces(n_seq: int, n_tokens: int, n_ubatch: int) -> list[tuple[int, int]]:

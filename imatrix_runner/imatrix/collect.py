@@ -45,7 +45,8 @@ class CollectRequest:
 
     ``inputs`` name everything it depends on; ``n_bytes`` is about the size of its file; ``check_unchanged`` raises when the
     model is no longer the one of ``inputs``. ``tolerance`` ends it before the plan's chunks once the matrix no longer moves
-    by more; with ``least_tokens`` it goes on after that until every expert saw so many, or the text ends.
+    by more; with ``least_tokens`` it goes on after that until every expert saw so many, or the text ends. ``expected``: the
+    entries that the plan of the levels counts on.
     """
 
     model: Path
@@ -58,6 +59,7 @@ class CollectRequest:
     check_unchanged: Callable[[], None]
     tolerance: float | None = None
     least_tokens: int = 0
+    expected: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,8 @@ class _Collection:
     def _include(self, piece: Piece) -> None:
         """The next checkpoint replaces the old one; nothing of either stays open, as Windows wants it."""
         matrix, errors = self._examine(piece)
+        if not self.checkpoint.done:
+            self._tell_missing(matrix)
         chunks = self.checkpoint.chunks + piece.chunks.count
         following = self.checkpoint.with_piece(piece, matrix, point(chunks, errors))
         part = checkpoints.prepare(following, self._path)
@@ -250,6 +254,19 @@ class _Collection:
                 "again.",
             )
         return matrix, errors
+
+    def _tell_missing(self, matrix: Matrix) -> None:
+        """Warn, after the first range, of tensors that get no data although their model's header does not say so."""
+        missing = sorted(self._request.expected - matrix.entries.keys())
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            self._sink(
+                warning(
+                    f"llama.cpp computes this model without {missing[0]}{more}, so the imatrix will have no data there: levels "
+                    "whose types need it (Q2_K_S, IQ3_XXS and smaller) will fail. To avoid that, press Ctrl-C and run the "
+                    "command again with --uncovered q4_k; what is collected is kept."
+                )
+            )
 
     def _leave_snapshot(self) -> None:
         """Leave the whole matrix so far beside the final file, where the plan wants one; one of ours may be replaced, no

@@ -77,6 +77,11 @@ def require_loadable(model: Model) -> None:
             )
 
 
+def is_recurrent(model: Model) -> bool:
+    """Return whether some layers are recurrent ones, which compute every sequence by itself."""
+    return any(part in tensor.name for tensor in model.tensors for part in (".ssm_", ".shortconv.", ".time_mix_"))
+
+
 def vocabulary_size(model: Model) -> int | None:
     """Return how many tokens the vocabulary has: as many as llama.cpp has logits for each position. None without one."""
     tokens = model.header.metadata.get(_TOKENS)

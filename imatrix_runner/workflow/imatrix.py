@@ -27,7 +27,7 @@ from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
 from imatrix_runner.journal import Output, Record, describe_changes, differences, outputs_intact
 from imatrix_runner.models.bounded import printable
-from imatrix_runner.models.kind import require_calibratable
+from imatrix_runner.models.kind import is_recurrent, require_calibratable
 from imatrix_runner.models.sources import HubId, Model, Source
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.workflow.choice import EMBEDDED
@@ -137,6 +137,13 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
         reason = f"changed: {changed} (to keep the old one: --imatrix {out})"
     require_calibratable(frozen.model)
     step, plan = _plan_generation(request, corpus, frozen.model, out, reason, session)
+    expected = expect(
+        frozen.model,
+        process_output=request.options.process_output,
+        file_name=out.name,
+        dataset=corpus.name,
+        chunks=plan.n_chunks,
+    )
     collected = CollectRequest(
         frozen.model.path,
         corpus,
@@ -148,13 +155,7 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
         check_unchanged=frozen.check_unchanged,
         tolerance=request.until_converged,
         least_tokens=request.min_expert_tokens,
-    )
-    expected = expect(
-        frozen.model,
-        process_output=request.options.process_output,
-        file_name=out.name,
-        dataset=corpus.name,
-        chunks=plan.n_chunks,
+        expected=frozenset(expected.sizes),
     )
     return Chosen(step, collected, expected=expected)
 
@@ -210,7 +211,7 @@ def _plan_generation(
     request: ImatrixRequest, corpus: Corpus, model: Model, out: Path, reason: str, session: Session
 ) -> tuple[ImatrixStep, ChunkPlan]:
     options = request.options
-    require_rows(options)
+    require_rows(options, recurrent=is_recurrent(model))
     n_tokens = session.engine.count_tokens(
         model.path, corpus.path, parse_special=options.parse_special, log=session.log("tokenize")
     )

@@ -376,3 +376,12 @@ def test_batches_too_small_to_collect_anything_are_refused(n_batch: int, n_ubatc
     else:
         with pytest.raises(UsageError, match="Nothing can be collected"):
             require_rows(options)
+
+
+def test_recurrent_layers_want_enough_tokens_of_each_sequence() -> None:
+    """128 chunks of 16 tokens at once are computed in pieces of 512 / 128 tokens of each."""
+    require_rows(CollectOptions(n_ctx=16))
+    with pytest.raises(UsageError) as caught:
+        require_rows(CollectOptions(n_ctx=16), recurrent=True)
+    assert "-b 512" in caught.value.todo
+    require_rows(CollectOptions(n_ctx=16, n_batch=512), recurrent=True)

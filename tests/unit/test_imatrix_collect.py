@@ -129,6 +129,15 @@ def test_ranges_are_added_in_order(exact: bool, place: Place) -> None:
     assert not place.parts.exists()
 
 
+def test_a_tensor_without_data_is_named_with_the_option_that_mends_it(place: Place) -> None:
+    names = frozenset((*expected(plan().ranges).entries, "blk.8.attn_q.weight", "blk.9.attn_q.weight"))
+    place.run(SyntheticEngine(), plan(), expected=names)
+    (told,) = place.notices()
+    assert "blk.8.attn_q.weight and 1 more" in told
+    assert "--uncovered q4_k" in told
+    assert place.told.index(Notice("warning", told)) < len(place.told) // 2  # not at the end of it all
+
+
 def test_the_curve_tells_how_it_settled(place: Place) -> None:
     curve = place.run(SyntheticEngine(), plan(limit=None)).curve
     assert [point.chunks for point in curve] == list(range(8, 41, 4))
