@@ -41,7 +41,7 @@ def build_old_tools() -> Toolchain:
     assert source.archive is not None
     folder = cache / "tests" / f"llama-{VERSION}-{source.sha256[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_suffix(".lock")):
+    with filelock.FileLock(folder.with_name(f"{folder.name}.lock")):
         if not (folder / "bin").is_dir():
             _build(source.archive, folder)
     return probe(folder / "bin", "test")

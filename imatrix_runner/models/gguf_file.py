@@ -34,6 +34,7 @@ __all__ = [
     "type_id",
     "type_name",
     "type_size",
+    "unknown_types",
 ]
 
 LONG = 1024
@@ -176,6 +177,11 @@ def read_header(path: Path) -> GgufHeader:
         )
     _check_tensors(header)
     return header
+
+
+def unknown_types(path: Path) -> tuple[str, ...]:
+    """The tensor types of a file whose size is not known here (a fork's, or one that llama.cpp dropped), each once."""
+    return tuple(dict.fromkeys(tensor.type_name for tensor in read_header(path).tensors if tensor.n_bytes is None))
 
 
 def long_array(path: Path, key: str) -> tuple[Any, ...] | None:

@@ -26,10 +26,11 @@ from imatrix_runner.engines.base import (
     QuantizeJob,
 )
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
-from imatrix_runner.events import Finished, Saved, Sink, Started, ignore, info
+from imatrix_runner.events import Finished, Saved, Sink, Started, ignore, info, warning
 from imatrix_runner.files import free_bytes, human_bytes, sha256, stamp
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.journal import Output, Record, outputs_intact
+from imatrix_runner.models.gguf_file import unknown_types
 from imatrix_runner.quantize.recipe import buffer_bytes
 from imatrix_runner.quantize.resolve import Resolved
 from imatrix_runner.quantize.single_pass import buffer_bytes as pass_buffer
@@ -311,6 +312,12 @@ class LevelMaker:
     def _check_rows(self, step: LevelStep, written: _Written) -> None:
         """``--verify full``: every row as it lies on the disk."""
         if self.session.checker is None:
+            return
+        if strange := [name for part in written.parts for name in unknown_types(part)]:
+            types = ", ".join(dict.fromkeys(strange))
+            self.sink(
+                warning(f"{step.level.name}: its rows are not checked, because only its maker knows their types ({types}).")
+            )
             return
         ledger = written.job.out.parent / LEDGER_NAME
         job = CheckJob(step.step, written.parts, ledger if ledger.exists() else None, written.job.threads, written.job.log)

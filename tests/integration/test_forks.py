@@ -84,3 +84,21 @@ def test_experts_cannot_be_counted_by_a_legacy_collector(
     done = runner(*arguments, "--llama-cpp", fork)
     assert done.code == 2
     assert "does not count the tokens that each expert saw" in done.err
+
+
+def test_what_another_engine_cannot_measure_or_check_is_said(
+    tiny_model: Path, tiny_text: Path, tiny_imatrix: Path, runner: RunCommand, tools: BareTools, tmp_path: Path
+) -> None:
+    fork = legacy_fork(tools.toolchain, tmp_path / "fork")
+    made = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", LEVELS, "--verify", "full", "--llama-cpp", fork)
+    done = runner(*made)
+    assert done.code == 0, done.err
+    assert f"Warning: {OWN}: its rows are not checked, because only its maker knows their types (TYPE_139)." in done.err
+    measure = ("evaluate", tiny_model, "--text", tiny_text, "-c", "128", "--chunks", "4", "--json")
+    done = runner(*measure, "--engine", "embedded")
+    assert done.code == 100, done.err
+    measured = done.document["measured"]
+    assert list(measured["levels"]) == ["Q4_K_M"]
+    error = measured["failed"][OWN]
+    assert "does not know the tensor types of a fork or an old release (TYPE_139)" in error["why"]
+    assert "evaluate MODEL --llama-cpp DIRECTORY" in error["do"]

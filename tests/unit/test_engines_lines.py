@@ -259,3 +259,34 @@ def test_token_ids(text: str, count: int) -> None:
 def test_output_without_token_ids_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no list of token ids"):
         parse_token_ids(text)
+
+
+def test_a_release_of_2024_names_its_context_and_counts_chunks_one_by_one() -> None:
+    output = ImatrixOutput()
+    output.feed("stderr", "llama_new_context_with_model: n_ctx      = 256\nllama_new_context_with_model: n_batch    = 128\n")
+    output.feed("stderr", "compute_imatrix: computing over 8 chunks with batch_size 128\n")
+    assert (output.n_chunks, output.chunk_size) == (8, 256)
+    output.feed("stdout", "collect_imatrix[3]:              blk.0.attn_q.weight, MUL_MAT,   256 x   128, 0\n")
+    assert output.done == 3
+
+
+def test_several_chunks_at_once_have_a_context_of_their_own() -> None:
+    output = ImatrixOutput()
+    output.feed("stderr", "llama_context: n_ctx         = 2048\n")
+    output.feed("stderr", "compute_imatrix: computing over 8 chunks, n_ctx=512, batch_size=2048, n_seq=4\n")
+    assert (output.n_chunks, output.chunk_size) == (8, None)
+
+
+def test_a_fallback_told_without_the_tensors_name_is_the_current_tensors() -> None:
+    output = QuantizeOutput()
+    said = (
+        "[   4/  21]                  blk.0.attn_q.weight - [  288,   256,     1,     1], type =   bf16, \n\n"
+        "llama_tensor_get_type : tensor cols 288 x 256 are not divisible by 256, required for q4_K"
+        " - using fallback quantization q5_0\nconverting to q5_0 .. size =     0.14 MiB ->     0.05 MiB\n"
+        "[   5/  21]               blk.0.attn_norm.weight - [  288,     1,     1,     1], type =    f32, size =    0.001 MB\n"
+    )
+    output.feed("stderr", said)
+    planned = output.as_dry_run()
+    assert planned.fallbacks == (Fallback("blk.0.attn_q.weight", "q4_K", "q5_0"),)
+    assert planned.types == {"blk.0.attn_q.weight": "q5_0", "blk.0.attn_norm.weight": "f32"}
+    assert output.elements == 288 * 256 + 288

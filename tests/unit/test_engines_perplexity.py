@@ -127,6 +127,20 @@ def test_what_llama_perplexity_cannot_do_is_refused() -> None:
         refer_command(replace(REFER, options=replace(OPTIONS, parse_special=True)), BASE, TOOLS)
 
 
+LATER = ("95.0%", "90.0%", " 0.1%")
+"""Percentiles of the KL divergence that releases before 2025 do not print."""
+
+
+def test_a_summary_of_2024_has_fewer_percentiles() -> None:
+    lines = [line for line in SAID.split("\n") if not line.startswith(tuple(f"{name}   KLD" for name in LATER))]
+    assert len(lines) == len(SAID.split("\n")) - len(LATER)
+    found = heard("\n".join(lines)).divergence(2040)
+    assert found is not None
+    assert list(found.kld_at) == [1.0, 0.999, 0.99, 0.5, 0.1, 0.05, 0.01, 0.0]
+    cut = [line for line in lines if not line.startswith("Same top p")]
+    assert heard("\n".join(cut)).divergence(2040) is None
+
+
 def test_every_figure_of_the_summary_is_read() -> None:
     output = heard(SAID)
     assert (output.done, output.ppl, output.kld, output.wrong) == (8, 120.0063, 0.00889, "")

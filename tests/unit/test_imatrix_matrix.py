@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from values import entry, matrix, same_matrix
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.imatrix.matrix import Matrix, add, misfits, problems
+from imatrix_runner.imatrix.matrix import Matrix, add, as_collected, misfits, problems
 
 QUERY = "blk.0.attn_q.weight"
 
@@ -104,3 +104,19 @@ def test_a_matrix_without_any_common_name_is_of_another_model() -> None:
 def test_embeddings_may_misfit_because_llama_quantize_ignores_them(name: str) -> None:
     good = {QUERY: entry([1, 2, 3, 4], 1), name: entry([1], 1)}
     assert misfits(matrix(good), {QUERY: (4, 4), name: (4, 4)}) == []
+
+
+def test_calls_of_a_legacy_matrix_become_tokens_and_its_means_stay() -> None:
+    """Four calls for two chunks (a batch holds half of one); a weight used twice in the graph has eight."""
+    legacy = matrix({"a": entry([4, 8], 4), "b": entry([40], 4), "twice": entry([8], 8)}, chunk_size=0, chunk_count=8)
+    found = as_collected(legacy, 2, 64)
+    assert (found.chunk_size, found.chunk_count, found.datasets) == (64, 2, legacy.datasets)
+    assert {name: found.counts(name).tolist() for name in found.entries} == {"a": [128], "b": [128], "twice": [256]}
+    for name in legacy.entries:
+        before, after = legacy.entries[name], found.entries[name]
+        np.testing.assert_array_equal(after.sums / after.counts[0], before.sums / before.counts[0])
+
+
+def test_a_matrix_that_counts_tokens_is_left_as_it_is() -> None:
+    counted = matrix()
+    assert as_collected(counted, 2, 64) is counted

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import OWN, rename_type
 from recipes import Made, make
 
 from imatrix_runner.engines.binaries.engine import BinariesEngine
@@ -120,3 +121,24 @@ def test_a_type_only_the_tools_know_is_taken_on_trust(made: Made) -> None:
     assert verify_output([made.out], recipe, made.weights)
     with pytest.raises(InvalidDataError):
         verify_output([made.out], changed(recipe, QUERY, shape=(1, 1)), made.weights)
+
+
+def test_a_type_that_only_its_maker_knows_is_checked_by_its_planned_size(
+    engine: BinariesEngine, demo_model: Path, tmp_path: Path
+) -> None:
+    made = make(engine, demo_model, "IQ4_NL", tmp_path / "o.gguf", None)
+    rename_type(made.out)
+    rows = tuple(replace(row, type=OWN) if row.type == "IQ4_NL" else row for row in made.recipe.tensors)
+    recipe = replace(made.recipe, tensors=rows)
+    size = made.out.stat().st_size
+    assert verify_output([made.out], recipe, None) == size
+    assert "planned was IQ4_NL" in refusal(made.out, made.recipe, None)
+    with made.out.open("ab") as file:
+        file.write(bytes(32))
+    assert "the file has" in refusal(made.out, recipe, None)
+
+
+def test_types_that_were_planned_with_a_skeleton_may_come_out_otherwise(made: Made) -> None:
+    recipe = changed(made.recipe, QUERY, type="Q6_K", n_bytes=1)
+    assert "planned was Q6_K" in refusal(made.out, recipe, made.weights)
+    assert verify_output([made.out], replace(recipe, certain=False), made.weights) == made.out.stat().st_size

@@ -47,6 +47,7 @@ from imatrix_runner.errors import (
     UsageError,
 )
 from imatrix_runner.events import Metric, Notice, Progress, Sink
+from imatrix_runner.models.gguf_file import unknown_types
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.probe import QuantType
@@ -58,6 +59,14 @@ _LONGEST_ARGUMENT = 30_000
 _ERRORS: dict[int, type[RunnerError]] = {
     kind.exit_code: kind for kind in (UsageError, ToolchainError, InvalidDataError, NoSpaceError)
 }
+
+
+def _not_measurable(model: Path, types: Sequence[str]) -> InvalidDataError:
+    return InvalidDataError(
+        f"{model.name} cannot be measured by the embedded engine",
+        f"llama-cpp-python's library does not know the tensor types of a fork or an old release ({', '.join(types)})",
+        "Measure it with the programs that made it: imatrix-runner evaluate MODEL --llama-cpp DIRECTORY",
+    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,12 @@ class EmbeddedEngine:
         model, base, out = job.model.absolute(), job.base.absolute(), job.out.absolute()
         options = self._options(job.options)
         request = protocol.Judge(job.step, model, base, out, job.first, job.limit, options, job.fingerprint)
-        self._evaluate(request, job.log, sink, f"{job.model.name} could not be compared with its source", job.out)
+        try:
+            self._evaluate(request, job.log, sink, f"{job.model.name} could not be compared with its source", job.out)
+        except (EngineError, InvalidDataError, ToolchainError) as error:
+            if strange := unknown_types(job.model):
+                raise _not_measurable(job.model, strange) from error
+            raise
 
     def _evaluate(
         self, request: protocol.Refer | protocol.Judge, log: Path | None, sink: Sink, what: str, writes: Path
