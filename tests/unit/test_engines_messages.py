@@ -118,7 +118,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (
         f"{LOAD}tensor 'blk.0.attn_q.weight' data is not within the file bounds, model is corrupted or incomplete",
         InvalidDataError,
-        "cannot load the model: the file ends before blk.0.attn_q.weight",
+        "the file ends before blk.0.attn_q.weight",
         "complete",
     ),
     (WRONG_SHAPE, InvalidDataError, "blk.0.a.weight has the shape 256, 128, 1, 1, and the model's own metadata", "config.json"),
@@ -192,8 +192,10 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
         "m.gguf cannot be opened (Permission denied)",
         "read",
     ),
-    (f"{LOAD}{HYPER}something quite new", InvalidDataError, "cannot load the model: something quite new", "tools build"),
-    (f"{QUANTIZE}something quite new", EngineError, "cannot quantise it: something quite new", "log"),
+    (f"{LOAD}{HYPER}something quite new", InvalidDataError, "llama.cpp says: something quite new", "tools build"),
+    (f"{LOAD}Mismatched '(' and ')' in regular expression", UsageError, "a pattern of -ot", "-ot 'ffn_"),
+    (f"{QUANTIZE}llama_model_loader: failed to load model from m.gguf", InvalidDataError, "cannot load the model", "complete"),
+    (f"{QUANTIZE}something quite new", EngineError, "llama.cpp says: something quite new", "log"),
     (NO_GGUF, InvalidDataError, "cannot load", "complete"),
     ("0.00.1 E cmn  common_init_: failed to load model 'm.gguf'", InvalidDataError, "cannot load", "complete"),
 ]

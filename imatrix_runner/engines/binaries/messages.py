@@ -39,6 +39,11 @@ _LAST_WORDS = 5
 
 _TOOLS_BUILD = "Build the current tools with: imatrix-runner tools build"
 _CONVERT_AGAIN = "Get the file again, or convert the original model with current tools (imatrix-runner tools build)"
+# What std::regex says, in libstdc++ and in libc++.
+_NO_REGEX = (
+    r"(.*(?:[Rr]egular expression|regex|[Bb]racket expression|[Cc]haracter class|Back-reference|in '\[).*"
+    r"|The expression contained.*)"
+)
 
 KNOWN: tuple[Known, ...] = (
     _known(
@@ -122,12 +127,16 @@ KNOWN: tuple[Known, ...] = (
         "Check the path given with --tensor-type-file.",
     ),
     _known(
-        # What std::regex says, in libstdc++ and in libc++.
-        r"failed to quantize: (.*(?:[Rr]egular expression|regex|[Bb]racket expression|[Cc]haracter class|Back-reference).*"
-        r"|The expression contained.*)",
+        rf"failed to quantize: {_NO_REGEX}",
         UsageError,
         "a pattern of --tensor-type is no regular expression: {1}",
         "Correct the pattern; it is searched for in tensors' names, for example: --tensor-type 'blk\\.[0-3]\\.ffn_down=q6_k'",
+    ),
+    _known(
+        rf"error loading model: {_NO_REGEX}",
+        UsageError,
+        "a pattern of -ot (--override-tensor) is no regular expression: {1}",
+        "Correct the pattern; it is searched for in tensors' names, for example: -ot 'ffn_.*_exps=CPU'",
     ),
     _known(
         r"parse_layer_prune: invalid layer id '([^']*)'",
@@ -325,7 +334,7 @@ KNOWN: tuple[Known, ...] = (
     _known(
         r"tensor '([^']*)' data is not within the file bounds",
         InvalidDataError,
-        "llama.cpp cannot load the model: the file ends before {1}",
+        "the file ends before {1}, so llama.cpp cannot load the model",
         "It is not complete: download or convert it again.",
     ),
     _known(
@@ -335,15 +344,15 @@ KNOWN: tuple[Known, ...] = (
         "Check that it exists and may be read, then run the same command again.",
     ),
     _known(
-        r"error loading model: (?:error loading model (?:hyperparameters|vocabulary): )?([^\n]+)",
+        r"error loading model: (?:error loading model (?:hyperparameters|vocabulary): )?(?!\S+: failed to load model)([^\n]+)",
         InvalidDataError,
-        "llama.cpp cannot load the model: {1}",
+        "llama.cpp says: {1}",
         "Check that the file is complete, or update the tools: imatrix-runner tools build",
     ),
     _known(
-        r"failed to quantize: ([^\n]+)",
+        r"failed to quantize: (?!\S+: failed to load model)([^\n]+)",
         EngineError,
-        "llama.cpp cannot quantise it: {1}",
+        "llama.cpp says: {1}",
         "Read the log.",
     ),
     _known(
