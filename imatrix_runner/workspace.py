@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from imatrix_runner.errors import RunnerError, WorkspaceLockedError, from_lock_error
+from imatrix_runner.errors import InvalidDataError, RunnerError, WorkspaceLockedError, from_lock_error
 from imatrix_runner.files import read_json, write_json
 from imatrix_runner.process import end_tree, is_marked, start_time
 
@@ -151,6 +151,7 @@ def hold(workspace: Workspace, command: str) -> Iterator[Hold]:
     """
     try:
         workspace.root.mkdir(parents=True, exist_ok=True)
+        _refuse_links(workspace)
         lock = FileLock(workspace.lock)
         lock.acquire(blocking=False)
     except Timeout as error:
@@ -174,6 +175,22 @@ def hold(workspace: Workspace, command: str) -> Iterator[Hold]:
     finally:
         workspace.owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _refuse_links(workspace: Workspace) -> None:
+    """Raise :class:`InvalidDataError` for a link to a file where logs, unfinished files or notes are written. A workspace may
+    come out of an archive, and what is appended to its log would end up in a file of the user's. Links to folders may be there:
+    only files with the workspace's own names are made in them."""
+    for folder, folders, files in os.walk(workspace.root):
+        if Path(folder) == workspace.root:
+            folders[:] = [name for name in folders if name.startswith(".") or name == workspace.logs.name]
+            files = [name for name in files if name.startswith(".")]
+        for link in (Path(folder, name) for name in files if Path(folder, name).is_symlink()):
+            raise InvalidDataError(
+                "A symbolic link lies where the workspace is written",
+                f"{link} leads to {os.readlink(link)}, and that file would be changed",  # noqa: PTH115 - as it is written
+                "Remove it, and look for others if the workspace came from elsewhere; then run the same command again.",
+            )
 
 
 def _end_orphans(owner: Owner, mark: str) -> int:

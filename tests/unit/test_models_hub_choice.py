@@ -6,6 +6,7 @@ import pytest
 
 from imatrix_runner.errors import DownloadError, InvalidDataError
 from imatrix_runner.models.hub.choice import Choice, RepoFile, choose
+from imatrix_runner.models.hub.listing import plain_files
 from imatrix_runner.models.sources import HubId
 
 CHECKPOINT = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "merges.txt"]
@@ -104,3 +105,25 @@ def test_advises_the_base_model() -> None:
     with pytest.raises(InvalidDataError) as caught:
         pick(["a-Q8_0.gguf"], base="org/base")
     assert "imatrix-runner run org/base" in caught.value.todo
+
+
+def test_files_whose_names_lead_elsewhere_are_not_listed() -> None:
+    kept = ["config.json", "sub/model.gguf", "a..b", "a b"]
+    odd = [
+        "../x",
+        "/x",
+        "a/../../x",
+        "a//b",
+        "./x",
+        "..",
+        "",
+        "C:/x",
+        "C:x",
+        "a\\b",
+        "..\\x",
+        "a\nb",
+        "a\0b",
+        "a\x1b[31m",
+        "a/",
+    ]
+    assert [file.name for file in plain_files((name, 1) for name in [*kept, *odd])] == kept

@@ -165,6 +165,36 @@ def test_a_copy_of_a_held_workspace_is_free_and_ends_nothing(workspace: Workspac
         assert holder.poll() is None
 
 
+@pytest.mark.parametrize(
+    "place", ["logs/imatrix.log", ".journal.json.part", ".lock", ".partial/Q4_0/level.gguf", ".twins/.lock"]
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_out_of_a_workspace_are_not_written_through(
+    workspace: Workspace, tmp_path: Path, place: str, exists: bool
+) -> None:
+    target = tmp_path / "profile"
+    if exists:
+        target.write_text("mine")
+    link = workspace.root / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    with pytest.raises(InvalidDataError, match="symbolic link") as caught, hold(workspace, COMMAND):
+        pytest.fail("held")
+    assert str(link) in caught.value.why
+    assert target.exists() is exists
+    assert not exists or target.read_text() == "mine"
+
+
+def test_links_to_folders_and_of_inputs_may_be_there(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "imatrix.dat").touch()
+    workspace.root.mkdir()
+    workspace.evaluation.symlink_to(tmp_path / "large")
+    (workspace.root / "imatrix.dat").symlink_to(tmp_path / "imatrix.dat")
+    with hold(workspace, COMMAND) as held:
+        assert held.orphans == 0
+
+
 def test_a_renamed_workspace_still_knows_its_orphans(workspace: Workspace, tmp_path: Path) -> None:
     with held_elsewhere(workspace) as (holder, child):
         assert eventually(lambda: (told := read_owner(workspace)) is not None and str(child) in told.children)

@@ -128,7 +128,9 @@ def is_repository(text: str) -> bool:
 
 
 def _is_plain_name(name: str) -> bool:
-    return "\\" not in name and name.isprintable() and all(part not in ("", ".", "..") for part in name.split("/"))
+    # A colon after a letter means a drive on Windows, and a path elsewhere.
+    parts = name.split("/")
+    return not {"\\", ":"} & set(name) and name.isprintable() and all(part not in ("", ".", "..") for part in parts)
 
 
 def repository_folder(asked: Asked, cache: Path) -> Path:
