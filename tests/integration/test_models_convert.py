@@ -137,6 +137,24 @@ def test_a_stop_leaves_nothing(run: Convert, stand_in: Callable[[str], Path], tm
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_no_token_reaches_the_converter(
+    trust: bool, run: Convert, stand_in: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With trust, it runs code that came with the model."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "very-secret")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:very-secret@proxy")
+    converter = stand_in(COPY + "import os; print('environment:', dict(os.environ), os.getcwd(), sys.path)\n")
+    run(converter, trust=trust)
+    said = (tmp_path / "logs" / "convert.log").read_text().partition("environment:")[2]
+    assert str(tmp_path / "hub") in said
+    assert "HF_HUB_DISABLE_IMPLICIT_TOKEN" in said
+    assert ("HTTPS_PROXY" in said) is trust  # only then may it fetch anything
+    assert "very-secret" not in said.replace("user:very-secret@proxy", "")
+
+
 def test_models_with_code_need_trust(run: Convert, stand_in: Callable[[str], Path], directory: Path, tmp_path: Path) -> None:
     (directory / "modeling_tiny.py").write_text("raise SystemExit")
     converter = stand_in(COPY + "import os; print('offline:', os.environ.get('HF_HUB_OFFLINE'))\n")
