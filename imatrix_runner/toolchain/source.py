@@ -233,7 +233,12 @@ def git_source(ref: str, url: str, store: Store, runner: Runner, sink: Sink) -> 
     return Source("git", ref, commit[:9], f"{url} {ref}", tree)
 
 
-_GIT_ENV: Mapping[str, str] = {"GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+_GIT_ENV: Mapping[str, str] = {
+    "GIT_TERMINAL_PROMPT": "0",
+    "LC_ALL": "C",
+    "GIT_HTTP_LOW_SPEED_LIMIT": "1024",  # bytes a second, over a minute: else a server that drips holds it for ever
+    "GIT_HTTP_LOW_SPEED_TIME": "60",
+}
 
 
 def _git(arguments: tuple[str, ...], runner: Runner, log: Path, ref: str, url: str) -> Outcome:

@@ -178,7 +178,7 @@ class LevelMaker:
         try:
             passed, figures = engine.one_pass(job, self.sink)
         except NoSpaceError as error:
-            raise _disk_full(steps, self.session.workspace) from error
+            raise _explained(error, steps, self.session.workspace) from error
         self.frozen.check_unchanged()
         spoiled = sum(bool(level.why) for level in passed)
         told = f"{len(steps) - spoiled} of {len(steps)} written" if spoiled else _told(passed, figures)
@@ -259,7 +259,7 @@ class LevelMaker:
         except InterruptedRunError:
             raise
         except NoSpaceError as error:
-            raise _disk_full([step], self.session.workspace) from error
+            raise _explained(error, [step], self.session.workspace) from error
         except RunnerError as error:
             seconds = time.monotonic() - began
             self.sink(Finished(step.step, "failed", error.why, seconds))
@@ -376,12 +376,21 @@ def reserved_bytes(workspace: Workspace, levels: Sequence[str] | None = None) ->
     return sum(file.stat().st_size for folder in wanted for file in folder.glob("*.gguf"))
 
 
+def _explained(error: NoSpaceError, steps: Sequence[LevelStep], workspace: Workspace) -> NoSpaceError:
+    """The error with the figures that help; as it is where enough is free: then it is a quota that was used up."""
+    return error if _needed(steps, workspace) <= free_bytes(workspace.root) else _disk_full(steps, workspace)
+
+
+def _needed(steps: Sequence[LevelStep], workspace: Workspace) -> int:
+    reserved = reserved_bytes(workspace, [step.level.name for step in steps])
+    return max(0, sum(step.facts.n_bytes or 0 for step in steps) - reserved)
+
+
 def _disk_full(steps: Sequence[LevelStep], workspace: Workspace) -> NoSpaceError:
     """The disk became full while levels were written: whoever noticed it, these are the figures that help."""
     names = steps[0].level.name if len(steps) == 1 else f"{len(steps)} levels"
-    need = sum(step.facts.n_bytes or 0 for step in steps) - reserved_bytes(workspace, [step.level.name for step in steps])
     return NoSpaceError(
         f"The disk became full while {names} were made" if len(steps) > 1 else f"The disk became full while {names} was made",
-        f"{human_bytes(max(0, need))} needed, {human_bytes(free_bytes(workspace.root))} free at {workspace.root}",
+        f"{human_bytes(_needed(steps, workspace))} needed, {human_bytes(free_bytes(workspace.root))} free at {workspace.root}",
         "Free some space, or choose another disk with --work-dir, then run the same command again: it continues.",
     )

@@ -22,7 +22,7 @@ from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpace
 from imatrix_runner.evaluate.passes import next_range
 from imatrix_runner.evaluate.statistics import perplexity_ratio, summarise
 from imatrix_runner.events import Finished, Sink, Started
-from imatrix_runner.files import encode_json, human_bytes
+from imatrix_runner.files import encode_json, free_bytes, human_bytes
 from imatrix_runner.journal import Record
 from imatrix_runner.report.document import ReportEvaluation
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
@@ -168,7 +168,7 @@ class Measurer:
         try:
             self.session.engine.refer(job, sink)
         except NoSpaceError as error:
-            raise self._disk_full() from error
+            raise self._explained(error) from error
         self.frozen.check_unchanged()
         self._require_language_model(head)
         source.done = max(source.done, chunks.end)
@@ -246,7 +246,7 @@ class Measurer:
         try:
             return self.session.engine.judge(self._job(subject, self._out(subject), chunks.first), self.sink)
         except NoSpaceError as error:
-            raise self._disk_full() from error
+            raise self._explained(error) from error
 
     def _job(self, subject: Subject, out: Path, first: int) -> JudgeJob:
         log = self.session.log(subject.step.replace(" ", "-"))
@@ -292,8 +292,11 @@ class Measurer:
             words += ["--text", str(yardstick.text.path)]
         return shlex.join(words)
 
-    def _disk_full(self) -> NoSpaceError:
+    def _explained(self, error: NoSpaceError) -> NoSpaceError:
+        """The error with the figures that help; as it is where enough is free: then it is a quota that was used up."""
         need = self.yardstick.fit.n_bytes
+        if need <= free_bytes(self.session.workspace.root):
+            return error
         return NoSpaceError(
             "The disk became full while levels were measured",
             f"the measurement takes {human_bytes(need)} at most, and something else took the space it counted on",
