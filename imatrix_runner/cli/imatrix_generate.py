@@ -13,6 +13,7 @@ from imatrix_runner.cli.options import (
     dry_run_option,
     environment_options,
     environment_request,
+    force_option,
     imatrix_request,
     output_options,
     source_options,
@@ -38,6 +39,7 @@ from imatrix_runner.workflow.request import RunRequest
 @threads_option
 @source_options
 @environment_options
+@force_option
 @dry_run_option
 @output_options
 @click.pass_obj

@@ -229,12 +229,21 @@ level_options = together(
     ),
 )
 
+force_option = click.option(
+    "--force", is_flag=True, help="Take over the workspace of another model with the same name; its levels are made again."
+)
+
 dry_run_option = click.option("--dry-run", is_flag=True, help="Plan only: sizes, fallbacks, what will fail. Writes nothing.")
 
 
 def environment_request(options: dict[str, Any], invocation: Invocation) -> EnvironmentRequest:
     return EnvironmentRequest(
-        options["work_dir"], options["engine"], options["llama_cpp"], options["timeout"], invocation.command
+        options["work_dir"],
+        options["engine"],
+        options["llama_cpp"],
+        options["timeout"],
+        invocation.command,
+        bool(options.get("force")),
     )
 
 

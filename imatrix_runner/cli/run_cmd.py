@@ -15,6 +15,7 @@ from imatrix_runner.cli.options import (
     dry_run_option,
     environment_options,
     environment_request,
+    force_option,
     imatrix_request,
     level_options,
     levels_request,
@@ -46,6 +47,7 @@ from imatrix_runner.workflow.request import ImatrixRequest, MeasureRequest, RunR
 @measure_options
 @source_options
 @environment_options
+@force_option
 @dry_run_option
 @output_options
 @click.pass_obj
@@ -98,6 +100,7 @@ def _measure(options: dict[str, Any]) -> MeasureRequest | None:
 @threads_option
 @source_options
 @environment_options
+@force_option
 @dry_run_option
 @output_options
 @click.pass_obj

@@ -35,12 +35,13 @@ from imatrix_runner.workflow.context import Context, Session, settle
 from imatrix_runner.workflow.imatrix import matrix_bytes
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.measured import measured
+from imatrix_runner.workflow.ownership import find_workspace
 from imatrix_runner.workflow.plan import LevelStep
 from imatrix_runner.workflow.probe import Timing, probe
 from imatrix_runner.workflow.recommend import Candidate, Recommendation, recommend
 from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest, SourceRequest
 from imatrix_runner.workflow.run import choose_levels
-from imatrix_runner.workflow.source import Frozen, name_of, open_source
+from imatrix_runner.workflow.source import Frozen, open_source
 from imatrix_runner.workspace import Workspace
 
 USUAL_CONTEXT = 4096
@@ -143,8 +144,7 @@ def advise(request: AdviseRequest, context: Context) -> Advice:
     needs = Needs(request.levels.names, (), request.options.n_gpu_layers)
     machine, choice = settle(request.environment, needs, context.sink)
     source = parse_source(request.source.model)
-    name = name_of(source, request.source.model)
-    workspace = Workspace(request.environment.work_dir.expanduser().absolute() / name, name)
+    workspace = find_workspace(source, request.source.model, request.environment.work_dir, context.sink, context.stop)
     runner = context.runner(request.environment)
     engine, journal = choice.make(runner), Journal(workspace.journal)
     beside = choice.make_beside(runner)

@@ -37,11 +37,12 @@ from imatrix_runner.workflow.measured import (
     measured,
 )
 from imatrix_runner.workflow.measuring import Measurer, Subject
+from imatrix_runner.workflow.ownership import find_workspace
 from imatrix_runner.workflow.plan import LevelStep, facts_of_record
 from imatrix_runner.workflow.plan_notes import same_tensors
 from imatrix_runner.workflow.report import ReportFiles, make_report, remember_target
 from imatrix_runner.workflow.request import EvaluateRequest, LevelsRequest, MeasureRequest
-from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
+from imatrix_runner.workflow.source import Frozen, announce, freeze, open_source
 from imatrix_runner.workflow.status import MEASURING
 from imatrix_runner.workflow.twins import Twins
 from imatrix_runner.workflow.yardstick import Yardstick, check_text, choose_yardstick
@@ -94,8 +95,7 @@ def evaluate(
     needs = Needs((), (), request.measure.options.n_gpu_layers)
     machine, choice = settle(request.environment, needs, context.sink)
     source = parse_source(request.source.model)
-    name = name_of(source, request.source.model)
-    workspace = Workspace(request.environment.work_dir.expanduser().absolute() / name, name)
+    workspace = find_workspace(source, request.source.model, request.environment.work_dir, context.sink, context.stop)
     if not workspace.journal.is_file():
         raise UsageError(
             f"There is nothing to measure in {workspace.root}",
@@ -168,7 +168,6 @@ class _Evaluation:
         made = self._levels()
         if (domain := _domain(self.request)) is not None:
             check_answerable(domain, session)
-        self._warn_of_strangers(made)
         same = same_tensors({name: (record.inputs, facts_of_record(record)) for name, record in made.items()})
         distinct = {name: record for name, record in made.items() if name not in same}
         steps, alone = self.twins.plan(distinct) if self.request.twins else ((), {})
@@ -223,6 +222,7 @@ class _Evaluation:
             for name, record in levels_made(journal).items()
             if still_there(record, session.workspace, journal, f"level-{name}", save=not session.dry_run)
         }
+        there = self._of_this_source(there, source)
         if not self.request.levels:
             if not there:
                 raise UsageError(
@@ -249,16 +249,25 @@ class _Evaluation:
             record = Record.now(levels[name].inputs, [], "asked for", 0.0, facts=as_facts(Alone(why)))
             self.session.journal.record(f"{ALONE} {name}", record)
 
-    def _warn_of_strangers(self, made: Mapping[str, Record]) -> None:
-        strangers = [name for name, record in made.items() if record.inputs.get("model file") != self.frozen.fingerprint]
-        if strangers:
-            model = self.frozen.model.name
-            self.session.sink(
-                warning(
-                    f"{', '.join(strangers)}: made from another file than this {model}; "
-                    "the figures hold that difference too. Make them again to measure what the level alone costs."
-                )
+    def _of_this_source(self, there: Mapping[str, Record], source: str) -> dict[str, Record]:
+        """The levels that were made from the model they are measured against; the others are named.
+
+        Raises :class:`UsageError` if others were asked for, or there are only others: their figures would hold the difference
+        between the two files, too.
+        """
+        mine = {name: record for name, record in there.items() if record.inputs.get("model file") == self.frozen.fingerprint}
+        others = [name for name in there if name not in mine]
+        asked = {name.upper() for name in self.request.levels}
+        wanted = [name for name in others if name.upper() in asked] if asked or mine else others
+        if wanted:
+            raise UsageError(
+                f"{', '.join(wanted)} cannot be measured against this {self.frozen.model.name}",
+                "made from another file, or from an earlier version of this one; the figures would hold that difference too",
+                f"Make them again: imatrix-runner run {source} --levels {','.join(wanted)}",
             )
+        if others and not asked:
+            self.session.sink(warning(f"Not measured, because they were made from another source: {', '.join(others)}."))
+        return mine
 
     def _subject(self, name: str, record: Record, yardstick: Yardstick) -> Subject:
         inputs = {LEVEL_INPUT: content_of(record)}

@@ -68,6 +68,11 @@ def choose(request: ImatrixRequest, source: Source, frozen: Frozen, session: Ses
         which = "no imatrix is used" if chosen.step.path is None else f"{chosen.step.path.name} is used as it is"
         make = ". To make a new one: --imatrix generate" if request.mode in ("auto", "there") else ""
         session.sink(warning(no_effect(request.typed, f"{which} ({chosen.step.reason}){make}")))
+    if chosen.step.action == "use" and chosen.step.path is not None:
+        record = session.journal.get(_step(chosen.step.path, session.workspace))
+        if record is not None and record.inputs.get("model file") != frozen.fingerprint and _made(record, session):
+            told = f"{chosen.step.path.name} was collected from another version of {frozen.model.name}"
+            session.sink(warning(f"{told}. To make a new one: imatrix-runner run MODEL --imatrix generate"))
     return chosen
 
 
@@ -375,8 +380,11 @@ def collected_facts(file: MatrixFile | None, session: Session) -> Mapping[str, o
     if file is None:
         return None
     record = session.journal.get(_step(file.path, session.workspace))
-    made = record is not None and outputs_intact(record, session.workspace.root)
-    return dict(record.facts) if record is not None and made else None
+    return dict(record.facts) if record is not None and _made(record, session) else None
+
+
+def _made(record: Record, session: Session) -> bool:
+    return outputs_intact(record, session.workspace.root)
 
 
 def _use(path: Path, model: Model, sink: Sink, how: str, *, action: str = "use") -> Chosen:

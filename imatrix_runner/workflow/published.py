@@ -18,7 +18,7 @@ from imatrix_runner.models.sources import HubId, LocalFile, Model, Source, open_
 from imatrix_runner.signals import Stop
 from imatrix_runner.workflow.context import Context
 from imatrix_runner.workflow.find_published import Findings, PublishedRequest, checked, compute_one, find, listing_of
-from imatrix_runner.workflow.source import name_of
+from imatrix_runner.workflow.ownership import find_workspace
 from imatrix_runner.workspace import Workspace, hold
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -79,8 +79,7 @@ def find_published(request: PublishedRequest, context: Context) -> Findings:
 def fetch_published(request: PublishedRequest, context: Context) -> Placed:
     """Fetch the best matrix that is one and fits, and place it. The workspace is held only while the file is placed."""
     source = parse_source(request.model)
-    name = name_of(source, request.model)
-    workspace = Workspace(request.work_dir.expanduser().absolute() / name, name)
+    workspace = find_workspace(source, request.model, request.work_dir, context.sink, context.stop)
     _refuse_taken(workspace, request)
     model = _local_model(source, workspace)
     found = _fetch(source, model, request, _hub(request, context.stop, context.sink))

@@ -17,6 +17,7 @@ from imatrix_runner.process import Runner
 from imatrix_runner.report.document import Report, ReportEvaluation, ReportFile, ReportLevel, WithoutTwin
 from imatrix_runner.untrusted import UnreadableError, from_json
 from imatrix_runner.workflow.measured import EVALUATE, Measured, alone, answered, comparisons, levels_made, measured
+from imatrix_runner.workflow.ownership import MODEL_FILE
 from imatrix_runner.workflow.plan import facts_of_record
 from imatrix_runner.workflow.plan_notes import same_tensors
 from imatrix_runner.workflow.report_caveats import caveats
@@ -104,10 +105,10 @@ def _levels_here(workspace: Workspace, journal: Journal, sink: Sink) -> tuple[di
             "neither a level nor an imatrix was finished there",
             "Make some first: imatrix-runner run MODEL",
         )
-    source = newest.inputs["model file"]
+    source = journal.fact(MODEL_FILE) or newest.inputs["model file"]
     strangers = [name for name, record in here.items() if record.inputs["model file"] != source]
     if strangers:
-        sink(warning(f"Not in the report, because they are of another source than the newest: {', '.join(strangers)}."))
+        sink(warning(f"Not in the report, because they were made from another source: {', '.join(strangers)}."))
     return {name: record for name, record in here.items() if name not in strangers}, source
 
 

@@ -109,13 +109,14 @@ class SourceRequest:
 @dataclass(frozen=True)
 class EnvironmentRequest:
     """Where to work and with what. ``hang_seconds`` 0 never gives up on a silent child; ``command`` is the line that was
-    typed, for whoever finds the workspace held or unfinished."""
+    typed, for whoever finds the workspace held or unfinished; ``force`` takes over the workspace of another source."""
 
     work_dir: Path = Path("work")
     engine: str = "auto"
     llama_cpp: Path | None = None
     hang_seconds: float = 600.0
     command: str = ""
+    force: bool = False
 
 
 @dataclass(frozen=True)

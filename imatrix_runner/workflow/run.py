@@ -30,13 +30,13 @@ from imatrix_runner.workflow.evaluate import EvaluateResult, check_request, eval
 from imatrix_runner.workflow.ineffective import warn_of_jobs, warn_of_level_options, warn_of_placement
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
+from imatrix_runner.workflow.ownership import MODEL_FILE, PLACE, claim, find_workspace, place_of
 from imatrix_runner.workflow.plan import LevelStep, MeasureStep, Plan
 from imatrix_runner.workflow.plan_notes import plan_notes
 from imatrix_runner.workflow.report import ReportFiles, make_report
 from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
-from imatrix_runner.workflow.source import Frozen, announce, freeze, name_of, open_source
+from imatrix_runner.workflow.source import Frozen, announce, freeze, open_source
 from imatrix_runner.workflow.yardstick import foresee
-from imatrix_runner.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,14 @@ def run(
         context.sink(warning(text))
     machine, choice = settle(request.environment, _needs(request), context.sink)
     source = parse_source(request.source.model)
-    name = name_of(source, request.source.model)
-    workspace = Workspace(request.environment.work_dir.expanduser().absolute() / name, name)
+    workspace = find_workspace(
+        source,
+        request.source.model,
+        request.environment.work_dir,
+        context.sink,
+        context.stop,
+        force=request.environment.force,
+    )
     with held(workspace, request.environment, context, dry_run=dry_run) as runner:
         engine = choice.make(runner)
         journal, beside = Journal(workspace.journal), choice.make_beside(runner)
@@ -105,7 +111,7 @@ def run(
         made, evaluated, report = MadeLevels((), ()), None, None
         if not dry_run:
             refuse_hopeless(plan, one_by_one=request.levels is not None and request.levels.one_by_one)
-            job.begin(model, tuple(step.level for step in plan.levels))
+            job.begin(source, frozen, tuple(step.level for step in plan.levels))
             if chosen.request is not None:
                 matrix = imatrix_flow.generate(chosen, session)
                 imatrix_flow.tell_weaknesses(matrix, model, session.sink)
@@ -204,11 +210,17 @@ class _Job:
         self.session.sink(info(f"{', '.join(needy)} need an imatrix, and there is none: they are left out."))
         return tuple(step for step in steps if step.level.name not in needy)
 
-    def begin(self, model: Model, levels: tuple[Level, ...]) -> None:
-        """Write down what was asked for, so that ``status`` can tell what is missing and how to go on."""
+    def begin(self, source: Source, frozen: Frozen, levels: tuple[Level, ...]) -> None:
+        """Write down whose workspace this is and what was asked for, so that ``status`` can tell what is missing and how to go
+        on."""
+        model, journal = frozen.model, self.session.journal
         names = ",".join(level.name for level in levels)
         command = self.request.environment.command
-        self.session.journal.remember(
+        # What lies in the workspace was converted, and claimed with its checkpoint.
+        if journal.fact(PLACE) is None or not model.path.is_relative_to(self.session.workspace.root):
+            claim(journal, place_of(source), frozen.fingerprint, model.n_bytes)
+        journal.remember(
+            **{MODEL_FILE: frozen.fingerprint},
             model=model.name,
             source=model.source.location,
             dequantised=model.source.dequantised,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
-from imatrix_runner.events import Finished, Progress, Sink, Started, ignore, info, no_effect, warning
-from imatrix_runner.files import Stamp, human_bytes, joint_sha256, publish, sha256, stamp
+from imatrix_runner.events import Sink, info, no_effect, warning
+from imatrix_runner.files import Stamp, human_bytes, joint_sha256, publish, stamp
 from imatrix_runner.journal import Output, Record, differences, outputs_intact
 from imatrix_runner.models.checkpoint_quantisation import checkpoint_quantisation, refuse_quantised
 from imatrix_runner.models.kind import require_loadable
@@ -23,13 +22,13 @@ from imatrix_runner.models.sources import (
     Provenance,
     Source,
     directory_name,
-    model_name,
     open_gguf,
 )
+from imatrix_runner.workflow.contents import Hasher, checkpoint_content, stamped_fingerprint
 from imatrix_runner.workflow.context import Session
+from imatrix_runner.workflow.ownership import Place, claim, place_of
 from imatrix_runner.workflow.request import OutType, SourceRequest
 
-_QUICK_BYTES = 64 << 20
 _NO_CONVERTER = "it comes with llama.cpp's programs, which were not found; llama-cpp-python does not bring it"
 
 
@@ -73,7 +72,8 @@ def _opened(source: Source, request: SourceRequest, session: Session, *, allow_r
     if isinstance(source, HubId):
         return _from_hub(source, request, session, allow_requantize=allow_requantize)
     provenance = Provenance("directory", str(source.path))
-    return _converted(source, provenance, request, session, allow_requantize=allow_requantize)
+    place = place_of(source)
+    return _converted(source, place, provenance, request, session, allow_requantize=allow_requantize)
 
 
 def _from_hub(source: HubId, request: SourceRequest, session: Session, *, allow_requantize: bool) -> Model:
@@ -89,8 +89,8 @@ def _from_hub(source: HubId, request: SourceRequest, session: Session, *, allow_
     provenance = Provenance("hub", str(source), repo=fetched.repo, revision=source.revision, commit=fetched.commit)
     session.journal.remember(hub=f"{fetched.repo}@{fetched.commit}")
     if fetched.path.is_dir():
-        directory = LocalDirectory(fetched.path)
-        return _converted(directory, provenance, request, session, allow_requantize=allow_requantize)
+        directory, place = LocalDirectory(fetched.path), place_of(source)
+        return _converted(directory, place, provenance, request, session, allow_requantize=allow_requantize)
     _warn_unused(request, session.sink)
     return open_gguf(fetched.path, allow_requantize=allow_requantize, name=session.workspace.model, source=provenance)
 
@@ -102,6 +102,7 @@ def _warn_unused(request: SourceRequest, sink: Sink) -> None:
 
 def _converted(
     source: LocalDirectory,
+    place: Place,
     provenance: Provenance,
     request: SourceRequest,
     session: Session,
@@ -117,12 +118,18 @@ def _converted(
     workspace, journal = session.workspace, session.journal
     outtype = request.outtype if request.outtype != "auto" else resolve_outtype(source.path)
     out = workspace.root / f"{workspace.model}-{outtype.upper()}.gguf"
-    inputs = {
-        "model directory": directory_fingerprint(source.path),
-        "outtype": outtype,
-    }
     step = f"convert {outtype}"
     record = journal.get(step)
+    if session.dry_run and record is None:
+        raise _unconverted(source)
+    content = checkpoint_content(source.path, _hasher(session))
+    if not session.dry_run:
+        claim(journal, place, content.weights, content.n_bytes)
+    inputs = {"model directory": content.fingerprint, "outtype": outtype}
+    if record is not None and record.inputs.get("model directory") == stamped_fingerprint(source.path):
+        record = replace(record, inputs={**record.inputs, "model directory": content.fingerprint})  # of an earlier version
+        if not session.dry_run:
+            journal.record(step, record)
     if (toolchain := session.machine.toolchain) is not None:
         inputs["engine"] = toolchain.identity()
     elif record is not None:  # its converter is gone, and what it made is as good as before
@@ -130,11 +137,7 @@ def _converted(
     ours = record is not None and outputs_intact(record, workspace.root)
     if record is None or differences(record, inputs) or not ours:
         if session.dry_run:
-            raise UsageError(
-                f"{source.path} cannot be planned before it is converted",
-                "the plan is made from the tensors of its GGUF",
-                "Run without --dry-run, or convert it first and name the GGUF.",
-            )
+            raise _unconverted(source)
         if out.exists() and not ours:
             raise InvalidDataError(
                 f"{out} is in the way",
@@ -157,6 +160,14 @@ def _converted(
     # Some models are published with 4-bit experts; whether a level would quantise those again is for the plan to say.
     model = open_gguf(out, allow_requantize=True, name=workspace.model)
     return replace(model, source=replace(provenance, dequantised=dequantised))
+
+
+def _unconverted(source: LocalDirectory) -> UsageError:
+    return UsageError(
+        f"{source.path} cannot be planned before it is converted",
+        "the plan is made from the tensors of its GGUF",
+        "Run without --dry-run, or convert it first and name the GGUF.",
+    )
 
 
 def _dequantised(source: LocalDirectory, sink: Sink, *, allow_requantize: bool) -> str:
@@ -209,18 +220,6 @@ def _convert(
     )
 
 
-def directory_fingerprint(directory: Path) -> str:
-    """Small files by content, large ones (weights) by name, size and time: cheap, and enough to notice a new revision."""
-    digest = hashlib.sha256()
-    for path in sorted(entry for entry in directory.iterdir() if entry.is_file()):
-        at = stamp(path)
-        digest.update(f"{path.name}\0{at.size}\0".encode())
-        digest.update(
-            path.read_bytes() if at.size < _QUICK_BYTES and path.suffix != ".safetensors" else str(at.mtime_ns).encode()
-        )
-    return f"sha256:{digest.hexdigest()}"
-
-
 def freeze(model: Model, session: Session) -> Frozen:
     """Fingerprint the model's content. Hashes are remembered with the file's stamp, so a second run reads nothing."""
     stamps = tuple(stamp(path) for path in model.files)
@@ -231,31 +230,12 @@ def freeze(model: Model, session: Session) -> Frozen:
 
 
 def hash_files(files: Sequence[Path], session: Session) -> list[str]:
-    """SHA-256 of each file, from the journal where its stamp is unchanged, with progress where it takes a while."""
-    known = {path: session.journal.known_hash(path) for path in files}
-    todo = sum(path.stat().st_size for path, value in known.items() if value is None)
-    tell = session.sink if todo > _QUICK_BYTES else ignore
-    tell(Started("fingerprint", f"fingerprint of {human_bytes(todo)}", todo, "B"))
-    done = 0
-
-    def count(n_bytes: int) -> None:
-        nonlocal done
-        session.stop.check()
-        done += n_bytes
-        tell(Progress("fingerprint", done, todo))
-
-    for path in [path for path, value in known.items() if value is None]:
-        at = stamp(path)
-        known[path] = sha256(path, count)
-        if not session.dry_run:
-            session.journal.remember_hash(path, at, known[path] or "")
-    tell(Finished("fingerprint", "done"))
-    return [known[path] or "" for path in files]
+    """SHA-256 of each file, from the journal where it was not touched since, with progress where it takes a while."""
+    return _hasher(session)(files)
 
 
-def name_of(source: Source, text: str) -> str:
-    """The workspace's name for a source."""
-    return model_name(text if isinstance(source, HubId) else source.path)
+def _hasher(session: Session) -> Hasher:
+    return Hasher(session.journal, session.sink, session.stop, keep=not session.dry_run)
 
 
 def announce(model: Model, sink: Sink) -> None:

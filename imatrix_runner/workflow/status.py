@@ -8,6 +8,7 @@ from typing import Literal
 
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.journal import Journal, outputs_intact
+from imatrix_runner.workflow.ownership import MODEL_FILE
 from imatrix_runner.workspace import Workspace, read_owner
 
 MEASURING = "measuring"
@@ -46,6 +47,8 @@ def _status(workspace: Workspace) -> WorkspaceStatus:
     except RunnerError as error:
         return WorkspaceStatus(workspace.root, workspace.model, "unreadable", error.why, "-", 0, 0, 0)
     records = {step: record for step, record in journal.steps().items() if step.startswith("level-")}
+    model = journal.fact(MODEL_FILE)
+    records = {step: record for step, record in records.items() if model in (None, record.inputs.get("model file"))}
     done = {step for step, record in records.items() if outputs_intact(record, workspace.root)}
     wanted = set(filter(None, (journal.fact("levels") or "").split(",")))
     owner = read_owner(workspace)

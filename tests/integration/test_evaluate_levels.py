@@ -224,13 +224,12 @@ def test_what_the_source_said_is_computed_again_when_it_is_lost(known: Place, cl
     assert known.files() == SCORED
 
 
-def test_another_source_of_the_same_name_is_said_and_measured_anew(known: Place, cli: CommandLine, tmp_path: Path) -> None:
-    other = replace(known, model=write_llama_gguf(tmp_path / "tiny-BF16.gguf", seed=1, fluent=True))
-    done = other.evaluate(cli, "--levels", "Q8_0", "--json")
-    assert done.code == 0, done.err
-    assert "Q8_0: made from another file than this tiny" in done.err
-    assert done.document["plan"]["levels"][0]["reason"] == "changed: model file"
-    assert done.document["measured"]["levels"]["Q8_0"]["kld"]["value"] > 0.5
+def test_another_source_of_the_same_name_has_no_levels(known: Place, cli: CommandLine, tmp_path: Path) -> None:
+    other = replace(known, model=write_llama_gguf(tmp_path / "tiny-BF16.gguf", seed=1))
+    done = other.evaluate(cli, "--levels", "Q8_0")
+    assert done.code == 2
+    assert f"{known.workspace.root} belongs to {known.model}" in done.err
+    assert "There is nothing to measure in" in done.err
 
 
 def extent_of(place: Place, n_levels: int) -> Extent:
