@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.files import Stamp, publish, read_json, stamp, write_json
+from imatrix_runner.files import Stamp, changed_ns, publish, read_json, sha256, stamp, write_json
 from imatrix_runner.untrusted import UnreadableError, as_type, first_non_finite
 
 VERSION = 1
@@ -88,10 +88,11 @@ class _Inputs(dict[str, str]):
 
 @dataclass(frozen=True)
 class Hashed:
-    """A content hash and the stamp under which it was computed."""
+    """A content hash and the stamp under which it was computed; ``changed_ns`` as :func:`changed_ns`, 0 if not known."""
 
     stamp: Stamp
     sha256: str
+    changed_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,16 +166,43 @@ class Journal:
     def known_hash(self, path: Path) -> str | None:
         """The hash recorded for ``path``, if the file still carries the stamp it had then."""
         entry = self._hashes.get(str(path.absolute()))
-        return entry.sha256 if entry is not None and entry.stamp == stamp(path) else None
+        if entry is None or entry.stamp != stamp(path) or entry.changed_ns not in (0, changed_ns(path)):
+            return None
+        return entry.sha256
 
-    def remember_hash(self, path: Path, at: Stamp, sha256: str) -> None:
+    def remember_hash(self, path: Path, at: Stamp, digest: str) -> None:
         with self._lock:
-            self._hashes[str(path.absolute())] = Hashed(at, sha256)
+            self._hashes[str(path.absolute())] = Hashed(at, digest, changed_ns(path))
             self._save()
 
     def hashes(self) -> Mapping[str, Hashed]:
         """Every content hash that was ever remembered, by absolute path; the files may be gone or changed since."""
         return dict(self._hashes)
+
+    def still_there(self, step: str, *, save: bool) -> bool:
+        """Whether the files of a step are what they were: by stamp, or (a copied or restored workspace) by content.
+
+        With ``save`` new stamps are kept, so that the content need not be read again.
+        """
+        record = self.get(step)
+        if record is None:
+            return False
+        fresh: list[Output] = []
+        for output in record.outputs:
+            path = self.path.parent / output.name
+            if not path.is_file():
+                return False
+            now, known = stamp(path), output.sha256 or self._hash_under(output.stamp)
+            if now != output.stamp and (now.size != output.stamp.size or sha256(path) != known):
+                return False
+            fresh.append(replace(output, stamp=now, sha256=known))
+        if save and [_written(output) for output in fresh] != [_written(output) for output in record.outputs]:
+            self.record(step, replace(record, outputs=fresh))
+        return True
+
+    def _hash_under(self, at: Stamp) -> str:
+        """The content of the file that carried a stamp, where it was hashed for another purpose; empty if it was not."""
+        return next((hashed.sha256 for hashed in self._hashes.values() if hashed.stamp == at), "")
 
     def fact(self, name: str) -> str | None:
         return self._facts.get(name)
@@ -191,6 +219,11 @@ class Journal:
 
 def _unreadable(what: str, why: str) -> InvalidDataError:
     return InvalidDataError(f"{what} cannot be read", why, "Move it away: finished files will be made again.")
+
+
+def _written(output: Output) -> tuple[object, ...]:
+    """An output as the journal's file has it: stamps are equal where only one of them has a sample."""
+    return (*vars(output.stamp).values(), output.sha256)
 
 
 def differences(record: Record, inputs: Mapping[str, str]) -> list[str]:

@@ -106,6 +106,8 @@ class Trouble:
     """The etag of every file, whatever it holds."""
     next_page: str = ""
     """What every search names as its next page."""
+    altered: bool = False
+    """Send files of the right length with another content, as a broken cache on the way does."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,11 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             self._send_json([{"type": "file", "path": name, "size": size, "oid": etag} for name, size, etag in entries])
             return
-        siblings = [{"rfilename": name, "size": size, "blobId": etag} for name, size, etag in entries]
+        siblings: list[dict[str, Any]] = [{"rfilename": name, "size": size, "blobId": etag} for name, size, etag in entries]
+        for sibling in siblings:
+            if sibling["rfilename"].endswith((".gguf", ".safetensors")):
+                held = len(repository.content(sibling["rfilename"]))
+                sibling["lfs"] = {"sha256": sibling["blobId"], "size": held, "pointerSize": 134}
         self._send_json(
             {"id": repo.removeprefix("datasets/"), "sha": repository.commit, "private": repository.private}
             | {"siblings": siblings, "tags": list(repository.tags), "downloads": 0, "likes": 0, "cardData": repository.card}
@@ -305,6 +311,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if trouble.get_length is not None:
             headers["Content-Length"] = str(trouble.get_length)
+        if trouble.altered:
+            data = data[:-1] + bytes([data[-1] ^ 1])
         if trouble.html_files:
             self._send(200, _PAGE, headers | {"Content-Type": "text/html"})
             return

@@ -17,13 +17,15 @@ from pathlib import Path
 from imatrix_runner.environment import Needs
 from imatrix_runner.errors import DownloadError, RunnerError, ToolchainError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Saved, Sink, Started
-from imatrix_runner.files import publish, sha256
+from imatrix_runner.files import atomic_writer, publish, sha256
 from imatrix_runner.process import Command, Outcome, Runner, capture, relevant_lines
 from imatrix_runner.toolchain.archive import MAX_BYTES, ArchiveError, opened_tar, unpack
 from imatrix_runner.toolchain.store import Store, safe_name
 
 PACKAGE = "llama-cpp-python"
 TESTED_VERSION = "0.3.36"
+KNOWN_SHA256 = {TESTED_VERSION: "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+"""Digests of source distributions; of other versions the first one that was fetched is remembered beside it."""
 UPSTREAM = "https://github.com/ggml-org/llama.cpp"
 _STEP = "source"
 _REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]{0,99}")
@@ -71,7 +73,11 @@ def fetch_sdist(version: str, store: Store, runner: Runner, sink: Sink) -> Sourc
     if not archive.is_file():
         _pip_download(version, archive, store, runner, sink)
     digest = sha256(archive)
+    _check_digest(archive, version, digest)
     commit = _sdist_commit(archive)
+    if version not in KNOWN_SHA256 and not _note(archive).is_file():
+        with atomic_writer(_note(archive)) as handle:
+            handle.write(f"{digest}\n".encode("ascii"))
     tree = store.sources / f"sdist-{safe_name(version)}-{digest[:12]}"
     return Source("sdist", version, commit, f"{PACKAGE} {version}", tree / "vendor" / "llama.cpp", digest, archive)
 
@@ -97,9 +103,29 @@ def _pip_download(version: str, archive: Path, store: Store, runner: Runner, sin
         if not outcome.ok or not found:
             sink(Finished(_STEP, "failed", outcome.ending(), outcome.seconds))
             raise _pip_error(version, outcome, log)
+        _check_digest(archive, version, sha256(found[0]), f"Check the index that pip uses. Log: {log}")
         publish(found[0], archive)
     sink(Saved(str(archive), f"source of {PACKAGE} {version}", archive.stat().st_size))
     sink(Finished(_STEP, "done", archive.name, outcome.seconds))
+
+
+def _check_digest(archive: Path, version: str, digest: str, todo: str = "") -> None:
+    """Raise :class:`ToolchainError` for a source distribution that is not the one that is known."""
+    note = _note(archive)
+    known = KNOWN_SHA256.get(version)
+    if known is None and note.is_file():
+        known = note.read_text(encoding="ascii", errors="replace").strip()
+    if known is not None and digest != known:
+        raise ToolchainError(
+            f"{archive.name} is not the source of {PACKAGE} {version}",
+            f"its SHA-256 is {digest}, not {known}: it was damaged, or changed since it was published or first fetched",
+            todo or f"Remove it, then run the same command again: rm {archive}{f' {note}' if note.is_file() else ''}",
+        )
+
+
+def _note(archive: Path) -> Path:
+    """Where the digest of a source distribution is remembered."""
+    return archive.with_name(f"{archive.name}.sha256")
 
 
 def _pip_error(version: str, outcome: Outcome, log: Path) -> RunnerError:

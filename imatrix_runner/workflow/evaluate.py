@@ -23,7 +23,6 @@ from imatrix_runner.workflow.answers import DomainRequest, answer_levels, check_
 from imatrix_runner.workflow.choice import Needs
 from imatrix_runner.workflow.context import Context, Session, held, settle
 from imatrix_runner.workflow.ineffective import warn_of_placement
-from imatrix_runner.workflow.levels import still_there
 from imatrix_runner.workflow.measured import (
     ALONE,
     COMPARE,
@@ -220,7 +219,7 @@ class _Evaluation:
         there = {
             name: record
             for name, record in levels_made(journal).items()
-            if still_there(record, session.workspace, journal, f"level-{name}", save=not session.dry_run)
+            if journal.still_there(f"level-{name}", save=not session.dry_run)
         }
         there = self._of_this_source(there, source)
         if not self.request.levels:

@@ -10,7 +10,7 @@ from imatrix_runner.calibration.corpus import FEW_CHUNKS, Corpus, open_corpus, r
 from imatrix_runner.engines.base import Engine
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.events import Saved, Sink, info, no_effect, warning
-from imatrix_runner.files import stamp
+from imatrix_runner.files import sha256, stamp
 from imatrix_runner.imatrix.chunks import (
     ChunkPlan,
     describe_ranges,
@@ -25,7 +25,7 @@ from imatrix_runner.imatrix.coverage import examine
 from imatrix_runner.imatrix.expected import ExpectedMatrix, expect
 from imatrix_runner.imatrix.formats import MatrixFile, prepare_gguf, read
 from imatrix_runner.imatrix.matrix import misfits, problems
-from imatrix_runner.journal import Output, Record, describe_changes, differences, outputs_intact
+from imatrix_runner.journal import Output, Record, describe_changes, differences
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.kind import is_recurrent, require_calibratable
 from imatrix_runner.models.sources import HubId, Model, Source
@@ -70,7 +70,8 @@ def choose(request: ImatrixRequest, source: Source, frozen: Frozen, session: Ses
         session.sink(warning(no_effect(request.typed, f"{which} ({chosen.step.reason}){make}")))
     if chosen.step.action == "use" and chosen.step.path is not None:
         record = session.journal.get(_step(chosen.step.path, session.workspace))
-        if record is not None and record.inputs.get("model file") != frozen.fingerprint and _made(record, session):
+        changed = record is not None and record.inputs.get("model file") != frozen.fingerprint
+        if changed and session.journal.still_there(_step(chosen.step.path, session.workspace), save=False):
             told = f"{chosen.step.path.name} was collected from another version of {frozen.model.name}"
             session.sink(warning(f"{told}. To make a new one: imatrix-runner run MODEL --imatrix generate"))
     return chosen
@@ -118,7 +119,8 @@ def _made_here(request: ImatrixRequest, frozen: Frozen, session: Session, found:
     workspace, journal, sink = session.workspace, session.journal, session.sink
     out = request.out or workspace.imatrix
     record = journal.get(_step(out, workspace))
-    ours = record is not None and record.output.name == workspace.name_of(out) and outputs_intact(record, workspace.root)
+    there = journal.still_there(_step(out, workspace), save=not session.dry_run)
+    ours = record is not None and record.output.name == workspace.name_of(out) and there
     if found is not None and not (ours and found == out):
         return _use(found, frozen.model, sink, "found in the workspace")
     corpus = open_corpus(request.text or resource(CALIBRATION_TEXT))
@@ -329,7 +331,7 @@ def generate(chosen: Chosen, session: Session) -> MatrixFile:
     request, workspace, journal = chosen.request, session.workspace, session.journal
     result = collect(request, session.engine, workspace, journal, session.sink)
     part = prepare_gguf(result.matrix, request.out, facts=provenance(request.corpus))
-    output = Output(workspace.name_of(request.out), stamp(part))
+    output = Output(workspace.name_of(request.out), stamp(part), sha256(part))
     facts = _facts(result, request)
     record = Record.now(request.inputs, [output], chosen.step.reason, result.seconds, facts=facts)
     journal.conclude(_step(request.out, workspace), record, [(part, request.out)])
@@ -380,11 +382,8 @@ def collected_facts(file: MatrixFile | None, session: Session) -> Mapping[str, o
     if file is None:
         return None
     record = session.journal.get(_step(file.path, session.workspace))
-    return dict(record.facts) if record is not None and _made(record, session) else None
-
-
-def _made(record: Record, session: Session) -> bool:
-    return outputs_intact(record, session.workspace.root)
+    made = session.journal.still_there(_step(file.path, session.workspace), save=not session.dry_run)
+    return dict(record.facts) if record is not None and made else None
 
 
 def _use(path: Path, model: Model, sink: Sink, how: str, *, action: str = "use") -> Chosen:

@@ -14,11 +14,11 @@ import psutil
 
 from imatrix_runner.engines.base import DryRun, Engine, QuantizeOptions
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.files import sha256, stamp
+from imatrix_runner.files import sha256
 from imatrix_runner.imatrix.expected import ExpectedMatrix, expect, uncollected
 from imatrix_runner.imatrix.formats import MatrixFile, write_gguf
 from imatrix_runner.imatrix.matrix import Entry, Matrix
-from imatrix_runner.journal import Journal, Output, Record, is_intact
+from imatrix_runner.journal import Record, is_intact
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.quantize.levels import Level
 from imatrix_runner.quantize.resolve import FAIL, Resolved, Resolver
@@ -122,7 +122,7 @@ class LevelPlanner:
 
     def _draft(self, level: Level, fingerprint: str, options: QuantizeOptions | None = None) -> _Draft:
         """What can be said of a level without asking llama.cpp."""
-        workspace, journal, name = self.session.workspace, self.session.journal, step_name(level)
+        journal, name = self.session.journal, step_name(level)
         inputs = level_inputs(
             level,
             options or self.request.options,
@@ -132,7 +132,7 @@ class LevelPlanner:
             further=_further(self.request),
         )
         record = journal.get(name)
-        intact = record is not None and still_there(record, workspace, journal, name, save=not self.session.dry_run)
+        intact = journal.still_there(name, save=not self.session.dry_run)
         return _Draft(level, inputs, record, intact, needs_dry_run(record, inputs, intact=intact))
 
     def _plan(self, draft: _Draft, resolver: Resolver, fingerprint: str) -> LevelStep:
@@ -161,22 +161,6 @@ def final_files(workspace: Workspace, level: Level, frozen: Frozen, *, keep_spli
     if not keep_split:
         return (single,)
     return tuple(single.with_name(f"{single.stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1))
-
-
-def still_there(record: Record, workspace: Workspace, journal: Journal, step: str, *, save: bool) -> bool:
-    """Whether the recorded files are what they were: by stamp, or (a copied or restored workspace) by content."""
-    fresh: list[Output] = []
-    for output in record.outputs:
-        path = workspace.root / output.name
-        if not path.is_file():
-            return False
-        now = stamp(path)
-        if now != output.stamp and (now.size != output.stamp.size or sha256(path) != output.sha256):
-            return False
-        fresh.append(replace(output, stamp=now))
-    if fresh != record.outputs and save:
-        journal.record(step, replace(record, outputs=fresh))
-    return True
 
 
 def _foreign(files: Sequence[Path], record: Record | None, workspace: Workspace, *, intact: bool) -> str:

@@ -19,7 +19,6 @@ from imatrix_runner.journal import Journal, Output, Record, differences, is_inta
 from imatrix_runner.process import Runner
 from imatrix_runner.report.document import Report
 from imatrix_runner.report.stored import encode_report, read_report
-from imatrix_runner.workflow.levels import still_there
 from imatrix_runner.workflow.measured import levels_made
 from imatrix_runner.workflow.report_facts import gather, remember_target
 from imatrix_runner.workflow.report_source import remember_source
@@ -71,8 +70,8 @@ def make_report(
     not made here, and a full disk, are errors, or unless ``strict`` warnings: then nothing is written. Raises
     :class:`InvalidDataError` where there is nothing to report.
     """
-    for name, made in levels_made(journal).items():
-        still_there(made, workspace, journal, f"level-{name}", save=True)  # a copied workspace: known by content from now on
+    for name in levels_made(journal):
+        journal.still_there(f"level-{name}", save=True)  # a copied workspace: known by content from now on
     journal.remember(**{name: value for name, value in (("quantized_by", quantized_by), ("repo", repo)) if value})
     forms = _forms()
     before = _before(workspace, journal, forms)
@@ -107,7 +106,7 @@ def _before(workspace: Workspace, journal: Journal, forms: str) -> Report | None
     record = journal.get(STEP)
     if record is None or record.inputs.get("forms") != forms:
         return None
-    return read_report(workspace.root / JSON) if still_there(record, workspace, journal, STEP, save=True) else None
+    return read_report(workspace.root / JSON) if journal.still_there(STEP, save=True) else None
 
 
 def _fingerprint(report: Report) -> str:

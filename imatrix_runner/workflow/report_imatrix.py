@@ -73,8 +73,8 @@ def collected(workspace: Workspace, journal: Journal, digest: str) -> Record | N
             continue
         output = record.output
         path = workspace.root / output.name
-        known = hashes.get(output.stamp)
-        if known is None and path.is_file() and stamp(path) == output.stamp:
+        known = output.sha256 or hashes.get(output.stamp)
+        if not known and path.is_file() and stamp(path) == output.stamp:
             known = sha256(path)
         if known == digest:
             return record

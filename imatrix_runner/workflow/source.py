@@ -9,8 +9,8 @@ from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
 from imatrix_runner.events import Sink, info, no_effect, warning
-from imatrix_runner.files import Stamp, human_bytes, joint_sha256, publish, stamp
-from imatrix_runner.journal import Output, Record, differences, outputs_intact
+from imatrix_runner.files import Stamp, human_bytes, joint_sha256, publish, sha256, stamp
+from imatrix_runner.journal import Output, Record, differences
 from imatrix_runner.models.checkpoint_quantisation import checkpoint_quantisation, refuse_quantised
 from imatrix_runner.models.kind import require_loadable
 from imatrix_runner.models.safetensors_file import check_safetensors
@@ -134,7 +134,7 @@ def _converted(
         inputs["engine"] = toolchain.identity()
     elif record is not None:  # its converter is gone, and what it made is as good as before
         inputs["engine"] = record.inputs.get("engine", "")
-    ours = record is not None and outputs_intact(record, workspace.root)
+    ours = journal.still_there(step, save=not session.dry_run)
     if record is None or differences(record, inputs) or not ours:
         if session.dry_run:
             raise _unconverted(source)
@@ -147,11 +147,12 @@ def _converted(
         began = time.monotonic()
 
         def conclude(part: Path, final: Path) -> None:
-            outputs = [Output(final.name, stamp(part))]
+            outputs = [Output(final.name, stamp(part), sha256(part))]
             facts: dict[str, object] = {"dequantised": dequantised} if dequantised else {}
             seconds = time.monotonic() - began
             made = Record.now(inputs, outputs, "the model is a Hugging Face directory", seconds, facts=facts)
             journal.conclude(step, made, [(part, final)])
+            journal.remember_hash(final, stamp(final), outputs[0].sha256)
 
         _convert(source, out, outtype, request, session, mmproj=False, conclude=conclude)
     projector = workspace.root / f"mmproj-{workspace.model}-{outtype.upper()}.gguf"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from imatrix_runner.errors import RunnerError
-from imatrix_runner.journal import Journal, outputs_intact
+from imatrix_runner.files import stamp
+from imatrix_runner.journal import Journal, Output
 from imatrix_runner.workflow.ownership import MODEL_FILE
 from imatrix_runner.workspace import Workspace, read_owner
 
@@ -49,7 +50,7 @@ def _status(workspace: Workspace) -> WorkspaceStatus:
     records = {step: record for step, record in journal.steps().items() if step.startswith("level-")}
     model = journal.fact(MODEL_FILE)
     records = {step: record for step, record in records.items() if model in (None, record.inputs.get("model file"))}
-    done = {step for step, record in records.items() if outputs_intact(record, workspace.root)}
+    done = {step for step, record in records.items() if all(_is_there(output, workspace.root) for output in record.outputs)}
     wanted = set(filter(None, (journal.fact("levels") or "").split(",")))
     owner = read_owner(workspace)
     running = owner is not None and owner.alive
@@ -75,3 +76,12 @@ def _status(workspace: Workspace) -> WorkspaceStatus:
         command=((journal.fact("command") or "") if unmade else measuring) if state == "resumable" else "",
         owner=f"process {owner.pid} since {owner.started}" if running and owner else "",
     )
+
+
+def _is_there(output: Output, root: Path) -> bool:
+    """Whether a file is what it was, or in a copied workspace looks so: its content is not read here."""
+    path = root / output.name
+    if not path.is_file():
+        return False
+    now = stamp(path)
+    return now == output.stamp or now.same_content(output.stamp)

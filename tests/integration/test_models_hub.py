@@ -127,6 +127,17 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(hub: HubServer, cache: Pat
     assert fetch(hub, "org/tiny", cache).path.read_bytes() == gguf
 
 
+def test_a_content_that_was_not_announced_is_refused_and_not_kept(hub: HubServer, cache: Path, gguf: bytes) -> None:
+    """Length and name are right; only the SHA-256 of the listing tells."""
+    hub.add("org/tiny", {"tiny-BF16.gguf": gguf})
+    hub.trouble = Trouble(altered=True)
+    error = refusal(hub, "org/tiny", cache)
+    assert "another content than announced" in error.what
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.stat().st_size == len(gguf)]
+    hub.trouble = Trouble()
+    assert fetch(hub, "org/tiny", cache).path.read_bytes() == gguf
+
+
 def test_downloads_a_checkpoint_without_its_code(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     directory = write_hf_directory(tmp_path / "hf", layers=1, shards=2)
     (directory / "modeling.py").write_text("raise SystemExit")

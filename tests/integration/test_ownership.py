@@ -189,3 +189,17 @@ def test_a_checkpoint_is_known_by_its_weights(tmp_path: Path) -> None:
     assert workspace_of(str(copied), work) == root
     other = write_hf_directory(tmp_path / "z" / "name", layers=1, seed=1)
     assert workspace_of(str(other), work) != root
+
+
+def test_a_copied_workspace_knows_its_own_matrix_and_levels(cli: CommandLine, tiny_model: Path, tiny_text: Path) -> None:
+    """A copy has other inodes and times; nothing in it is made again, and nothing is taken for somebody else's."""
+    arguments = ("run", tiny_model, "-f", tiny_text, "-c", "128", "--chunks", "4", "--levels", "Q4_0", "--json")
+    first = cli(*arguments)
+    assert first.code == 0, first.err
+    shutil.copytree("work", "copy", copy_function=shutil.copyfile)
+    assert [entry["state"] for entry in cli("status", "--work-dir", "copy", "--json").document["workspaces"]] == ["done"]
+    again = cli(*arguments, "--work-dir", "copy")
+    assert again.code == 0, again.err
+    assert again.document["plan"]["imatrix"]["action"] == "up-to-date"
+    assert again.document["collected"] == first.document["collected"]
+    assert [level["status"] for level in again.document["levels"]] == ["skipped"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -229,3 +230,35 @@ def test_bytes_for_people_are_right_to_half_a_percent(count: int) -> None:
 )
 def test_seconds_for_people(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000, 64 << 10, (64 << 10) + 14 * 4096 + 1, 1 << 20])
+def test_a_stamp_holds_samples_of_the_content(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(bytes(size))
+    before, status = stamp(path), path.stat()
+    assert stamp(path) == before
+    if size:
+        with path.open("r+b") as handle:
+            handle.write(b"\1")
+            handle.seek(size - 1)
+            handle.write(b"\1")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        after = stamp(path)
+        assert (after.size, after.mtime_ns, after.inode) == (before.size, before.mtime_ns, before.inode)
+        assert after != before
+    assert replace(before, sample="") == stamp(path)  # a stamp of an earlier version knows no samples
+    assert replace(before, size=size + 1) != before
+
+
+def test_another_model_of_the_same_size_has_another_sample(tmp_path: Path) -> None:
+    first, second = (tmp_path / name for name in "ab")
+    first.write_bytes(b"header" + os.urandom(1 << 20))
+    second.write_bytes(b"header" + os.urandom(1 << 20))
+    assert not stamp(first).same_content(stamp(second))
+    assert stamp(first).same_content(stamp(Path(shutil.copyfile(first, tmp_path / "c"))))
+    assert not replace(stamp(first), sample="").same_content(replace(stamp(first), sample=""))
+
+
+def test_what_cannot_be_read_has_a_stamp_without_samples(tmp_path: Path) -> None:
+    assert stamp(tmp_path).sample == ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.files import stamp
+from imatrix_runner.files import Stamp, stamp
 from imatrix_runner.journal import VERSION, Journal, Output, Record, describe_changes, differences, is_intact, outputs_intact
 
 INPUTS = {"model file": "sha256:1", "options": "Q4_K_M"}
@@ -76,6 +78,71 @@ def test_a_hash_holds_as_long_as_the_file_is_the_same(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1))
     assert again.known_hash(path) is None
     assert again.known_hash(tmp_path / "another") is None
+
+
+def test_a_file_overwritten_in_place_is_noticed_though_its_time_was_set_back(tmp_path: Path) -> None:
+    journal, path = Journal(tmp_path / "journal.json"), tmp_path / "model.gguf"
+    path.write_bytes(bytes(1 << 20))
+    before = path.stat()
+    journal.remember_hash(path, stamp(path), "abc")
+    with path.open("r+b") as handle:  # one byte that no sample holds: only the file system knows
+        handle.seek((64 << 10) + 5000)
+        handle.write(b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert stamp(path) == Stamp(before.st_size, before.st_mtime_ns, before.st_ino)
+    assert journal.known_hash(path) is None
+
+
+def test_a_hash_of_an_earlier_version_holds(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"weights")
+    at = path.stat()
+    entry = {"stamp": {"size": at.st_size, "mtime_ns": at.st_mtime_ns, "inode": at.st_ino}, "sha256": "abc"}
+    document = {"version": 1, "hashes": {str(path): entry}}
+    (tmp_path / "journal.json").write_text(json.dumps(document), encoding="utf-8")
+    assert Journal(tmp_path / "journal.json").known_hash(path) == "abc"
+
+
+class TestStillThere:
+    """A step's files are known again by stamp, or in a copied workspace by content."""
+
+    @staticmethod
+    def made(folder: Path, content: bytes = b"weights") -> Journal:
+        folder.mkdir()
+        journal, path = Journal(folder / "journal.json"), folder / "a.gguf"
+        path.write_bytes(content)
+        journal.record("a", record([Output(path.name, stamp(path), hashlib.sha256(content).hexdigest())]))
+        return journal
+
+    def test_a_copy_is_known_by_content_and_then_by_stamp(self, tmp_path: Path) -> None:
+        self.made(tmp_path / "one")
+        shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+        copied = Journal(tmp_path / "two" / "journal.json")
+        assert not outputs_intact(copied["a"], tmp_path / "two")
+        assert copied.still_there("a", save=False)
+        assert not outputs_intact(copied["a"], tmp_path / "two")
+        assert copied.still_there("a", save=True)
+        assert outputs_intact(Journal(copied.path)["a"], tmp_path / "two")
+
+    def test_a_record_without_hash_uses_one_that_was_computed_elsewhere(self, tmp_path: Path) -> None:
+        journal = self.made(tmp_path / "one")
+        path = tmp_path / "one" / "a.gguf"
+        journal.remember_hash(path, stamp(path), journal["a"].outputs[0].sha256)
+        journal.record("a", record([Output("a.gguf", stamp(path))]))
+        os.utime(path, ns=(1, 1))
+        assert journal.still_there("a", save=True)
+        assert journal["a"].outputs[0].sha256 == hashlib.sha256(b"weights").hexdigest()
+
+    @pytest.mark.parametrize("content", [b"WEIGHTS", b"longer than it was"])
+    def test_another_content_is_not_it(self, tmp_path: Path, content: bytes) -> None:
+        journal = self.made(tmp_path / "one")
+        (path := tmp_path / "one" / "a.gguf").write_bytes(content)
+        at = journal["a"].outputs[0].stamp
+        os.utime(path, ns=(at.mtime_ns, at.mtime_ns))  # as it was, and the inode too
+        assert not journal.still_there("a", save=True)
+        path.unlink()
+        assert not journal.still_there("a", save=True)
+        assert not journal.still_there("never recorded", save=True)
 
 
 def test_threads_lose_nothing(tmp_path: Path) -> None:

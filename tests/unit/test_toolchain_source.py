@@ -18,6 +18,7 @@ from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain import source as sources
 from imatrix_runner.toolchain.archive import ArchiveError, unpack
 from imatrix_runner.toolchain.source import (
+    KNOWN_SHA256,
     TESTED_VERSION,
     check_ref,
     default_version,
@@ -195,6 +196,26 @@ def test_a_damaged_sdist_names_the_file_to_remove(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError) as caught:
         fetch_sdist("1.2.3", store, Runner(), lambda event: None)
     assert f"rm {path}" in caught.value.todo
+
+
+def test_an_sdist_that_changed_since_it_was_first_used_is_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = sdist(store, "1.2.3")
+    for _ in range(2):
+        fetch_sdist("1.2.3", store, Runner(), lambda event: None)
+    sdist(store, "1.2.3", changelog=b"changed")
+    with pytest.raises(ToolchainError, match="is not the source of") as caught:
+        fetch_sdist("1.2.3", store, Runner(), lambda event: None)
+    assert caught.value.todo.endswith(f"rm {path} {path}.sha256")
+
+
+def test_the_tested_sdist_is_known_from_the_first_time(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = sdist(store, TESTED_VERSION)
+    with pytest.raises(ToolchainError, match="is not the source of") as caught:
+        fetch_sdist(TESTED_VERSION, store, Runner(), lambda event: None)
+    assert KNOWN_SHA256[TESTED_VERSION] in caught.value.why
+    assert caught.value.todo.endswith(f"rm {path}")
 
 
 def test_unpacking_stops_when_asked_and_leaves_nothing(tmp_path: Path) -> None:

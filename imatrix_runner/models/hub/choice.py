@@ -22,10 +22,11 @@ _COMPANIONS = re.compile(r"README\.md|[^/]+\.(?:json|jinja|tiktoken|model|txt)")
 
 @dataclass(frozen=True)
 class RepoFile:
-    """A file of a repository; ``size`` in bytes, None when the hub did not say."""
+    """A file of a repository; ``size`` in bytes and ``sha256`` of its content, None when the hub did not say."""
 
     name: str
     size: int | None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ _MAX_LICENCE = 80
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -33,6 +34,7 @@ class Sibling(msgspec.Struct, frozen=True):
 
     rfilename: str
     size: Bytes | None = None
+    sha256: str | None = None
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -70,7 +72,10 @@ def list_repository(asked: Asked) -> Listing:
     try:
         info = ask(asked.hub_id.repo, revision=asked.hub_id.revision, files_metadata=True, timeout=LISTING_SECONDS)
         base, licence = (info.card_data.get(key) if info.card_data else None for key in ("base_model", "license"))
-        siblings = [{"rfilename": entry.rfilename, "size": entry.size} for entry in info.siblings or ()]
+        siblings = [
+            {"rfilename": entry.rfilename, "size": entry.size, "sha256": announced_sha256(entry.lfs)}
+            for entry in info.siblings or ()
+        ]
         told = as_type({"sha": info.sha, "tags": info.tags or [], "siblings": siblings}, _Answer)
         date = iso_date(info.last_modified)
     except HFValidationError:
@@ -84,7 +89,7 @@ def list_repository(asked: Asked) -> Listing:
         asked.repo_type,
         told.sha,
         date,
-        plain_files((entry.rfilename, entry.size) for entry in told.siblings),
+        tuple(RepoFile(each.rfilename, each.size, each.sha256) for each in told.siblings if _is_plain_name(each.rfilename)),
         _base_model(base),
         quantised_from(told.tags),
         _licence(licence),
@@ -95,6 +100,12 @@ def _base_model(told: object) -> str | None:
     """The first id of what a card says under ``base_model``: an id, or a list of them."""
     base = told[0] if isinstance(told, list) and told else told
     return base if isinstance(base, str) and is_repository(base) else None
+
+
+def announced_sha256(lfs: object) -> str | None:
+    """The SHA-256 that a hub announces for a large file, in hex; None for small files, and for what is no digest."""
+    digest = lfs.get("sha256") if isinstance(lfs, Mapping) else getattr(lfs, "sha256", None)
+    return digest.lower() if isinstance(digest, str) and _SHA256.fullmatch(digest) else None
 
 
 def _licence(told: object) -> str | None:

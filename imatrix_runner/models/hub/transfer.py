@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from imatrix_runner.downloads import LEAST_BYTES, PACE_SECONDS
 from imatrix_runner.errors import DownloadError
 from imatrix_runner.events import Progress, Sink
-from imatrix_runner.files import human_bytes
+from imatrix_runner.files import human_bytes, sha256
 from imatrix_runner.models.hub.advice import LONGEST_WAIT, Asked, explain, is_passing, retry_after
 from imatrix_runner.models.hub.background import in_background
 from imatrix_runner.models.hub.choice import RepoFile
@@ -160,6 +160,10 @@ def download(asked: Asked, file: RepoFile, commit: str, cache: Path, meter: Mete
     size = path.stat().st_size
     if file.size is not None and size != file.size:
         raise _wrong_length(asked, file, size)
+    if file.sha256 is not None and (found_sha256 := sha256(path, lambda _bytes: meter.look())) != file.sha256:
+        for copy in {path.resolve(), path}:
+            copy.unlink(missing_ok=True)  # the library would take it for whole
+        raise _wrong_content(asked, file, found_sha256)
     meter.finish(size)
     return path
 
@@ -182,6 +186,14 @@ def _refuse_odd_etag(response: httpx2.Response) -> None:
                 f"the etag it sends cannot be the name of a file: {tag[:80]!r}",
                 "Check HF_ENDPOINT and your proxy with: imatrix-runner doctor",
             )
+
+
+def _wrong_content(asked: Asked, file: RepoFile, found: str) -> DownloadError:
+    return DownloadError(
+        f"{file.name} of {asked.hub_id.repo} arrived with another content than announced",
+        f"its SHA-256 is {found}, and {asked.host} announces {file.sha256}; it was removed from the cache",
+        "Run the same command again; if it stays so, look at your proxy and at HF_ENDPOINT, or tell the repository's owner.",
+    )
 
 
 def _refuse_long_wait(response: httpx2.Response) -> None:
@@ -251,6 +263,11 @@ class Meter:
         self._stop.check()
         if self._gave_up is not None:
             raise self._gave_up
+
+    def look(self) -> None:
+        """For the thread that works: nothing comes now, and it still listens to a stop."""
+        self._go_on()
+        self._moved = time.monotonic()
 
     def add(self, count: int) -> None:
         self._go_on()
