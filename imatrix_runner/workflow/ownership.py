@@ -116,6 +116,8 @@ def _own(plain: Workspace, place: Place, journals: dict[Path, Journal]) -> Works
 
 
 def _same_place(journal: Journal, source: Source, place: Place) -> bool:
+    if isinstance(source, LocalFile) and _same_path(str(journal.path.parent), str(Path(place.text).parent)):
+        return True  # what lies in a workspace belongs there: a converted model
     before = journal.fact(PLACE)
     if before is None:
         return _same_location(journal, source, place)

@@ -203,3 +203,9 @@ def test_a_copied_workspace_knows_its_own_matrix_and_levels(cli: CommandLine, ti
     assert again.document["plan"]["imatrix"]["action"] == "up-to-date"
     assert again.document["collected"] == first.document["collected"]
     assert [level["status"] for level in again.document["levels"]] == ["skipped"]
+
+
+def test_a_converted_model_may_be_named_itself(tmp_path: Path) -> None:
+    root = begun(tmp_path, "name", source="x/name", source_at="/elsewhere/x/name", source_content="sha256:1")
+    converted = model(root / "name-BF16.gguf")
+    assert workspace_of(str(converted), tmp_path) == root
