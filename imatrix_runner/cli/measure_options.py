@@ -62,6 +62,8 @@ def unused_measure_options(given: dict[str, Any], *, measured: bool) -> tuple[st
     warnings = []
     if not measured and (unused := typed("max_disk")):
         warnings.append(no_effect(unused, "nothing is measured without --evaluate."))
+    if given.get("base") is not None and (unused := typed("ctx_size")):
+        warnings.append(no_effect(unused, "the file of log-probabilities was written with chunks of its own length."))
     if given["domain"] is None and (unused := typed("predict", "domain_template")):
         warnings.append(no_effect(unused, "nothing is answered without --domain."))
     return tuple(warnings)

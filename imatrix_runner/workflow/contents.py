@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Finished, Progress, Sink, Started, ignore
 from imatrix_runner.files import human_bytes, joint_sha256, sha256, stamp
 from imatrix_runner.journal import Journal
@@ -14,6 +17,7 @@ from imatrix_runner.models.safetensors_file import check_safetensors
 from imatrix_runner.signals import Stop
 
 _QUICK_BYTES = 64 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _OTHER_WEIGHTS = frozenset((".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors"))
 
 
@@ -28,7 +32,10 @@ class Hasher:
     keep: bool
 
     def __call__(self, files: Sequence[Path]) -> list[str]:
-        """Return the hex SHA-256 of each file, showing progress where it takes a while."""
+        """Return the hex SHA-256 of each file, showing progress where it takes a while.
+
+        Raises :class:`InvalidDataError` for a damaged file of a hub's cache.
+        """
         known = {path: self.journal.known_hash(path) for path in files}
         todo = sum(path.stat().st_size for path, value in known.items() if value is None)
         tell = self.sink if todo > _QUICK_BYTES else ignore
@@ -44,10 +51,22 @@ class Hasher:
         for path in [path for path, value in known.items() if value is None]:
             at = stamp(path)
             known[path] = sha256(path, count)
+            _check_cached(path, known[path] or "")
             if self.keep:
                 self.journal.remember_hash(path, at, known[path] or "")
         tell(Finished("fingerprint", "done"))
         return [known[path] or "" for path in files]
+
+
+def _check_cached(path: Path, digest: str) -> None:
+    """Compare a large file of a hub's cache with the SHA-256 that the hub announced: the cache stores it under that name."""
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) and blob.name != digest:
+        raise InvalidDataError(
+            f"{path.name} in the hub's cache is damaged",
+            f"its SHA-256 is {digest}, and the hub announced {blob.name}",
+            f"Remove it, then run the same command again to download it: rm {shlex.join((str(path), str(blob)))}",
+        )
 
 
 @dataclass(frozen=True)

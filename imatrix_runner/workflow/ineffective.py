@@ -84,10 +84,16 @@ def ineffective_collection(request: ImatrixRequest, plan: ChunkPlan, model: Mode
     return told
 
 
-def warn_of_jobs(request: LevelsRequest, session: Session) -> None:
-    """Warn of ``--jobs`` where all levels are made in one pass."""
-    if request.jobs is not None and session.engine.one_pass is not None and session.beside is None:
-        session.sink(warning(f"--jobs {request.jobs} has no effect: all levels are made in one pass over the model."))
+def warn_of_making(request: LevelsRequest, session: Session) -> None:
+    """Warn of options about how levels are made that the engine has no use for."""
+    if session.engine.one_pass is not None:
+        if request.jobs is not None and session.beside is None:
+            session.sink(warning(f"--jobs {request.jobs} has no effect: all levels are made in one pass over the model."))
+        return
+    given = ["--one-by-one"] if request.one_by_one else []
+    given += ["--kernels ggml"] if request.kernels == "ggml" else []
+    if given:
+        session.sink(warning(no_effect(given, "llama.cpp's own program makes each level by itself (--engine binaries).")))
 
 
 def _entries(options: QuantizeOptions) -> list[tuple[str, str]]:

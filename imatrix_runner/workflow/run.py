@@ -27,7 +27,7 @@ from imatrix_runner.workflow import imatrix as imatrix_flow
 from imatrix_runner.workflow.choice import Choice, Needs, make_checker
 from imatrix_runner.workflow.context import Context, Session, held, settle
 from imatrix_runner.workflow.evaluate import EvaluateResult, check_request, evaluate_levels
-from imatrix_runner.workflow.ineffective import warn_of_jobs, warn_of_level_options, warn_of_placement
+from imatrix_runner.workflow.ineffective import warn_of_level_options, warn_of_making, warn_of_placement
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
 from imatrix_runner.workflow.ownership import MODEL_FILE, PLACE, claim, find_workspace, place_of
@@ -103,7 +103,7 @@ def run(
         plan = job.within_target(job.plan(model, chosen, planner, levels, chosen.file))
         if planner is not None:
             warn_of_level_options(planner, plan.levels, chosen.step, chosen.file, chosen.expected)
-            warn_of_jobs(planner.request, session)
+            warn_of_making(planner.request, session)
         plan = replace(plan, measure=job.foresee(plan, frozen), notes=plan_notes(plan.levels, model))
         if on_plan is not None:
             on_plan(plan)

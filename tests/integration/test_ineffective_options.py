@@ -8,6 +8,8 @@ import pytest
 from in_process import CommandLine
 from tiny_models import write_llama_gguf
 
+from imatrix_runner.toolchain.probe import Toolchain
+
 SHORT = ("-c", "128", "--dry-run", "--levels", "Q4_K_M")
 
 
@@ -78,3 +80,11 @@ def test_an_output_tensor_that_is_not_there(cli: CommandLine, tmp_path: Path, ti
     found = warnings(cli, "run", model, "-f", tiny_text, *SHORT, "--process-output", "--leave-output-tensor")
     assert any(line.startswith("--process-output has no effect") for line in found)
     assert any("--token-embedding-type bf16" in line for line in found)
+
+
+def test_options_of_the_pass_mean_nothing_to_llama_cpp_s_programs(
+    cli: CommandLine, tiny_model: Path, tiny_imatrix: Path, toolchain: Toolchain
+) -> None:
+    arguments = ("run", tiny_model, *SHORT, "--imatrix", tiny_imatrix, "--llama-cpp", toolchain.directory)
+    (text,) = warnings(cli, *arguments, "--one-by-one", "--kernels", "ggml", "--jobs", "2")
+    assert text.startswith("--one-by-one, --kernels ggml have no effect: llama.cpp's own program")

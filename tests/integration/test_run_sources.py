@@ -62,6 +62,19 @@ def test_the_second_time_downloads_and_makes_nothing(fetch: RunCommand, hub: Hub
     assert len(hub.downloads()) == 1
 
 
+def test_a_cached_file_that_was_damaged_since_is_noticed(fetch: RunCommand, tmp_path: Path) -> None:
+    """The hub's cache names a large file after its SHA-256."""
+    assert fetch("run", REPO).code == 0
+    (blob,) = [path for path in (tmp_path / "hf").rglob("blobs/*") if path.stat().st_size > 100_000]
+    with blob.open("r+b") as handle:
+        handle.seek(blob.stat().st_size // 2)
+        handle.write(b"damaged")
+    ran = fetch("run", REPO)
+    assert ran.code == 6, ran.err
+    assert "in the hub's cache is damaged" in ran.err
+    assert str(blob) in ran.err
+
+
 @pytest.mark.parametrize(
     ("model", "said"),
     [
