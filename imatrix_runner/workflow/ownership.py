@@ -64,28 +64,38 @@ def claim(journal: Journal, place: Place, content: str, n_bytes: int) -> None:
     journal.remember(**{PLACE: place.text, CONTENT: content, N_BYTES: str(n_bytes)})
 
 
-def find_workspace(source: Source, text: str, work_dir: Path, sink: Sink, stop: Stop, *, force: bool = False) -> Workspace:
-    """The workspace of a source: its own, else one that belongs to nobody yet. Nothing is written.
+def find_workspace(
+    source: Source, text: str, work_dir: Path, sink: Sink, stop: Stop, *, force: bool | None = None
+) -> Workspace:
+    """Return the workspace of a source: its own, else one that belongs to no source yet. Nothing is written.
 
-    ``text`` is what the user typed; with ``force`` the workspace that has the model's name, whosever it is.
+    ``text`` is what the user typed. With ``force`` the workspace that has the model's name is taken whosever it is; None: the
+    command has no such option.
     """
     root = work_dir.expanduser().absolute()
     name, place = model_name(text if isinstance(source, HubId) else source.path), place_of(source)
     plain = Workspace(root / name, name)
-    journals = dict(_journals(plain))
-    if plain.root not in journals or (is_free(journals[plain.root])):
-        return plain
+    journals = {folder: journal for folder, journal in _journals(plain) if not is_free(journal)}
     there = [Workspace(folder, folder.name) for folder in journals]
     mine = next((each for each in there if _same_place(journals[each.root], source, place)), None)
     mine = mine or next((each for each in there if _same_content(journals[each.root], source, sink, stop)), None)
+    if plain.root not in journals:
+        return mine or plain
     if mine is None or force:
-        owner = journals[plain.root].fact(PLACE) or journals[plain.root].fact("source") or "another source"
-        if force and mine != plain:
+        owner = _shown(journals[plain.root].fact(PLACE) or journals[plain.root].fact("source") or "another source")
+        if force and mine == plain:
+            return plain
+        if force:
             sink(warning(f"{plain.root} belongs to {owner}; it becomes that of {text} (--force)."))
             return plain
         mine = mine or _own(plain, place, journals)
-        sink(info(f"{plain.root} belongs to {owner}; the workspace of {text} is {mine.root} (--force takes the other)."))
+        how = " (--force takes the other)" if force is not None else ""
+        sink(info(f"{plain.root} belongs to {owner}; the workspace of {text} is {mine.root}{how}."))
     return mine
+
+
+def _shown(place: str) -> str:
+    return place.removeprefix("hub:").removesuffix("@main")
 
 
 def is_free(journal: Journal) -> bool:

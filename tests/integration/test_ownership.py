@@ -153,6 +153,16 @@ def test_hub_ids_with_one_last_part(tmp_path: Path) -> None:
     assert root not in others
 
 
+def test_a_second_model_keeps_its_workspace_when_the_first_one_s_is_gone(tmp_path: Path) -> None:
+    root = begun(tmp_path, "name", source="org/name", source_at="hub:org/name@main")
+    own = workspace_of("other/name", tmp_path)
+    begun(tmp_path, own.name, source="other/name", source_at="hub:other/name@main")
+    assert workspace_of("other/name", tmp_path) == own
+    shutil.rmtree(root)
+    assert workspace_of("other/name", tmp_path) == own
+    assert workspace_of("org/name", tmp_path) == root
+
+
 def test_a_hub_id_of_an_earlier_version(tmp_path: Path) -> None:
     root = begun(tmp_path, "name", source="org/name", hub=f"org/name@{'a' * 40}")
     assert workspace_of("org/name", tmp_path) == root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from math import prod
@@ -16,6 +17,7 @@ from tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
 from imatrix_runner.models.convert import missing_packages
 from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.workflow.contents import stamped_fingerprint
 
 TOKEN = "hf_" + "0123456789" * 3
 REPO = "tiny-org/Tiny-Llama"
@@ -141,6 +143,19 @@ def test_a_hugging_face_directory_becomes_q4_k_m(runner: RunCommand, tmp_path: P
     again = runner(*arguments)
     assert [level["status"] for level in again.document["levels"]] == ["skipped"]
     assert converted.stat().st_mtime_ns == before
+    journal = workspace / "journal.json"
+    document = json.loads(journal.read_text(encoding="utf-8"))
+    inputs = document["steps"]["convert bf16"]["inputs"]
+    now, inputs["model directory"] = inputs["model directory"], stamped_fingerprint(directory)  # as earlier versions had it
+    journal.write_text(json.dumps(document), encoding="utf-8")
+    assert [level["status"] for level in runner(*arguments).document["levels"]] == ["skipped"]
+    assert json.loads(journal.read_text(encoding="utf-8"))["steps"]["convert bf16"]["inputs"]["model directory"] == now
+    weights = directory / "model.safetensors"
+    at, content = weights.stat(), bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(at.st_atime_ns, at.st_mtime_ns))  # the same size and time, another weight
+    assert "before it is converted" in runner(*arguments, "--dry-run").err
 
 
 @pytest.mark.convert
