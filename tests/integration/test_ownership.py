@@ -219,3 +219,12 @@ def test_a_converted_model_may_be_named_itself(tmp_path: Path) -> None:
     root = begun(tmp_path, "name", source="x/name", source_at="/elsewhere/x/name", source_content="sha256:1")
     converted = model(root / "name-BF16.gguf")
     assert workspace_of(str(converted), tmp_path) == root
+
+
+def test_a_matrix_of_an_earlier_version_is_said_to_be_one(cli: CommandLine, tmp_path: Path, tiny_text: Path) -> None:
+    path = model(tmp_path / "m-BF16.gguf")
+    collected = cli("imatrix", "generate", path, "-f", tiny_text, "-c", "128", "--chunks", "4")
+    assert collected.code == 0, collected.err
+    assert "another version" not in cli("quantize", path, "--levels", "Q4_0", "--dry-run").err
+    model(path, seed=1)
+    assert "imatrix.gguf was collected from another version of m" in cli("quantize", path, "--levels", "Q4_0", "--dry-run").err
