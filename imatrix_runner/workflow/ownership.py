@@ -99,8 +99,10 @@ def _shown(place: str) -> str:
 
 
 def is_free(journal: Journal) -> bool:
-    """Whether nothing was begun in a workspace yet."""
-    return journal.fact(PLACE) is None and journal.fact("source") is None and not journal.steps()
+    """Whether nothing in a workspace says what it was made from."""
+    if journal.fact(PLACE) is not None or journal.fact("source") is not None:
+        return False
+    return not any({"model file", "model directory"} & {*record.inputs} for record in journal.steps().values())
 
 
 def _journals(plain: Workspace) -> Iterator[tuple[Path, Journal]]:
