@@ -19,7 +19,7 @@ from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Sink, info, warning
 from imatrix_runner.files import joint_sha256
 from imatrix_runner.journal import Journal
-from imatrix_runner.models.folders import CACHED
+from imatrix_runner.models.folder_signs import CACHED
 from imatrix_runner.models.gguf_names import shard_names
 from imatrix_runner.models.sources import HubId, LocalDirectory, LocalFile, Source, model_name
 from imatrix_runner.signals import Stop
