@@ -40,7 +40,7 @@ def gather(
 ) -> Report:
     """All that is known of a workspace, without changing anything in it; ``runner`` renders the chat template.
 
-    Levels whose files are gone or were changed are left out, as are those of another source than the newest is of, and figures
+    Levels whose files are gone or were changed are left out, as are those of another source than the last run, and figures
     measured otherwise than the newest. ``before``: an earlier report of it, which may save computing. Raises
     :class:`InvalidDataError` if there is nothing to tell.
     """

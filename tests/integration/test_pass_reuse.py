@@ -361,7 +361,7 @@ class TestFinished:
         (tmp_path / "new").mkdir()
         model = write_llama_gguf(tmp_path / "new" / levels.model.name, seed=5)
         other = replace(levels, model=model)
-        assert computed(other.make("Q5_K_M")) == len(other.to_compute("Q5_K_M"))
+        assert computed(other.make("Q5_K_M", options=("--force",))) == len(other.to_compute("Q5_K_M"))
         other.is_bare("Q5_K_M")
 
     def test_one_by_one_the_later_copy_from_the_earlier(self, levels: Levels) -> None:
