@@ -51,8 +51,8 @@ class ProgramProof:
     def weakness(self, tools: Toolchain) -> str:
         """What does not work, in a phrase; empty where all does."""
         if self.broken:
-            return f"the programs in {tools.directory} cannot multiply here ({self.broken})"
-        return "" if self.repacking.works else self.repacking.line(f"what lies in {tools.directory}")
+            return f"The programs of {tools.directory} cannot multiply here ({self.broken})"
+        return "" if self.repacking.works else self.repacking.line(f"the programs of {tools.directory}")
 
 
 class _Remembered(msgspec.Struct, frozen=True):
@@ -74,7 +74,7 @@ def tell_weakness(tools: Toolchain, cache: Path, sink: Sink) -> None:
     """Have new programs prove that they multiply, and warn where they do not."""
     weakness = prove_programs(tools, cache).weakness(tools)
     if weakness:
-        sink(warning(f"{weakness[:1].upper()}{weakness[1:]}."))
+        sink(warning(f"{weakness}."))
 
 
 def prove_programs(tools: Toolchain, cache: Path, env: Mapping[str, str] = os.environ) -> ProgramProof:

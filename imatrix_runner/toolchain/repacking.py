@@ -22,7 +22,7 @@ class Repacking:
 
     def line(self, who: str) -> str:
         """One sentence for people; ``who`` is what computes."""
-        return f"{who} cannot multiply repacked weights here ({self.why}): it computes without, which takes longer"
+        return f"Repacked weights do not work here in {who} ({self.why}); those left as in the file do, and take longer"
 
 
 REPACKS = Repacking(True)

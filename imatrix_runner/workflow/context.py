@@ -85,7 +85,7 @@ def settle(request: EnvironmentRequest, needs: Needs, sink: Sink) -> tuple[Machi
         sink(choice.notice)
     weakness, todo = choice.weakness
     if weakness:
-        sink(warning(f"{weakness[:1].upper()}{weakness[1:]}. {todo}"))
+        sink(warning(f"{weakness}. {todo}"))
     return machine, choice
 
 
