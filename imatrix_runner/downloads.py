@@ -15,6 +15,7 @@ import tenacity
 from imatrix_runner.errors import DownloadError, from_os_error
 from imatrix_runner.files import human_bytes, sync
 from imatrix_runner.signals import Stop
+from imatrix_runner.untrusted import whole_number
 
 if TYPE_CHECKING:
     import httpx2
@@ -232,8 +233,7 @@ def shown(url: str) -> str:
 
 
 def _announced(answer: httpx2.Response) -> int | None:
-    told = answer.headers.get("content-length", "")
-    return int(told) if told.isascii() and told.isdigit() else None
+    return whole_number(answer.headers.get("content-length", ""))
 
 
 def _too_slow(what: str, why: str) -> DownloadError:

@@ -331,7 +331,7 @@ def start_time(pid: int) -> float | None:
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # the latter two: no process can have that number
         return None
 
 

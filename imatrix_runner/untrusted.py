@@ -21,6 +21,7 @@ T = TypeVar("T")
 MAX_DEPTH = 100
 """Levels of lists and objects inside one another. JSON schemas of tools, the deepest real documents, have about twenty."""
 
+_MOST_DIGITS = 18
 _DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 _HALF = "it holds half of a surrogate pair, which is no character"
 _PLACE = re.compile(r" - at `([^`]+)`$")
@@ -99,6 +100,12 @@ def _refuse_halves(value: Any) -> None:
             raise UnreadableError(_HALF)
         waiting += found.keys() if isinstance(found, Mapping) else ()
         waiting += _children(found)
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a text of decimal digits is; None for any other text, and for more digits than 64 bits hold."""
+    text = text.strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None
 
 
 def is_unicode(text: str) -> bool:

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from imatrix_runner.errors import InvalidDataError, RunnerError, WorkspaceLockedError, from_lock_error
 from imatrix_runner.files import read_json, write_json
 from imatrix_runner.process import end_tree, is_marked, start_time
+from imatrix_runner.untrusted import whole_number
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,8 @@ def _end_orphans(owner: Owner, mark: str) -> int:
     this workspace, which only a program that was started for it does."""
     if owner.host != socket.gethostname():
         return 0
-    children = [(int(pid), created) for pid, created in owner.children.items() if pid.isascii() and pid.isdigit()]
-    orphans = [pid for pid, created in children if start_time(pid) == created and is_marked(pid, mark)]
+    children = [(whole_number(pid), created) for pid, created in owner.children.items()]
+    orphans = [pid for pid, created in children if pid is not None and start_time(pid) == created and is_marked(pid, mark)]
     for pid in orphans:
         end_tree(pid)
     return len(orphans)

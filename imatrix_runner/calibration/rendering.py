@@ -229,7 +229,9 @@ def _check_date(date: str) -> None:
         datetime.date.fromisoformat(date)
     except ValueError as error:
         raise UsageError(
-            f"{printable(date)[:40]!r} is no date", str(error), "Give it as year, month and day: 2026-01-31."
+            f"{printable(date)[:40]!r} is not a date",
+            "it is not a day of the calendar",
+            "Give it as year, month and day: 2026-01-31.",
         ) from error
 
 

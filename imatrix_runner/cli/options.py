@@ -16,6 +16,7 @@ from imatrix_runner.engines.base import CollectOptions, QuantizeOptions
 from imatrix_runner.errors import UsageError
 from imatrix_runner.quantize.levels import PRESETS
 from imatrix_runner.quantize.typed_options import check_override, check_tensor_type
+from imatrix_runner.untrusted import whole_number
 from imatrix_runner.workflow.request import (
     DEFAULT_TOLERANCE,
     EnvironmentRequest,
@@ -256,7 +257,7 @@ def compute_request(options: dict[str, Any], **changes: Any) -> CollectOptions:
     """How chunks are computed."""
     layers = options["n_gpu_layers"]
     _check_placement(options)
-    if layers and layers not in ("auto", "all") and not layers.isdecimal():
+    if layers and layers not in ("auto", "all") and whole_number(layers) is None:
         raise UsageError(
             f"-ngl {layers} is no number of layers", "llama.cpp takes a number, auto or all", "For example: -ngl 99"
         )
@@ -336,7 +337,7 @@ def levels_request(options: dict[str, Any]) -> LevelsRequest:
         check_tensor_type(entry)
     for entry in options["override_kv"]:
         check_override(entry)
-    if not all(part.strip().isdecimal() for part in options["prune_layers"].split(",") if part):
+    if not all(whole_number(part) is not None for part in options["prune_layers"].split(",") if part):
         raise UsageError(
             f"--prune-layers {options['prune_layers']} is no list of layers",
             "it takes numbers",
@@ -379,6 +380,7 @@ def levels_request(options: dict[str, Any]) -> LevelsRequest:
 def _jobs(text: str) -> int | None:
     if text == "auto":
         return None
-    if not text.isdecimal() or int(text) < 1:
+    number = whole_number(text)
+    if not number:
         raise UsageError(f"--jobs {text} is no number of jobs", "it takes a number from 1, or auto", "For example: --jobs 2")
-    return int(text)
+    return number

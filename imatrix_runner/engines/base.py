@@ -113,7 +113,8 @@ class Perplexity:
         if self.nll2 is None or self.tokens < 2 or self.value is None:
             return None
         variance = self.nll2 / self.tokens - (self.nll / self.tokens) ** 2
-        return math.sqrt(variance / (self.tokens - 1)) * self.value if variance > 0 else None
+        error = math.sqrt(variance / (self.tokens - 1)) * self.value if variance > 0 else math.inf
+        return error if math.isfinite(error) else None
 
 
 @dataclass(frozen=True)

@@ -70,12 +70,16 @@ def _refuse_overflow(parts: Sequence[Matrix], weights: Sequence[int] | None) -> 
         )
 
 
+_LONGEST_WEIGHT = 40
+
+
 def parse_weights(text: str, count: int) -> list[int]:
     """``2,1`` or ``0.7,0.3`` as whole numbers in the same proportion. Raises :class:`UsageError`."""
     try:
-        parts = [Fraction(part.strip()) for part in text.split(",")]
+        parts = [Fraction(part.strip()[:_LONGEST_WEIGHT]) for part in text.split(",") if "e" not in part.lower()]
     except (ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"--weight {text} is no list of numbers", str(error), "For example: --weight 2,1") from error
+        why = "each is a whole number, a decimal or a fraction"
+        raise UsageError(f"--weight {text} is not a list of numbers", why, "For example: --weight 2,1") from error
     if len(parts) != count or any(part <= 0 for part in parts):
         raise UsageError(
             f"--weight {text} does not fit {count} files", "each file needs one weight above zero", "For example: --weight 2,1"

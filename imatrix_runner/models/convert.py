@@ -31,7 +31,7 @@ _PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece", "numpy", "
 _BY_DTYPE: dict[str, Concrete] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _BY_CONFIG: dict[str, Concrete] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _WIDTH = {"f32": 4, "f16": 2, "bf16": 2}
-_PERCENT = re.compile(r"Writing:\s+(\d+)%")
+_PERCENT = re.compile(r"Writing:\s+(\d{1,3})%")
 _PROJECTOR_PART = re.compile(r"vision|visual|audio|mm_|multi_modal|projector|merger", re.IGNORECASE)
 _VOCABULARY_BYTES = 64 << 20  # header and vocabulary: 10 to 20 MB for the largest known
 

@@ -189,7 +189,7 @@ def _weights(path: Path, entries: dict[str, _Entry]) -> Iterator[Weight]:
 
 def _bits(dtype: str) -> int | None:
     """Bits per element, from the name's first number (``BF16``, ``F8_E4M3``, ``I64``); None if we cannot tell."""
-    match = re.fullmatch(r"(?:BF|F|I|U|C)(\d+)(?:_\w+)?", dtype)
+    match = re.fullmatch(r"(?:BF|F|I|U|C)(\d{1,4})(?:_\w+)?", dtype)
     return 8 if dtype == "BOOL" else int(match[1]) if match else None
 
 

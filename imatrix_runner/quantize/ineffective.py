@@ -17,6 +17,7 @@ from imatrix_runner.engines.base import QuantizeOptions
 from imatrix_runner.imatrix.matrix import TOKEN_EMBEDDINGS
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo
 from imatrix_runner.quantize.levels import PLAIN_FTYPES, Level
+from imatrix_runner.untrusted import whole_number
 
 OUTPUT = "output.weight"
 _PART_OF_NAME = re.compile(r"^(?:blk|enc\.blk|dec\.blk)\.\d+\.|\.(?:weight|bias)$")
@@ -156,7 +157,7 @@ def _of_layers(options: QuantizeOptions, header: GgufHeader) -> Iterator[str]:
     count = header.integer(f"{header.text('general.architecture')}.block_count")
     if count is None:
         return
-    absent = [part.strip() for part in options.prune_layers.split(",") if part.strip().isdecimal() and int(part) >= count]
+    absent = [part.strip() for part in options.prune_layers.split(",") if (whole_number(part) or 0) >= count]
     if absent:
         yield f"--prune-layers {','.join(absent)}: no such layer; this model has layers 0 to {count - 1}."
 

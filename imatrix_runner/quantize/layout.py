@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from imatrix_runner.engines.base import QuantizeOptions
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, padded
 from imatrix_runner.quantize.weights import Failure
+from imatrix_runner.untrusted import whole_number
 
 if TYPE_CHECKING:
     from imatrix_runner.quantize.recipe import RecipeTensor
@@ -69,6 +70,6 @@ def _alignment(header: GgufHeader, options: QuantizeOptions) -> int:
     for override in options.override_kv:
         key, _, typed = override.partition("=")
         kind, _, value = typed.partition(":")
-        if key == _ALIGNMENT_KEY and kind == "int" and value.isdecimal() and int(value):
-            return int(value)
+        if key == _ALIGNMENT_KEY and kind == "int" and (number := whole_number(value)):
+            return number
     return header.alignment

@@ -51,7 +51,7 @@ _FAILED_FILE = "imatrix-runner.failed"
 _LIBRARIES = re.compile(r"\.(?:so(?:\.[\d.]+)?|dylib|dll|metallib|metal)$")
 _CONVERTER_PARTS = ("conversion", "gguf-py", "models/templates", "LICENSE", "licenses")
 _BUILDERS = frozenset({"cmake", "ninja", "make", "gmake"})
-_COUNTER = re.compile(r"^\[\s*(?:(\d+)/(\d+)|(\d+)%)\]")
+_COUNTER = re.compile(r"^\[\s*(?:(\d{1,9})/(\d{1,9})|(\d{1,3})%)\]")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from imatrix_runner.report.document import (
     ReportImatrix,
     ReportTensor,
 )
+from imatrix_runner.untrusted import whole_number
 from imatrix_runner.workflow.collected import CalibrationFacts, CollectedFacts
 from imatrix_runner.workflow.imatrix import STEP
 from imatrix_runner.workflow.published import MatrixSource
@@ -161,7 +162,7 @@ def _gone(workspace: Workspace, journal: Journal, name: str, wanted: str, level:
         return None
     record, header = collected(workspace, journal, wanted), read_header(level)
     chunks = header.integer("quantize.imatrix.chunks_count") or 0
-    chunk_size = int(context) if record is not None and (context := record.inputs["context"]).isdecimal() else 0
+    chunk_size = (whole_number(record.inputs["context"]) or 0) if record is not None else 0
     dataset = header.text("quantize.imatrix.dataset")
     return ReportImatrix(
         file=ReportFile(printable(last_part(name)), sizes[0], wanted),

@@ -8,6 +8,7 @@ the document for what it is; anything else that it raises is the fault that this
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -256,8 +257,9 @@ def test_an_owner(tmp_path: Path) -> None:
         "children": {"7": 1.5},
         "workspace": "1:2",
     }
+    document["host"] = socket.gethostname()
     found = []
-    for _, data in typed_mutations(document, SEED, COUNT):
+    for _, data in typed_mutations(document, SEED, 2 * COUNT):
         owned.owner.write_bytes(data)
         found.append(read_owner(owned))
         assert found[-1] is None or found[-1].alive in (True, False)
@@ -405,6 +407,28 @@ def test_an_index_and_configurations(tmp_path: Path) -> None:
 
         survived_all(json.loads(whole), use, 100)
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "-j",
+        "--prune-layers",
+        "-ngl",
+        "--threads",
+        "--chunks",
+        "-c",
+        "--timeout",
+        "--seed",
+        "--max-buffer-size",
+        "--override-kv",
+    ],
+)
+def test_numbers_that_no_option_holds(option: str, cli: CommandLine) -> None:
+    """The model is not there: what is wrong with the number is found before, or nothing is done with it."""
+    for value in ("9" * 5000, "9" * 30, "-1", "nan", "inf", "1e400", "", "\x1b[2J", "general.alignment=int:" + "9" * 5000):
+        done = cli("run", "not-there.gguf", "--levels", "Q4_0", "--dry-run", option, value)
+        assert done.code in (2, 6), (value, done.err)
 
 
 def test_settings(tmp_path: Path, cli: CommandLine) -> None:

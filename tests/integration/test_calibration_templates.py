@@ -196,7 +196,7 @@ def test_the_same_conversations_give_the_same_texts_at_any_time() -> None:
     assert str(first).startswith("01 Jan 2026 00:00 ")
     [other] = render(template(source), (CHATS["plain"],), Runner(), date="2024-02-29")
     assert str(other).startswith("29 Feb 2024 00:00 ")
-    with pytest.raises(UsageError, match="'tomorrow' is no date"):
+    with pytest.raises(UsageError, match="'tomorrow' is not a date"):
         render(template(source), (CHATS["plain"],), Runner(), date="tomorrow")
 
 

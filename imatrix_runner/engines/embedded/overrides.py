@@ -47,7 +47,7 @@ def parse_override(text: str) -> KeyValue:
     kind, colon, value = typed.partition(b":")
     if colon and kind == b"int":
         number = _INTEGER.match(value)
-        return KeyValue(key, min(max(int(number[1]), -(1 << 63)), (1 << 63) - 1) if number else 0)
+        return KeyValue(key, min(max(int(number[1][:40]), -(1 << 63)), (1 << 63) - 1) if number else 0)
     if colon and kind == b"float":
         return KeyValue(key, _c_float(value))
     if colon and kind == b"bool":

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from imatrix_runner.errors import DownloadError, RunnerError, UsageError, from_os_error
 from imatrix_runner.files import human_seconds
 from imatrix_runner.models.sources import HubId
+from imatrix_runner.untrusted import whole_number
 
 LONGEST_WAIT = 30.0
 """Seconds we wait when a hub asks us to; for longer ones the user is told."""
@@ -62,8 +63,8 @@ def retry_after(error: BaseException) -> float | None:
     if not isinstance(error, HfHubHTTPError):
         return None
     text = error.response.headers.get("Retry-After", "")
-    if text.isascii() and text.isdigit():
-        return float(text)
+    if (seconds := whole_number(text)) is not None:
+        return float(seconds)
     window = re.search(r";\s*r=0\s*;\s*t=(\d{1,9})", error.response.headers.get("RateLimit", ""), re.ASCII)
     return float(window[1]) if window else None
 
