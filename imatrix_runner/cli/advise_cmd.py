@@ -53,7 +53,7 @@ _USES = ("general", "chat", "code", "multilingual")
     "--file",
     "--calibration",
     "text",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path),  # a folder is refused with the command that makes a text of it
     metavar="TEXT",
     help="Calibration text (default: the shipped one).",
 )

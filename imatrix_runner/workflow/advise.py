@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from imatrix_runner.calibration.corpus import Corpus, open_corpus
+from imatrix_runner.calibration.corpus import Corpus, open_corpus, raw_warnings
 from imatrix_runner.calibration.judgements import Judgement
 from imatrix_runner.engines.base import CollectOptions, Engine
 from imatrix_runner.engines.embedded.find import Unusable
 from imatrix_runner.errors import UsageError
+from imatrix_runner.events import warning
 from imatrix_runner.files import free_bytes, stamp
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.kind import no_next_token, require_vocabulary
@@ -153,6 +154,8 @@ def advise(request: AdviseRequest, context: Context) -> Advice:
     corpus = open_corpus(request.text.expanduser() if request.text is not None else resource(CALIBRATION_TEXT))
     model = _open(source, request, session)
     require_vocabulary(model)
+    for told in raw_warnings(corpus, model.path, has_template=model.has_chat_template):
+        session.sink(warning(told))
     trained = model.header.integer(f"{model.architecture}.context_length")
     n_ctx = request.n_ctx or min(USUAL_CONTEXT, trained if trained and trained > 0 else USUAL_CONTEXT)
     held = context_memory(model, n_ctx)

@@ -122,3 +122,24 @@ def test_weights_that_do_not_fit_the_metadata_are_named(
     assert done.code == 6, done.err
     assert re.search(r"blk\.0\.ffn_\w+\.weight has the shape [\d, ]+, and the model's own metadata asks for [\d, ]+", done.err)
     assert "config.json that fits its weights" in done.err
+
+
+@pytest.mark.parametrize("command", [("run", "--levels", "Q8_0"), ("advise",), ("imatrix", "generate")])
+def test_a_folder_as_text_is_answered_with_the_command_that_makes_one(
+    command: tuple[str, ...], tiny_model: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").mkdir()
+    done = cli(*command, tiny_model, "-f", "notes")
+    assert done.code == 6, done.err
+    assert "imatrix-runner calibration build notes -o notes.txt --model MODEL" in done.err
+
+
+def test_chat_messages_as_text_are_warned_of_with_the_command_that_renders_them(
+    tiny_model: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    message = '{"role": "user", "content": "The lighthouse keeper writes down the weather every morning."}\n'
+    (tmp_path / "chat.jsonl").write_text(message * 400)
+    done = cli("run", tiny_model, "-f", "chat.jsonl", "--levels", "Q8_0", "--dry-run")
+    assert done.code == 0, done.err
+    assert "Warning: chat.jsonl holds JSON lines, each a chat message, and the model would see their syntax" in done.err
+    assert f"imatrix-runner calibration build chat.jsonl -o chat.txt --model {tiny_model}" in done.err.replace("\n", "")
