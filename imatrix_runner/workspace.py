@@ -40,6 +40,11 @@ class Workspace:
         return self.root / ".imatrix-parts"
 
     @property
+    def texts(self) -> Path:
+        """The two parts of a calibration text of which some was set aside to measure on."""
+        return self.root / "texts"
+
+    @property
     def partial(self) -> Path:
         """Where levels grow until they are verified, a folder each."""
         return self.root / ".partial"

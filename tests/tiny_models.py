@@ -51,6 +51,12 @@ def sample_text(size: int, seed: int = 0) -> str:
     return "".join(pieces)
 
 
+def paragraphs(size: int) -> str:
+    """About ``size`` characters of numbered sentences, none twice, with a blank line after every sixth."""
+    lines = sample_text(size, seed=9).splitlines()
+    return "".join(f"{number}. {line}\n" + ("\n" if number % 6 == 5 else "") for number, line in enumerate(lines))
+
+
 def write_llama_gguf(
     path: Path,
     *,
@@ -252,20 +258,23 @@ def _taught(name: str, array: Array, tokens: Sequence[str], merges: Sequence[str
 
 
 def _log_frequencies(tokens: Sequence[str], merges: Sequence[str]) -> list[float]:
-    """ln of each token's share of :data:`TEXT`, as if each had been seen a tenth of a time more."""
+    """ln of each token's share of :data:`TEXT`, its letters counted too, for other texts are of letters, and as if each token
+    had been seen a tenth of a time more."""
     import math
 
     alphabet = _byte_alphabet()
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = dict.fromkeys(tokens, 0.1)
     for word, times in Counter(_WORD.findall(TEXT)).items():
         symbols = tuple(alphabet[byte] for byte in word.encode())
+        for symbol in symbols:
+            counts[symbol] += times / 4
         for merge in merges:
             one, _, other = merge.partition(" ")
             symbols = _join(symbols, (one, other))
         for symbol in symbols:
             counts[symbol] += times
-    whole = sum(counts.values()) + len(tokens) / 10
-    return [math.log((counts[token] + 0.1) / whole) for token in tokens]
+    whole = sum(counts.values())
+    return [math.log(counts[token] / whole) for token in tokens]
 
 
 def _hf_weights(hidden: int, layers: int, ff: int, vocab: int, tied: bool, seed: int) -> Iterator[tuple[str, Array]]:

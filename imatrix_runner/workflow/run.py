@@ -35,6 +35,7 @@ from imatrix_runner.workflow.plan import LevelStep, MeasureStep, Plan
 from imatrix_runner.workflow.plan_notes import plan_notes
 from imatrix_runner.workflow.report import ReportFiles, make_report
 from imatrix_runner.workflow.request import MODES, LevelsRequest, RunRequest
+from imatrix_runner.workflow.set_aside import with_part_set_aside
 from imatrix_runner.workflow.source import Frozen, announce, freeze, open_source
 from imatrix_runner.workflow.yardstick import foresee
 
@@ -91,6 +92,7 @@ def run(
         full = request.levels is not None and request.levels.verify == "full"
         checker = make_checker(machine, runner) if full else None
         session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, beside, checker)
+        request = with_part_set_aside(request, session)
         job = _Job(request, session, choice)
         levels = job.levels()
         job.check_inputs()

@@ -23,6 +23,7 @@ from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.imatrix import STEP as IMATRIX_STEP
 from imatrix_runner.workflow.plan import MeasureStep, Plan
 from imatrix_runner.workflow.request import MeasureRequest
+from imatrix_runner.workflow.set_aside import measuring_text
 from imatrix_runner.workflow.source import Frozen, hash_files
 
 REFERENCE = "reference.logits"
@@ -83,7 +84,7 @@ def choose_yardstick(
     options = replace(request.options, parse_special=False)
     if request.base is not None:
         return _given(request.base, request, options, frozen, n_subjects, twins, session, to_write or 0)
-    corpus = open_corpus(request.text or resource(HELD_OUT_TEXT), role="held-out text", option="--text")
+    corpus = open_corpus(request.text or measuring_text(session), role="held-out text", option="--text")
     told = raw_warnings(corpus, frozen.model.path, has_template=frozen.model.has_chat_template)
     for each in told if to_write is None else ():
         session.sink(warning(each))

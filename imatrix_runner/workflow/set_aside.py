@@ -1,0 +1,147 @@
+"""A user's own calibration text, part of which is set aside: levels are then measured on text of its kind, which no matrix saw.
+
+Only ``run`` with a measurement sets a part aside, so ``imatrix generate`` uses all of a text. What was cut is remembered: the
+same text stays cut in later runs, and a matrix that was begun with the whole text is finished with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from imatrix_runner.calibration.corpus import Corpus, open_corpus
+from imatrix_runner.calibration.held_out import split_text
+from imatrix_runner.calibration.overlap import overlap, verdict
+from imatrix_runner.events import Sink, info
+from imatrix_runner.files import atomic_writer, human_bytes, sha256
+from imatrix_runner.resources import HELD_OUT_TEXT, resource
+from imatrix_runner.untrusted import UnreadableError, from_json
+from imatrix_runner.workflow.context import Session
+from imatrix_runner.workflow.imatrix import STEP as IMATRIX_STEP
+from imatrix_runner.workflow.request import RunRequest
+from imatrix_runner.workspace import Workspace
+
+_FACT = "set_aside"
+_INPUT = "calibration text"
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A text that was cut, by content: the ``whole``, what was ``kept`` to calibrate with, and what was ``held`` out. ``name``
+    is the text's file name."""
+
+    name: str
+    whole: str
+    kept: str
+    held: str
+
+
+def with_part_set_aside(request: RunRequest, session: Session) -> RunRequest:
+    """The request with the user's calibration text cut in two, where its levels will be measured and no other text was named.
+
+    Raises what :func:`~imatrix_runner.calibration.corpus.open_corpus` raises.
+    """
+    imatrix, measure = request.imatrix, request.measure
+    if imatrix.text is None or imatrix.mode not in ("auto", "generate") or _is_foreign(imatrix.mode, session):
+        return request
+    corpus = open_corpus(imatrix.text)
+    if corpus.path.absolute().parent == session.workspace.texts:  # a part itself
+        return request
+    before = _remembered(session)
+    if before is None or before.whole != corpus.sha256:
+        wants = measure is not None and measure.text is None and measure.base is None
+        if not wants or corpus.manifest is not None or session.dry_run:
+            if wants and corpus.manifest is None:
+                session.sink(info(f"Part of {corpus.name} will be set aside to measure on, if it is long enough."))
+            return request
+        if (why := _whole_is_in_use(corpus, session)) or (before := _cut(corpus, session)) is None:
+            if why:
+                session.sink(info(why))
+            return request
+    elif not _matches(before, session.workspace):
+        if session.dry_run:
+            return request
+        before = _cut(corpus, session) or before
+    kept, held = _paths(before, session.workspace)
+    _say(before, kept, held, session.sink)
+    if measure is not None and measure.text is None and measure.base is None:
+        measure = replace(measure, text=held)
+    return replace(request, imatrix=replace(imatrix, text=kept), measure=measure)
+
+
+def measuring_text(session: Session) -> Path:
+    """What levels are measured on where no text is named: the part set aside of the imatrix's text, else the shipped one."""
+    before, record = _remembered(session), session.journal.get(IMATRIX_STEP)
+    if before is None or record is None or record.inputs.get(_INPUT) != f"sha256:{before.kept}":
+        return resource(HELD_OUT_TEXT)
+    held = _paths(before, session.workspace)[1]
+    return held if held.is_file() and sha256(held) == before.held else resource(HELD_OUT_TEXT)
+
+
+def _is_foreign(mode: str, session: Session) -> bool:
+    """Whether a matrix lies in the workspace that was not made there: it is used, and no text is read."""
+    here = session.workspace.find_imatrix() if mode == "auto" else None
+    record = session.journal.get(IMATRIX_STEP)
+    return here is not None and (record is None or record.output.name != here.name)
+
+
+def _whole_is_in_use(corpus: Corpus, session: Session) -> str:
+    """Why the whole text must be used: a matrix of it is there, or half done."""
+    record = session.journal.get(IMATRIX_STEP)
+    if record is not None and record.inputs.get(_INPUT) == f"sha256:{corpus.sha256}":
+        return f"The imatrix was made from all of {corpus.name}, so nothing of it can be measured on."
+    if session.workspace.parts.is_dir():
+        return f"The imatrix was begun with all of {corpus.name} and goes on with it, so nothing of it can be measured on."
+    return ""
+
+
+def _cut(corpus: Corpus, session: Session) -> SetAside | None:
+    """Write both parts into the workspace and remember them; None where the text cannot be cut."""
+    kept, held = split_text(corpus.path.read_text(encoding="utf-8"))
+    if not held:
+        told = f"{corpus.name} ({human_bytes(corpus.n_bytes)}) is too short to set a part aside to measure on."
+        session.sink(info(told))
+        return None
+    if verdict(overlap(kept, held)) == "void":
+        session.sink(info(f"{corpus.name} repeats itself: a part of it set aside would stand in the rest too."))
+        return None
+    folder = session.workspace.texts
+    paths = folder / corpus.name, folder / _held_name(corpus.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in zip(paths, (kept, held), strict=True):
+        with atomic_writer(path) as handle:
+            handle.write(text.encode())
+    found = SetAside(corpus.name, corpus.sha256, *map(sha256, paths))
+    session.journal.remember(**{_FACT: msgspec.json.encode(found).decode()})
+    return found
+
+
+def _say(found: SetAside, kept: Path, held: Path, sink: Sink) -> None:
+    share = held.stat().st_size / max(1, held.stat().st_size + kept.stat().st_size)
+    told = f"{100 * share:.0f} % of {found.name} ({human_bytes(held.stat().st_size)}) is set aside to measure on: {held}"
+    sink(info(told))
+
+
+def _remembered(session: Session) -> SetAside | None:
+    text = session.journal.fact(_FACT)
+    try:
+        return from_json(text, SetAside) if text else None
+    except UnreadableError:
+        return None  # cut anew
+
+
+def _matches(found: SetAside, workspace: Workspace) -> bool:
+    kept, held = _paths(found, workspace)
+    return kept.is_file() and held.is_file() and (sha256(kept), sha256(held)) == (found.kept, found.held)
+
+
+def _paths(found: SetAside, workspace: Workspace) -> tuple[Path, Path]:
+    return workspace.texts / found.name, workspace.texts / _held_name(found.name)
+
+
+def _held_name(name: str) -> str:
+    """``medical.txt`` -> ``medical.held-out.txt``."""
+    path = Path(name)
+    return f"{path.stem}.held-out{path.suffix}"

@@ -1,0 +1,95 @@
+"""Levels whose imatrix is of the user's own text are measured on a part of that text, which the imatrix never saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from in_process import CommandLine
+from tiny_models import paragraphs
+
+from imatrix_runner.journal import Journal
+from imatrix_runner.report.stored import read_report
+
+LEVELS = ("--levels", "Q4_K_M", "-c", "128", "--chunks", "8", "-t", "1")
+
+
+@pytest.fixture(scope="module")
+def own_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("own") / "domain.txt"
+    path.write_text(paragraphs(130_000), encoding="utf-8")
+    return path
+
+
+def text_of_the_matrix(work: Path) -> str:
+    return Journal(work / "tiny" / "journal.json")["imatrix"].inputs["calibration text"]
+
+
+def test_a_part_is_set_aside_measured_on_and_remembered(
+    tiny_model: Path, own_text: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    command = ("run", tiny_model, "-f", own_text, *LEVELS, "--ab", "--work-dir", tmp_path / "work")
+    done = cli(*command)
+    assert done.code == 0, done.err
+    assert "of domain.txt (" in done.err.replace("\n", " ")
+    assert "is set aside to measure on" in done.err.replace("\n", " ")
+    root = tmp_path / "work" / "tiny"
+    held = (root / "texts" / "domain.held-out.txt").read_text(encoding="utf-8")
+    kept = (root / "texts" / "domain.txt").read_text(encoding="utf-8")
+    assert sorted((kept + held).split()) == sorted(own_text.read_text(encoding="utf-8").split())
+    report = read_report(root / "report.json")
+    assert report.evaluation is not None
+    assert report.evaluation.text == "domain.held-out.txt"
+    assert report.evaluation.overlap is not None
+    assert report.evaluation.overlap < 0.2
+    assert "Measured on domain.held-out.txt." in done.out
+    assert not any("shipped prose" in caveat for caveat in report.caveats)
+    assert report.imatrix is not None
+    assert report.imatrix.datasets == ("domain.txt",)
+    made = text_of_the_matrix(tmp_path / "work")
+
+    again = cli("run", tiny_model, "-f", own_text, *LEVELS, "--work-dir", tmp_path / "work", "--json")  # nothing to measure
+    assert again.code == 0, again.err
+    assert again.document["plan"]["imatrix"]["action"] == "up-to-date"
+    assert text_of_the_matrix(tmp_path / "work") == made
+    alone = cli("evaluate", tiny_model, "--work-dir", tmp_path / "work", "--json")  # no text named: the one set aside
+    assert alone.document["plan"]["text"] == "domain.held-out.txt"
+    assert alone.document["plan"]["levels"][0]["reason"] == ""
+
+
+def test_a_matrix_of_the_whole_text_is_kept_and_the_text_named_that_was_measured(
+    tiny_model: Path, own_text: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    work = ("--work-dir", tmp_path / "work")
+    assert cli("imatrix", "generate", tiny_model, "-f", own_text, "-c", "128", "--chunks", "8", "-t", "1", *work).code == 0
+    whole = text_of_the_matrix(tmp_path / "work")
+    assert not (tmp_path / "work" / "tiny" / "texts").exists()
+    done = cli("run", tiny_model, "-f", own_text, *LEVELS, "--evaluate", *work)
+    assert done.code == 0, done.err
+    assert "The imatrix was made from all of domain.txt" in done.err
+    assert text_of_the_matrix(tmp_path / "work") == whole
+    (caveat,) = [each for each in read_report(tmp_path / "work" / "tiny" / "report.json").caveats if "shipped prose" in each]
+    assert "collected from domain.txt" in caveat
+
+
+def test_a_half_finished_matrix_of_the_whole_text_goes_on_with_it(
+    tiny_model: Path, own_text: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "work" / "tiny" / ".imatrix-parts").mkdir(parents=True)
+    done = cli("run", tiny_model, "-f", own_text, *LEVELS, "--evaluate", "--work-dir", tmp_path / "work")
+    assert done.code == 0, done.err
+    assert "was begun with all of domain.txt" in done.err
+    assert not (tmp_path / "work" / "tiny" / "texts").exists()
+
+
+def test_a_dry_run_writes_no_text_and_a_short_one_stays_whole(
+    tiny_model: Path, own_text: Path, tiny_text: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    work = ("--work-dir", tmp_path / "work")
+    done = cli("run", tiny_model, "-f", own_text, *LEVELS, "--evaluate", "--dry-run", *work)
+    assert done.code == 0, done.err
+    assert "Part of domain.txt will be set aside" in done.err
+    assert not list(tmp_path.rglob("*.txt"))
+    done = cli("run", tiny_model, "-f", tiny_text, *LEVELS, "--evaluate", *work)
+    assert "words.txt (" in done.err
+    assert "too short to set a part aside" in done.err.replace("\n", " ")
