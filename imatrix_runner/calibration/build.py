@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from imatrix_runner.calibration.composing import PARTING, Composed, Composer, batches, starting
 from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
 from imatrix_runner.calibration.manifest import Manifest, SourceFacts, TemplateFacts
-from imatrix_runner.calibration.mixing import Candidate, Choice, Document, Reservoir, balanced_budget, choose
+from imatrix_runner.calibration.mixing import Candidate, Choice, Document, Reservoir, balanced_budget, choose, lot
 from imatrix_runner.calibration.tokens import Tokeniser
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Finished, Progress, Sink, Started, info, warning
@@ -46,7 +48,7 @@ class BuildOptions:
     """``tokens`` is the budget (None: everything); with ``whole_chunks`` the text gets exactly so many chunks of ``n_ctx``.
 
     ``seed`` None keeps the order of the sources. ``least_chars``: shorter documents are left out. ``skip_bad``: broken records
-    are counted instead of refused.
+    are counted instead of refused. ``held_out``: the share of the documents that goes into a text of its own, to measure on.
     """
 
     n_ctx: int = 512
@@ -57,6 +59,7 @@ class BuildOptions:
     least_chars: int = 40
     near_duplicates: float = 0.8
     skip_bad: bool = False
+    held_out: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,13 @@ Near = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Built:
-    """A text and what is known of it; ``manifest.text`` is still to be named. ``at_start``: chunks that a document begins."""
+    """A text and what is known of it; ``manifest.text`` is still to be named. ``at_start``: chunks that a document begins.
+    ``held_out``: the text to measure on, empty where none was asked for."""
 
     text: str
     manifest: Manifest
     at_start: int | None = None
+    held_out: str = ""
 
 
 @dataclass
@@ -122,7 +127,7 @@ class Builder:
         limit = self._held_bytes()
         while True:
             reservoirs = self._read(limit)
-            documents = self._documents(reservoirs)
+            documents, held = self._divided(self._documents(reservoirs))
             budget = self._budget(documents)
             choice = self._choose(documents, budget)
             if limit is None or limit >= MAX_BYTES or not _lacking(choice, reservoirs, budget):
@@ -130,7 +135,46 @@ class Builder:
             # What was held turned out to be mostly alike, or of few tokens: look at more of it.
             limit = min(4 * limit, MAX_BYTES)
             self._tallies, self._examples = [_Tally() for _ in self._sources], []
-        return self._finish(choice)
+        return self._finish(choice, held)
+
+    def _divided(self, documents: Sequence[Sequence[Document]]) -> tuple[list[list[Document]], list[Document]]:
+        """The documents to calibrate with, by source, and those to measure on: decided by seed and content alone."""
+        options = self._options
+        kept: list[list[Document]] = []
+        held: list[Document] = []
+        for source in documents:
+            kept.append([])
+            for document in source:
+                aside = lot(options.seed or 0, document.digest) < options.held_out
+                (held if aside else kept[-1]).append(document)
+        return kept, held
+
+    def _held_out(self, held: Sequence[Document], choice: Choice, composer: Composer) -> str:
+        """The text of documents that are held out, in proportion to those that were taken and without what is nearly in those.
+
+        Raises :class:`InvalidDataError` where none is left.
+        """
+        if not self._options.held_out:
+            return ""
+        near = self._near() if self._near is not None else None
+        if near is not None:
+            for document in choice.taken:
+                near(document.text)
+        room = self._options.held_out * choice.size / (1 - self._options.held_out)
+        chosen: list[Document] = []
+        for document in held:
+            if sum(each.size for each in chosen) >= room:
+                break
+            if near is None or not near(document.text):
+                chosen.append(document)
+        if not chosen:
+            raise InvalidDataError(
+                "No document can be held out",
+                f"none of {len(held) + len(choice.taken)} fell into the share of {100 * self._options.held_out:g} % that is "
+                "unlike the others",
+                "Give more documents or a larger --held-out share; a plain text is cut by run --evaluate itself.",
+            )
+        return composer.joined(chosen)
 
     @property
     def _weights(self) -> list[float]:
@@ -275,7 +319,7 @@ class Builder:
         self._sink(Finished(CHOOSE, "done", f"{len(choice.taken)} of {total} documents"))
         return choice
 
-    def _finish(self, choice: Choice) -> Built:
+    def _finish(self, choice: Choice, held: Sequence[Document]) -> Built:
         self._tell_bad()
         options, budget = self._options, self._options.tokens
         composer = Composer(self._tokeniser, options.seed, options.n_ctx, self._parse_special)
@@ -291,7 +335,12 @@ class Builder:
         if not composed.documents:
             self._refuse_empty(choice, budget)
         self._tell_shortage(composed)
-        return Built(composed.text, self._manifest(composed), composed.at_start)
+        held_out = self._held_out(held, choice, composer)
+        manifest = self._manifest(composed)
+        if held_out:
+            digest = hashlib.sha256(held_out.encode()).hexdigest()
+            manifest = msgspec.structs.replace(manifest, held_out_sha256=digest)
+        return Built(composed.text, manifest, composed.at_start, held_out)
 
     def _refuse_empty(self, choice: Choice, budget: int | None) -> None:
         tallies = self._tallies

@@ -68,6 +68,10 @@ class Composer:
             composed = self._composed(shuffled(documents, self.seed))
         return composed
 
+    def joined(self, documents: Sequence[Document]) -> str:
+        """The text of these documents, mixed by the seed."""
+        return self._composed(shuffled(documents, self.seed)).text
+
     def align(self, choice: Choice, budget: int | None) -> Composed:
         """The chosen documents so that chunks begin with the beginning of one; each begins with a control token."""
         order = shuffled(choice.taken, self.seed)

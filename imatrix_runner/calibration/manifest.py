@@ -65,6 +65,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     ``tokens`` and ``chunks`` (of ``n_ctx`` tokens) are those of the whole text as llama-imatrix sees it with the tokenizer of
     ``model``; None where it was built without one. There is no date: the same inputs give the same manifest.
+    ``held_out_sha256``: the content of the text of held-out documents, which lies next to this one (:func:`held_out_path`).
     """
 
     text: str
@@ -83,17 +84,25 @@ class Manifest(msgspec.Struct, frozen=True):
     documents: tuple[DocumentPlace, ...]
     schema: str = _SCHEMA
     version: int = _VERSION
+    held_out_sha256: str = ""
 
     @property
     def fingerprint(self) -> str:
         """Stands for the text and all that is said of it; the text's file name is not part of it."""
-        named = msgspec.structs.replace(self, text="")
-        return f"sha256:{hashlib.sha256(encode_json(named, order='deterministic')).hexdigest()}"
+        named = msgspec.to_builtins(msgspec.structs.replace(self, text=""))
+        if not self.held_out_sha256:  # manifests of before there was one keep their fingerprints
+            del named["held_out_sha256"]
+        return f"sha256:{hashlib.sha256(encode_json(named)).hexdigest()}"
 
 
 def manifest_path(text: Path) -> Path:
     """``medical.txt`` -> ``medical.txt.manifest.json``."""
     return text.with_name(text.name + SUFFIX)
+
+
+def held_out_path(text: Path) -> Path:
+    """``medical.txt`` -> ``medical.held-out.txt``."""
+    return text.with_name(f"{text.stem}.held-out{text.suffix}")
 
 
 def find_manifest(text: Path) -> Manifest | None:

@@ -78,6 +78,11 @@ class Reservoir:
         return sorted(self._held.values(), key=lambda candidate: (candidate.key, candidate.digest))
 
 
+def lot(seed: int, digest: bytes) -> float:
+    """A number from 0 to 1 that depends on the seed and a content: which documents are held out."""
+    return float(_seeded(seed, "held out", digest) / (1 << 128))
+
+
 def _seeded(seed: int, purpose: str, digest: bytes) -> int:
     """A number that depends on the seed and a content, and looks like chance."""
     made = hashlib.blake2b(digest, digest_size=16, key=hashlib.sha256(f"{purpose} {seed}".encode()).digest())

@@ -44,6 +44,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="SHARE",
     help="Leave out documents that share so much with one taken before (0: only equal ones).",
 )
+@click.option(
+    "--held-out",
+    type=click.FloatRange(min=0, max=0.5, max_open=False),
+    default=0.0,
+    metavar="SHARE",
+    help="Put this share of the documents into FILE.held-out instead, which evaluate then measures on (0.1: a tenth).",
+)
 @click.option("--skip-bad", is_flag=True, help="Leave out records that cannot be used, and count them.")
 @click.option("--force", is_flag=True, help="Overwrite the output if it exists.")
 @setting("--offline", is_flag=True, help="Never touch the network: only what is here or in the caches.")
@@ -99,6 +106,7 @@ def _request(sources: tuple[str, ...], out: Path, options: dict[str, Any]) -> Bu
             least_chars=options["min_chars"],
             near_duplicates=options["near_duplicates"],
             skip_bad=options["skip_bad"],
+            held_out=options["held_out"],
         ),
         options["model"],
         options["chat_template_file"],
@@ -124,6 +132,7 @@ def _print_json(result: BuildResult, *, written: bool) -> None:
             written=written,
             path=str(result.path),
             manifest_path=str(result.manifest_path),
+            held_out_path=str(result.held_out_path) if result.held_out_path is not None else None,
             fingerprint=manifest.fingerprint,
             documents=len(manifest.documents),
             chunks_at_start=result.built.at_start,
@@ -154,6 +163,9 @@ def _print(result: BuildResult, *, written: bool) -> None:
     console.print(table)
     console.print()
     console.print(f"{'Wrote' if written else 'Would write'} {result.path}: {_size(manifest)}")
+    if result.held_out_path is not None:
+        size = human_bytes(len(result.built.held_out.encode()))
+        console.print(f"Held out to measure on: {result.held_out_path}, {size}")
     if manifest.template is not None:
         console.print(
             f"Dialogues are written with {manifest.template.origin} (sha256 {manifest.template.sha256[:12]}); "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import msgspec
 
 from imatrix_runner.calibration.build import Builder, BuildOptions, Built, Near, Rendered
 from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
-from imatrix_runner.calibration.manifest import TemplateFacts, manifest_path
+from imatrix_runner.calibration.manifest import TemplateFacts, held_out_path, manifest_path
 from imatrix_runner.calibration.rendering import DATE, Unrendered, render
 from imatrix_runner.calibration.templates import ChatTemplate, load_template
 from imatrix_runner.errors import InvalidDataError, UsageError
@@ -51,12 +51,17 @@ class BuildResult:
     path: Path
     manifest_path: Path
 
+    @property
+    def held_out_path(self) -> Path | None:
+        """Where the text to measure on goes; None without one."""
+        return held_out_path(self.path) if self.built.held_out else None
+
 
 def build(request: BuildRequest, context: Context, *, dry_run: bool = False) -> BuildResult:
     """Build a calibration text and its manifest. Raises errors of ours; nothing is left behind by one."""
     _check(request)
     out = request.out.expanduser().absolute()
-    _check_place(out, force=request.force)
+    _check_place(out, force=request.force, held_out=request.options.held_out > 0)
     runner = Runner(context.stop)
     with scratch_folder() as scratch:
         opener = SourceOpener(context, scratch, request.field, request.offline)
@@ -75,7 +80,7 @@ def build(request: BuildRequest, context: Context, *, dry_run: bool = False) -> 
         )
         built = builder.build()
     manifest = msgspec.structs.replace(built.manifest, text=out.name)
-    result = BuildResult(Built(built.text, manifest, built.at_start), out, manifest_path(out))
+    result = BuildResult(replace(built, manifest=manifest), out, manifest_path(out))
     if not dry_run:
         _write(result)
         context.sink(Saved(str(out), "calibration text", manifest.bytes))
@@ -92,8 +97,8 @@ def _check(request: BuildRequest) -> None:
         raise UsageError(f"There is no file {request.chat_template}", "it was given with --chat-template", "Check the path.")
 
 
-def _check_place(out: Path, *, force: bool) -> None:
-    for path in (out, manifest_path(out)):
+def _check_place(out: Path, *, force: bool, held_out: bool) -> None:
+    for path in (out, manifest_path(out), *([held_out_path(out)] if held_out else [])):
         if path.is_dir():
             raise InvalidDataError(f"{path} is a folder", "a text is to be written there", "Choose another name with -o.")
         if path.exists() and not force:
@@ -155,8 +160,11 @@ def _template(request: BuildRequest, model: Path | None, record: Record) -> Chat
 def _write(result: BuildResult) -> None:
     """The manifest first: a text without one would be read without its special tokens."""
     data = result.built.text.encode()
-    require_space(result.path, 2 * len(data) + (1 << 20), "the calibration text")
+    require_space(result.path, 2 * len(data) + len(result.built.held_out) + (1 << 20), "the calibration text")
     with atomic_writer(result.manifest_path) as handle:
         handle.write(msgspec.json.format(encode_json(result.built.manifest, order="deterministic"), indent=1) + b"\n")
+    if result.held_out_path is not None:
+        with atomic_writer(result.held_out_path) as handle:
+            handle.write(result.built.held_out.encode())
     with atomic_writer(result.path) as handle:
         handle.write(data)

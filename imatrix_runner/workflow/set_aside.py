@@ -13,9 +13,11 @@ import msgspec
 
 from imatrix_runner.calibration.corpus import Corpus, open_corpus
 from imatrix_runner.calibration.held_out import split_text
+from imatrix_runner.calibration.manifest import held_out_path
 from imatrix_runner.calibration.overlap import overlap, verdict
 from imatrix_runner.events import Sink, info
 from imatrix_runner.files import atomic_writer, human_bytes, sha256
+from imatrix_runner.journal import Record
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
 from imatrix_runner.untrusted import UnreadableError, from_json
 from imatrix_runner.workflow.context import Session
@@ -49,6 +51,10 @@ def with_part_set_aside(request: RunRequest, session: Session) -> RunRequest:
     corpus = open_corpus(imatrix.text)
     if corpus.path.absolute().parent == session.workspace.texts:  # a part itself
         return request
+    if corpus.built is not None:  # its documents were held out when it was built, if any
+        held = _built_held_out(corpus)
+        wants = held is not None and measure is not None and measure.text is None and measure.base is None
+        return replace(request, measure=replace(measure, text=held)) if wants and measure is not None else request
     before = _remembered(session)
     if before is None or before.whole != corpus.sha256:
         wants = measure is not None and measure.text is None and measure.base is None
@@ -74,10 +80,29 @@ def with_part_set_aside(request: RunRequest, session: Session) -> RunRequest:
 def measuring_text(session: Session) -> Path:
     """What levels are measured on where no text is named: the part set aside of the imatrix's text, else the shipped one."""
     before, record = _remembered(session), session.journal.get(IMATRIX_STEP)
+    if record is not None and (held := _of_recorded(record)) is not None:
+        return held
     if before is None or record is None or record.inputs.get(_INPUT) != f"sha256:{before.kept}":
         return resource(HELD_OUT_TEXT)
     held = _paths(before, session.workspace)[1]
     return held if held.is_file() and sha256(held) == before.held else resource(HELD_OUT_TEXT)
+
+
+def _built_held_out(corpus: Corpus) -> Path | None:
+    """The text that ``calibration build --held-out`` left next to a built one, if it is still there."""
+    path = held_out_path(corpus.path)
+    wanted = corpus.built.held_out_sha256 if corpus.built is not None else ""
+    return path if wanted and path.is_file() and sha256(path) == wanted else None
+
+
+def _of_recorded(record: Record) -> Path | None:
+    """The same of the text that a matrix was collected from."""
+    facts = record.facts.get("calibration")
+    path = Path(str(facts.get("path", ""))) if isinstance(facts, dict) else Path()
+    if not path.is_file() or not held_out_path(path).is_file():
+        return None
+    corpus = open_corpus(path)
+    return _built_held_out(corpus) if f"sha256:{corpus.sha256}" == record.inputs.get(_INPUT) else None
 
 
 def _is_foreign(mode: str, session: Session) -> bool:
@@ -108,7 +133,7 @@ def _cut(corpus: Corpus, session: Session) -> SetAside | None:
         session.sink(info(f"{corpus.name} repeats itself: a part of it set aside would stand in the rest too."))
         return None
     folder = session.workspace.texts
-    paths = folder / corpus.name, folder / _held_name(corpus.name)
+    paths = folder / corpus.name, held_out_path(folder / corpus.name)
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in zip(paths, (kept, held), strict=True):
         with atomic_writer(path) as handle:
@@ -138,10 +163,5 @@ def _matches(found: SetAside, workspace: Workspace) -> bool:
 
 
 def _paths(found: SetAside, workspace: Workspace) -> tuple[Path, Path]:
-    return workspace.texts / found.name, workspace.texts / _held_name(found.name)
-
-
-def _held_name(name: str) -> str:
-    """``medical.txt`` -> ``medical.held-out.txt``."""
-    path = Path(name)
-    return f"{path.stem}.held-out{path.suffix}"
+    kept = workspace.texts / found.name
+    return kept, held_out_path(kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,30 @@ def test_a_part_is_set_aside_measured_on_and_remembered(
     alone = cli("evaluate", tiny_model, "--work-dir", tmp_path / "work", "--json")  # no text named: the one set aside
     assert alone.document["plan"]["text"] == "domain.held-out.txt"
     assert alone.document["plan"]["levels"][0]["reason"] == ""
+
+
+def test_documents_are_held_out_when_a_text_is_built_and_measured_on_by_themselves(
+    tiny_model: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    documents = [f"{number} {line}" for number, line in enumerate(paragraphs(90_000).split("\n\n"))]
+    source = tmp_path / "documents.jsonl"
+    source.write_text("".join(json.dumps({"text": each}) + "\n" for each in documents), encoding="utf-8")
+    built = cli("calibration", "build", source, "-o", tmp_path / "own.txt", "--held-out", "0.2", "--json")
+    assert built.code == 0, built.err
+    held = tmp_path / "own.held-out.txt"
+    assert built.document["held_out_path"] == str(held)
+    kept = (tmp_path / "own.txt").read_text(encoding="utf-8")
+    aside = [each for each in documents if each.strip() in held.read_text(encoding="utf-8")]
+    assert 0.1 < len(aside) / len(documents) < 0.3
+    assert not any(each.strip() in kept for each in aside)
+    assert len(aside) + built.document["documents"] == len([each for each in documents if len(each) >= 40])
+    again = cli("calibration", "build", source, "-o", tmp_path / "other.txt", "--held-out", "0.2", "--json")
+    assert again.document["fingerprint"] == built.document["fingerprint"]
+    done = cli("run", tiny_model, "-f", tmp_path / "own.txt", *LEVELS, "--evaluate", "--work-dir", tmp_path / "work")
+    assert done.code == 0, done.err
+    report = read_report(tmp_path / "work" / "tiny" / "report.json")
+    assert report.evaluation is not None
+    assert report.evaluation.text == "own.held-out.txt"
 
 
 def test_a_matrix_of_the_whole_text_is_kept_and_the_text_named_that_was_measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def write_text(folder: Path, content: str = "Some words of a text.\n") -> tuple[
     )
     write_json(manifest_path(text), manifest)
     return text, manifest
+
+
+def test_a_manifest_without_a_held_out_text_keeps_its_fingerprint(tmp_path: Path) -> None:
+    """Matrices name it: one that was made before there were held-out texts must still be that text's."""
+    _, built = write_text(tmp_path)
+    fields = {name: getattr(built, name) for name in built.__struct_fields__ if name != "held_out_sha256"}
+    old = msgspec.defstruct("Manifest", [(name, object) for name in fields], frozen=True)(**{**fields, "text": ""})
+    digest = hashlib.sha256(msgspec.json.encode(old, order="deterministic")).hexdigest()
+    assert built.fingerprint == f"sha256:{digest}"
+    assert msgspec.structs.replace(built, held_out_sha256="ab").fingerprint != built.fingerprint
 
 
 def test_it_is_read_back_as_written(tmp_path: Path) -> None:
