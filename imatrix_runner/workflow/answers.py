@@ -15,11 +15,12 @@ from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.embedded.completions import read_completions
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.measures import AnswerJob, Completion
-from imatrix_runner.errors import InterruptedRunError, NoSpaceError, RunnerError, UsageError
+from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, UsageError
 from imatrix_runner.evaluate.answers import DomainResult, compare_answers
 from imatrix_runner.events import Finished, Progress, Started, info
 from imatrix_runner.files import atomic_writer, encode_json, sha256
 from imatrix_runner.journal import Record, differences
+from imatrix_runner.models.sources import Model
 from imatrix_runner.workflow.context import Session
 from imatrix_runner.workflow.measured import ANSWER, LEVEL_INPUT, answered, as_facts
 from imatrix_runner.workflow.measuring import once
@@ -65,6 +66,28 @@ def check_answerable(request: DomainRequest, session: Session) -> tuple[Embedded
             "Leave --engine out, or --domain.",
         )
     return engine, read_prompts(request.prompts)
+
+
+def check_prompts(request: DomainRequest, model: Model, session: Session) -> None:
+    """Write the prompts down for ``model`` and count their tokens, before anything is made or measured.
+
+    Raises what :func:`check_answerable` raises, and :class:`InvalidDataError` for a template that does not work or a prompt for
+    which the model's context is too short.
+    """
+    engine, asked = check_answerable(request, session)
+    template = template_of(model, request.chat_template)
+    prompts = write_prompts(asked, template, session.runner)
+    texts = [prompt.text for prompt in prompts]
+    found = engine.tokenise(model.path, texts, parse_special=template is not None, log=session.log("tokenize"))
+    context = model.header.integer(f"{model.architecture}.context_length")
+    for record, length in zip(asked, found.lengths.tolist(), strict=True):
+        if context is not None and length + request.n_predict > context:
+            raise InvalidDataError(
+                f"{record.where} is too long for {model.name}",
+                f"it has {length} tokens, the answer may have {request.n_predict}, "
+                f"and the model was made for {context} together",
+                "Shorten or remove it, or ask for shorter answers with --predict.",
+            )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from imatrix_runner.files import free_bytes
 from imatrix_runner.journal import Journal, Record, differences
 from imatrix_runner.models.sources import parse_source
 from imatrix_runner.quantize.levels import offered
-from imatrix_runner.workflow.answers import DomainRequest, answer_levels, check_answerable
+from imatrix_runner.workflow.answers import DomainRequest, answer_levels, check_answerable, check_prompts
 from imatrix_runner.workflow.choice import Needs
 from imatrix_runner.workflow.context import Context, Session, held, settle
 from imatrix_runner.workflow.ineffective import warn_of_placement
@@ -144,12 +144,12 @@ def check_request(request: MeasureRequest, calibration: Path | None, session: Se
     """What can be seen to be wrong with a measurement before there is anything to measure; ``calibration``: what the imatrix
     will be collected from, where that is known. Raises :class:`InvalidDataError`, :class:`UsageError`."""
     check_text(request, calibration, session.sink)
-    if (domain := _domain(request)) is not None:
+    if (domain := domain_of(request)) is not None:
         check_answerable(domain, session)
 
 
-def _domain(request: MeasureRequest) -> DomainRequest | None:
-    """``--domain``: what is asked."""
+def domain_of(request: MeasureRequest) -> DomainRequest | None:
+    """Return what ``--domain`` asks for."""
     if request.domain is None:
         return None
     return DomainRequest(request.domain, request.n_predict, request.options, request.chat_template, request.again)
@@ -165,8 +165,8 @@ class _Evaluation:
     def plan(self) -> MeasurePlan:
         session = self.session
         made = self._levels()
-        if (domain := _domain(self.request)) is not None:
-            check_answerable(domain, session)
+        if (domain := domain_of(self.request)) is not None:
+            check_prompts(domain, self.frozen.model, session)
         same = same_tensors({name: (record.inputs, facts_of_record(record)) for name, record in made.items()})
         distinct = {name: record for name, record in made.items() if name not in same}
         steps, alone = self.twins.plan(distinct) if self.request.twins else ((), {})
@@ -314,7 +314,7 @@ class _Evaluation:
 
     def _answers(self, plan: MeasurePlan, failed: dict[str, RunnerError]) -> tuple[DomainResult, ...]:
         """What source and levels say to somebody's prompts; a level that computes no numbers is not asked."""
-        domain = _domain(self.request)
+        domain = domain_of(self.request)
         if domain is None:
             return ()
         asked = [each for each in plan.subjects if each.name not in failed and each.name not in plan.same]

@@ -24,9 +24,10 @@ from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.toolchain.hardware import likes_bf16
 from imatrix_runner.toolchain.probe import QuantType
 from imatrix_runner.workflow import imatrix as imatrix_flow
+from imatrix_runner.workflow.answers import check_prompts
 from imatrix_runner.workflow.choice import Choice, Needs, make_checker
 from imatrix_runner.workflow.context import Context, Session, held, settle
-from imatrix_runner.workflow.evaluate import EvaluateResult, check_request, evaluate_levels
+from imatrix_runner.workflow.evaluate import EvaluateResult, check_request, domain_of, evaluate_levels
 from imatrix_runner.workflow.ineffective import warn_of_level_options, warn_of_making, warn_of_placement
 from imatrix_runner.workflow.levels import LevelPlanner
 from imatrix_runner.workflow.making import LevelMaker, LevelResult, MadeLevels, refused, reserved_bytes, skipped
@@ -255,6 +256,8 @@ class _Job:
         writable = plan.new_bytes <= plan.free_bytes or (levels is not None and levels.one_by_one)
         if request is None or not writable or len(plan.failing) == len(plan.levels):
             return None
+        if (domain := domain_of(request)) is not None:
+            check_prompts(domain, frozen.model, self.session)
         return foresee(request, frozen, plan, self.session)
 
     def evaluate(self, made: MadeLevels, frozen: Frozen) -> EvaluateResult | None:

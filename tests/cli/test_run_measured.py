@@ -99,6 +99,21 @@ def test_prompts_that_are_none_are_refused_before_anything_is_made(
     assert not list(tmp_path.rglob("*.gguf"))
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(("--predict", "2040"), "is too long for tiny"), (("--chat-template-file", "broken.jinja"), "broken.jinja")],
+)
+def test_prompts_that_the_model_cannot_answer_are_refused_before_the_imatrix_is_made(
+    options: tuple[str, ...], why: str, cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.jinja").write_text("{% for %}", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("Why does a lighthouse keeper write down the weather?\n", encoding="utf-8")
+    ran = cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--domain", tmp_path / "prompts.txt", *options)
+    assert ran.code == 6
+    assert why in ran.err
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
 def test_a_target_measures_and_names_the_level(cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     text = held_out_text(tmp_path / "held-out.txt", chunks=120)
     ran = cli("run", tiny_model, *LEVELS, "-f", tiny_text, "--text", text, "--target-kld", "5")
