@@ -10,6 +10,7 @@ from imatrix_runner.calibration.documents import BadRecord
 from imatrix_runner.calibration.rows import MAX_ROW, SHORTEN, TOO_LONG, Row
 from imatrix_runner.calibration.streams import bad_source
 from imatrix_runner.errors import RunnerError, from_os_error
+from imatrix_runner.files import human_bytes
 from imatrix_runner.models.bounded import printable
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 64
 _BATCH_BYTES = 32 << 20
+_SWOLLEN_BYTES, _SWOLLEN_TIMES = 256 << 20, 100
+"""A group of rows that unpacks to so much, and to so many times the whole file, is no text: a page of it may not fit memory."""
+
 _PAGE_BUFFER = 1 << 20  # without it a whole column of a row group is read at once
 
 
@@ -43,7 +47,7 @@ def parquet_rows(path: Path, shown: str, on_bytes: Callable[[int], None]) -> Ite
         columns = [field.name for field in schema if _is_wanted(field.type)]
         n_rows, first, told = file.metadata.num_rows, 1, 0
         for group in range(file.num_row_groups):
-            for batch in _batches(file, group, columns, shown):
+            for batch in _batches(file, group, columns, shown, size):
                 if isinstance(batch, int):
                     where = f"{shown}, row {first}" + (f" to {first + batch - 1}" if batch > 1 else "")
                     yield BadRecord(where, TOO_LONG, SHORTEN)
@@ -57,7 +61,7 @@ def parquet_rows(path: Path, shown: str, on_bytes: Callable[[int], None]) -> Ite
 
 
 def _batches(
-    file: pyarrow.parquet.ParquetFile, group: int, columns: list[str], shown: str
+    file: pyarrow.parquet.ParquetFile, group: int, columns: list[str], shown: str, file_size: int
 ) -> Iterator[pyarrow.RecordBatch | int]:
     """A row group's rows, a few at a time; or how many there are, where each of them is longer than a record may be."""
     import pyarrow
@@ -69,6 +73,9 @@ def _batches(
         if n_rows > 0 and size // n_rows > MAX_ROW and len(columns) == len(file.schema_arrow):
             yield n_rows
             return
+        if size > max(_SWOLLEN_BYTES, _SWOLLEN_TIMES * file_size):
+            why = f"{human_bytes(file_size)} of it unpack to {human_bytes(size)}, which no text does"
+            raise bad_source(shown, why, "Give another file.")
         # Where rows repeat a value of the column's dictionary, a batch is larger than what is stored of it.
         most = max(1, min(_MOST_ROWS, _BATCH_BYTES // max(size, 1)))
         batches = file.iter_batches(most, row_groups=[group], columns=columns, use_threads=False)

@@ -386,6 +386,15 @@ def test_parquet_strings_that_are_not_utf8_cost_their_rows(tmp_path: Path) -> No
     ]
 
 
+def test_a_parquet_that_unpacks_to_a_hundred_times_its_size_is_refused_unread(tmp_path: Path) -> None:
+    texts = pa.array([*["short"] * 400, "a" * (257 << 20)], pa.large_string())
+    path = table(tmp_path / "a.parquet", {"text": texts}, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(InvalidDataError) as caught:
+        read(path)
+    assert "unpack to 257.0" in caught.value.why
+
+
 def test_a_parquet_without_text_is_refused(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", {"when": [datetime(2024, 1, 1)], "n": [1]})
     with pytest.raises(InvalidDataError) as caught:
