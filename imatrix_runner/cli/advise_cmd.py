@@ -120,6 +120,8 @@ def next_commands(model: str, advice: Advice, options: dict[str, Any]) -> list[s
     """What to type next: make the recommended levels, then measure them. Empty where none fits."""
     import shlex
 
+    from imatrix_runner.models.kind import no_next_token
+
     good = [each for each in advice.recommendations if not each.poor] or advice.recommendations
     wanted = list(dict.fromkeys(each.level for each in good))
     if not wanted:
@@ -127,15 +129,14 @@ def next_commands(model: str, advice: Advice, options: dict[str, Any]) -> list[s
     needs = {each.level: each.benefit.need for each in advice.levels}
     place = [] if options["work_dir"] == Path("work") else ["--work-dir", str(options["work_dir"])]
     levels = [model, "--levels", ",".join(wanted), *place]
-    if all(needs[level] == "none" for level in wanted):
-        return [
-            shlex.join([PROGRAM, "quantize", *levels, "--imatrix", "none"]),
-            shlex.join([PROGRAM, "evaluate", model, *place]),
-        ]
+    predicts = not no_next_token(advice.model)
+    if not predicts or all(needs[level] == "none" for level in wanted):
+        measured = [shlex.join([PROGRAM, "evaluate", model, *place])] if predicts else []
+        return [shlex.join([PROGRAM, "quantize", *levels, "--imatrix", "none"]), *measured]
     text = ["-f", str(options["text"])] if options["text"] is not None else []
     layers = ["-ngl", options["n_gpu_layers"]] if options["n_gpu_layers"] else []
-    measured = shlex.join([PROGRAM, "evaluate", model, "--ab", *place, *layers])
-    return [shlex.join([PROGRAM, "run", *levels, *text, *layers]), measured]
+    compared = shlex.join([PROGRAM, "evaluate", model, "--ab", *place, *layers])
+    return [shlex.join([PROGRAM, "run", *levels, *text, *layers]), compared]
 
 
 def _level(level: LevelAdvice) -> dict[str, Any]:

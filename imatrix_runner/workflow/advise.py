@@ -245,12 +245,15 @@ def _machine(request: AdviseRequest, session: Session, choice: Choice) -> Machin
 def _judged(
     levels: Sequence[Level], request: LevelsRequest, model: Model, held: ContextMemory, budget: Budget, session: Session
 ) -> tuple[LevelAdvice, ...]:
-    """Every level as llama.cpp would make it with an imatrix, largest first, whatever lies in the workspace."""
+    """Every level as llama.cpp would make it with an imatrix, if the model can have one; largest first, whatever lies in the
+    workspace."""
     with scratch_folder() as folder:
         empty = Workspace(folder / model.name, model.name)
         scratch = replace(session, workspace=empty, journal=Journal(empty.journal))
         frozen = Frozen(model, "", tuple(stamp(path) for path in model.files))
-        steps = LevelPlanner(request, frozen, scratch).plan(levels, None, "still to be made")
+        steps = LevelPlanner(request, frozen, scratch).plan(
+            levels, None, "none" if no_next_token(model) else "still to be made"
+        )
     judged = [_level(step, held, budget) for step in steps]
     return tuple(sorted(judged, key=lambda each: -(each.n_bytes or 0)))
 

@@ -339,3 +339,12 @@ class TestTheModel:
             ask(quantised)
         options = replace(LevelsRequest().options, allow_requantize=True)
         assert ask(quantised, levels=LevelsRequest(("Q4_K_M",), "", options)).levels[0].fit is not None
+
+
+def test_a_model_that_predicts_no_text_is_advised_without_an_imatrix(cli: CommandLine, tmp_path: Path) -> None:
+    model = write_architecture("bert", tmp_path / "bert.gguf", dtype="BF16")
+    document = cli("advise", model, "--json").document
+    (command,) = document["commands"]
+    assert command.startswith("imatrix-runner quantize")
+    assert command.endswith("--imatrix none")
+    assert cli(*command.split()[1:], "--dry-run").code == 0
