@@ -31,7 +31,7 @@ def fake_toolchain(**changes: Any) -> Toolchain:
         devices=(),
         types=quant_types("Q4_K_M", "IQ2_XS"),
         options={
-            "llama-imatrix": frozenset(("-fit", "-c", "-b", "-lv", "--parse-special")),
+            "llama-imatrix": frozenset(("-fit", "-c", "-b", "-lv", "--chunk", "--parse-special", "--process-output")),
             "llama-tokenize": frozenset(("-m", "-f", "--ids", "--no-parse-special")),
         },
         converter=None,

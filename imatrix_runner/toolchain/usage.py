@@ -22,7 +22,7 @@ class Usage:
 
     ``flags``: spellings that take no value. ``escapes``: a written ``\\n`` in a text becomes a line break unless
     ``--no-escape`` is given. ``named_layers``: ``-ngl`` takes ``auto`` and ``all``, not only numbers. ``legacy_matrix``:
-    llama-imatrix writes the legacy ``.dat`` and knows no other format. ``leaves_log``: it writes a ``llama.log`` into the
+    llama-imatrix writes the legacy ``.dat``, for its help names no other. ``leaves_log``: it writes a ``llama.log`` into the
     directory where it is started.
     """
 
@@ -42,6 +42,6 @@ def read_usage(text: str) -> Usage:
         frozenset(flags),
         escapes=escape is not None and "default: true" in escape[1],
         named_layers=layers is not None and "'all'" in layers[1],
-        legacy_matrix="imatrix.dat" in text and "imatrix.gguf" not in text,
+        legacy_matrix="imatrix.gguf" not in text,
         leaves_log="--log-new" in text,
     )

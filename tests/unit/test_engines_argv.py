@@ -180,6 +180,16 @@ def test_an_old_release_is_told_in_its_own_words(options: CollectOptions, argv: 
     assert collect_argv(options, OLD)[1 + 2 * len(FIXED) :] == argv
 
 
+@pytest.mark.parametrize(
+    ("knows", "first", "output"), [((), "--from-chunk", "-ow"), (("--chunk", "--process-output"), "--chunk", "")]
+)
+def test_options_that_the_help_of_before_june_2024_does_not_list(knows: tuple[str, ...], first: str, output: str) -> None:
+    tools = fake_toolchain(options={"llama-imatrix": frozenset(("-c", *knows))})
+    argv = collect_argv(CollectOptions(process_output=True), tools)
+    assert argv[argv.index("10") - 1] == first
+    assert argv[1 + 2 * len(FIXED) :] == ([output, "1"] if output else ["--process-output"])
+
+
 def test_special_tokens_are_refused_where_the_collector_cannot_parse_them() -> None:
     with pytest.raises(UsageError, match="This llama-imatrix has no --parse-special"):
         collect_argv(CollectOptions(parse_special=True), OLD)

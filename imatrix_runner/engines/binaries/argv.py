@@ -38,17 +38,22 @@ def imatrix_command(job: CollectJob, chunks: ChunkRange, out: Path, tools: Toolc
     argv = [
         str(tools.tool("llama-imatrix")),
         *("-m", _path(job.model), "-f", _path(job.text), "-o", _path(out)),
-        *("--output-frequency", NEVER, "--chunk", str(chunks.first), "--chunks", str(chunks.count)),
+        *("--output-frequency", NEVER, _first_chunk(tools), str(chunks.first), "--chunks", str(chunks.count)),
         *_compute("llama-imatrix", options, tools, ends_texts=ends_texts),
     ]
     if options.parse_special:
         argv.append(_known("llama-imatrix", tools, "--parse-special"))
     if options.process_output:
-        argv.append("--process-output")
+        argv += ["--process-output"] if tools.knows("llama-imatrix", "--process-output") else ["-ow", "1"]
     if not options.ppl:
         argv += ["--no-ppl", *_talkative(tools)]
     argv += _extra(options)
     return Command(tuple(argv), cwd=_aside("llama-imatrix", tools, out.parent))
+
+
+def _first_chunk(tools: Toolchain) -> str:
+    """Until June 2024 llama-imatrix had options of its own that its help does not list, and this one under another name."""
+    return "--chunk" if tools.knows("llama-imatrix", "--chunk") else "--from-chunk"
 
 
 def _aside(tool: str, tools: Toolchain, folder: Path) -> Path | None:
