@@ -189,7 +189,8 @@ class DryRun:
     ``types``: tensor name -> ggml type name (lower case, as ggml prints it) for every tensor of the output, in its order;
     ``needs_imatrix`` is only ever true when none was given. ``row_bytes``: bytes of one row by type (upper case) and row
     length, for types that only the engine's programs know. ``certain``: false where the programs could not say what they do
-    with the model and made a skeleton of it instead; then another type in the finished file is no error.
+    with the model and made a skeleton of it instead; then another type in the finished file is no error. ``required``: tensors
+    for which they refuse to do without imatrix data.
     """
 
     types: Mapping[str, str]
@@ -197,6 +198,7 @@ class DryRun:
     needs_imatrix: bool
     row_bytes: Mapping[tuple[str, int], int] = field(default_factory=dict)
     certain: bool = True
+    required: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def make_recipe(
         rows.append(RecipeTensor(name, written_shape(source.shape), source.type_name, kind, n_bytes, original))
         if kind == source.type_name.upper():
             continue
-        required = requires_imatrix(name, kind, level.ftype)
+        required = requires_imatrix(name, kind, level.ftype) or name in dry_run.required
         needs = needs or required
         if source.is_quantised and not options.allow_requantize:
             failures.append(_again(source, name, kind, tensors))

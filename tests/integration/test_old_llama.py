@@ -103,8 +103,9 @@ def test_levels_are_those_of_the_bare_program(
         (("--tensor-type", "attn_q=q6_k"), "does not list --tensor-type or --custom-q"),
         (("--prune-layers", "1"), "does not list --prune-layers"),
         (("--imatrix", "none"), "it needs an importance matrix and there is none"),
+        (("--exclude-weights", "attn_k"), "blk.0.attn_k.weight"),
     ],
-    ids=["--tensor-type", "--prune-layers", "no imatrix"],
+    ids=["--tensor-type", "--prune-layers", "no imatrix", "without weights"],
 )
 def test_what_it_cannot_do_is_said_in_the_plan(
     options: tuple[str, ...], why: str, old: Toolchain, old_matrix: Path, tiny_model: Path, runner: RunCommand

@@ -31,7 +31,7 @@ from imatrix_runner.engines.binaries import perplexity
 from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, tokenize_command
 from imatrix_runner.engines.binaries.handover import Handover
 from imatrix_runner.engines.binaries.lines import ImatrixOutput, QuantizeOutput, parse_token_ids
-from imatrix_runner.engines.binaries.messages import explain, rounded_context
+from imatrix_runner.engines.binaries.messages import explain, missing_weights, rounded_context
 from imatrix_runner.engines.binaries.skeleton import is_yet_to_be_made, make_skeleton
 from imatrix_runner.engines.binaries.vocabulary import end_token, ends_texts
 from imatrix_runner.engines.measures import Divergence, JudgeJob, ReferJob
@@ -201,6 +201,8 @@ class BinariesEngine:
         command = quantize_command(self._handed(job), self.toolchain, dry_run=True)
         outcome = self._runner.run(command, log=job.log, on_text=output.feed)
         if not outcome.ok:
+            if job.imatrix is not None and (name := missing_weights(outcome)):
+                return replace(self._try_skeleton(job, complete=True), certain=False, required=(name,))
             raise explain(outcome, f"llama-quantize cannot plan {job.ftype}")
         planned = output.as_dry_run()
         if all(type_id(kind) is not None for kind in planned.types.values()):
@@ -210,13 +212,16 @@ class BinariesEngine:
         except (EngineError, InvalidDataError):
             return planned  # the sizes of the types that only it knows stay unknown; its log says why
 
-    def _try_skeleton(self, job: QuantizeJob) -> DryRun:
-        """Quantise the skeleton of the job's model, and read the types and sizes off the result."""
+    def _try_skeleton(self, job: QuantizeJob, *, complete: bool = False) -> DryRun:
+        """Quantise the skeleton of the job's model, and read the types and sizes off the result. ``complete``: with imatrix
+        data for every weight, so that its types can be told although data is missing."""
         with scratch_folder() as folder:
-            skeleton = make_skeleton(job, folder)
+            skeleton = make_skeleton(job, folder, complete=complete)
             output = QuantizeOutput()
             outcome = self._runner.run(quantize_command(skeleton.job, self.toolchain), log=job.log, on_text=output.feed)
             if not outcome.ok:
+                if job.imatrix is not None and not complete and (name := missing_weights(outcome)):
+                    return replace(self._try_skeleton(job, complete=True), required=(name,))
                 raise explain(outcome, f"llama-quantize cannot plan {job.ftype}", writes=skeleton.job.out)
             planned = output.as_dry_run()
             return replace(planned, row_bytes=skeleton.row_bytes(planned.types))

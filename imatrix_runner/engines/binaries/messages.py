@@ -45,6 +45,8 @@ _NO_REGEX = (
     r"|The expression contained.*)"
 )
 
+_MISSING_WEIGHTS = r"Missing importance matrix for tensor (\S+) in a very low-bit"
+
 KNOWN: tuple[Known, ...] = (
     _known(
         r"- offending tensor: (\S+)",
@@ -53,7 +55,7 @@ KNOWN: tuple[Known, ...] = (
         "Give one with --imatrix FILE, or let one be made with --imatrix generate.",
     ),
     _known(
-        r"Missing importance matrix for tensor (\S+) in a very low-bit",
+        _MISSING_WEIGHTS,
         InvalidDataError,
         "there is no imatrix data for tensor {1}, and its type cannot do without",
         "Give tensors without data a type that needs none: --uncovered q4_k; or choose a level of 3 bits or more.",
@@ -362,6 +364,12 @@ KNOWN: tuple[Known, ...] = (
         "The log tells more; check that the file is complete, or update the tools: imatrix-runner tools build",
     ),
 )
+
+
+def missing_weights(outcome: Outcome) -> str:
+    """The tensor for which llama-quantize refused to do without imatrix data; empty if that is not why it failed."""
+    match = re.search(_MISSING_WEIGHTS, "\n".join(outcome.tail))
+    return match[1] if match else ""
 
 
 def rounded_context(tool: str, asked: int, taken: int | None) -> UsageError:

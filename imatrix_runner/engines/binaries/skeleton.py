@@ -48,8 +48,9 @@ class Skeleton:
         return found
 
 
-def make_skeleton(job: QuantizeJob, folder: Path) -> Skeleton:
-    """Write the skeleton of a job's model (and a stand-in for its imatrix) into ``folder``."""
+def make_skeleton(job: QuantizeJob, folder: Path, *, complete: bool = False) -> Skeleton:
+    """Write the skeleton of a job's model (and a stand-in for its imatrix) into ``folder``. ``complete``: the stand-in has an
+    entry for every weight, whatever the imatrix has."""
     header, tensors = read_header(job.source), _tensors(job.source)
     model, matrix = folder / "skeleton.gguf", folder / "imatrix.dat"
     _require_known(job.source, tensors)
@@ -62,7 +63,7 @@ def make_skeleton(job: QuantizeJob, folder: Path) -> Skeleton:
     except OSError as error:
         raise from_os_error(error, "planning with a skeleton of the model", model) from error
     if job.imatrix is not None:
-        entries = _stand_in(job.imatrix, tensors)
+        entries = _every_weight(tensors) if complete else _stand_in(job.imatrix, tensors)
         write_legacy(matrix, {name: ones(count) for name, count in entries.items()}, b"", 1)
     return Skeleton(
         replace(
@@ -93,6 +94,10 @@ def _stand_in(imatrix: Path, tensors: Sequence[TensorInfo]) -> dict[bytes, int]:
     needed = {tensor.name.encode(): _weights(_few_rows(tensor.shape)) for tensor in tensors}
     names = _fitting(imatrix, tensors) or [name for name in read_weights(imatrix).values if name in needed]
     return {name: needed[name] for name in names}
+
+
+def _every_weight(tensors: Sequence[TensorInfo]) -> dict[bytes, int]:
+    return {tensor.name.encode(): _weights(_few_rows(tensor.shape)) for tensor in tensors if len(tensor.shape) > 1}
 
 
 def _fitting(imatrix: Path, tensors: Sequence[TensorInfo]) -> list[bytes]:
