@@ -100,12 +100,10 @@ def test_levels_are_those_of_the_bare_program(
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (("--tensor-type", "attn_q=q6_k"), "does not list --tensor-type or --custom-q"),
-        (("--prune-layers", "1"), "does not list --prune-layers"),
         (("--imatrix", "none"), "it needs an importance matrix and there is none"),
         (("--exclude-weights", "attn_k"), "blk.0.attn_k.weight"),
     ],
-    ids=["--tensor-type", "--prune-layers", "no imatrix", "without weights"],
+    ids=["no imatrix", "without weights"],
 )
 def test_what_it_cannot_do_is_said_in_the_plan(
     options: tuple[str, ...], why: str, old: Toolchain, old_matrix: Path, tiny_model: Path, runner: RunCommand
@@ -115,6 +113,16 @@ def test_what_it_cannot_do_is_said_in_the_plan(
     (level,) = done.document["plan"]["levels"]
     assert level["state"] == "fails"
     assert why in level["reason"]
+
+
+@pytest.mark.parametrize("option", ["--tensor-type attn_q=q6_k", "--prune-layers 1"])
+def test_an_option_that_it_lacks_is_refused_by_name(
+    option: str, old: Toolchain, old_matrix: Path, tiny_model: Path, runner: RunCommand
+) -> None:
+    arguments = ("quantize", tiny_model, "--imatrix", old_matrix, "--levels", "Q4_K_M", *option.split())
+    done = runner(*arguments, "--llama-cpp", old.directory, "--dry-run")
+    assert done.code == 2
+    assert f"This llama-quantize has no {option.split()[0]}" in done.err
 
 
 def test_special_tokens_are_not_parsed_by_it(old: Toolchain, tiny_model: Path, tiny_text: Path, runner: RunCommand) -> None:

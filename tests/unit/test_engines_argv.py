@@ -190,6 +190,12 @@ def test_options_that_the_help_of_before_june_2024_does_not_list(knows: tuple[st
     assert argv[1 + 2 * len(FIXED) :] == ([output, "1"] if output else ["--process-output"])
 
 
+def test_a_tokenizer_that_reads_no_files_cannot_count() -> None:
+    tools = fake_toolchain(options={"llama-tokenize": frozenset(("--ids",))})
+    with pytest.raises(ToolchainError, match="cannot count the tokens of a text"):
+        tokenize_command(Path("/m"), Path("/t"), tools, parse_special=False)
+
+
 def test_special_tokens_are_refused_where_the_collector_cannot_parse_them() -> None:
     with pytest.raises(UsageError, match="This llama-imatrix has no --parse-special"):
         collect_argv(CollectOptions(parse_special=True), OLD)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.measures import JudgeJob, ReferJob
-from imatrix_runner.errors import UsageError
+from imatrix_runner.errors import ToolchainError, UsageError
 from imatrix_runner.process import Command
 from imatrix_runner.toolchain.probe import Toolchain
 
@@ -192,8 +192,13 @@ def _known(tool: str, tools: Toolchain, *names: str) -> str:
 
 def tokenize_command(model: Path, text: Path, tools: Toolchain, *, parse_special: bool) -> Command:
     """llama-tokenize, ids only: it reads the vocabulary, not the weights."""
-    name = "llama-tokenize"
-    argv = [str(tools.tool(name)), "-m", _path(model), _known(name, tools, "-f"), _path(text), "--ids"]
+    argv = [str(tools.tool("llama-tokenize")), "-m", _path(model), "-f", _path(text), "--ids"]
+    if not tools.knows("llama-tokenize", "-f"):  # before June 2024 the text was an argument, whose length is limited
+        raise ToolchainError(
+            "These programs cannot count the tokens of a text",
+            f"their tokenizer ({tools.tool('llama-tokenize')}) reads no files",
+            "Use --engine embedded, or give an imatrix with --imatrix FILE.",
+        )
     if tools.knows("llama-tokenize", "--no-escape"):
         argv.append("--no-escape")  # it turns a written "\n" into a line break, llama-imatrix does not
     if not parse_special and tools.knows("llama-tokenize", "--no-parse-special"):
