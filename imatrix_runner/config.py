@@ -19,7 +19,9 @@ FILE = "imatrix-runner.toml"
 ENV_PREFIX = "IMATRIX_RUNNER_"
 _MOST_BYTES = 1 << 20
 
-OTHER_VARIABLES = frozenset(ENV_PREFIX + name for name in ("CACHE", "LLAMA_CPP", "RELEASES_URL", "CALIBRATION_URL", "PASS_ENV"))
+OTHER_VARIABLES = frozenset(
+    ENV_PREFIX + name for name in ("CACHE", "LLAMA_CPP", "RELEASES_URL", "CALIBRATION_URL", "PASS_ENV", "CHILD_OF")
+)
 """Variables with the prefix that are read without being the setting of every command."""
 
 Value = str | int | float | bool | list[str]

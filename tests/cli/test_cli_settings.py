@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from in_process import CommandLine
 
+import imatrix_runner
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.main import cli as root
 from imatrix_runner.config import FILE
@@ -143,3 +145,17 @@ def test_options_after_the_dashes_are_refused_where_nothing_takes_them(cli: Comm
     assert ran.code == 2
     assert "takes no options after --" in ran.err
     assert "--no-warmup" in ran.err
+
+
+def test_every_variable_that_the_program_reads_is_known(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be told to have no effect."""
+    package = Path(imatrix_runner.__file__).parent
+    read = {
+        name
+        for path in package.rglob("*.py")
+        for name in re.findall(r'"(IMATRIX_RUNNER_[A-Z_]+)"', path.read_text(encoding="utf-8"))
+    }
+    assert len(read) >= 5
+    for name in read - {"IMATRIX_RUNNER_LLAMA_CPP", "IMATRIX_RUNNER_CACHE"}:
+        monkeypatch.setenv(name, "x")
+    assert cli("run", "--show-config").err == ""
