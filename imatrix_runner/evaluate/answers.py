@@ -57,6 +57,11 @@ class DomainResult:
     pairs: tuple[AnswerPair, ...]
 
 
+def empty_answers(source: Sequence[Completion]) -> int:
+    """How many answers of the source have no token: whoever says nothing, too, agrees with them completely."""
+    return sum(not completion.ids for completion in source)
+
+
 def compare_answers(
     level: str, prompts: Sequence[str], source: Sequence[Completion], answers: Sequence[Completion], n_predict: int
 ) -> DomainResult:

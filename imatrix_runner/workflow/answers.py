@@ -16,8 +16,8 @@ from imatrix_runner.engines.embedded.completions import read_completions
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.measures import AnswerJob, Completion
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, UsageError
-from imatrix_runner.evaluate.answers import DomainResult, compare_answers
-from imatrix_runner.events import Finished, Progress, Started, info
+from imatrix_runner.evaluate.answers import DomainResult, compare_answers, empty_answers
+from imatrix_runner.events import Finished, Progress, Started, info, warning
 from imatrix_runner.files import atomic_writer, encode_json, sha256
 from imatrix_runner.journal import Record, differences
 from imatrix_runner.models.sources import Model
@@ -141,7 +141,20 @@ class _Answering:
         completions = self._complete(f"{ANSWER} {_SOURCE}", f"{_SOURCE} answers", model.path, self.frozen.fingerprint, _SOURCE)
         self.frozen.check_unchanged()
         sink(Finished(f"{ANSWER} {_SOURCE}", "done", f"{len(completions)} answers"))
+        self._check_answers(completions)
         return completions
+
+    def _check_answers(self, completions: list[Completion]) -> None:
+        """Raise :class:`InvalidDataError` where the source says nothing, which every level would match."""
+        empty, name = empty_answers(completions), self.frozen.model.name
+        if empty == len(completions):
+            raise InvalidDataError(
+                f"Answers of {name} cannot be compared",
+                "the source ends every answer at once, so any level that does so would agree completely",
+                "Check the prompts and the chat template (--chat-template-file).",
+            )
+        if empty:
+            self.session.sink(warning(f"{name} answers nothing to {empty} of {len(completions)} prompts."))
 
     def _level(
         self, name: str, file: Path, content: str, source: list[Completion], reason: str, said: set[str]

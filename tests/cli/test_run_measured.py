@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evaluations import held_out_text
 from in_process import CommandLine
+from tiny_models import write_llama_gguf
 
+from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.report.stored import read_report
 
 LEVELS = ("--levels", "Q4_K_M,Q3_K_M", "-c", "128", "--chunks", "4", "-t", "1")
@@ -171,3 +174,22 @@ def test_the_demo_ends_with_what_its_levels_cost_and_a_picture(cli: CommandLine,
     assert picture.is_file()
     assert f"Picture: {picture}" in done.out.replace("\n", "")
     assert "(quality)" in done.out
+
+
+def test_a_source_that_says_nothing_is_agreed_with_by_nobody(cli: CommandLine, tmp_path: Path) -> None:
+    """Every level that ends at once, too, would have 100 % of the same answers."""
+    model = write_llama_gguf(tmp_path / "silent-BF16.gguf", fluent=True)
+    header = read_header(model)
+    output = next(tensor for tensor in header.tensors if tensor.name == "output.weight")
+    with model.open("r+b") as file:  # the end of the text is always likeliest
+        file.seek(header.data_offset + output.offset + 1 * output.shape[0] * 2)
+        file.write((np.array([-0.03], "<f4").view("<u4") >> 16).astype("<u2").tobytes())
+    text = held_out_text(tmp_path / "held-out.txt")
+    assert cli("quantize", model, "--levels", "Q8_0").code == 0
+    told = []
+    for number, prompt in enumerate(("A lighthouse keeper", "On quiet days")):  # one of them has another likeliest token
+        prompts = tmp_path / f"{number}.txt"
+        prompts.write_text(f"{prompt}\n", encoding="utf-8")
+        done = cli("evaluate", model, "--text", text, "--chunks", "2", "--domain", prompts, "--predict", "4", "-t", "1")
+        told.append((done.code, "Answers of silent cannot be compared" in done.err))
+    assert sorted(told) == [(0, False), (6, True)]
