@@ -22,7 +22,8 @@ from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.embedded.find import find
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, UsageError
 from imatrix_runner.events import Event, Finished, Started, ignore
-from imatrix_runner.journal import Journal, Record
+from imatrix_runner.files import Stamp
+from imatrix_runner.journal import Journal, Output, Record
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.models.sources import open_gguf
 from imatrix_runner.quantize.memory import context_memory
@@ -293,7 +294,7 @@ class TestTheModel:
         assert level.measured is not None
         assert report.evaluation is not None
         journal = Journal(tmp_path / "work" / "tiny" / "journal.json")
-        made = Record.now({}, [], "made", 1.0)
+        made = Record.now({}, [Output("tiny-Q4_K_M.gguf", Stamp(1, 1, 1), "0" * 64)], "made", 1.0)
         journal.record("level-Q4_K_M", made)
         facts = as_facts(Measured(level.measured, level.measured.ratio, report.evaluation))
         journal.record("evaluate Q4_K_M", Record.now({LEVEL_INPUT: content_of(made)}, [], "measured", 1.0, facts=facts))
