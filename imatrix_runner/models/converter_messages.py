@@ -138,7 +138,7 @@ KNOWN: tuple[Known, ...] = (
     ),
     _known(
         r"Can't load tokenizer|Couldn't instantiate the backend tokenizer|Cannot find .*[Tt]okenizer|tokenizer\.(?:model|json)"
-        r"|not a string|vocab_file",
+        r"|not a string|vocab_file|KeyError: '(?:added_tokens|model|vocab|merges)'",
         EngineError,
         _TOKENIZER,
         "",

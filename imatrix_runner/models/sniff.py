@@ -13,6 +13,8 @@ HEAD_BYTES = 4096
 """How many first bytes :func:`foreign_format` wants."""
 
 LFS_POINTER = b"version https://git-lfs"
+UNFINISHED = (".part", ".aria2", ".incomplete", ".crdownload", ".download", ".tmp")
+"""How programs that download name a file until it is complete."""
 
 _AGAIN = "Delete it and download it again, or give the hub id (org/name) and let imatrix-runner fetch it."
 _OTHERWISE = "Give the model's GGUF file, its directory, or its hub id (org/name)."
@@ -95,7 +97,7 @@ def _is_text(file: _File) -> bool:
 _TABLE: tuple[tuple[Callable[[_File], bool], str, str], ...] = (
     (lambda file: file.size == 0, "an empty file", _AGAIN),
     (
-        _both(_zeros, _named(".part", ".aria2", ".incomplete", ".crdownload", ".download", ".tmp")),
+        _both(_zeros, _named(*UNFINISHED)),
         "an unfinished download",
         "Let the download finish, or delete it and download the file again.",
     ),

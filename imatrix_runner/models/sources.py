@@ -22,6 +22,7 @@ from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, read_header
 from imatrix_runner.models.gguf_names import SHARD, shard_names
 from imatrix_runner.models.misnamed import meant
 from imatrix_runner.models.native_types import keep_native, native_tensors
+from imatrix_runner.models.sniff import UNFINISHED
 
 _PRECISION = re.compile(r"[-._](?:bf16|f16|f32)$", re.IGNORECASE)
 _HUB_ID = re.compile(
@@ -145,7 +146,7 @@ def parse_source(text: str) -> Source:
         if text and path.is_dir():
             return _directory(path)
         if text and path.exists():
-            return LocalFile(path)
+            return _file(path)
     except OSError as error:
         raise from_os_error(error, "looking for the model", text) from error
     match = _HUB_ID.fullmatch(text)
@@ -236,6 +237,16 @@ def _safe_name(name: str, source: str) -> str:
     if len(safe) > _MAX_NAME:
         safe = f"{safe[: _MAX_NAME - 9]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
     return safe
+
+
+def _file(path: Path) -> LocalFile:
+    if path.name.lower().endswith(UNFINISHED):
+        raise InvalidDataError(
+            f"{path} is an unfinished download",
+            f"its name ends in {path.suffix}, which a download takes away when it is complete",
+            "Let the download finish; if it did, rename the file.",
+        )
+    return LocalFile(path)
 
 
 def _directory(path: Path) -> LocalDirectory:

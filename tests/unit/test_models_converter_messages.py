@@ -97,6 +97,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str, str]] = [
         "pip install -U transformers tokenizers",
     ),
     ("FileNotFoundError: File not found: /m/tokenizer.model", EngineError, "tokenizer", "/m/tokenizer.model", "tokenizer.json"),
+    ("KeyError: 'added_tokens'", EngineError, "tokenizer", "'added_tokens'", "complete"),
     ("OSError: Can't load tokenizer for '/m'. If you were trying", EngineError, "tokenizer", "'/m'", "complete"),
     (
         "    assert max(tokenizer.vocab.values()) < vocab_size\nAssertionError",

@@ -123,6 +123,14 @@ def test_a_misspelt_path_names_its_neighbour(model: Path) -> None:
     assert model.name in caught.value.why
 
 
+@pytest.mark.parametrize("ending", [".part", ".crdownload", ".incomplete"])
+def test_an_unfinished_download_is_known_by_its_name(ending: str, tmp_path: Path) -> None:
+    (tmp_path / f"m.gguf{ending}").write_bytes(b"GGUF")
+    with pytest.raises(InvalidDataError, match="unfinished download") as caught:
+        parse_source(str(tmp_path / f"m.gguf{ending}"))
+    assert ending in caught.value.why
+
+
 def test_a_directory_without_config_names_its_gguf(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"")
     with pytest.raises(InvalidDataError, match="it has no config") as caught:
