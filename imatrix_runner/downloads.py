@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
 
 import tenacity
 
 from imatrix_runner.errors import DownloadError, from_os_error
 from imatrix_runner.files import human_bytes, sync
 from imatrix_runner.signals import Stop
-from imatrix_runner.untrusted import whole_number
+from imatrix_runner.untrusted import split_url, whole_number
 
 if TYPE_CHECKING:
     import httpx2
@@ -179,7 +178,7 @@ class Fetcher:
         import httpx2
 
         self.stop.check()
-        if urlsplit(url).scheme not in ("https", "http"):
+        if split_url(url).scheme not in ("https", "http"):
             raise DownloadError(f"{what} has an unusable address", f"{url!r} is not an http address", self.advice.later)
         seen = 0
         try:
@@ -201,7 +200,7 @@ class Fetcher:
                     write(block, total)
                 return str(answer.headers.get("content-type", ""))
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError) as error:
-            why = f"no connection to {urlsplit(shown(url)).netloc} ({error})"
+            why = f"no connection to {split_url(shown(url)).netloc} ({error})"
             raise _TryAgain(DownloadError(f"{what} could not be reached", why, self.advice.unreachable)) from error
         except httpx2.TransportError as error:
             raise _TryAgain(_cut(what, str(error) or type(error).__name__)) from error
@@ -228,7 +227,7 @@ class Fetcher:
 
 def shown(url: str) -> str:
     """An address without what may be secret in it."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
@@ -106,6 +107,16 @@ def whole_number(text: str) -> int | None:
     """The number that a text of decimal digits is; None for any other text, and for more digits than 64 bits hold."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None
+
+
+def split_url(text: str) -> SplitResult:
+    """The parts of a web address; all empty for what cannot be one, such as ``http://[`` or a port of 99999."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # looked at only when it is asked for
+    except ValueError:
+        return urlsplit("")
+    return parts
 
 
 def is_unicode(text: str) -> bool:

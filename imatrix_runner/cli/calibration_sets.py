@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import click
 
 from imatrix_runner.cli.options import output_options
 from imatrix_runner.cli.render import listening
 from imatrix_runner.cli.settings import SettingsCommand, setting
+from imatrix_runner.untrusted import split_url
 
 if TYPE_CHECKING:
     from imatrix_runner.calibration.parts import Part
@@ -174,7 +174,7 @@ def _print_tables(parts: tuple[Part, ...], sets: tuple[ListedSet, ...]) -> None:
 
 def _publisher(origin: str) -> str:
     """Host and owner of an address: ``gist.github.com/bartowski1182``; for the hub its repository."""
-    parts = urlsplit(origin)
+    parts = split_url(origin)
     where = parts.path.removeprefix("/datasets/").strip("/")
     return where if parts.path.startswith("/datasets/") else f"{parts.hostname}/{where.partition('/')[0]}"
 

@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PureWindowsPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from imatrix_runner.models.bounded import printable, quoted
+from imatrix_runner.untrusted import split_url
 
 _ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 _PAGE = re.compile(
@@ -70,8 +71,8 @@ def _hosted(text: str) -> bool:
 
 def _address(text: str) -> Meant:
     if text.lower().startswith("file://"):
-        return Meant("a file is named by its path, not by a file:// address", f"Try: {_run(unquote(urlsplit(text).path))}")
-    parts = urlsplit(text if "://" in text else f"https://{text}")
+        return Meant("a file is named by its path, not by a file:// address", f"Try: {_run(unquote(split_url(text).path))}")
+    parts = split_url(text if "://" in text else f"https://{text}")
     path = unquote(parts.path if parts.scheme in ("http", "https") else f"{parts.netloc}{parts.path}").strip("/")
     match = _PAGE.fullmatch(path.removeprefix("models/"))
     why = "a web address is not a model source; a hub id is just org/name"

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from imatrix_runner.errors import UsageError
-from imatrix_runner.untrusted import UnreadableError, from_lenient_json
+from imatrix_runner.untrusted import UnreadableError, from_lenient_json, split_url
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _OWN_ADDRESS = (
@@ -64,7 +63,7 @@ def repository_in(text: object) -> str | None:
     """``ORG/NAME`` of a hub id or of a repository's web address."""
     if not isinstance(text, str):
         return None
-    path = urlsplit(text).path.strip("/") if "://" in text else text
+    path = split_url(text).path.strip("/") if "://" in text else text
     repo = path.removesuffix("/tree/main")
     return repo if _REPO.fullmatch(repo) and ".." not in repo and "--" not in repo else None
 

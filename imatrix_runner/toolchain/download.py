@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from imatrix_runner import downloads
 from imatrix_runner.errors import DownloadError
 from imatrix_runner.signals import Stop
-from imatrix_runner.untrusted import UnreadableError, from_lenient_json
+from imatrix_runner.untrusted import UnreadableError, from_lenient_json, split_url
 
 _API_HOST = "api.github.com"
 _MAX_JSON = 16 << 20
@@ -62,7 +61,7 @@ class Fetcher:
 def headers_for(url: str, env: Mapping[str, str]) -> dict[str, str]:
     """Request headers. ``GITHUB_TOKEN`` goes to GitHub's API over HTTPS and to nobody else, redirects included."""
     headers = {"User-Agent": "imatrix-runner", "Accept": "application/json, */*", "Accept-Encoding": "identity"}
-    parts = urlsplit(url)
+    parts = split_url(url)
     if env.get("GITHUB_TOKEN") and parts.scheme == "https" and parts.hostname == _API_HOST and parts.port in (None, 443):
         headers["Authorization"] = f"Bearer {env['GITHUB_TOKEN']}"
     return headers

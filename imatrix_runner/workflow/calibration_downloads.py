@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from imatrix_runner.calibration.catalogue import (
     CalibrationSet,
@@ -24,6 +24,7 @@ from imatrix_runner.errors import DownloadError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Progress, Started
 from imatrix_runner.files import discard, human_bytes, part_path, require_space, sha256, sync
 from imatrix_runner.models.hub import Hub, Listing, RepoFile
+from imatrix_runner.untrusted import split_url
 from imatrix_runner.workflow.context import Context
 
 MOST_BYTES = 64 << 20
@@ -114,7 +115,7 @@ def _address(url: str, env: Mapping[str, str]) -> str:
     if not mirror:
         return url
     try:
-        parts = urlsplit(mirror)
+        parts = split_url(mirror)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
         _ = parts.port  # raises for what is no number
     except ValueError:
@@ -123,11 +124,11 @@ def _address(url: str, env: Mapping[str, str]) -> str:
         raise UsageError(
             f"{MIRROR} is not a web address", f"it is {mirror[:80]!r}", "Set it to an http:// or https:// address, or unset it."
         )
-    return mirror + urlsplit(url).path
+    return mirror + split_url(url).path
 
 
 def _host(url: str) -> str:
-    return urlsplit(url).hostname or url
+    return split_url(url).hostname or url
 
 
 def _listed(wanted: Wanted, listing: Listing) -> SetText:

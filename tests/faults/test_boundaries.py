@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from command_line import RunCommand
 from hub_server import HubServer, be_quick_and_anonymous
 from hypothesis import given
 from hypothesis import strategies as st
@@ -520,6 +521,14 @@ def test_a_hub_s_answer(asked: str, hub: HubServer, tmp_path: Path) -> None:
     taken = [survived(what, partial(use, data)) for what, data in typed_mutations(document, SEED, 120)]
     assert not all(taken)
     assert any(taken) or asked == "data set"  # whose files are not there: only the listing is answered
+
+
+@pytest.mark.parametrize("address", ["http://[", "http://host:99999999", "http://", "nonsense"])
+def test_an_address_of_a_hub_that_is_none(address: str, runner: RunCommand) -> None:
+    """In a process of its own: the library reads it when it is imported, and raises there."""
+    done = runner("run", "org/name", "--levels", "Q4_0", env={"HF_ENDPOINT": address})
+    assert done.code in (2, 4), done.err
+    assert "HF_ENDPOINT is not a web address" in done.err
 
 
 @pytest.mark.parametrize("etag", ["../../../escaped", "a/b", "..\\..\\escaped", "x" * 300])

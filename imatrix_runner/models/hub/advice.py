@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from imatrix_runner.errors import DownloadError, RunnerError, UsageError, from_os_error
 from imatrix_runner.files import human_seconds
 from imatrix_runner.models.sources import HubId
-from imatrix_runner.untrusted import whole_number
+from imatrix_runner.untrusted import split_url, whole_number
 
 LONGEST_WAIT = 30.0
 """Seconds we wait when a hub asks us to; for longer ones the user is told."""
@@ -29,14 +29,14 @@ class Asked:
     @property
     def host(self) -> str:
         """The hub's address without credentials that a proxy URL may carry."""
-        parts = urlsplit(self.endpoint)
+        parts = split_url(self.endpoint)
         port = f":{parts.port}" if parts.port else ""
         return f"{parts.hostname}{port}" if parts.hostname else "the hub"
 
     @property
     def page(self) -> str:
         folder = "datasets/" if self.repo_type == "dataset" else ""
-        return f"{urlsplit(self.endpoint).scheme}://{self.host}/{folder}{self.hub_id.repo}"
+        return f"{split_url(self.endpoint).scheme}://{self.host}/{folder}{self.hub_id.repo}"
 
     @property
     def no_path(self) -> str:
@@ -105,6 +105,8 @@ def explain(error: BaseException, asked: Asked) -> RunnerError:
         return explain(error.__cause__, asked)  # the library's name for any trouble while asking about a file
     if isinstance(error, httpx2.HTTPError):
         return _explain_transport(error, asked)
+    if isinstance(error, httpx2.InvalidURL):
+        return _no_address(asked)
     if isinstance(error, errors.FileMetadataError):
         return no_hub(asked)
     if isinstance(error, errors.HFValidationError):
@@ -192,6 +194,22 @@ def _explain_status(status: int, asked: Asked, wait: float | None) -> DownloadEr
     )
 
 
+def require_address() -> None:
+    """Raise :class:`UsageError` for an ``HF_ENDPOINT`` that the hub library could not even be imported with."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    if endpoint and "://" in endpoint and not split_url(endpoint).hostname:
+        raise UsageError(
+            "HF_ENDPOINT is not a web address",
+            f"it is {endpoint[:60]!r}",
+            "Set HF_ENDPOINT to an http:// or https:// address, or unset it.",
+        )
+
+
+def _no_address(asked: Asked) -> DownloadError:
+    todo = "Set HF_ENDPOINT to an http:// or https:// address, or unset it."
+    return DownloadError("HF_ENDPOINT is not a web address", f"it is {asked.endpoint.split('@')[-1][:60]!r}", todo)
+
+
 def _explain_transport(error: BaseException, asked: Asked) -> DownloadError:
     import httpx2
 
@@ -200,8 +218,7 @@ def _explain_transport(error: BaseException, asked: Asked) -> DownloadError:
         todo = "Check HTTPS_PROXY and HTTP_PROXY, then run the same command again."
         return DownloadError("The proxy refused the download", f"no way through it to {asked.host}", todo)
     if isinstance(error, httpx2.UnsupportedProtocol):
-        todo = "Set HF_ENDPOINT to an http:// or https:// address, or unset it."
-        return DownloadError("HF_ENDPOINT is not a web address", f"it is {asked.endpoint.split('://')[0][:60]!r}", todo)
+        return _no_address(asked)
     if isinstance(error, httpx2.TimeoutException):
         return DownloadError(f"{asked.host} does not answer", "the time limit passed without a byte from it", again)
     if isinstance(error, httpx2.ConnectError):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.origin import repository_in
+from imatrix_runner.untrusted import split_url
 
 LIBRARY = "gguf"
 """What the hub lists GGUF repositories under (https://huggingface.co/models?library=gguf)."""
@@ -101,10 +102,7 @@ def licence_address(repo: str, link: str) -> str:
 
 
 def _is_address(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-    except ValueError:  # [ without ]
-        return False
+    parts = split_url(text)
     return parts.scheme in ("http", "https") and bool(parts.netloc) and " " not in text
 
 

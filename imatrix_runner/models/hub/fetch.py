@@ -16,7 +16,7 @@ from imatrix_runner.events import Finished, Sink, Started
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
 from imatrix_runner.models.folder_survey import Folder
 from imatrix_runner.models.folders import diagnose
-from imatrix_runner.models.hub.advice import Asked, explain, offline_without
+from imatrix_runner.models.hub.advice import Asked, explain, offline_without, require_address
 from imatrix_runner.models.hub.background import in_background
 from imatrix_runner.models.hub.choice import CONFIG, Choice, RepoFile, choose
 from imatrix_runner.models.hub.listing import Listing, list_cached, list_repository, remember_revision, repository_folder
@@ -77,6 +77,7 @@ def fetch_model(
 
 def quiet_library() -> None:
     """The library reports retries on stderr by itself; progress and errors reach people through the sink instead."""
+    require_address()
     from huggingface_hub.utils.logging import set_verbosity
 
     set_verbosity(logging.ERROR)
@@ -84,6 +85,7 @@ def quiet_library() -> None:
 
 def default_cache() -> Path:
     """Where ``HF_HOME`` or ``HF_HUB_CACHE`` put the cache."""
+    require_address()
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
@@ -91,6 +93,7 @@ def default_cache() -> Path:
 
 def hub_endpoint() -> str:
     """``HF_ENDPOINT`` as it is now, else the library's default (which it reads once, when it is imported)."""
+    require_address()
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
@@ -98,6 +101,7 @@ def hub_endpoint() -> str:
 
 def token_source() -> str | None:
     """Where a token would be taken from; never the token."""
+    require_address()
     from huggingface_hub import constants
 
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

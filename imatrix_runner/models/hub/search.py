@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import msgspec
 
@@ -31,7 +31,7 @@ from imatrix_runner.models.hub.listing import (
 from imatrix_runner.models.hub.transfer import cached_file, is_offline, patiently
 from imatrix_runner.models.sources import HubId
 from imatrix_runner.signals import Stop
-from imatrix_runner.untrusted import UnreadableError, from_json
+from imatrix_runner.untrusted import UnreadableError, from_json, split_url
 
 RepoType = Literal["model", "dataset"]
 
@@ -176,7 +176,7 @@ def _page(asked: Asked, url: str, params: list[tuple[str, str]]) -> tuple[list[_
     if following is None:
         return page, None
     following = urljoin(url, following)
-    if urlsplit(following)[:2] != urlsplit(asked.endpoint)[:2]:
+    if split_url(following)[:2] != split_url(asked.endpoint)[:2]:
         raise no_hub(asked)
     return page, following
 

@@ -14,7 +14,7 @@ from imatrix_runner.downloads import LEAST_BYTES, PACE_SECONDS
 from imatrix_runner.errors import DownloadError
 from imatrix_runner.events import Progress, Sink
 from imatrix_runner.files import human_bytes, sha256
-from imatrix_runner.models.hub.advice import LONGEST_WAIT, Asked, explain, is_passing, retry_after
+from imatrix_runner.models.hub.advice import LONGEST_WAIT, Asked, explain, is_passing, require_address, retry_after
 from imatrix_runner.models.hub.background import in_background
 from imatrix_runner.models.hub.choice import RepoFile
 from imatrix_runner.signals import Stop
@@ -44,6 +44,7 @@ _ETAG = re.compile(r"[\w.+=-]{1,200}", re.ASCII)
 
 def is_offline() -> bool:
     """Whether ``HF_HUB_OFFLINE`` forbids the network."""
+    require_address()
     from huggingface_hub import constants
 
     return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
