@@ -22,8 +22,8 @@ _MOST_VOCAB = 1 << 24
 _MOST_CTX = 1 << 24
 LEADING = 4
 """How many u16 of a row are its scale and min_log_prob."""
-_DEPTH = 16.0
-"""What is this far below the likeliest token, or farther, is kept as this far."""
+_DEEPEST = 24.0
+"""What is this far below the likeliest token, or farther, is kept as this far: 16 in llama.cpp, 24 in ik_llama.cpp."""
 
 Rows = npt.NDArray[np.uint16]
 
@@ -125,13 +125,13 @@ def read_rows(path: Path, head: LogitsHead, chunk: int, row: int, count: int) ->
 
 def first_wild_chunk(path: Path, head: LogitsHead) -> int | None:
     """The first chunk with a row that no logits give: of NaN or infinite ones its scale or its least log-probability is such
-    too, and finite ones are kept as at most 16 apart."""
-    least_of_all = -_DEPTH - np.log(head.n_vocab) - 1
+    too, and finite ones are kept as at most :data:`_DEEPEST` apart."""
+    least_of_all = -_DEEPEST - np.log(head.n_vocab) - 1
     for chunk in range(head.n_chunks):
         shape = (head.rows, row_words(head.n_vocab))
         rows = np.memmap(path, "<u2", "r", head.rows_at + chunk * head.chunk_bytes, shape)
         scale, least = np.ascontiguousarray(rows[:, :LEADING]).view("<f4").T
-        possible = (scale >= 0) & (scale <= (_DEPTH + 1) / 65535) & (least >= least_of_all) & (least <= 1)
+        possible = (scale >= 0) & (scale <= (_DEEPEST + 1) / 65535) & (least >= least_of_all) & (least <= 1)
         if not possible.all():
             return chunk
     return None

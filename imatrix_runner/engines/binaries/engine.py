@@ -194,7 +194,7 @@ class BinariesEngine:
     def dry_run(self, job: QuantizeJob) -> DryRun:
         """What llama-quantize says itself, or what it makes of the model's skeleton where it cannot say."""
         # A program that reads only the legacy format may insist on every weight even when it plans.
-        pending = self.capabilities.reads == "dat" and is_yet_to_be_made(job)
+        pending = job.imatrix is not None and self.capabilities.reads == "dat" and is_yet_to_be_made(job)
         if pending or not self.toolchain.knows("llama-quantize", "--dry-run"):
             return replace(self._try_skeleton(job), certain=False)
         output = QuantizeOutput()
