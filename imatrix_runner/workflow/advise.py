@@ -20,6 +20,7 @@ from imatrix_runner.engines.embedded.find import Unusable
 from imatrix_runner.errors import UsageError
 from imatrix_runner.events import warning
 from imatrix_runner.files import free_bytes, stamp
+from imatrix_runner.imatrix.expected import ExpectedMatrix, expect
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.kind import no_next_token, require_vocabulary
 from imatrix_runner.models.sources import HubId, LocalDirectory, Model, Source, parse_source
@@ -160,9 +161,11 @@ def advise(request: AdviseRequest, context: Context) -> Advice:
     n_ctx = request.n_ctx or min(USUAL_CONTEXT, trained if trained and trained > 0 else USUAL_CONTEXT)
     held = context_memory(model, n_ctx)
     facts = _machine(request, session, choice)
-    judged = _judged(levels, request.levels, model, held, facts.budget, session)
     text = _text(request, corpus, model, session, context)
-    untimed = no_next_token(model) or _untimed(request, text)
+    cannot = no_next_token(model)
+    expected = expect(model, dataset=corpus.name, chunks=text.n_chunks) if not cannot else None
+    judged = _judged(levels, request.levels, model, expected, held, facts.budget, session)
+    untimed = cannot or _untimed(request, text)
     options = replace(request.options, parse_special=_parse_special(request, corpus))
     timing = probe(model, corpus, text.n_tokens, options, session) if not untimed else None
     return Advice(
@@ -243,17 +246,22 @@ def _machine(request: AdviseRequest, session: Session, choice: Choice) -> Machin
 
 
 def _judged(
-    levels: Sequence[Level], request: LevelsRequest, model: Model, held: ContextMemory, budget: Budget, session: Session
+    levels: Sequence[Level],
+    request: LevelsRequest,
+    model: Model,
+    expected: ExpectedMatrix | None,
+    held: ContextMemory,
+    budget: Budget,
+    session: Session,
 ) -> tuple[LevelAdvice, ...]:
-    """Every level as llama.cpp would make it with an imatrix, if the model can have one; largest first, whatever lies in the
-    workspace."""
+    """Every level as llama.cpp would make it with the imatrix that is ``expected`` (None: it can have none);
+    largest first, whatever is in the workspace."""
     with scratch_folder() as folder:
         empty = Workspace(folder / model.name, model.name)
         scratch = replace(session, workspace=empty, journal=Journal(empty.journal))
         frozen = Frozen(model, "", tuple(stamp(path) for path in model.files))
-        steps = LevelPlanner(request, frozen, scratch).plan(
-            levels, None, "none" if no_next_token(model) else "still to be made"
-        )
+        fingerprint = "none" if expected is None else "still to be made"
+        steps = LevelPlanner(request, frozen, scratch).plan(levels, None, fingerprint, expected)
     judged = [_level(step, held, budget) for step in steps]
     return tuple(sorted(judged, key=lambda each: -(each.n_bytes or 0)))
 

@@ -18,6 +18,7 @@ from imatrix_runner.workspace import hold
 
 PLAN = {
     *("text", "sha256", "chunks", "context", "tokens", "overlap", "disk_bytes", "passes", "levels", "twins", "without_twin"),
+    "same",
 }
 MEASURED = {"levels", "failed", "comparisons", "domain", "target", "seconds"}
 
