@@ -452,7 +452,12 @@ class TestErrors:
             ("Q4_K_M", {"prune_layers": "0,"}, UsageError, "'' is no layer's number"),
             ("Q9_K", {}, ToolchainError, "do not offer that type (Q9_K)"),
             ("NVFP4", {}, ToolchainError, "do not offer that type (NVFP4)"),
-            ("IQ2_XXS", {"exclude_weights": ("blk.1.attn_q",)}, InvalidDataError, "no data for tensor blk.1.attn_q.weight"),
+            (
+                "IQ2_XXS",
+                {"exclude_weights": ("blk.1.attn_q",)},
+                InvalidDataError,
+                "no imatrix data for tensor blk.1.attn_q.weight",
+            ),
             ("IQ2_XXS", {"exclude_weights": ("",)}, InvalidDataError, "cannot do without an importance matrix"),
         ],
         ids=str,
