@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,8 +17,7 @@ from typing import Literal
 import msgspec
 
 import imatrix_runner
-from imatrix_runner.errors import RunnerError
-from imatrix_runner.files import read_json, stamp, write_json
+from imatrix_runner.files import stamp
 from imatrix_runner.models.gguf_skeleton import (
     ZeroTensor,
     float_entry,
@@ -29,6 +27,7 @@ from imatrix_runner.models.gguf_skeleton import (
     write_zeros,
 )
 from imatrix_runner.process import Command, capture
+from imatrix_runner.remembered import recall, remember
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.probe import Toolchain
 
@@ -76,16 +75,13 @@ def capabilities(toolchain: Toolchain, cache: Path) -> Capabilities:
 def _reads(toolchain: Toolchain, cache: Path) -> MatrixFormat:
     program, plans = toolchain.tool(QUANTIZE), toolchain.knows(QUANTIZE, "--dry-run")
     key = _key(toolchain, program)
-    memory = cache / _FOLDER / f"{key[:16]}.json"
-    with suppress(RunnerError):  # nothing is remembered, or nothing that can be read: ask again
-        remembered = read_json(memory, _Remembered, limit=1 << 16)
-        if remembered.key == key:
-            return remembered.reads
+    remembered = recall(cache / _FOLDER, key, _Remembered)
+    if remembered is not None:
+        return remembered.reads
     found = _ask(program, plans=plans)
     if found is None:
         return "gguf"  # neither is read: llama.cpp's current format, and the program's own words when a level is planned
-    with suppress(RunnerError):  # a cache that cannot be written to costs two runs next time
-        write_json(memory, _Remembered(key, found))
+    remember(cache / _FOLDER, _Remembered(key, found))
     return found
 
 

@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,10 @@ import msgspec
 
 import imatrix_runner
 from imatrix_runner.endings import crashed, ending
-from imatrix_runner.errors import RunnerError
 from imatrix_runner.events import Sink, warning
-from imatrix_runner.files import read_json, stamp, write_json
+from imatrix_runner.files import stamp
 from imatrix_runner.process import Captured, Command, capture, relevant_lines
+from imatrix_runner.remembered import recall, remember
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.hardware import cpu_features
 from imatrix_runner.toolchain.probe import Toolchain
@@ -30,7 +29,7 @@ from imatrix_runner.toolchain.repacking import REPACKS, Repacking
 
 _TOOL = "llama-imatrix"
 _NO_REPACK = "--no-repack"
-_MEMORY = "programs.json"
+_FOLDER = "programs"
 _SECONDS = 20.0
 _FAR = 0.05
 """How far repacked weights may move a chunk's mean nll. With ggml's AVX-512 kernels it is below 0.01."""
@@ -84,13 +83,12 @@ def prove_programs(tools: Toolchain, cache: Path, env: Mapping[str, str] = os.en
     remembered: it may be repaired at any moment.
     """
     key = _key(tools, env)
-    known = _recall(cache / _MEMORY, key)
+    known = recall(cache / _FOLDER, key, _Remembered)
     if known is not None:
         return ProgramProof(known.repacking)
     found = _prove(tools)
     if not found.broken:
-        with suppress(RunnerError):  # a cache that cannot be written to costs the half second again
-            write_json(cache / _MEMORY, _Remembered(key, found.repacking))
+        remember(cache / _FOLDER, _Remembered(key, found.repacking))
     return found
 
 
@@ -103,14 +101,6 @@ def _key(tools: Toolchain, env: Mapping[str, str]) -> str:
     parts += [f"{path} {stamp(path)}" for path in (program, *libraries) if path.is_file()]
     parts += [f"{name}={value}" for name, value in sorted(env.items()) if _DECIDING.match(name)]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _recall(path: Path, key: str) -> _Remembered | None:
-    try:
-        memory = read_json(path, _Remembered, limit=1 << 16)
-    except RunnerError:
-        return None
-    return memory if memory.key == key else None
 
 
 def _prove(tools: Toolchain) -> ProgramProof:

@@ -79,7 +79,7 @@ class TestLibrary:
         crash(monkeypatch, library, "quantised", signal.SIGABRT)
         with pytest.raises(Unusable, match=r"killed by SIGABRT .*GGML_ASSERT\(tiles\) failed"):
             found(toolchain, cache, library)
-        assert not (cache / "bindings.json").exists()
+        assert not (cache / "bindings").exists()
 
     def test_only_where_it_fails_figures_are_of_another_arithmetic(self, toolchain: Toolchain, cache: Path) -> None:
         bindings = find({LIBRARY_VARIABLE: str(toolchain.directory)}, cache)
@@ -109,7 +109,7 @@ class TestPrograms:
     ) -> None:
         crash(monkeypatch, library, "quantised", signal.SIGABRT)
         assert "GGML_ASSERT(tiles) failed" in prove_programs(toolchain, cache).broken
-        assert not (cache / "programs.json").exists()
+        assert not (cache / "programs").exists()
 
     def test_programs_from_before_the_first_architecture_are_tried_with_another(
         self, toolchain: Toolchain, cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -138,7 +138,7 @@ def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     assert q4["error"] is None
     assert [Path(file).stat().st_size for file in q4["files"]] == [q4["bytes"]]
     plan = document["plan"]
-    assert plan.keys() == {"workspace", "imatrix", "levels", "measure", "new_bytes", "free_bytes"}
+    assert plan.keys() == {"workspace", "imatrix", "levels", "notes", "measure", "new_bytes", "free_bytes"}
     assert plan["new_bytes"] == 0
     assert plan["levels"][0].keys() == {
         *("level", "ftype", "state", "reason", "remedy", "files", "bytes", "bits_per_weight", "needs_imatrix", "fallbacks"),

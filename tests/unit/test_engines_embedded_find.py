@@ -182,7 +182,7 @@ class TestBrokenLibraries:
         assert str(folder) in caught.value.why
         assert LIBRARY_VARIABLE in caught.value.todo
         assert time.monotonic() - began < 20
-        assert not (cache / "bindings.json").exists()  # a failure is not remembered: it may be repaired at any moment
+        assert not (cache / "bindings").exists()  # a failure is not remembered: it may be repaired at any moment
 
     def test_the_worker_s_own_reason_is_passed_on(
         self, tmp_path: Path, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -240,6 +240,11 @@ class TestMemory:
         assert find(named(folder), cache).digest != before.digest
         assert asked.read_text() == "x\nx\n"
 
+    def test_two_environments_in_turn_are_both_remembered(self, folder: Path, cache: Path, asked: Path) -> None:
+        for devices in ("0", "1", "0", "1"):
+            find({**named(folder), "CUDA_VISIBLE_DEVICES": devices}, cache)
+        assert asked.read_text() == "x\nx\n"
+
     def test_variables_that_decide_about_devices_count(self, folder: Path, cache: Path, asked: Path) -> None:
         for devices in ("0", "0", "1"):
             find({**named(folder), "CUDA_VISIBLE_DEVICES": devices, "HOME": devices}, cache)
@@ -247,16 +252,18 @@ class TestMemory:
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"key":"k","at":1,"digest":"d","answer":"{}"}', b"\xff" * 100])
     def test_a_broken_memory_is_replaced(self, folder: Path, cache: Path, asked: Path, content: bytes) -> None:
-        cache.mkdir()
-        (cache / "bindings.json").write_bytes(content)
+        find(named(folder), cache)
+        (memory,) = (cache / "bindings").iterdir()
+        memory.write_bytes(content)
         find(named(folder), cache)
         find(named(folder), cache)
-        assert asked.read_text() == "x\n"
+        assert asked.read_text() == "x\nx\n"
 
     def test_what_it_says_is_checked_and_not_believed(self, folder: Path, cache: Path, asked: Path) -> None:
         find(named(folder), cache)
-        memory = read_json(cache / "bindings.json", find_module._Remembered)
-        write_json(cache / "bindings.json", msgspec.structs.replace(memory, answer='{"type":"counted","n_tokens":1}'))
+        (path,) = (cache / "bindings").iterdir()
+        memory = read_json(path, find_module._Remembered)
+        write_json(path, msgspec.structs.replace(memory, answer='{"type":"counted","n_tokens":1}'))
         assert find(named(folder), cache).version == "0.3.36"
         assert asked.read_text() == "x\nx\n"
 

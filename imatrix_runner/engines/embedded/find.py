@@ -22,9 +22,10 @@ import imatrix_runner
 from imatrix_runner.endings import crashed
 from imatrix_runner.engines.embedded.install import AFRESH, DISTRIBUTION, install_hint, pip_install
 from imatrix_runner.engines.embedded.protocol import Failed, Probe, Proven, Request, decode_answer, encode
-from imatrix_runner.errors import EngineError, RunnerError, ToolchainError
-from imatrix_runner.files import read_json, sha256, stamp, write_json
+from imatrix_runner.errors import EngineError, ToolchainError
+from imatrix_runner.files import sha256, stamp
 from imatrix_runner.process import Captured, Command, capture
+from imatrix_runner.remembered import recall, remember
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.hardware import cpu_features
 from imatrix_runner.toolchain.probe import find_backends, why_unfit
@@ -39,7 +40,7 @@ PROBE_SECONDS = 60.0
 GPU_MEMORY_SECONDS = 600.0  # a GPU may vanish or come back; what a CPU build can do only changes with its files
 
 _ROOT = Path(imatrix_runner.__file__).resolve().parent.parent
-_MEMORY = "bindings.json"
+_FOLDER = "bindings"
 # libllama.so, libggml-cpu.so.0.25.3, libggml-metal.0.dylib, ggml-base.dll; not libllama-common, not libmtmd
 _LIBRARY = re.compile(r"(?:lib)?(llama|ggml(?:-[a-z0-9_-]+)?)(?:[.\d]*\.dylib|\.dll|\.so[.\d]*)", re.IGNORECASE)
 # What decides which libraries are loaded besides, and which devices they show.
@@ -201,11 +202,11 @@ def _prove(version: str, place: _Place, env: Mapping[str, str], cache: Path, sec
         raise Unusable(f"{place.directory} ({place.origin}) holds no llama library", place.todo)
     built_for = find_backends("", (path.name for _, path in libraries))
     key = _key(version, place, libraries, env)
-    remembered = _recall(cache / _MEMORY, key, GPU_MEMORY_SECONDS if len(built_for) > 1 else None)
+    remembered = _recall(cache / _FOLDER, key, GPU_MEMORY_SECONDS if len(built_for) > 1 else None)
     if remembered is None:
         proven, line, repacking = _try(place, seconds)
         remembered = _Remembered(key, time.time(), _digest(libraries), line, repacking), proven
-        _remember(cache / _MEMORY, remembered[0])
+        remember(cache / _FOLDER, remembered[0])
     memory, proven = remembered
     return Bindings(
         version=proven.version,
@@ -234,22 +235,17 @@ def _key(version: str, place: _Place, libraries: Sequence[tuple[str, Path]], env
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _recall(path: Path, key: str, seconds: float | None) -> tuple[_Remembered, Proven] | None:
+def _recall(folder: Path, key: str, seconds: float | None) -> tuple[_Remembered, Proven] | None:
     """What is remembered under ``key``, if it is not older than ``seconds``; anything odd counts as nothing."""
+    memory = recall(folder, key, _Remembered)
+    if memory is None:
+        return None
     try:
-        memory = read_json(path, _Remembered, limit=1 << 20)
         answer = decode_answer(memory.answer)
-    except (RunnerError, UnreadableError):
+    except UnreadableError:
         return None
     fresh = seconds is None or 0 <= time.time() - memory.at < seconds
-    return (memory, answer) if memory.key == key and fresh and isinstance(answer, Proven) else None
-
-
-def _remember(path: Path, memory: _Remembered) -> None:
-    try:
-        write_json(path, memory)
-    except RunnerError:
-        return  # a cache that cannot be written to costs a quarter of a second next time
+    return (memory, answer) if fresh and isinstance(answer, Proven) else None
 
 
 def _try(place: _Place, seconds: float) -> tuple[Proven, str, Repacking]:
