@@ -19,7 +19,8 @@ _CHARACTER: Final = 7.4
 
 @dataclass(frozen=True)
 class Spot:
-    """A point in pixels, y downwards; ``must``: its name is written even where there is no room close by."""
+    """A point in pixels, y downwards; ``must``: its name is written even where there is no room close by, unless it is wider
+    than the plot."""
 
     x: float
     y: float
@@ -101,7 +102,7 @@ def place(
         if free is None and spot.must:  # over a point or the line rather than over another name
             free = next((each for each in inside if not any(each[1].meets(other) for other in labels)), None)
         if free is None:
-            found[at] = Label(*_PLACES[0], shown=spot.must)
+            found[at] = Label(*_PLACES[0], shown=spot.must and _CHARACTER * len(spot.text) <= width)
         else:
             found[at] = Label(*free[0], shown=True)
             taken.append(free[1])

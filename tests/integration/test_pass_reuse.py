@@ -24,6 +24,7 @@ from imatrix_runner.engines.embedded import ledger
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.embedded.find import find
 from imatrix_runner.events import ignore
+from imatrix_runner.files import stamp
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.probe import Toolchain
@@ -139,14 +140,23 @@ def computed(done: Ran) -> int:
 
 
 def flip(path: Path, offset: int, *, unseen: bool) -> None:
-    """Another byte there; ``unseen``: the file system does not tell."""
-    before = path.stat()
+    """Another byte there, or soon after; ``unseen``: where neither the file system nor a sample of the content shows it."""
+    before, seen = path.stat(), stamp(path)
+    for at in range(offset, offset + (96 << 10), 1 << 10):
+        _invert(path, at)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + (0 if unseen else 1)))
+        if not unseen or stamp(path) == seen:
+            return
+        _invert(path, at)
+    raise AssertionError("every place is sampled")
+
+
+def _invert(path: Path, offset: int) -> None:
     with path.open("r+b") as handle:
         handle.seek(offset)
         (byte,) = handle.read(1)
         handle.seek(offset)
         handle.write(bytes([byte ^ 0xFF]))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + (0 if unseen else 1)))
 
 
 def entries_of(path: Path) -> dict[str, ledger.Entry]:

@@ -379,7 +379,10 @@ def test_a_source_distribution_by_pip(tmp_path: Path, monkeypatch: pytest.Monkey
     assert made.identity() == "llama.cpp 0.5.0-dev commit 0c1e57098"
     assert made.directory.parent.name == "9.9.9-0c1e57098-cpu"
     assert len(read_json(made.directory.parent / RECORD, Record).sha256) == 64
-    assert [path.name for path in Store(request.cache).downloads.iterdir()] == [f"{top.name}.tar.gz"]
+    assert sorted(path.name for path in Store(request.cache).downloads.iterdir()) == [
+        f"{top.name}.tar.gz",
+        f"{top.name}.tar.gz.sha256",
+    ]
     # What is built is known without index, download or compiler.
     shutil.rmtree(Store(request.cache).downloads)
     monkeypatch.setattr("imatrix_runner.toolchain.build.finder", lambda env: lambda name: None)

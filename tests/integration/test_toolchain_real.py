@@ -379,7 +379,7 @@ def test_a_missing_file_and_a_file_elsewhere(site: Site, archive: bytes, request
     site.statuses[FILE] = (404, {})
     assert "does not exist" in refused(request_for()).what
     site.pages["/releases/latest"] = site.pages["/releases/latest"].replace(f"{site.url}/files".encode(), b"file:///files")
-    assert "not an http address" in refused(request_for()).why
+    assert "browser_download_url" in refused(request_for()).why
     # A redirect, as GitHub answers every download with, is followed.
     site.release("/releases/latest", TAG, (NAME, archive, None))
     site.pages["/elsewhere"] = archive

@@ -11,7 +11,7 @@ from llama_tools import BareTools, fake_tools
 
 from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Piece, QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
-from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.errors import InvalidDataError, ToolchainError
 from imatrix_runner.events import Event, Metric, Progress, ignore
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.process import Runner
@@ -121,6 +121,18 @@ def test_a_program_that_ends_well_and_wrote_nothing_is_noticed(
     fake = replace(toolchain, tools={name: folder / name for name in toolchain.tools})
     with pytest.raises(InvalidDataError, match="looking for what llama-imatrix wrote"):
         BinariesEngine(fake, Runner()).collect(job, ignore, lambda piece: True)
+
+
+def test_a_program_that_fails_at_once_without_a_word_is_asked_again_for_its_reason(
+    toolchain: Toolchain, job: CollectJob, tmp_path: Path
+) -> None:
+    tried = tmp_path / "tried"
+    script = f"echo x >>'{tried}'; [ $(wc -l <'{tried}') -lt 3 ] || echo \"unknown model architecture: 'new'\" >&2; exit 1"
+    folder = fake_tools(toolchain, tmp_path / "fake", llama_imatrix=script)
+    fake = replace(toolchain, tools={name: folder / name for name in toolchain.tools})
+    with pytest.raises(ToolchainError, match="architecture new"):
+        BinariesEngine(fake, Runner()).collect(job, ignore, lambda piece: True)
+    assert tried.read_text() == "x\n" * 3
 
 
 def test_what_it_offers_is_what_the_toolchain_offers(engine: BinariesEngine, toolchain: Toolchain) -> None:

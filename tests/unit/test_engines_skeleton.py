@@ -64,8 +64,8 @@ def test_rows_of_a_type_that_is_known_to_nobody_are_measured(engine: BinariesEng
     assert skeleton.row_bytes(types) == {("IQ4_K", 256): 256 // 32 * 18, ("IQ4_K", 512): 512 // 32 * 18}
 
 
-def test_a_converted_matrix_has_the_very_same_values(demo_imatrix: Path) -> None:
-    handover = Handover("dat")
+def test_a_converted_matrix_has_the_very_same_values(demo_imatrix: Path, tmp_path: Path) -> None:
+    handover = Handover("dat", tmp_path)
     copy = handover.path(demo_imatrix)
     assert copy == handover.path(demo_imatrix) != demo_imatrix
     assert (copy.name, read(copy).format) == (demo_imatrix.name, "dat")
@@ -74,4 +74,4 @@ def test_a_converted_matrix_has_the_very_same_values(demo_imatrix: Path) -> None
     assert after.values.keys() == before.values.keys()
     assert all((after.values[name] == before.values[name]).all() for name in before.values)
     assert handover.path(copy) == copy
-    assert Handover("gguf").path(demo_imatrix) == demo_imatrix
+    assert Handover("gguf", tmp_path).path(demo_imatrix) == demo_imatrix

@@ -250,8 +250,8 @@ def test_names_cover_neither_each_other_nor_points() -> None:
 
 
 def test_a_name_that_must_be_shown_is_even_where_there_is_no_room() -> None:
-    assert place([Spot(5, 5, "Q4_K_M", must=True), Spot(5, 6, "Q4_K_S")], 20, 12)[0].shown
-    assert not place([Spot(5, 5, "Q4_K_M", must=True), Spot(5, 6, "Q4_K_S")], 20, 12)[1].shown
+    assert place([Spot(5, 5, "Q4_K_M", must=True), Spot(5, 6, "Q4_K_S")], 50, 12)[0].shown
+    assert not place([Spot(5, 5, "Q4_K_M", must=True), Spot(5, 6, "Q4_K_S")], 50, 12)[1].shown
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -303,3 +303,7 @@ def test_the_smallest_and_the_largest_level_are_named() -> None:
     for end in (by_size[0], by_size[-1]):
         assert end["wide"]["shown"]
         assert end["narrow"]["shown"]
+
+
+def test_a_name_that_is_wider_than_the_plot_is_not_written() -> None:
+    assert not place([Spot(5, 5, "Q" * 60, must=True)], 250, 420)[0].shown

@@ -46,6 +46,10 @@ from imatrix_runner.toolchain.probe import QuantType, Toolchain
 from imatrix_runner.toolchain.repacking import REPACKS, Repacking
 from imatrix_runner.toolchain.store import cache_dir
 
+_AGAIN, _SOON = 3, 10.0
+"""llama-imatrix writes its log asynchronously and may lose all of it when it fails at once, as for a model that it cannot load.
+One that failed within so many seconds without a word is asked again so many times for its reason."""
+
 # tools/imatrix/imatrix.cpp: LOG_ERR of IMatrixCollector::collect_imatrix.
 _NON_FINITE = re.compile(r"non-finite values detected in (\S+)")
 
@@ -162,6 +166,10 @@ class BinariesEngine:
 
         command = imatrix_command(job, chunks, part, self.toolchain, ends_texts=ends_texts(job.model))
         outcome = self._runner.run(command, log=job.log, on_text=follow)
+        for _ in range(_AGAIN):
+            if outcome.returncode <= 0 or outcome.tail or outcome.seconds > _SOON:
+                break
+            outcome = self._runner.run(command, log=job.log, on_text=follow)
         if not outcome.ok:
             if wild := next(filter(None, map(_NON_FINITE.search, outcome.tail)), None):
                 seen = f"the activations that {wild[1]} meets in the chunks from {chunks.first + output.done + 1} on"
