@@ -34,6 +34,10 @@ _MAX_NAME = 120
 _DEVICE_NAMES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", re.IGNORECASE)
 
 
+_MOST_LAYERS = 4096
+"""Far above every model; llama.cpp itself takes 512 (LLAMA_MAX_LAYERS)."""
+
+
 @dataclass(frozen=True)
 class LocalFile:
     """A file, hopefully a GGUF; :func:`open_gguf` looks inside."""
@@ -198,10 +202,22 @@ def open_gguf(path: Path, *, allow_requantize: bool, name: str | None = None, so
         architecture=first.text("general.architecture") or "",
         source=source or Provenance("file", str(path)),
     )
+    _refuse_endless_layers(model)
     # Tensors in a published 4-bit form may be kept; whether a level would quantise them again is for the plan to say.
     if model.is_quantised and not allow_requantize and not model.is_native:
         raise _already_quantised(path, model)
     return model
+
+
+def _refuse_endless_layers(model: Model) -> None:
+    """Raise for a block count that no model has: whatever goes over the layers would not end, in llama.cpp as here."""
+    layers = model.n_layers or 0
+    if layers > _MOST_LAYERS:
+        raise InvalidDataError(
+            f"{model.files[0]} announces {layers} blocks",
+            f"no model has more than {_MOST_LAYERS}, so its metadata ({model.architecture}.block_count) is damaged or made up",
+            "Download or convert the model again.",
+        )
 
 
 def _already_quantised(path: Path, model: Model) -> InvalidDataError:

@@ -314,3 +314,14 @@ def test_native_types_are_named_with_the_option_that_keeps_them() -> None:
     assert keep_native(experts) == "--tensor-type _exps=mxfp4"
     dense = [tensor("blk.0.ffn_up.weight", "NVFP4"), tensor("blk.1.attn_q.weight", "NVFP4")]
     assert keep_native(dense) == r"--tensor-type '\.(attn_q|ffn_up)\.weight'=nvfp4"
+
+
+@pytest.mark.parametrize("blocks", [5000, (1 << 32) - 1])
+def test_a_block_count_that_no_model_has_is_refused(blocks: int, tmp_path: Path) -> None:
+    """Lists of so many layers took the memory of the machine, and llama.cpp seconds before it gave up."""
+    data = write_llama_gguf(tmp_path / "m.gguf", layers=1).read_bytes()
+    key = b"llama.block_count"
+    at = data.index(key) + len(key) + 4
+    (tmp_path / "m.gguf").write_bytes(data[:at] + struct.pack("<I", blocks) + data[at + 4 :])
+    with pytest.raises(InvalidDataError, match=f"announces {blocks} blocks"):
+        open_gguf(tmp_path / "m.gguf", allow_requantize=False)
