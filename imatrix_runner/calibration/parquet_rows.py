@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MOST_ROWS = 64
 _BATCH_BYTES = 32 << 20
 _SWOLLEN_BYTES, _SWOLLEN_TIMES = 256 << 20, 100
-"""A group of rows that unpacks to so much, and to so many times the whole file, is no text: a page of it may not fit memory."""
+"""A row group that unpacks to this many bytes, and to this many times the file's size, is refused: pages may not fit memory."""
 
 _PAGE_BUFFER = 1 << 20  # without it a whole column of a row group is read at once
 
