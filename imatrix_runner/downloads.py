@@ -1,4 +1,4 @@
-"""Careful downloads over HTTP: bounded, with progress, retried, and every way to fail in words of its own."""
+"""Downloads over HTTP: bounded in size, with progress and retries, and an error message for each kind of failure."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OnBytes = Callable[[int, int | None], None]
-"""Hears how many bytes have come, and how many the server announces if it does; may raise to stop."""
+"""Called with the bytes received so far and the total that the server announced, or None; may raise to stop."""
 
 _ATTEMPTS = 3
 _DOCUMENT_SECONDS = 120.0
-"""For a small document, all of it."""
+"""Time limit for a whole small document."""
 
 PACE_SECONDS = 60.0
 LEAST_BYTES = 60 << 10
-"""What every :data:`PACE_SECONDS` of a connection must bring: 1 KiB/s, a fifth of a telephone modem's rate."""
+"""Bytes that a connection must deliver in every :data:`PACE_SECONDS`: 1 KiB/s, a fifth of a telephone modem's rate."""
 
 
 class Pace:
-    """Tells a connection that will never bring a file from a slow one: one byte a second keeps every other clock content."""
+    """Detects a connection too slow to ever deliver a file: one byte a second would satisfy every other timeout."""
 
     def __init__(self) -> None:
         self._began, self._bytes = time.monotonic(), 0
 
     def is_slow(self, count: int) -> bool:
-        """Take note of ``count`` more bytes; true when a whole period brought less than :data:`LEAST_BYTES`."""
+        """Add ``count`` received bytes; return whether a whole period delivered less than :data:`LEAST_BYTES`."""
         self._bytes += count
         now = time.monotonic()
         if now - self._began < PACE_SECONDS:
@@ -50,7 +50,7 @@ class Pace:
 
 
 class _TryAgain(Exception):
-    """A failure that may pass by itself; carries the error to show when it does not."""
+    """A failure that may be temporary; carries the error to show after the last attempt."""
 
     def __init__(self, error: DownloadError) -> None:
         super().__init__(str(error))
@@ -58,8 +58,8 @@ class _TryAgain(Exception):
 
 
 @dataclass(frozen=True)
-class Advice:
-    """What to tell people to do: each a sentence. ``missing``: for 404; ``refused``: for 403 and 429."""
+class DownloadAdvice:
+    """The remedies of error messages, a sentence each. ``missing``: for 404; ``refused``: for 403 and 429."""
 
     later: str
     unreachable: str
@@ -69,7 +69,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Arrived:
-    """What a download brought. ``sha256`` is hex; ``content_type`` as the server called it, or empty."""
+    """A finished download. ``sha256`` is hex; ``content_type`` is what the server sent, or empty."""
 
     sha256: str
     n_bytes: int
@@ -78,17 +78,17 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Gets things by URL. ``headers`` of a request follow from its URL; ``wait_seconds`` is the pause before the second attempt
-    and doubles."""
+    """Downloads by URL. ``headers`` returns a request's headers for its URL; ``wait_seconds`` is the pause before the second
+    attempt and doubles."""
 
     stop: Stop
-    advice: Advice
+    advice: DownloadAdvice
     headers: Callable[[str], Mapping[str, str]]
     timeout_seconds: float = 30.0
     wait_seconds: float = 1.0
 
     def read(self, url: str, what: str, *, limit: int) -> bytes:
-        """A small document of at most ``limit`` bytes."""
+        """Return a small document of at most ``limit`` bytes."""
         parts: list[bytes] = []
 
         def attempt() -> None:
@@ -119,10 +119,10 @@ class Fetcher:
     def up_to(self, url: str, what: str, part: Path, *, limit: int, on_bytes: OnBytes) -> Arrived:
         """Download a file of unknown length, but at most ``limit`` bytes, into ``part``, which is removed on any failure.
 
-        What announces more is refused at its first block.
+        A file that announces more is refused at its first block.
         """
         large = DownloadError(
-            f"{what} is too large", f"more than {human_bytes(limit)} are offered; no more are taken", self.advice.later
+            f"{what} is too large", f"the server offers more than the limit of {human_bytes(limit)}", self.advice.later
         )
 
         def heed(done: int, total: int | None) -> None:
@@ -174,7 +174,7 @@ class Fetcher:
     def _stream(
         self, url: str, what: str, limit: int, write: Callable[[bytes, int | None], object], too_large: DownloadError
     ) -> str:
-        """Give every block of an answer, and its announced length, to ``write``; return its content type."""
+        """Pass every block of a response, with its announced length, to ``write``; return the content type."""
         import httpx2
 
         self.stop.check()
@@ -222,11 +222,11 @@ class Fetcher:
         raise _TryAgain(error) if status >= 500 else error
 
     def _longer(self, what: str, limit: int) -> DownloadError:
-        return DownloadError(f"{what} is larger than announced", f"more than {limit} bytes came", self.advice.later)
+        return DownloadError(f"{what} is larger than announced", f"more than {limit} bytes arrived", self.advice.later)
 
 
 def shown(url: str) -> str:
-    """An address without what may be secret in it."""
+    """Return a URL without the parts that may hold secrets."""
     parts = split_url(url)
     return f"{parts.scheme}://{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
 

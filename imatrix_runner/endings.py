@@ -9,7 +9,7 @@ _SIGNALS = {
     "SIGSEGV": "segmentation fault",
     "SIGBUS": "bus error: a mapped file shrank, or its disk failed",
     "SIGFPE": "arithmetic error",
-    "SIGABRT": "it gave up by itself",
+    "SIGABRT": "the program aborted",
     "SIGKILL": "by the kernel when memory ran out, or by another program",
     "SIGTERM": "another program ended it",
     "SIGXCPU": "the limit on processor time, ulimit -t",
@@ -25,7 +25,7 @@ _STATUS = {
     0xC0000135: "a DLL it needs is missing",
     0xC0000139: "a DLL it needs is of another version",
     0xC0000374: "damaged heap",
-    0xC0000409: "it gave up by itself",
+    0xC0000409: "the program aborted",
 }
 _CRASHES = frozenset({"SIGILL", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGABRT", "SIGTRAP"})
 _MISSING = frozenset({0xC0000135, 0xC0000139})
@@ -44,7 +44,7 @@ def signal_name(returncode: int) -> str:
 
 
 def crashed(returncode: int) -> bool:
-    """Whether the program itself is at fault: it did what no program may, or gave up; nothing outside ended it."""
+    """Whether the program itself is at fault: it crashed or aborted, and nothing outside ended it."""
     status = _status(returncode)
     return signal_name(returncode) in _CRASHES or (status != 0 and status not in _MISSING)
 

@@ -1,8 +1,8 @@
-"""What a child process gets of our environment, which programs it finds, and where it starts.
+"""The environment of child processes: the variables they inherit, the programs they find, and where they start.
 
-The user's environment holds credentials, and the current directory may hold files that somebody else made. So a child gets
-only variables known to matter for its work, a search path without relative entries, and a working directory that no ordinary
-user can write to: Python imports modules, ggml loads backends, git reads its configuration and Windows loads libraries from the
+The user's environment holds credentials, and the current directory may hold files that someone else made. So a child gets only
+variables known to matter for its work, a search path without relative entries, and a working directory that no ordinary user
+can write to: Python imports modules, ggml loads backends, git reads its configuration and Windows loads libraries from the
 directory a program starts in.
 """
 
@@ -19,7 +19,7 @@ FURTHER = "IMATRIX_RUNNER_PASS_ENV"
 """Names of further variables that every child gets, separated by commas: for drivers and wrappers not known here."""
 
 
-class Needs(Flag):
+class ChildNeeds(Flag):
     """What a child needs beyond the basics of the system, as groups of environment variables."""
 
     NOTHING = 0
@@ -30,7 +30,7 @@ class Needs(Flag):
     NETWORK = auto()
     """Proxies, certificates, pip's and git's own settings."""
     HUB = auto()
-    """Where the hub's cache lies; never a token."""
+    """The place of the hub's cache; never a token."""
 
 
 def _pattern(names: str) -> re.Pattern[str]:
@@ -48,8 +48,8 @@ _BASICS = _pattern(
     ALLUSERSPROFILE USERPROFILE USERNAME HOMEDRIVE HOMEPATH PUBLIC OS NUMBER_OF_PROCESSORS PROCESSOR_*
     """
 )
-_GROUPS: Mapping[Needs, re.Pattern[str]] = {
-    Needs.COMPUTE: _pattern(
+_GROUPS: Mapping[ChildNeeds, re.Pattern[str]] = {
+    ChildNeeds.COMPUTE: _pattern(
         """
         GGML_* CUDA_* NVIDIA_* NV_* NCCL_* HIP_* HSA_* ROCR_* ROCM_* ROCBLAS_* HIPBLAS* MIOPEN_* AMD_* AMDGPU_* GPU_*
         VK_* VULKAN_* MESA_* RADV_* ANV_* DRI_* MTL_* METAL_* SYCL_* ONEAPI_* DNNL_* ONEDNN_* ZE_* ZES_* UR_* IGC_* OCL_*
@@ -57,7 +57,7 @@ _GROUPS: Mapping[Needs, re.Pattern[str]] = {
         OMP_* GOMP_* KMP_* MKL_* OPENBLAS_* BLIS_* VECLIB_* NUMEXPR_* TORCH_* PYTORCH_*
         """
     ),
-    Needs.COMPILE: _pattern(
+    ChildNeeds.COMPILE: _pattern(
         """
         CC CXX CPP AR RANLIB LD CFLAGS CXXFLAGS CPPFLAGS LDFLAGS CMAKE* MAKEFLAGS NINJA* CCACHE_* SOURCE_DATE_EPOCH
         CPATH C_INCLUDE_PATH CPLUS_INCLUDE_PATH LIBRARY_PATH COMPILER_PATH PKG_CONFIG* GCC_*
@@ -65,13 +65,13 @@ _GROUPS: Mapping[Needs, re.Pattern[str]] = {
         SDKROOT DEVELOPER_DIR MACOSX_DEPLOYMENT_TARGET NIX_* CONDA_* INCLUDE LIB LIBPATH VS* VC* WINDOWSSDK* UCRT* UNIVERSALCRT*
         """
     ),
-    Needs.NETWORK: _pattern(
+    ChildNeeds.NETWORK: _pattern(
         """
         HTTP_PROXY HTTPS_PROXY ALL_PROXY FTP_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE NETRC
         PIP_* GIT_SSL_* GIT_HTTP_* GIT_CONFIG_GLOBAL GIT_CONFIG_SYSTEM GIT_CONFIG_NOSYSTEM DBUS_SESSION_BUS_ADDRESS
         """
     ),
-    Needs.HUB: _pattern("HF_* HUGGINGFACE_* TRANSFORMERS_*"),
+    ChildNeeds.HUB: _pattern("HF_* HUGGINGFACE_* TRANSFORMERS_*"),
 }
 # A name that says it holds a credential is left out of every group, whatever it begins with. pip's own settings may carry one
 # for its index; only pip gets those.
@@ -84,18 +84,19 @@ _SEARCHED = frozenset(
 )
 
 _SPINS = "3000"
-"""How often a thread of GNU OpenMP looks whether the others have come before it sleeps; 300,000 by default. ggml's threads meet
-after every operation, and where other programs have the cores, those that wait burn the time that the last one needs: on two
-cores, beside two busy processes, an imatrix of a model of 130 million parameters took 23 s with that and 13 s with this (alone
+"""How often a waiting GNU OpenMP thread polls before it sleeps; 300,000 by default. ggml's threads synchronise after every
+operation, and where other programs occupy the cores, waiting threads use up the time that the last one needs: on two cores,
+next to two busy processes, an imatrix of a model of 130 million parameters took 23 s with the default and 13 s with this (alone
 6.1 and 6.3 s; ``scripts/bench imatrix --vocab 32000 --types f16 --busy 2``)."""
 
 
 def child_environment(
-    extra: Mapping[str, str] | None = None, needs: Needs = Needs.COMPUTE, env: Mapping[str, str] | None = None
+    extra: Mapping[str, str] | None = None, needs: ChildNeeds = ChildNeeds.COMPUTE, env: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The environment of a child: the basics and what ``needs`` names of ``env`` (by default ours), plus ``extra``.
+    """The environment of a child: the basics and what ``needs`` names of ``env`` (by default this process's), plus ``extra``.
 
-    Credentials and relative search paths are left out; llama.cpp is kept from hanging and from burning the processor.
+    Credentials and relative search paths are left out; variables are set that keep llama.cpp from hanging and from busy
+    waiting.
     """
     env = os.environ if env is None else env
     passed = {name.strip() for name in env.get(FURTHER, "").split(",")}
@@ -115,13 +116,13 @@ def child_environment(
     return clean
 
 
-def _belongs(name: str, needs: Needs) -> bool:
+def _belongs(name: str, needs: ChildNeeds) -> bool:
     if name.startswith(_SCRUBBED):
         return False
     if _BASICS.fullmatch(name):
         return True
     groups = [group for group in _GROUPS if group in needs and _GROUPS[group].fullmatch(name)]
-    return Needs.NETWORK in groups or (bool(groups) and not _SECRET.search(name))
+    return ChildNeeds.NETWORK in groups or (bool(groups) and not _SECRET.search(name))
 
 
 def _absolute_entries(searched: str) -> Iterator[str]:
@@ -129,7 +130,7 @@ def _absolute_entries(searched: str) -> Iterator[str]:
 
 
 def search_path(env: Mapping[str, str]) -> str:
-    """``PATH`` without relative entries: a program that lies in the current directory by chance must not be run."""
+    """``PATH`` without relative entries: a program that is in the current directory by chance must not be run."""
     return os.pathsep.join(_absolute_entries(env.get("PATH", os.defpath)))
 
 
@@ -144,5 +145,5 @@ def find_program(name: str, path: str) -> str | None:
 
 
 def neutral_directory() -> Path:
-    """A directory that exists, and in which nobody but the administrator can put files."""
+    """Return an existing directory in which only the administrator can create files."""
     return Path(os.environ.get("SYSTEMROOT", "C:\\")) if sys.platform == "win32" else Path("/")

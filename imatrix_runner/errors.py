@@ -1,6 +1,6 @@
 """Errors a user can act on.
 
-Every error of ours says three things, each a sentence: *what* happened, *why*, and what to *do* about it (often the next
+Every :class:`RunnerError` says three things, each a sentence: *what* happened, *why*, and what to *do* about it (often the next
 command to type). The class decides the process's exit code; the codes are a contract (README, "Exit codes").
 """
 
@@ -18,7 +18,7 @@ class RunnerError(Exception):
     kind: ClassVar[str] = "error"
 
     def __init__(self, what: str, why: str, todo: str) -> None:
-        # What is quoted may be a name out of a file: nothing in it commands a terminal or breaks a document.
+        # The text may quote a name from a file, which could hold control characters for a terminal or break a document.
         self.what, self.why, self.todo = (_shown(text) for text in (what, why, todo))
         super().__init__(self.what, self.why, self.todo)
 
@@ -26,12 +26,12 @@ class RunnerError(Exception):
         return f"{self.what}: {self.why}"
 
     def sentence(self) -> str:
-        """All of it on one line; a part that is empty leaves no mark."""
+        """Return the three parts on one line, without empty ones."""
         return ". ".join(filter(None, ("; ".join(filter(None, (self.what, self.why))), self.todo)))
 
 
 def _shown(text: str) -> str:
-    """The text without control characters and halves of characters; line breaks stay."""
+    """Return the text without control characters and lone surrogates; line breaks stay."""
     return text if text.isprintable() else "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
 
 
@@ -50,7 +50,7 @@ class ToolchainError(RunnerError):
 
 
 class DownloadError(RunnerError):
-    """The network or a hub did not give what was asked for."""
+    """The network or a hub did not deliver what was requested."""
 
     exit_code = 4
     kind = "download"
@@ -85,7 +85,7 @@ class NoSpaceError(RunnerError):
 
 
 class SomeLevelsFailedError(RunnerError):
-    """The run is over; some levels are there, others failed."""
+    """The run finished; some levels were made, others failed."""
 
     exit_code = 100
     kind = "some-levels-failed"
@@ -174,7 +174,7 @@ _BY_NUMBER = {getattr(errno, name): entry for entry in _KNOWN for name in entry[
 
 
 def from_os_error(error: OSError, doing: str, path: Path | str | None = None) -> RunnerError:
-    """Translate an ``OSError`` met while ``doing`` something (a gerund phrase) into an error of ours.
+    """Translate an ``OSError`` raised while ``doing`` something (a gerund phrase) into a :class:`RunnerError`.
 
     A full disk or a used-up quota becomes :class:`NoSpaceError`, everything else :class:`InvalidDataError`.
     """
@@ -190,7 +190,7 @@ def from_os_error(error: OSError, doing: str, path: Path | str | None = None) ->
 
 
 def from_lock_error(error: OSError | NotImplementedError, doing: str, path: Path) -> RunnerError:
-    """The same for taking a lock, where "not supported" is said of the locking."""
+    """The same for taking a lock; "not supported" then refers to the locking."""
     number = error.errno if isinstance(error, OSError) else errno.ENOSYS
     if number in {getattr(errno, name) for name in _UNLOCKABLE if hasattr(errno, name)}:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,4 +1,4 @@
-"""What a running job tells: the one vocabulary between those who work and those who show.
+"""The events of a running job: the vocabulary shared by the code that computes and the code that displays.
 
 Engines, downloads and builds emit these values into a :data:`Sink`; the command line renders them (live, plain, quiet).
 They are tagged so that a child process can send them as JSON lines: ``{"type": "progress", ...}``.
@@ -42,7 +42,7 @@ class Finished(msgspec.Struct, frozen=True, tag_field="type", tag="finished"):
 
 
 class Notice(msgspec.Struct, frozen=True, tag_field="type", tag="notice"):
-    """One line worth reading now; a ``detail`` is for those who asked for more (``-v``)."""
+    """One line for the user; a ``detail`` is shown only with ``-v``."""
 
     level: Literal["detail", "info", "warning"]
     text: str
@@ -86,4 +86,4 @@ def no_effect(options: Sequence[str], why: str) -> str:
 
 
 def ignore(_event: Event) -> None:
-    """The sink of those who do not listen."""
+    """A sink that drops every event."""

@@ -21,20 +21,23 @@ from imatrix_runner.untrusted import UnreadableError, from_json
 T = TypeVar("T")
 
 PART = ".part"
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*(?:([kmgt])(?:i?b)?|(b))?\s*", re.IGNORECASE)
+_LEAST_BARE = 1 << 20  # no memory, disk or model is smaller
 _BLOCK = 8 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_EDGE, _PIECE, _PIECES = 64 << 10, 4 << 10, 14
-"""Bytes at a file's beginning (the header of a model), and how large and how many the pieces are that are sampled after it."""
+_EDGE, _SAMPLE, _SAMPLES = 64 << 10, 4 << 10, 14
+"""Bytes sampled at a file's beginning (a model's header), and the size and number of the blocks sampled after it."""
 _NO_SYNC = (errno.EINVAL, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS), getattr(errno, "EOPNOTSUPP", errno.ENOSYS))
 
 
 def part_path(final: Path) -> Path:
-    """Where a file that will be named ``final`` grows: beside it, so that the rename is atomic."""
+    """Return where ``final`` is written until it is complete: in the same directory, so that the rename is atomic."""
     return final.with_name(f".{final.name}{PART}")
 
 
 def sync(descriptor: int) -> None:
-    """Force what was written to the disk, as far as its file system can do that: some answer that they cannot."""
+    """Flush written data to the disk; does nothing on file systems that do not support it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -42,8 +45,17 @@ def sync(descriptor: int) -> None:
             raise
 
 
+def open_to_continue(path: Path, doing: str) -> IO[bytes]:
+    """Open a file to read what is in it and write on; an empty one where there is none. Raises what :func:`from_os_error` makes
+    of the trouble met while ``doing`` it (a gerund phrase)."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    except OSError as error:
+        raise from_os_error(error, doing, path) from error
+
+
 def sync_file(path: Path) -> None:
-    """Force a file's bytes to the disk, whoever wrote them."""
+    """Flush a file's bytes to the disk, also those that another process wrote."""
     # Windows flushes only through a handle that may write.
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
@@ -74,14 +86,14 @@ def publish(part: Path, final: Path) -> None:
 
 
 def discard(part: Path) -> None:
-    """Remove an unfinished file, if it can be; why it was given up matters more than what becomes of it."""
+    """Remove an unfinished file. Errors are ignored, because the error that led here matters more."""
     with suppress(OSError):
         part.unlink()
 
 
 @contextmanager
 def atomic_writer(final: Path) -> Iterator[IO[bytes]]:
-    """Write ``final`` through a temporary sibling: on any error nothing appears and nothing stays behind."""
+    """Write ``final`` through a temporary sibling: on any error ``final`` stays as it was and the sibling is removed."""
     part = part_path(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +156,7 @@ def read_json(path: Path, kind: type[T], *, limit: int = 64 << 20) -> T:
 
 @dataclass(frozen=True, eq=False)
 class Stamp:
-    """What tells quickly whether a file is still the one it was: size, time, inode, and a hash of samples of its content.
+    """A quick check of whether a file is unchanged: size, time, inode, and a hash of samples of its content.
 
     Times can be set back (``cp -p``, ``rsync``, ``touch -r``), samples cannot. Stamps of earlier versions have no ``sample``;
     two stamps are equal if they agree in everything that both have.
@@ -165,7 +177,7 @@ class Stamp:
         return hash((self.size, self.mtime_ns, self.inode))
 
     def same_content(self, other: Stamp) -> bool:
-        """Whether two files have one size and equal samples: copies, as far as can be seen without reading them whole."""
+        """Whether two files have the same size and equal samples, so that they are probably copies."""
         return bool(self.sample) and (self.size, self.sample) == (other.size, other.sample)
 
 
@@ -181,22 +193,22 @@ def changed_ns(path: Path) -> int:
 
 
 def _sample(path: Path, size: int) -> str:
-    """A hash of the beginning, the end and pieces in between; of a small file, of all. Empty where it cannot be read."""
+    """Return a hash of the beginning, the end and blocks in between, or of a whole small file; empty if it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
-    step = max(1, (size - _EDGE) // _PIECES)
-    places = [(0, _EDGE), *((at, _PIECE) for at in range(_EDGE, size - _PIECE, step)), (max(0, size - _PIECE), _PIECE)]
+    step = max(1, (size - _EDGE) // _SAMPLES)
+    places = [(0, _EDGE), *((at, _SAMPLE) for at in range(_EDGE, size - _SAMPLE, step)), (max(0, size - _SAMPLE), _SAMPLE)]
     try:
         with path.open("rb", buffering=0) as handle:
-            for at, length in places if size > _EDGE + _PIECES * _PIECE else [(0, size)]:
+            for at, length in places if size > _EDGE + _SAMPLES * _SAMPLE else [(0, size)]:
                 handle.seek(at)
                 digest.update(handle.read(length))
     except OSError:
-        return ""  # a directory, or closed to us: whoever needs the content will say so
+        return ""  # a directory, or not readable: code that needs the content reports that
     return digest.hexdigest()
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """The hex SHA-256 of a file's content; ``on_bytes`` hears of every block (and may raise to stop)."""
+    """The hex SHA-256 of a file's content; ``on_bytes`` is called with the size of every block, and may raise to stop."""
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as handle:
@@ -210,7 +222,7 @@ def sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
 
 
 def joint_sha256(hashes: Sequence[str]) -> str:
-    """``sha256:…`` of a file that lies in parts, from their hex hashes in order: of one, its own."""
+    """Return ``sha256:…`` of a file split into parts, from their hex hashes in order; of a single part, its own hash."""
     return f"sha256:{hashes[0] if len(hashes) == 1 else hashlib.sha256(''.join(hashes).encode()).hexdigest()}"
 
 
@@ -238,13 +250,38 @@ def require_space(path: Path, need: int, what: str) -> None:
         )
 
 
+def byte_unit(count: float) -> tuple[str, int]:
+    """Return the unit to show a number of bytes in, and its size in bytes: ``1536`` -> ``KiB``, 1024."""
+    power = next((power for power in range(len(_UNITS)) if abs(count) < 1024 ** (power + 1)), len(_UNITS) - 1)
+    return _UNITS[power], 1024**power
+
+
 def human_bytes(count: float) -> str:
     """``1536`` -> ``1.50 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
+    unit, size = byte_unit(count)
+    return f"{count:.0f} {unit}" if size == 1 else f"{count / size:.2f} {unit}"
+
+
+def exact_bytes(count: int) -> str:
+    """A text from which :func:`parse_bytes` reads the same number: ``4GiB``, ``1.5MiB``; in bytes if it takes many digits."""
+    unit, size = byte_unit(count)
+    texts = (f"{count / size:.{digits}f}{unit}" for digits in range(4))
+    return next((text for text in texts if parse_bytes(text) == count), f"{count}B")
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes with a unit: ``4GiB``, ``500MB``, ``1.5g``; with or without the i, K is 1024, as in ``df -h``.
+
+    Numbers without a unit are bytes, and must be at least a mebibyte: ``8`` is likely meant as 8 GiB. Raises ValueError, with
+    the reason as its text, for what is not a size.
+    """
+    match = _SIZE.fullmatch(text)
+    n_bytes = int(float(match[1]) * 1024 ** " kmgt".index((match[2] or " ").lower())) if match else 0
+    if match is None or n_bytes < 1:
+        raise ValueError(f"{text!r} is not a size such as 4GiB or 500MiB")
+    if match[2] is None and match[3] is None and n_bytes < _LEAST_BARE:
+        raise ValueError(f"{text!r} has no unit and would mean bytes; for GiB, write {match[1]}GiB")
+    return n_bytes
 
 
 def human_seconds(seconds: float) -> str:

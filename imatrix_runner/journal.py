@@ -1,31 +1,40 @@
-"""The workspace's memory: which step made which file from what.
+"""The journal of a workspace: which step made which file from which inputs.
 
-``journal.json`` holds one record per step. A record's ``inputs`` are named fingerprints (``{"source": "sha256:…",
-"levels flags": "…"}``): when the same names carry the same values and the outputs still carry their stamps, the step need
-not run again; when one differs, its *name* is what the user is told. The file is replaced atomically after every step.
+``journal.json`` holds one record per step. A record's ``inputs`` are named fingerprints (``{"model file": "sha256:…",
+"options": "Q4_K_M"}``): when the same names carry the same values and the outputs still carry their stamps, the step need not
+run again; when one differs, its *name* is shown to the user. The file is replaced atomically after every step.
 """
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
+
+import msgspec
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import Stamp, changed_ns, publish, read_json, sha256, stamp, write_json
+from imatrix_runner.steps import Kind, name_in
 from imatrix_runner.untrusted import UnreadableError, as_type, first_non_finite
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 VERSION = 1
 
-
 T = TypeVar("T")
+
+_THEN = " && "
+"""The separator of shell commands that each need the one before; inside quotes it is text."""
 
 
 @dataclass(frozen=True)
-class Output:
+class StepOutput:
     """A file a step made, by name inside the workspace."""
 
     name: str
@@ -34,11 +43,13 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One finished step. ``facts`` is what later steps and reports want to know about it, JSON values only."""
+class StepRecord:
+    """One finished step. ``facts`` are values that later steps and reports use, JSON values only: each kind of step
+    has a type for them, which :meth:`now` takes and :meth:`facts_as` gives back. ``command`` is the line for a shell that does
+    the step again: what :func:`command_line` makes of commands."""
 
     inputs: dict[str, str]
-    outputs: list[Output]
+    outputs: list[StepOutput]
     reason: str
     seconds: float
     finished: str
@@ -46,37 +57,70 @@ class Record:
     facts: dict[str, object] = field(default_factory=dict)
 
     @property
-    def output(self) -> Output:
+    def output(self) -> StepOutput:
         """The first or only file of the step. Raises :class:`InvalidDataError` where the journal names none."""
         if not self.outputs:
             raise _unreadable("The journal", "a step names no file that it made")
         return self.outputs[0]
+
+    @property
+    def commands(self) -> tuple[tuple[str, ...], ...]:
+        """The words of each command that does the step again, one after another."""
+        return commands_in(self.command)
 
     def facts_as(self, kind: type[T]) -> T:
         """The facts, or those among them that ``kind`` has fields for. Raises :class:`InvalidDataError` for other types."""
         try:
             return as_type(self.facts, kind, str_keys=True)
         except UnreadableError as error:
-            raise _unreadable("The journal", f"what a step remembered is not what this program wrote: {error}") from error
+            raise _unreadable("The journal", f"the facts of a step are not what this program writes: {error}") from error
+
+    def inputs_as(self, kind: type[T]) -> T:
+        """Return the inputs as ``kind``. Raises :class:`InvalidDataError` for other types."""
+        try:
+            return as_type(self.inputs, kind)
+        except UnreadableError as error:
+            raise _unreadable("The journal", f"a step's inputs are not what this program writes: {error}") from error
 
     @classmethod
     def now(
         cls,
         inputs: Mapping[str, str],
-        outputs: list[Output],
+        outputs: list[StepOutput],
         reason: str,
         seconds: float,
         *,
-        command: str = "",
-        facts: dict[str, object] | None = None,
-    ) -> Record:
-        """A record of a step that ended this moment."""
+        commands: Sequence[Sequence[str]] = (),
+        facts: object = None,
+    ) -> StepRecord:
+        """Return the record of a step that has just ended. ``commands``, run in order, repeat it; ``facts`` is a struct or a
+        dataclass."""
         finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(dict(inputs), outputs, reason, seconds, finished, command, facts or {})
+        plain: dict[str, Any] = msgspec.to_builtins(facts, str_keys=True) if facts is not None else {}
+        return cls(dict(inputs), outputs, reason, seconds, finished, command_line(commands), plain)
+
+
+def command_line(commands: Sequence[Sequence[str]]) -> str:
+    """Return the shell line that runs the commands in order."""
+    return _THEN.join(map(shlex.join, commands))
+
+
+def commands_in(line: str) -> tuple[tuple[str, ...], ...]:
+    """Split a line of :func:`command_line` into its commands; empty for a line that is not valid shell syntax."""
+    commands: list[tuple[str, ...]] = []
+    begun = ""
+    for part in line.split(_THEN) if line else ():
+        begun += part
+        try:
+            commands.append(tuple(shlex.split(begun)))
+            begun = ""
+        except ValueError:  # it was split inside a quoted word
+            begun += _THEN
+    return () if begun else tuple(commands)
 
 
 class _Inputs(dict[str, str]):
-    """A record's inputs as they were read: one that is looked up and is not there is a fault of the file."""
+    """A record's inputs as read from the file; looking up one that is missing raises :class:`InvalidDataError`."""
 
     def __init__(self, path: Path, step: str, values: Mapping[str, str]) -> None:
         super().__init__(values)
@@ -98,9 +142,61 @@ class Hashed:
 @dataclass(frozen=True)
 class _Document:
     version: int
-    steps: dict[str, Record] = field(default_factory=dict)
+    steps: dict[str, StepRecord] = field(default_factory=dict)
     hashes: dict[str, Hashed] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+
+
+class WorkspaceFacts(TypedDict, total=False):
+    """The facts that a journal holds in addition to its steps; all values are text.
+
+    ``source``: what was named as the model, ``hub`` its repository and commit, ``source_at`` the same as an absolute path or a
+    hub id with its revision, ``source_content`` and ``source_bytes`` what it holds; ``model_file`` is the fingerprint of the
+    GGUF that levels are made from, which for a checkpoint is another file. ``levels`` were asked for by ``command``, which is
+    ``finished`` or not; ``measuring`` names the ``evaluate`` at work or interrupted. ``quantized_by``, ``repo`` and ``target``
+    (JSON) are for reports; ``described`` keeps a source's description (JSON) for when its files are gone, ``set_aside`` how a
+    text was cut (JSON).
+    """
+
+    model: str
+    source: str
+    hub: str
+    source_at: str
+    source_content: str
+    source_bytes: str
+    model_file: str
+    dequantised: str
+    levels: str
+    command: str
+    finished: str
+    measuring: str
+    quantized_by: str
+    repo: str
+    target: str
+    described: str
+    set_aside: str
+
+
+FactName = Literal[
+    "model",
+    "source",
+    "hub",
+    "source_at",
+    "source_content",
+    "source_bytes",
+    "model_file",
+    "dequantised",
+    "levels",
+    "command",
+    "finished",
+    "measuring",
+    "quantized_by",
+    "repo",
+    "target",
+    "described",
+    "set_aside",
+]
+"""The names of :class:`WorkspaceFacts`."""
 
 
 class Journal:
@@ -122,20 +218,25 @@ class Journal:
         self._hashes = dict(document.hashes)
         self._facts = dict(document.facts)
 
-    def __getitem__(self, step: str) -> Record:
+    def __getitem__(self, step: str) -> StepRecord:
         return self._steps[step]
 
-    def get(self, step: str) -> Record | None:
+    def get(self, step: str) -> StepRecord | None:
         return self._steps.get(step)
 
-    def steps(self) -> Mapping[str, Record]:
+    def steps(self) -> Mapping[str, StepRecord]:
         return dict(self._steps)
 
-    def record(self, step: str, record: Record) -> None:
-        """Keep what a step came to. Raises :class:`InvalidDataError` for facts with NaN or infinity: JSON has neither."""
+    def of_kind(self, kind: Kind) -> Mapping[str, StepRecord]:
+        """The records of all steps of a kind, by the names in their ids, in the order in which they were first finished."""
+        named = ((name_in(step, kind), record) for step, record in self._steps.items())
+        return {name: record for name, record in named if name is not None}
+
+    def record(self, step: str, record: StepRecord) -> None:
+        """Store the record of a step. Raises :class:`InvalidDataError` for facts with NaN or infinity: JSON has neither."""
         if place := first_non_finite(record.facts):
             raise InvalidDataError(
-                f"The figures of {step} cannot be kept",
+                f"The figures of {step} cannot be stored",
                 f"{place} is NaN or infinite",
                 "The model file is damaged or overflows: make it again, or choose another type.",
             )
@@ -143,11 +244,11 @@ class Journal:
             self._steps[step] = record
             self._save()
 
-    def conclude(self, step: str, record: Record, files: Sequence[tuple[Path, Path]]) -> None:
+    def conclude(self, step: str, record: StepRecord, files: Sequence[tuple[Path, Path]]) -> None:
         """Record a step and give its files, ``(part, final)`` each, their names.
 
-        In this order: a rename keeps the stamp, so a kill in between leaves a step to be made again, never a file that no
-        record explains. What the step made before goes; a final name taken by anything else is refused.
+        In this order: a rename keeps the stamp, so a kill in between leaves a step to be repeated, never a file without a
+        record. Earlier outputs of the step are replaced; a final name taken by any other file is refused.
         """
         before = self.get(step)
         for output in before.outputs if before is not None else ():
@@ -156,7 +257,7 @@ class Journal:
         if taken := next((final for _, final in files if final.exists()), None):
             raise InvalidDataError(
                 f"{taken} is in the way",
-                "it appeared meanwhile, and files of yours are never overwritten",
+                "it appeared during the run, and your files are never overwritten",
                 "Move it away, then run the same command again.",
             )
         self.record(step, record)
@@ -180,37 +281,42 @@ class Journal:
         return dict(self._hashes)
 
     def still_there(self, step: str, *, save: bool) -> bool:
-        """Whether the files of a step are what they were: by stamp, or (a copied or restored workspace) by content.
+        """Whether the files of a step are unchanged: by stamp, or (a copied or restored workspace) by content.
 
-        With ``save`` new stamps are kept, so that the content need not be read again.
+        With ``save`` the new stamp of every unchanged file is stored, even if another file changed, so that the content need
+        not be read again.
         """
         record = self.get(step)
         if record is None:
             return False
-        fresh: list[Output] = []
-        for output in record.outputs:
-            path = self.path.parent / output.name
-            if not path.is_file():
-                return False
-            now, known = stamp(path), output.sha256 or self._hash_under(output.stamp)
-            if now != output.stamp and (now.size != output.stamp.size or sha256(path) != known):
-                return False
-            fresh.append(replace(output, stamp=now, sha256=known))
+        found = [self._stamped_anew(output) for output in record.outputs]
+        fresh = [now or output for now, output in zip(found, record.outputs, strict=True)]
         if save and [_written(output) for output in fresh] != [_written(output) for output in record.outputs]:
             self.record(step, replace(record, outputs=fresh))
-        return True
+        return all(found)
+
+    def _stamped_anew(self, output: StepOutput) -> StepOutput | None:
+        """Return an output with the current stamp and hash of its file, or None if the file is gone or changed."""
+        path = self.path.parent / output.name
+        if not path.is_file():
+            return None
+        now, known = stamp(path), output.sha256 or self._hash_under(output.stamp)
+        if now != output.stamp and (now.size != output.stamp.size or sha256(path) != known):
+            return None
+        return replace(output, stamp=now, sha256=known)
 
     def _hash_under(self, at: Stamp) -> str:
-        """The content of the file that carried a stamp, where it was hashed for another purpose; empty if it was not."""
+        """Return the known hash of the file that had this stamp; empty if it was never hashed."""
         return next((hashed.sha256 for hashed in self._hashes.values() if hashed.stamp == at), "")
 
-    def fact(self, name: str) -> str | None:
+    def fact(self, name: FactName) -> str | None:
         return self._facts.get(name)
 
-    def remember(self, **facts: str) -> None:
+    def remember(self, **facts: Unpack[WorkspaceFacts]) -> None:
         with self._lock:
-            if any(self._facts.get(name) != value for name, value in facts.items()):
-                self._facts.update(facts)
+            known = {name: str(value) for name, value in facts.items()}
+            if any(self._facts.get(name) != value for name, value in known.items()):
+                self._facts.update(known)
                 self._save()
 
     def _save(self) -> None:
@@ -221,13 +327,13 @@ def _unreadable(what: str, why: str) -> InvalidDataError:
     return InvalidDataError(f"{what} cannot be read", why, "Move it away: finished files will be made again.")
 
 
-def _written(output: Output) -> tuple[object, ...]:
-    """An output as the journal's file has it: stamps are equal where only one of them has a sample."""
+def _written(output: StepOutput) -> tuple[object, ...]:
+    """Return an output as it is stored, to compare: two stamps also count as equal if only one has a sample."""
     return (*vars(output.stamp).values(), output.sha256)
 
 
-def differences(record: Record, inputs: Mapping[str, str]) -> list[str]:
-    """The names of the inputs that are no longer what they were, in the order of ``inputs``."""
+def differences(record: StepRecord, inputs: Mapping[str, str]) -> list[str]:
+    """Return the names of the inputs that changed, in the order of ``inputs``."""
     return _changed(record.inputs, inputs)
 
 
@@ -242,7 +348,7 @@ def describe_change(name: str, before: str | None, now: str | None) -> str:
 
 
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Every input that is no longer what it was, by name, with both values."""
+    """Describe every changed input by name, with both values."""
     return [describe_change(name, before.get(name), now.get(name)) for name in _changed(before, now)]
 
 
@@ -252,12 +358,12 @@ def _short(value: str | None) -> str:
     return value[:19] if value.startswith("sha256:") else value
 
 
-def outputs_intact(record: Record, directory: Path) -> bool:
-    """Whether every output of a step is still the file it was."""
+def outputs_intact(record: StepRecord, directory: Path) -> bool:
+    """Whether every output of a step is unchanged."""
     return all(is_intact(output, directory) for output in record.outputs)
 
 
-def is_intact(output: Output, directory: Path) -> bool:
-    """Whether an output is still the file it was."""
+def is_intact(output: StepOutput, directory: Path) -> bool:
+    """Whether the file of an output is unchanged."""
     path = directory / output.name
     return path.is_file() and stamp(path) == output.stamp

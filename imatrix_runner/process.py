@@ -1,4 +1,4 @@
-"""Child processes: the only room that starts, watches and ends other programs."""
+"""Child processes: the only module that starts, watches and ends other programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import IO, Literal
 import psutil
 
 from imatrix_runner.endings import crashed, ending, signal_name
-from imatrix_runner.environment import Needs, child_environment, find_program, neutral_directory
+from imatrix_runner.environment import ChildNeeds, child_environment, find_program, neutral_directory
 from imatrix_runner.errors import EngineError, from_os_error
 from imatrix_runner.signals import Stop
 
@@ -32,31 +32,36 @@ OnText = Callable[[Stream, str], object]
 GRACE_SECONDS = 5.0
 MARK_VARIABLE = "IMATRIX_RUNNER_CHILD_OF"
 _POLL_SECONDS = 0.2
-_TAIL_LINES = 200
+TAIL_LINES = 200
 _MAX_CAPTURED = 4 << 20
 
 
 @dataclass(frozen=True)
 class Command:
-    """A program to run: ``argv`` as a list (never a shell string), ``needs`` of our environment, and ``env`` to add to it.
+    """A program to run: ``argv``, the groups of environment variables it ``needs``, and ``env`` to add.
 
-    Without ``cwd`` it starts in a directory where nothing lies that it could load by chance: paths in ``argv`` are absolute. A
-    program given by its bare name is looked up on ``PATH``, never in the current directory.
+    Without ``cwd`` it starts in a directory without files that it could load by accident, so paths in ``argv`` are absolute.
+    A program given by its bare name is looked up on ``PATH``, never in the current directory. ``argv`` is never a shell string.
     """
 
     argv: tuple[str, ...]
     cwd: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
-    needs: Needs = Needs.COMPUTE
+    needs: ChildNeeds = ChildNeeds.COMPUTE
+
+    @property
+    def typed(self) -> tuple[tuple[str, ...], ...]:
+        """The shell commands that run it: a change of directory where one is needed, then the program."""
+        return (*((("cd", str(self.cwd)),) if self.cwd else ()), self.argv)
 
     def __str__(self) -> str:
-        text = shlex.join(self.argv)
-        return f"cd {shlex.quote(str(self.cwd))} && {text}" if self.cwd else text
+        return " && ".join(map(shlex.join, self.typed))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended. ``tail``: its last lines, both streams as they came; ``hung``: ended by us after silence."""
+    """How a child ended. ``tail``: its last lines, both streams as they came; ``hung``: it was ended because it made no
+    progress."""
 
     command: Command
     returncode: int
@@ -73,7 +78,7 @@ class Outcome:
     def ending(self) -> str:
         """One phrase for people: ``exit code 1``, ``killed by SIGSEGV (segmentation fault)``."""
         if self.hung:
-            return "it neither wrote nor computed anything and was ended"
+            return "it wrote no output and used no CPU time, and was ended"
         if self.out_of_memory:
             return f"killed by {signal_name(self.returncode)}: the machine ran out of memory"
         return ending(self.returncode)
@@ -85,13 +90,13 @@ class Outcome:
 
     @property
     def gave_up(self) -> bool:
-        """Whether the program ended itself, as after a failed assertion; it says why before."""
+        """Whether the program aborted, for example after a failed assertion; its last lines say why."""
         return not self.hung and signal_name(self.returncode) == "SIGABRT"
 
 
 @dataclass(frozen=True)
 class Captured:
-    """All a short-lived child said."""
+    """The output of a short-lived child."""
 
     returncode: int
     stdout: str
@@ -99,9 +104,9 @@ class Captured:
 
 
 def capture(command: Command, *, seconds: float) -> Captured:
-    """Run something short and keep what it says, at most :data:`_MAX_CAPTURED` bytes of each stream.
+    """Run a short command and return its output, at most :data:`_MAX_CAPTURED` bytes of each stream.
 
-    Raises ``OSError`` if it cannot start, ``TimeoutError`` if it takes longer or never stops talking.
+    Raises ``OSError`` if it cannot start, ``TimeoutError`` if it takes longer or writes more.
     """
     child = _open(command)
     ends: queue.SimpleQueue[tuple[Stream, bytes]] = queue.SimpleQueue()
@@ -126,11 +131,11 @@ def capture(command: Command, *, seconds: float) -> Captured:
 
 
 class Runner:
-    """Runs long children: streams their output, logs it, ends them when told to stop or when they hang.
+    """Runs long children: streams their output, logs it, ends them on a stop request or when they hang.
 
-    ``hang_seconds``: a child that for so long neither writes a byte nor uses a second of CPU counts as hung (0: never).
-    ``on_child`` hears ``(pid, alive)`` so that a later run can find orphans of a killed one; it knows them by ``mark``, which
-    they carry in their environment.
+    ``hang_seconds``: a child that for this long neither writes a byte nor uses a second of CPU counts as hung (0: never).
+    ``on_child`` is called with ``(pid, alive)``, so that a later run can find orphans of a killed one; it recognises them by
+    ``mark``, which is in their environment.
     """
 
     def __init__(
@@ -156,8 +161,8 @@ class Runner:
     ) -> Outcome:
         """Run to the end. A non-zero exit is an :class:`Outcome`, not an exception; a requested stop raises.
 
-        A child that is ours is given ``enough``: its stdin stays open until the event is set, a stop is requested or we die;
-        then it finishes what it is at and ends by itself. Any other child is ended at a stop.
+        With ``enough``, for this program's own workers, stdin stays open until the event is set, a stop is requested or this
+        process dies; the worker then finishes its current unit of work and exits. Any other child is ended on a stop.
         """
         self.stop.check()
         began = time.monotonic()
@@ -181,13 +186,13 @@ class Runner:
     def _watch(
         self, child: subprocess.Popen[bytes], log: IO[bytes], on_text: OnText | None, enough: threading.Event | None
     ) -> tuple[tuple[str, ...], bool]:
-        pieces: queue.SimpleQueue[tuple[Stream, bytes]] = queue.SimpleQueue()
+        reads: queue.SimpleQueue[tuple[Stream, bytes]] = queue.SimpleQueue()
         streams = _pipes(child)
         for name, pipe in streams:
-            threading.Thread(target=_pump, args=(name, pipe, pieces), daemon=True).start()
+            threading.Thread(target=_pump, args=(name, pipe, reads), daemon=True).start()
         decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name, _ in streams}
         tails = {name: _Tail() for name, _ in streams}
-        lines: deque[str] = deque(maxlen=_TAIL_LINES)
+        lines: deque[str] = deque(maxlen=TAIL_LINES)
         watch = _HangWatch(child.pid, self._hang_seconds)
         still_open, hung = len(streams), False
 
@@ -197,17 +202,18 @@ class Runner:
             return enough is None and self.stop.requested
 
         while still_open and not hung and not must_end():
+            gone = child.poll() is not None  # looked at first: what it wrote last may still be on its way through a thread
             try:
-                name, data = pieces.get(timeout=_POLL_SECONDS)
+                name, data = reads.get(timeout=_POLL_SECONDS)
             except queue.Empty:
-                if child.poll() is not None and pieces.empty():
-                    break  # a grandchild may hold the pipes open; the child itself is gone
-                hung = watch.hung()
+                if gone:
+                    break  # a grandchild may hold the pipes open
+                hung = child.poll() is None and watch.hung()
                 continue
             if not data:
                 still_open -= 1
                 continue
-            watch.heard()
+            watch.note_output()
             _write_log(log, data)
             text = decoders[name].decode(data)
             lines.extend(tails[name].feed(text))
@@ -222,7 +228,7 @@ class Runner:
 
 
 class _Tail:
-    """Splits a stream of pieces into lines; ``\\r`` ends a line too, so progress bars do not grow without bound."""
+    """Splits a stream of reads into lines; ``\\r`` ends a line too, so progress bars do not grow without bound."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -230,15 +236,15 @@ class _Tail:
     def feed(self, text: str) -> list[str]:
         *whole, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
         self._rest = self._rest[-4096:]
-        return [_printable(line) for line in whole if line.strip()]
+        return [printable_line(line) for line in whole if line.strip()]
 
     def rest(self) -> list[str]:
-        rest, self._rest = _printable(self._rest), ""
+        rest, self._rest = printable_line(self._rest), ""
         return [rest] if rest else []
 
 
-def _printable(line: str) -> str:
-    """Without what could move the terminal's cursor: these lines are shown in errors, and may quote a stranger's file."""
+def printable_line(line: str) -> str:
+    """Return a line without terminal control characters: lines are shown in errors, and may quote an untrusted file."""
     return "".join(letter if letter.isprintable() else " " for letter in line).rstrip()
 
 
@@ -246,9 +252,9 @@ class _HangWatch:
     def __init__(self, pid: int, limit: float) -> None:
         self._pid, self._limit = pid, limit
         self._cpu = 0.0
-        self.heard()
+        self.note_output()
 
-    def heard(self) -> None:
+    def note_output(self) -> None:
         self._since = time.monotonic()
 
     def hung(self) -> bool:
@@ -257,7 +263,7 @@ class _HangWatch:
         cpu = self._cpu_seconds()
         busy = cpu - self._cpu >= min(1.0, self._limit / 2)
         self._cpu = cpu
-        self.heard()
+        self.note_output()
         return not busy
 
     def _cpu_seconds(self) -> float:
@@ -266,15 +272,15 @@ class _HangWatch:
             times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
         except psutil.Error:
             return 0.0
-        # With what ended children used: a build is a row of short-lived compilers.
+        # Includes the time of ended children: a build runs many short-lived compilers.
         return float(sum(entry.user + entry.system + entry.children_user + entry.children_system for entry in times))
 
 
-def _pump(name: Stream, pipe: IO[bytes], pieces: queue.SimpleQueue[tuple[Stream, bytes]]) -> None:
+def _pump(name: Stream, pipe: IO[bytes], reads: queue.SimpleQueue[tuple[Stream, bytes]]) -> None:
     with pipe:
         while data := os.read(pipe.fileno(), 65536):
-            pieces.put((name, data))
-    pieces.put((name, b""))
+            reads.put((name, data))
+    reads.put((name, b""))
 
 
 def _start(command: Command, *, listens: bool) -> subprocess.Popen[bytes]:
@@ -293,7 +299,7 @@ def _open(command: Command, *, listens: bool = False) -> subprocess.Popen[bytes]
     program = find_program(command.argv[0], env["PATH"])
     if program is None and Path(command.argv[0]).name == command.argv[0]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command.argv[0])
-    # A session of its own: the terminal's Ctrl-C reaches us alone, and we can end the child with all it started.
+    # A new session: the terminal's Ctrl-C reaches only this process, which can end the child with everything it started.
     return subprocess.Popen(
         (program or command.argv[0], *command.argv[1:]),
         cwd=command.cwd or neutral_directory(),
@@ -313,7 +319,7 @@ def _pipes(child: subprocess.Popen[bytes]) -> tuple[tuple[Stream, IO[bytes]], ..
 
 
 def _hang_up(child: subprocess.Popen[bytes]) -> None:
-    """Close the child's stdin: it sees the end of it and takes it as a wish to stop."""
+    """Close the child's stdin; a worker takes the end of file as a request to stop."""
     if child.stdin is not None and not child.stdin.closed:
         child.stdin.close()
 
@@ -327,7 +333,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def start_time(pid: int) -> float | None:
-    """When a process was started, in seconds since 1970; None if it is over (also while its parent has not taken notice)."""
+    """When a process was started, in seconds since 1970; None if it has ended (also if its parent has not reaped it yet)."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
@@ -355,7 +361,7 @@ def end_tree(pid: int) -> None:
             try:
                 getattr(process, act)()
             except psutil.Error:
-                continue  # it ended meanwhile: what we want
+                continue  # it ended in the meantime
         _, family = psutil.wait_procs(family, timeout=GRACE_SECONDS)
         if not family:
             return
@@ -383,7 +389,7 @@ def _write_log(log: IO[bytes], data: bytes) -> None:
 
 
 def _oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since boot (Linux; elsewhere always 0)."""
+    """How many processes the kernel has killed since boot because memory ran out (Linux; elsewhere always 0)."""
     if sys.platform != "linux":
         return 0
     try:
@@ -397,7 +403,7 @@ def _oom_kills() -> int:
 
 
 def relevant_lines(lines: Sequence[str], count: int = 10) -> tuple[str, ...]:
-    """The ``count`` lines most worth showing: those that speak of errors, else the last."""
+    """The ``count`` lines most worth showing: those that mention errors, else the last."""
     words = ("error", "failed", "fatal", "not found", "cannot", "abort", "assert", "undefined", "no such")
-    telling = [line for line in lines if any(word in line.lower() for word in words)]
-    return tuple((telling or list(lines))[-count:])
+    relevant = [line for line in lines if any(word in line.lower() for word in words)]
+    return tuple((relevant or list(lines))[-count:])

@@ -1,7 +1,7 @@
-"""Facts that took time to find out, kept in the cache directory: a small file for each combination of what they depend on.
+"""A cache of facts that take time to determine: a small file for each combination of what they depend on.
 
-Two environments or builds that are used in turn so keep theirs; the oldest files go. Each fact is a struct that repeats its
-whole ``key``, a hexadecimal digest of everything it depends on.
+So environments or builds that are used alternately keep their facts; the oldest files are removed. Each fact is a struct that
+repeats its whole ``key``, a hexadecimal digest of everything it depends on.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MOST = 32
 _MOST_BYTES = 1 << 20
 
 
-class Fact(Protocol):
+class RememberedFact(Protocol):
     @property
     def key(self) -> str: ...
 
 
-F = TypeVar("F", bound=Fact)
+F = TypeVar("F", bound=RememberedFact)
 
 
 def fact_file(folder: Path, key: str) -> Path:
@@ -30,7 +30,7 @@ def fact_file(folder: Path, key: str) -> Path:
 
 
 def recall(folder: Path, key: str, kind: type[F]) -> F | None:
-    """Return the fact that was kept under ``key``; anything odd counts as nothing."""
+    """Return the fact stored under ``key``; None if there is none or it cannot be read."""
     with suppress(RunnerError):
         fact = read_json(fact_file(folder, key), kind, limit=_MOST_BYTES)
         if fact.key == key:
@@ -38,8 +38,8 @@ def recall(folder: Path, key: str, kind: type[F]) -> F | None:
     return None
 
 
-def remember(folder: Path, fact: Fact) -> None:
-    """Keep a fact. A cache that cannot be written to costs finding it out again."""
+def remember(folder: Path, fact: RememberedFact) -> None:
+    """Store a fact. If the cache is not writable, the fact is determined again next time."""
     with suppress(RunnerError):
         write_json(fact_file(folder, fact.key), fact)
     with suppress(OSError):

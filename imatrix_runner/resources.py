@@ -1,4 +1,4 @@
-"""The files we ship: beside the package in a wheel, in ``resources/`` of a checkout."""
+"""The shipped files: in ``_resources/`` of the package in a wheel, in ``resources/`` of a checkout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from imatrix_runner.errors import InvalidDataError
 
 CALIBRATION_TEXT = "imatrix_data.txt"
 HELD_OUT_TEXT = "held_out.txt"
-"""For measuring: of the same kinds as the calibration text, with nothing of it."""
+"""The held-out text: the same kinds of text as the calibration text, with nothing in common."""
 DEMO_MODEL = "demo-model.gguf"
 
 _PACKAGE = Path(__file__).resolve().parent

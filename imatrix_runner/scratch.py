@@ -1,4 +1,4 @@
-"""Temporary folders that say whose they are, so that those of a killed process can be removed later."""
+"""Temporary folders whose names identify their process, so that those of a killed process can be removed later."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAME_SECONDS = 5.0
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     """An empty folder that only this user can read, in ``parent`` or the system's place for temporary files; gone at the end.
 
-    Trouble with making it becomes an error of ours; a leftover that cannot be removed is left for :func:`remove_abandoned`.
+    Raises :class:`RunnerError` if it cannot be made. If it cannot be removed, it is left for :func:`remove_abandoned`.
     """
     where = parent if parent is not None else Path(tempfile.gettempdir())
     name = f"{PREFIX}{_machine()}-{os.getpid()}-{round(1000 * (start_time(os.getpid()) or 0))}-"
@@ -42,9 +42,10 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path | None = None) -> int:
-    """Remove the scratch folders in ``parent`` whose process is over; return how many went.
+    """Remove the scratch folders in ``parent`` whose process has ended; return how many were removed.
 
-    Folders of other users and machines (containers may share the place) are left alone, and whatever cannot be removed.
+    Folders of other users and machines (containers may share the place) are left alone, and so are those that cannot be
+    removed.
     """
     removed = 0
     with suppress(OSError):
@@ -65,7 +66,7 @@ def _is_own(folder: Path) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Where a process number means something: this machine, and on Linux this namespace of processes."""
+    """Return an id of the scope of process numbers: this machine, and on Linux its PID namespace."""
     namespace = Path("/proc/self/ns/pid")
     number = namespace.stat().st_ino if namespace.exists() else 0
     return hashlib.sha256(f"{socket.gethostname()} {number}".encode()).hexdigest()[:8]

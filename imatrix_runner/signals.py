@@ -12,7 +12,7 @@ from imatrix_runner.errors import InterruptedRunError
 
 
 class Stop:
-    """A request to end soon. Long work asks :meth:`check` between pieces; children are ended by the ``Runner``."""
+    """A request to end soon. Long computations call :meth:`check` between units of work; the ``Runner`` ends children."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -38,15 +38,15 @@ class Stop:
 @contextmanager
 def stop_on_signals(stop: Stop) -> Iterator[None]:
     """Turn SIGINT, SIGTERM and SIGHUP into ``stop``; a second SIGINT raises ``KeyboardInterrupt`` at once, and
-    later ones are ignored until what was begun is ended.
+    later ones are ignored until the cleanup has finished.
 
-    Only the main thread can install handlers; elsewhere this does nothing. A signal that is ignored stays so: ``nohup`` and
-    a shell's background jobs mean it.
+    Only the main thread can install handlers; elsewhere this does nothing. A signal that was ignored before stays ignored, as
+    ``nohup`` and a shell's background jobs expect.
     """
 
     def handler(signum: int, _frame: FrameType | None) -> None:
         if stop.requested and signum == signal.SIGINT:
-            # Once: what is torn down now (children above all) would be left behind by another.
+            # Only once: another interrupt during the cleanup would leave children running.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
         stop.request(signum)

@@ -1,6 +1,6 @@
 """Values that another program, person or version wrote: decoded by type, bounded in depth, refused in this program's own words.
 
-JSON from files, hubs and workers and TOML from people all pass through here, so whatever is wrong with them is one exception,
+JSON from files, hubs and workers and TOML from people all pass through here, so every fault in them raises one exception,
 :class:`UnreadableError`; the caller turns it into the error its user can act on. Sizes are bounded where the bytes are read.
 """
 
@@ -24,7 +24,7 @@ MAX_DEPTH = 100
 
 _MOST_DIGITS = 18
 _DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
-_HALF = "it holds half of a surrogate pair, which is no character"
+_HALF = "it holds half of a surrogate pair, which is not a character"
 _PLACE = re.compile(r" - at `([^`]+)`$")
 _MISSING = re.compile(r"missing required field `([^`]+)`")
 _TYPES = re.compile(r"Expected `([^`]+)`, got `([^`]+)`")
@@ -93,7 +93,7 @@ def from_toml(data: bytes) -> dict[str, Any]:
 
 
 def _refuse_halves(value: Any) -> None:
-    """Raise :class:`UnreadableError` for text with a lone surrogate, which no file could hold."""
+    """Raise :class:`UnreadableError` for text with a lone surrogate, which cannot be written as UTF-8."""
     waiting = [value]
     while waiting:
         found = waiting.pop()
@@ -113,14 +113,15 @@ def split_url(text: str) -> SplitResult:
     """The parts of a web address; all empty for what cannot be one, such as ``http://[`` or a port of 99999."""
     try:
         parts = urlsplit(text)
-        _ = parts.port  # looked at only when it is asked for
+        _ = parts.port  # parsed only when it is read
     except ValueError:
         return urlsplit("")
     return parts
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it holds no lone surrogate, which stands for a byte of a name that is no text."""
+    """Whether a text can be written as UTF-8: it holds no lone surrogate, which stands for a byte of a name that is not
+    UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -129,7 +130,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _refuse_depth(value: Any) -> None:
-    """Raise :class:`UnreadableError` for a value deeper than :data:`MAX_DEPTH`: whatever walks it later would fail."""
+    """Raise :class:`UnreadableError` for a value deeper than :data:`MAX_DEPTH`: code that walks it later would fail."""
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [child for holder in level for child in _children(holder) if not isinstance(child, (str, bytes, int, float))]
@@ -173,7 +174,7 @@ def _why_not(data: bytes | str, error: Exception) -> UnreadableError:
 
 
 def _broken(data: bytes | str, error: Exception) -> UnreadableError:
-    """Why something is not JSON. The standard library finds the place: it is the one whose errors carry it as a number."""
+    """Why something is not JSON. The place comes from the standard library, whose errors carry it as a number."""
     if isinstance(error, RecursionError):
         return UnreadableError(_DEEP)
     try:

@@ -1,4 +1,4 @@
-"""``work/<model>/``: where everything about one model lies, and who may write there."""
+"""``work/<model>/``: the paths of one model's files, and the lock that admits one writer."""
 
 from __future__ import annotations
 
@@ -36,31 +36,49 @@ class Workspace:
 
     @property
     def parts(self) -> Path:
-        """Where segments of an unfinished imatrix wait to be summed."""
+        """The checkpoint of an unfinished imatrix, and ranges that are not in it yet."""
         return self.root / ".imatrix-parts"
 
     @property
     def texts(self) -> Path:
-        """The two parts of a calibration text of which some was set aside to measure on."""
+        """The two parts of a calibration text when some of it was set aside as held-out text."""
         return self.root / "texts"
 
     @property
     def partial(self) -> Path:
-        """Where levels grow until they are verified, a folder each."""
+        """Unverified levels while they are written, each in a folder."""
         return self.root / ".partial"
 
     @property
     def evaluation(self) -> Path:
-        """Scored tokens, and while levels are measured what they are compared with."""
+        """Token scores, and the reference while levels are measured."""
         return self.root / ".evaluation"
 
     @property
-    def twins(self) -> Path:
+    def mixes(self) -> Path:
+        """Measured costs of rounding tensors, from which mixes are chosen."""
+        return self.root / ".mixes"
+
+    @property
+    def covariances(self) -> Path:
+        """Covariances of weights' inputs, for rounding with error feedback."""
+        return self.root / ".covariances"
+
+    def kept_recipe(self, level: str) -> Path:
+        """The recipe of a mix, as it was chosen."""
+        return self.mixes / f"{level}.recipe.json"
+
+    @property
+    def cost_map(self) -> Path:
+        return self.root / "mix.json"
+
+    @property
+    def baselines(self) -> Path:
         """A workspace of its own for levels made without imatrix, while they are measured."""
         return self.root / ".twins"
 
     def ledger(self, level: str) -> Path:
-        """How a finished level's tensors came to be: what other levels may copy."""
+        """The ledger of a finished level: how each tensor was made, so that other levels may copy it."""
         return self.root / ".ledgers" / f"{level}.jsonl"
 
     @property
@@ -83,11 +101,12 @@ class Workspace:
         return self.root / f"{self.model}-{level}.gguf"
 
     def name_of(self, path: Path) -> str:
-        """A file as the journal names it: relative where it lies in the workspace, so that the folder can be moved."""
+        """Return a file's name in the journal: relative if it is in the workspace, so that the folder can be moved."""
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
     def find_imatrix(self) -> Path | None:
-        """The imatrix that lies here, by the documented order of names; its format is told by content, not by name."""
+        """Return the imatrix of the workspace, by the documented order of names. Its content, not its name, decides the
+        format."""
         names = ("imatrix.dat", "imatrix.gguf", f"{self.model}.imatrix", f"{self.model}-imatrix.gguf")
         return next((self.root / name for name in names if (self.root / name).is_file()), None)
 
@@ -96,7 +115,7 @@ class Workspace:
 class Owner:
     """Who holds a workspace. A process is the same only if its start time is: pids are reused.
 
-    ``workspace`` is the identity of the folder that is held (:func:`identity`): in a copy of that folder the file says nothing.
+    ``workspace`` is the identity of the folder that is held (:func:`identity`): in a copy of that folder the file is ignored.
     """
 
     pid: int
@@ -113,14 +132,14 @@ class Owner:
 
 
 def identity(workspace: Workspace) -> str:
-    """What tells this folder from a copy of it, and stays when it is renamed."""
+    """Return an id that a copy of this folder does not share, and that survives renaming."""
     status = workspace.root.stat()
     return f"{status.st_dev:x}:{status.st_ino:x}"
 
 
 def read_owner(workspace: Workspace) -> Owner | None:
-    """Who wrote last that they hold the workspace (they may be dead); None if nobody, if it cannot be read, or if it came with
-    a copy of another workspace."""
+    """Return the last recorded owner, which may have died; None if there is none, if the file cannot be read, or if it came
+    with a copy of another workspace."""
     try:
         owner = read_json(workspace.owner, Owner, limit=1 << 20) if workspace.owner.exists() else None
     except RunnerError:
@@ -129,9 +148,9 @@ def read_owner(workspace: Workspace) -> Owner | None:
 
 
 class Hold:
-    """A held workspace; tells the owner file which children live, so that a successor can end orphans.
+    """A held workspace; records its running children in the owner file, so that a successor can end orphans.
 
-    ``mark`` is what those children carry in their environment: a number in a file alone must not end a process.
+    ``mark`` is in those children's environment: a number in a file alone must not end a process.
     """
 
     def __init__(self, workspace: Workspace, owner: Owner, orphans: int) -> None:
@@ -151,7 +170,7 @@ class Hold:
 
 @contextmanager
 def hold(workspace: Workspace, command: str) -> Iterator[Hold]:
-    """Be the one writer of a workspace. The kernel releases the lock of a dead owner; what it left running is ended.
+    """Hold a workspace as its only writer. The kernel releases a dead owner's lock; the children it left running are ended.
 
     Raises :class:`WorkspaceLockedError` if a live process holds it.
     """
@@ -185,7 +204,7 @@ def hold(workspace: Workspace, command: str) -> Iterator[Hold]:
 
 def _refuse_links(workspace: Workspace) -> None:
     """Raise :class:`InvalidDataError` for a link to a file where logs, unfinished files or notes are written. A workspace may
-    come out of an archive, and what is appended to its log would end up in a file of the user's. Links to folders may be there:
+    come out of an archive, and what is appended to its log would end up in the user's file. Links to folders are allowed:
     only files with the workspace's own names are made in them."""
     for folder, folders, files in os.walk(workspace.root):
         if Path(folder) == workspace.root:

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from bench_convergence import Bench, Made, Text, average
 from demo_corpus import read_corpus
-from divergence import Divergence
-from llama_tools import BareTools
 
 from imatrix_runner.calibration.parts import parse_parts
 from imatrix_runner.resources import CALIBRATION_TEXT, HELD_OUT_TEXT, resource
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.store import cache_dir
+from support.divergence import Divergence
+from support.llama_tools import BareTools
 
 LEVELS = ("Q2_K", "IQ2_XXS", "IQ2_XS", "IQ3_XXS")
 WHOLE = "shipped text"

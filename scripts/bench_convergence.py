@@ -28,17 +28,17 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from command_line import run_command
 from demo_corpus import read_corpus
-from divergence import Divergence, divergence, save_logits
-from llama_tools import BareTools
 
 from imatrix_runner.imatrix.convergence import Point, converged, distance
 from imatrix_runner.imatrix.formats import read, write_gguf
-from imatrix_runner.imatrix.matrix import Entry
+from imatrix_runner.imatrix.matrix import MatrixEntry
 from imatrix_runner.resources import CALIBRATION_TEXT, DEMO_MODEL, resource
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.store import cache_dir
+from support.command_line import run_command
+from support.divergence import Divergence, divergence, save_logits
+from support.llama_tools import BareTools
 
 LEVELS = ("IQ2_XXS", "Q2_K", "Q4_K_M")
 N_BATCH = 2048
@@ -128,7 +128,7 @@ class Bench:
             draw = np.random.default_rng(seed)
             entries = {name: matrix.entries[name] for name in matrix.entries}
             moved = {
-                name: Entry(entry.sums * draw.normal(1, SHAKEN, entry.sums.shape), entry.counts)
+                name: MatrixEntry(entry.sums * draw.normal(1, SHAKEN, entry.sums.shape), entry.counts)
                 for name, entry in entries.items()
             }
             path = whole.path.with_name(f"shaken-{seed}.gguf")

@@ -26,18 +26,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from bench_imatrix import write
-from tiny_models import sample_text
 
-from imatrix_runner.engines.base import ChunkRange, CollectOptions, QuantizeJob, QuantizeOptions
-from imatrix_runner.engines.binaries.argv import judge_command, quantize_command, refer_command
-from imatrix_runner.engines.embedded.find import find, worker_command
-from imatrix_runner.engines.embedded.protocol import Judge, Refer
-from imatrix_runner.engines.measures import JudgeJob, ReferJob
+from imatrix_runner.engines.embedded.bindings import find, worker_command
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.llama_cpp.flags import measure_command, quantize_command, reference_command
+from imatrix_runner.engines.measures import MeasureJob, ReferenceJob
 from imatrix_runner.process import Command, Runner, child_environment
 from imatrix_runner.resources import DEMO_MODEL, HELD_OUT_TEXT, resource
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
+from support.tiny_models import sample_text
 
 TIME_GOAL, MEMORY_GOAL = 1.1, 1.0
 PROGRAMS = ("llama-perplexity", "embedded")
@@ -103,13 +102,13 @@ def once(case: Case, what: str, who: str, tools: Toolchain, library: Path | None
     for old in (mine, out):
         old.unlink(missing_ok=True)
     if who == "embedded":
-        refer = Refer("bench", case.source, case.text, mine, 0, case.chunks, options, "bench", None)
-        judge = Judge("bench", case.level, base, out, 0, None, options, "bench")
+        refer = ReferenceJob("bench", case.source, case.text, ChunkRange(0, case.chunks), mine, options, "bench", None)
+        judge = MeasureJob("bench", case.level, base, out, options, "bench", None)
         return run(worker_command(refer if what == "reference" else judge, library), folder, ours)
     if what == "reference":
-        job = ReferJob("bench", case.source, case.text, ChunkRange(0, case.chunks), base, options, "bench", None)
-        return run(refer_command(job, base, tools), folder, theirs)
-    return run(judge_command(JudgeJob("bench", case.level, base, out, options, "bench", None), base, tools), folder, theirs)
+        job = ReferenceJob("bench", case.source, case.text, ChunkRange(0, case.chunks), base, options, "bench", None)
+        return run(reference_command(job, base, tools), folder, theirs)
+    return run(measure_command(MeasureJob("bench", case.level, base, out, options, "bench", None), base, tools), folder, theirs)
 
 
 def compare(case: Case, tools: Toolchain, library: Path | None, folder: Path, options: argparse.Namespace) -> None:

@@ -24,16 +24,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from tiny_models import sample_text, write_llama_gguf
-
-from imatrix_runner.engines.base import CollectOptions
+from imatrix_runner.engines.embedded.bindings import find
 from imatrix_runner.engines.embedded.engine import worker_command
-from imatrix_runner.engines.embedded.find import find
-from imatrix_runner.engines.embedded.protocol import Collect
+from imatrix_runner.engines.jobs import ChunkRange, CollectJob, CollectOptions
 from imatrix_runner.process import child_environment
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
+from support.tiny_models import sample_text, write_llama_gguf
 
 PROGRAMS = ("llama-imatrix", "embedded")
 
@@ -69,9 +67,9 @@ def theirs(toolchain: Toolchain, model: Path, text: Path, folder: Path, chunks: 
 
 def ours(library: Path | None, model: Path, text: Path, folder: Path, chunks: int, threads: int, *, ppl: bool) -> Took:
     every = 12
-    ranges = tuple((first, min(every, chunks - first)) for first in range(0, chunks, every))
-    request = Collect("bench", model, text, ranges, folder, CollectOptions(threads=threads, ppl=ppl), "bench")
-    command = worker_command(request, library)
+    ranges = tuple(ChunkRange(first, min(every, chunks - first)) for first in range(0, chunks, every))
+    job = CollectJob("bench", model, text, ranges, folder, CollectOptions(threads=threads, ppl=ppl), "bench", None)
+    command = worker_command(job, library)
     took, said = run(list(command.argv), child_environment(command.env), command.cwd or folder)
     pieces = [answer for line in said.splitlines() if (answer := json.loads(line))["type"] == "collected"]
     return Took(took.seconds, took.peak, sum(piece["watching_seconds"] for piece in pieces))

@@ -25,7 +25,7 @@ def make(path: Path, megabytes: int, seed: int) -> None:
     import numpy as np
 
     from imatrix_runner.imatrix.formats import write_gguf
-    from imatrix_runner.imatrix.matrix import Counts, Entries, Entry, Matrix
+    from imatrix_runner.imatrix.matrix import Counts, Entries, Matrix, MatrixEntry
 
     layers = max(1, megabytes * 1_000_000 // (4 * EXPERTS * sum(TENSORS.values())))
     columns = {f"blk.{layer}.{name}.weight": width for layer in range(layers) for name, width in TENSORS.items()}
@@ -33,8 +33,8 @@ def make(path: Path, megabytes: int, seed: int) -> None:
     tokens = draw.integers(0, 20_000, EXPERTS)
 
     class Drawn(Entries):
-        def __getitem__(self, name: str) -> Entry:
-            return Entry(draw.random(self.shape(name), np.float32).astype(np.float64), tokens)
+        def __getitem__(self, name: str) -> MatrixEntry:
+            return MatrixEntry(draw.random(self.shape(name), np.float32).astype(np.float64), tokens)
 
         def __contains__(self, name: object) -> bool:
             return name in columns

@@ -14,12 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from tiny_models import sample_text, write_llama_gguf
-
-from imatrix_runner.quantize.levels import DEFAULT_LEVELS as LEVELS
+from imatrix_runner.engines.levels import DEFAULT_LEVELS as LEVELS
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
+from support.tiny_models import sample_text, write_llama_gguf
 
 
 def timed(commands: list[list[str]], cwd: Path) -> float:

@@ -30,19 +30,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from tiny_models import DType, write_llama_gguf
-
-from imatrix_runner.engines.base import QuantizeJob, QuantizeOptions
-from imatrix_runner.engines.binaries.argv import quantize_command
-from imatrix_runner.engines.embedded.compiled import Native, compile_kernels
-from imatrix_runner.engines.embedded.find import Bindings, find
+from imatrix_runner.engines.embedded.bindings import Bindings, find
+from imatrix_runner.engines.embedded.native_build import compile_kernels
+from imatrix_runner.engines.jobs import Native, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.levels import Level, preset_levels, resolve_levels
+from imatrix_runner.engines.llama_cpp.flags import quantize_command
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import child_environment
-from imatrix_runner.quantize.levels import Level, preset_levels, resolve_levels
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
 from imatrix_runner.workspace import Workspace
+from support.tiny_models import DType, write_llama_gguf
 
 CASES = ("bartowski", "k-quants", "single", "added", "plan", "memory")
 MODEL = "bench"
@@ -407,20 +406,20 @@ def write_model(folder: Path, shape: Mapping[str, int], dtype: DType, extra: Map
     import numpy as np
 
     from imatrix_runner.imatrix.formats import write_gguf
-    from imatrix_runner.imatrix.matrix import Entry, Matrix
+    from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
 
     folder.mkdir()
     path = folder / f"{MODEL}-{dtype.upper()}.gguf"
     write_llama_gguf(path, **shape, dtype=dtype, extra=extra)  # type: ignore[arg-type]
     draw = np.random.default_rng(0)
     chunks, chunk_size = 100, 512
-    entries: dict[str, Entry] = {}
+    entries: dict[str, MatrixEntry] = {}
     for tensor in read_header(path).tensors:
         if len(tensor.shape) > 1:
             experts = tensor.shape[2] if len(tensor.shape) > 2 else 1
             counts = np.full(experts, chunks * chunk_size // experts, np.int64)
             means = draw.lognormal(-1.0, 1.0, (experts, tensor.shape[0])) * draw.lognormal(0.0, 1.0)
-            entries[tensor.name] = Entry(means * counts[:, None], counts)
+            entries[tensor.name] = MatrixEntry(means * counts[:, None], counts)
     write_gguf(Matrix(entries, chunk_size, chunks, ("synthetic",)), folder / "imatrix.gguf")
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command_line import Ran, RunCommand, run_command
-from dialogues import TEMPLATE
-from in_process import CommandLine
-from llama_sources import fetch_llama_models
-from llama_tools import BareTools
-from tiny_models import sample_text, write_llama_gguf
+from hypothesis import HealthCheck, settings
 
 from imatrix_runner.resources import DEMO_MODEL, resource
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
+from support.command_line import Ran, RunCommand, run_command
+from support.dialogues import TEMPLATE
+from support.in_process import CommandLine
+from support.llama_sources import fetch_llama_models
+from support.llama_tools import BareTools
+from support.tiny_models import sample_text, write_llama_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +33,26 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_I
 # Tests run side by side, and llama.cpp's threads burn the processor while they wait for each other: by default two of its
 # programs take up to twenty times as long on two cores. (The package bounds that for what it starts; tests start some, too.)
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
+
+
+# A loaded machine must not turn a slow example into a failure. The same examples every time; ``--hypothesis-profile thorough``
+# looks for others.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("tests", _PATIENT, max_examples=60, derandomize=True)
+settings.register_profile("thorough", _PATIENT, max_examples=2000)
+settings.load_profile("tests")
+
+
+_SLOW = (
+    *("test_killed", "test_killed_evaluate", "test_killed_imatrix", "test_killed_pass"),
+    *("test_embedded_quality", "test_evaluate_levels", "test_single_pass", "test_run_preset"),
+    *("test_calibration_build", "test_calibration_templates"),
+)
+"""Files with the longest tests. They begin first, so that no process is left alone with one while the others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in _SLOW)
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +83,10 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runner(tmp_path: Path) -> RunCommand:
-    """Run ``imatrix-runner ARGUMENTS`` in a process of its own, in ``tmp_path``."""
+    """Run ``imatrix-runner ARGUMENTS`` in a process of its own, in ``tmp_path``. Further: what :func:`run_command` takes."""
 
-    def run(*arguments: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, seconds: float = 300) -> Ran:
-        return run_command(*arguments, cwd=cwd or tmp_path, env=env, seconds=seconds)
+    def run(*arguments: str | Path, cwd: Path | None = None, **further: Any) -> Ran:
+        return run_command(*arguments, cwd=cwd or tmp_path, **further)
 
     return run
 
@@ -105,7 +127,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_imatrix(tools: BareTools, tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llama-imatrix's own file of the tiny model over 20 chunks of 128 tokens."""
+    """llama-imatrix's own file of the tiny model over 20 chunks of 128 tokens: the same bytes wherever the tests run."""
     out = tmp_path_factory.mktemp("imatrix") / "imatrix.gguf"
-    tools.imatrix(tiny_model, tiny_text, out, "-c", "128", "--chunks", "20")
+    tools.imatrix(tiny_model, Path(tiny_text.name), out, "-c", "128", "--chunks", "20", folder=tiny_text.parent)
     return out

@@ -1,7 +1,7 @@
-"""Overlapping stretches of a text as 64-bit hashes, computed for all places at once.
+"""Shingles: 64-bit hashes of all overlapping sequences of characters or words of a text, computed at once with NumPy.
 
-A stretch is hashed from running sums of a polynomial modulo 2**64, so that its hash does not depend on its length being fixed.
-The hashes are the same in every process and on every machine.
+A hash comes from prefix sums of a polynomial modulo 2**64, so sequences may differ in length. The hashes are the same in every
+process and on every machine.
 """
 
 from __future__ import annotations
@@ -14,33 +14,31 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from imatrix_runner.writing_systems import UNSPACED
+
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 CHARACTERS = 9
-"""Length of the stretches that near-duplicates are told by."""
+"""Length, in characters, of the shingles that near duplicates are found by."""
 WORDS, LETTERS = 13, 40
-"""Lengths of the stretches that overlap is told by: words, or characters in scripts that write no spaces.
+"""Lengths of the shingles that overlap is measured by: in words, or in characters for scripts without spaces.
 
-13 words are what GPT-3's authors looked for between training and test data (arXiv:2005.14165, appendix C). 40 characters of
-Chinese or Japanese say about as much.
+GPT-3's authors looked for 13 common words between training and test data (arXiv:2005.14165, appendix C). 40 characters of
+Chinese or Japanese carry about as much information.
 """
 
 _BASE = 0x9E3779B97F4A7C15
 _UNBASE = pow(_BASE, -1, 1 << 64)
-_KNOWN = 0x20000  # planes 0 and 1 have tables; behind them lie only ideographs and what is no word
+_KNOWN = 0x20000  # planes 0 and 1 have tables; above are only ideographs and characters that belong to no word
 _IDEOGRAPHS = 0x40000
-# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana, Chinese characters.
-_SPACELESS = (
-    *((0x0E00, 0x0F00), (0x0F00, 0x1000), (0x1000, 0x10A0), (0x1780, 0x1800), (0x3005, 0x3008), (0x3040, 0x3100)),
-    *((0x31F0, 0x3200), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0xFF66, 0xFFA0)),
-)
 _SEPARATOR, _WORD, _ALONE = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Shingles:
-    """Stretches in the order of the text. ``hashes`` [n]; ``starts`` and ``ends`` [n]: characters from the text's beginning."""
+    """Shingles in the order of the text. ``hashes`` [n]; ``starts`` and ``ends`` [n]: in characters from the text's
+    beginning."""
 
     hashes: U64
     starts: I64
@@ -49,9 +47,9 @@ class Shingles:
 
 @dataclass(frozen=True)
 class Units:
-    """What stretches are made of: words in lower case without punctuation, and single characters of scripts without spaces.
+    """The units of shingles: words in lower case without punctuation, and single characters of scripts without spaces.
 
-    ``hashes`` [n]; ``weights`` [n]: of a word 40, of a character 13, so that 520 is 13 words, 40 characters or a mixture.
+    ``hashes`` [n]; ``weights`` [n]: 40 for a word, 13 for a character, so 520 is 13 words, 40 characters or a mixture.
     """
 
     hashes: U64
@@ -61,12 +59,12 @@ class Units:
 
 
 def codepoints(text: str) -> npt.NDArray[np.uint32]:
-    """The characters as numbers."""
+    """The code points of a text: uint32 [n]."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.dtype("<u4")).astype(np.uint32, copy=False)
 
 
 def mixed(values: U64) -> U64:
-    """MurmurHash3's finaliser: a bijection after which every bit depends on every bit."""
+    """MurmurHash3's finaliser: a bijection in which every output bit depends on every input bit."""
     values = values ^ (values >> np.uint64(33))
     values = values * np.uint64(0xFF51AFD7ED558CCD)
     values ^= values >> np.uint64(33)
@@ -76,7 +74,8 @@ def mixed(values: U64) -> U64:
 
 
 def character_shingles(text: str) -> U64:
-    """The distinct stretches of 9 characters of a text, sorted; white space and case do not count."""
+    """Sorted hashes of the distinct 9-character sequences of a text; runs of white space count as one space, case is
+    ignored."""
     letters = codepoints(" ".join(text.casefold().split())).astype(np.uint64)
     n = len(letters) - CHARACTERS + 1
     if n <= 0:
@@ -88,7 +87,7 @@ def character_shingles(text: str) -> U64:
 
 
 def units(text: str) -> Units:
-    """The words and lone characters of a text, in order."""
+    """The words, and the single characters of scripts without spaces, of a text in order."""
     letters = codepoints(text)
     kinds_of, folded_of = _tables()
     known = np.minimum(letters, _KNOWN - 1)
@@ -102,17 +101,17 @@ def units(text: str) -> Units:
     weights = np.where(np.arange(len(starts)) < len(starts) - len(alone), LETTERS, WORDS).astype(np.int64)
     order = np.argsort(starts, kind="stable")
     starts, ends = starts[order].astype(np.int64), ends[order].astype(np.int64)
-    return Units(_stretches(mixed(folded + np.uint64(1)), starts, ends), weights[order], starts, ends)
+    return Units(_range_hashes(mixed(folded + np.uint64(1)), starts, ends), weights[order], starts, ends)
 
 
-def overlap_shingles(pieces: Iterable[str]) -> Iterator[Shingles]:
-    """All stretches of 13 words (or 40 characters of scripts without spaces) of a text that comes in pieces.
+def overlap_shingles(blocks: Iterable[str]) -> Iterator[Shingles]:
+    """All shingles of 13 words (or 40 characters of scripts without spaces) of a text that comes in blocks.
 
-    Pieces end between words; the stretches that reach over an end belong to the later piece.
+    Blocks must end between words. Shingles that cross the end of a block are yielded with the later block.
     """
     kept = Units(np.empty(0, np.uint64), *(np.empty(0, np.int64) for _ in range(3)))
     read = 0
-    for text in pieces:
+    for text in blocks:
         new = units(text)
         joined = Units(
             np.concatenate((kept.hashes, new.hashes)),
@@ -122,17 +121,17 @@ def overlap_shingles(pieces: Iterable[str]) -> Iterator[Shingles]:
         )
         read += len(text)
         total = np.concatenate(([0], np.cumsum(joined.weights)))
-        # The first place at which everything since unit i weighs enough; those for which there is none wait for more text.
+        # last[i]: the first position at which the units since i weigh enough; units without one are kept for the next block.
         last = np.searchsorted(total, total[:-1] + WORDS * LETTERS)
         n = int(np.searchsorted(last, len(total)))
         last = last[:n]
         first = np.arange(n, dtype=np.int64)
-        yield Shingles(_stretches(joined.hashes, first, last), joined.starts[:n], joined.ends[last - 1])
+        yield Shingles(_range_hashes(joined.hashes, first, last), joined.starts[:n], joined.ends[last - 1])
         kept = Units(joined.hashes[n:], joined.weights[n:], joined.starts[n:], joined.ends[n:])
 
 
-def _stretches(values: U64, starts: I64, ends: I64) -> U64:
-    """A hash of ``values[start:end]`` for each pair."""
+def _range_hashes(values: U64, starts: I64, ends: I64) -> U64:
+    """A hash of ``values[start:end]`` for each pair of start and end."""
     powers, unpowers = _powers(1 << max(10, len(values).bit_length()))
     sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(values * powers[: len(values)], dtype=np.uint64)))
     return mixed((sums[ends] - sums[starts]) * unpowers[starts])
@@ -151,7 +150,7 @@ def _powers(n: int) -> tuple[U64, U64]:
 
 @lru_cache(maxsize=1)
 def _tables() -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint32]]:
-    """What each character is to a word, and its lower case."""
+    """For each character of planes 0 and 1, its class (separator, part of a word, alone) and its lower case."""
     kinds = np.zeros(_KNOWN, np.int8)
     folded = np.arange(_KNOWN, dtype=np.uint32)
     for number in range(_KNOWN):
@@ -161,6 +160,6 @@ def _tables() -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint32]]:
             lower = character.lower()
             if len(lower) == 1:
                 folded[number] = ord(lower)
-    for start, end in _SPACELESS:
+    for start, end in UNSPACED:
         kinds[start:end] = np.where(kinds[start:end] == _WORD, _ALONE, _SEPARATOR)
     return kinds, folded

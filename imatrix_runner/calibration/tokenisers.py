@@ -1,4 +1,4 @@
-"""What counts a calibration text's tokens: llama.cpp for a GGUF, the ``tokenizers`` library for a Hugging Face directory."""
+"""Tokenisers for calibration texts: llama.cpp for a GGUF, the ``tokenizers`` library for a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from imatrix_runner.calibration.tokens import TextTokens, Vocabulary
+from imatrix_runner.chat.tokenizer_config import read_config, special_text, unusable_tokenizer
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.engine_choice import make_tokeniser
+from imatrix_runner.engines.abilities import TextTokeniser
 from imatrix_runner.errors import InvalidDataError, from_os_error
-from imatrix_runner.untrusted import UnreadableError, from_json
+from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.models.gguf_names import shard_names
+from imatrix_runner.models.hub import Hub, is_offline
+from imatrix_runner.models.model import HubId, LocalDirectory, LocalFile, parse_source
+from imatrix_runner.process import Runner
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 
 _MAX_TOKENIZER = 256 << 20
-_MAX_CONFIG = 16 << 20
 
 
 @dataclass
 class GgufTokeniser:
-    """The vocabulary of a GGUF (of weights, or ``ggml-vocab-*``), through a worker of the embedded engine."""
+    """Tokenises with the vocabulary of a GGUF (a model, or ``ggml-vocab-*``), through an engine that reads it."""
 
-    engine: EmbeddedEngine
+    tokeniser: TextTokeniser
     model: Path
     _vocabulary: Vocabulary | None = field(default=None, init=False)
 
@@ -40,23 +45,23 @@ class GgufTokeniser:
         return self._vocabulary
 
     def tokenise(self, texts: Sequence[str], *, parse_special: bool) -> list[TextTokens]:
-        found = self.engine.tokenise(self.model, texts, parse_special=parse_special, log=None)
-        told = found.vocabulary
-        bos, eos = (token if token >= 0 else None for token in (told.bos, told.eos))
-        self._vocabulary = Vocabulary(told.n_vocab, told.special, bos, eos, told.add_bos)
+        found = self.tokeniser.tokenise(self.model, texts, parse_special=parse_special, log=None)
+        self._vocabulary = Vocabulary(found.n_vocab, found.special, found.bos, found.eos, found.add_bos)
         cuts = np.cumsum(found.lengths)
         each = zip(texts, np.split(found.ids, cuts), np.split(found.sizes, cuts), strict=False)
-        special = np.fromiter(told.special, np.int64, len(told.special))
+        special = np.fromiter(found.special, np.int64, len(found.special))
         return [TextTokens(ids, _ends(sizes, np.isin(ids, special), text)) for text, ids, sizes in each]
 
 
 _MARK = "▁"
-"""How SentencePiece writes a space; one in a text comes back as a space."""
+"""SentencePiece's mark for a space. One in a text is decoded as a space."""
 
 
 def _ends(sizes: npt.NDArray[np.int32], special: npt.NDArray[np.bool_], text: str) -> npt.NDArray[np.int64] | None:
-    """Where tokens end in their text, from the bytes of their pieces. SentencePiece puts a space before the text, and before
-    what follows a control token."""
+    """Byte offsets at which tokens end in ``text``, from the sizes of their decoded texts; None if they do not add up.
+
+    SentencePiece puts a space before the text, and before what follows a control token.
+    """
     ends = np.cumsum(sizes, dtype=np.int64)
     if not len(ends):
         return ends if not text else None
@@ -70,14 +75,14 @@ def _ends(sizes: npt.NDArray[np.int32], special: npt.NDArray[np.bool_], text: st
 
 
 def _widened(ends: npt.NDArray[np.int64], text: str) -> npt.NDArray[np.int64]:
-    """Ends in ``text`` from those in the text whose marks are spaces."""
+    """Ends in ``text``, from the ends in the same text with each mark replaced by a space."""
     gaps = np.cumsum([len(part.encode()) + 1 for part in text.split(_MARK)[:-1]], dtype=np.int64)
     wider = ends + (len(_MARK.encode()) - 1) * np.searchsorted(gaps, ends, side="right")
     return np.asarray(wider, np.int64)
 
 
 class HuggingFaceTokeniser:
-    """``tokenizer.json`` of a Hugging Face directory."""
+    """Tokenises with the ``tokenizer.json`` of a Hugging Face directory."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "tokenizer.json"
@@ -89,19 +94,19 @@ class HuggingFaceTokeniser:
 
         try:
             if self._path.stat().st_size > _MAX_TOKENIZER:
-                raise _unusable(self._path, f"it is larger than {_MAX_TOKENIZER >> 20} MiB")
+                raise unusable_tokenizer(self._path, f"it is larger than {_MAX_TOKENIZER >> 20} MiB")
             return tokenizers.Tokenizer.from_buffer(self._path.read_bytes())
         except FileNotFoundError as error:
-            raise _unusable(self._path, "there is no such file") from error
+            raise unusable_tokenizer(self._path, "there is no such file") from error
         except OSError as error:
             raise from_os_error(error, "reading the tokenizer", self._path) from error
         except InvalidDataError:
             raise
         except BaseException as error:
-            # The library panics (a BaseException) on some broken files; Ctrl-C stays what it is.
+            # The library panics (a BaseException) on some broken files.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            raise _unusable(self._path, f"the tokenizers library refuses it: {str(error)[:200]}") from error
+            raise unusable_tokenizer(self._path, f"the tokenizers library rejects it: {str(error)[:200]}") from error
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -122,37 +127,97 @@ class HuggingFaceTokeniser:
 
 
 def _from_offsets(text: str, offsets: list[tuple[int, int]]) -> npt.NDArray[np.int64] | None:
-    """Byte ends from the library's character offsets; None where they leave something of the text out."""
+    """Byte ends from the library's character offsets; None if they do not cover the text."""
     places = np.cumsum([0, *(len(character.encode()) for character in text)], dtype=np.int64)
     ends = places[np.array([end for _, end in offsets], np.int64)] if offsets else np.empty(0, np.int64)
     whole = bool(np.all(np.diff(ends) >= 0)) and (int(ends[-1]) if len(ends) else 0) == int(places[-1])
     return ends if whole else None
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
-    """A small JSON object of a model's directory; empty if there is no such file."""
-    try:
-        if not path.is_file():
-            return {}
-        if path.stat().st_size > _MAX_CONFIG:
-            raise _unusable(path, f"it is larger than {_MAX_CONFIG >> 20} MiB")
-        return from_json(path.read_bytes(), dict[str, Any])
-    except OSError as error:
-        raise from_os_error(error, "reading the tokenizer's configuration", path) from error
-    except UnreadableError as error:
-        raise _unusable(path, str(error)) from error
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's vocabulary. ``special``: id -> text of control tokens; ``bos`` and ``eos`` are ids, None if there is no
+    such token; ``add_bos``: every chunk of a calibration begins with ``bos``."""
+
+    n_tokens: int
+    special: Mapping[int, str]
+    bos: int | None
+    eos: int | None
+    add_bos: bool
 
 
-def special_text(config: Mapping[str, Any], name: str) -> str:
-    """The text of ``bos_token`` or ``eos_token``: a string, or an object with its ``content``; empty for none."""
-    value = config.get(name)
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else ""
+@dataclass(frozen=True)
+class TextTokens:
+    """The tokens of one text. ``ids`` int32 [n]; ``ends`` int64 [n]: byte offset in the UTF-8 text at which each token ends, or
+    None if the decoded tokens do not add up to the text (a tokenizer that normalises)."""
+
+    ids: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
-def _unusable(path: Path, why: str) -> InvalidDataError:
+class Tokeniser(Protocol):
+    """Tokenises as the model will. Raises :class:`RunnerError`."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def tokenise(self, texts: Sequence[str], *, parse_special: bool) -> list[TextTokens]:
+        """The tokens of each text by itself, without those that a vocabulary adds at the ends. ``parse_special``: control
+        tokens written out in a text (``<|im_start|>``) are parsed as such."""
+        ...
+
+
+_NEEDED = "tokenizer.json"
+
+_HELPFUL = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json")
+
+_LIMIT = 256 << 20
+
+
+def tokenizer_files(model: str, context: Context, *, offline: bool) -> Path:
+    """The path of a GGUF (its first shard) or of a directory with a tokenizer; of a hub's model only the tokenizer is
+    fetched."""
+    path = Path(model).expanduser()
+    if path.is_dir() and (path / _NEEDED).is_file():
+        return path
+    source = parse_source(model)
+    if isinstance(source, LocalFile):
+        return source.path.with_name(shard_names(source.path)[0])
+    if isinstance(source, LocalDirectory):
+        raise _no_tokenizer(str(source.path))
+    return _fetched(source, context, offline=offline)
+
+
+def _fetched(source: HubId, context: Context, *, offline: bool) -> Path:
+    hub = Hub(context.stop, context.sink, offline=offline or is_offline())
+    listing = hub.repository(source.repo)
+    files = {file.name: file for file in listing.files}
+    if _NEEDED not in files:
+        raise _no_tokenizer(source.repo)
+    paths = [hub.fetch(listing, files[name], limit=_LIMIT) for name in (_NEEDED, *_HELPFUL) if name in files]
+    return paths[0].parent
+
+
+def _no_tokenizer(where: str) -> InvalidDataError:
     return InvalidDataError(
-        f"{path} cannot be used as a tokenizer",
-        why,
-        "Give the model's GGUF with --model, or a directory with tokenizer.json and tokenizer_config.json.",
+        f"{where} has no {_NEEDED}",
+        "without that file only llama.cpp's converter can read its tokenizer",
+        "Convert the model first (imatrix-runner run …) and give the GGUF with --model.",
     )
+
+
+def find_tokeniser(model: Path, runner: Runner) -> Tokeniser:
+    """The tokeniser of a local model: a GGUF, or a directory with ``tokenizer.json``. Raises :class:`RunnerError`."""
+    if model.is_dir():
+        return HuggingFaceTokeniser(model)
+    header = read_header(model)
+    if "tokenizer.ggml.tokens" not in header.metadata:
+        raise InvalidDataError(
+            f"{model} has no vocabulary",
+            "the metadata key tokenizer.ggml.tokens is missing",
+            "Give the model's own GGUF (for a split one, its first shard).",
+        )
+    return GgufTokeniser(make_tokeniser(runner), model)

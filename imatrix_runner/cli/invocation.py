@@ -1,4 +1,4 @@
-"""What was typed, for the commands and messages that need it again."""
+"""The command line as typed, for commands and messages that show it again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROGRAM = "imatrix-runner"
 
 @dataclass(frozen=True)
 class Invocation:
-    """``arguments`` as typed; ``extra`` is what stands after ``--``, for llama.cpp."""
+    """``arguments``: as typed; ``extra``: those after ``--``, for llama.cpp."""
 
     arguments: tuple[str, ...]
     extra: tuple[str, ...]

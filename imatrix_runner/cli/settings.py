@@ -1,32 +1,34 @@
-"""Joins the sources of every option's value (default < file < environment < flag) and shows where each came from."""
+"""Combines the sources of a setting: default < settings file < environment < command line."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from imatrix_runner.cli.invocation import Invocation
-from imatrix_runner.config import ENV_PREFIX, OTHER_VARIABLES, FileSettings, check_names, check_programs, find_settings
-from imatrix_runner.errors import UsageError
+from imatrix_runner.errors import InvalidDataError, UsageError, from_os_error
 from imatrix_runner.files import not_utf8
-from imatrix_runner.untrusted import is_unicode
+from imatrix_runner.untrusted import UnreadableError, from_toml, is_unicode
 
-F = TypeVar("F", bound=Callable[..., Any])
+FILE = "imatrix-runner.toml"
 
-_ORIGINS = {
-    ParameterSource.COMMANDLINE: "command line",
-    ParameterSource.DEFAULT: "default",
-    ParameterSource.DEFAULT_MAP: "file",
-    ParameterSource.ENVIRONMENT: "environment",
-    ParameterSource.PROMPT: "prompt",
-}
+ENV_PREFIX = "IMATRIX_RUNNER_"
+
+_MOST_BYTES = 1 << 20
+
+OTHER_VARIABLES = frozenset(
+    ENV_PREFIX + name for name in ("CACHE", "LLAMA_CPP", "RELEASES_URL", "CALIBRATION_URL", "PASS_ENV", "CHILD_OF")
+)
+"""Variables with the prefix that are read, but are not settings of commands."""
+
+Value = str | int | float | bool | list[str]
 
 
 class Setting(click.Option):
@@ -35,11 +37,6 @@ class Setting(click.Option):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.envvar = ENV_PREFIX + (self.name or "").upper()
-
-
-def setting(*names: str, **kwargs: Any) -> Callable[[F], F]:
-    """``click.option`` whose value may come from any source."""
-    return click.option(*names, cls=Setting, **kwargs)
 
 
 def apply_settings(ctx: click.Context) -> None:
@@ -82,7 +79,7 @@ def _has(option: click.Parameter, settings: FileSettings) -> bool:
 
 
 def _value(option: click.Parameter, settings: FileSettings) -> Any:
-    """The value as it would be typed, so that an option takes from a file what it takes from a command line, and no more."""
+    """The value as it would be typed, so that an option accepts the same values from a file as from the command line."""
     value = settings.values[option.name or ""]
     if isinstance(value, list):
         return value if option.multiple else ",".join(value)
@@ -98,17 +95,6 @@ def _value(option: click.Parameter, settings: FileSettings) -> Any:
     return [str(value)] if option.multiple else str(value)
 
 
-def typed(*names: str) -> tuple[str, ...]:
-    """The options among these parameters that were given on the command line of the running command, by their first name."""
-    ctx = click.get_current_context()
-    given = {option.name: option.opts[0] for option in ctx.command.params if isinstance(option, click.Option)}
-    return tuple(
-        given[name]
-        for name in names
-        if name in given and ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.PROMPT)
-    )
-
-
 def warn_of_environment(ctx: click.Context) -> None:
     """Warn of every ``IMATRIX_RUNNER_…`` variable that no option or other part of the program reads."""
     assert isinstance(ctx.command, click.Group)
@@ -116,7 +102,7 @@ def warn_of_environment(ctx: click.Context) -> None:
         return
     suspects = [name for name, value in os.environ.items() if name.startswith(ENV_PREFIX) and value]
     if all(name in OTHER_VARIABLES for name in suspects):
-        return  # knowing all settings means importing all commands
+        return  # to know all settings, all commands must be imported
     known = {ENV_PREFIX + name.upper() for name, _ in _settings_of(ctx.command, ctx)} | OTHER_VARIABLES
     for name in sorted(set(suspects) - known):
         near = difflib.get_close_matches(name, known, n=1)
@@ -124,78 +110,85 @@ def warn_of_environment(ctx: click.Context) -> None:
         click.echo(f"Warning: the environment variable {name} has no effect: it is not a setting.{hint}", err=True)
 
 
-class SettingsCommand(click.Command):
-    """A command with ``--show-config``: print every setting, its value and origin, instead of running.
+@dataclass(frozen=True)
+class FileSettings:
+    """The values of a settings file, by option name with underscores; ``path`` is None if there is no such file."""
 
-    ``takes_extra``: whether it runs llama-imatrix, which is given the options after ``--``.
-    """
+    path: Path | None = None
+    values: Mapping[str, Value] = field(default_factory=dict)
 
-    def __init__(self, *args: Any, takes_extra: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.takes_extra = takes_extra
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        needed = [each for each in self.params if isinstance(each, click.Argument) and each.required]
-        if "--show-config" not in args:
-            return super().parse_args(ctx, args)
-        try:
-            for argument in needed:
-                argument.required = False
-            return super().parse_args(ctx, args)
-        finally:
-            for argument in needed:
-                argument.required = True
+def find_settings(directory: Path) -> FileSettings:
+    """Read the settings that apply in ``directory``: its own file or that of the nearest parent that has one."""
+    for folder in (directory, *directory.parents):
+        if (folder / FILE).is_file():
+            return FileSettings(folder / FILE, _values(_read(folder / FILE), folder / FILE))
+        project = folder / "pyproject.toml"
+        if project.is_file():
+            tool = _read(project).get("tool", {})
+            table = tool.get("imatrix-runner") if isinstance(tool, dict) else None
+            if table is not None:
+                return FileSettings(project, _values(table, project))
+    return FileSettings()
 
-    def invoke(self, ctx: click.Context) -> Any:
-        if ctx.params.pop("show_config", False):
-            return print_settings(ctx)
-        if isinstance(ctx.obj, Invocation) and ctx.obj.extra and not self.takes_extra:
+
+def check_names(settings: FileSettings, known: Collection[str]) -> None:
+    """Refuse a key that is not an option's name, and suggest the nearest one."""
+    for name in settings.values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0].replace('_', '-')!r}?" if near else "See the options with: imatrix-runner run --help"
             raise UsageError(
-                f"{ctx.command_path} takes no options after --",
-                f"{shlex.join(ctx.obj.extra)} would go to llama-imatrix, which this command does not run",
-                f"Leave them out, or see what it takes: {ctx.command_path} --help",
+                f"Unknown setting {name.replace('_', '-')!r}", f"{settings.path} has a key that is not an option", hint
             )
-        return super().invoke(ctx)
 
 
-def print_settings(ctx: click.Context) -> None:
-    """One line per setting of the command at hand, or with ``--json`` one document."""
-    rows = list(_rows(ctx))
-    if ctx.params.get("as_json"):
-        from imatrix_runner.cli.documents import document, print_document
-
-        settings = [{"name": name, "value": value, "from": origin} for name, value, origin in rows]
-        print_document(document("config", exit_code=0, settings=settings))
+def check_programs(settings: FileSettings) -> None:
+    """Refuse programs next to the settings file: both may have come with a model."""
+    if settings.path is None:
         return
-    from rich.table import Table
-
-    from imatrix_runner.cli.console import stdout_console
-
-    table = Table("Setting", "Value", "From", box=None, pad_edge=False, header_style="bold")
-    for name, value, origin in rows:
-        table.add_row(name, _shown(value), origin)
-    stdout_console().print(table)
-
-
-def _rows(ctx: click.Context) -> Iterator[tuple[str, Any, str]]:
-    """Name, value and origin of every setting."""
-    settings: FileSettings = ctx.find_root().meta["imatrix_runner.settings"]
-    for option in ctx.command.params:
-        if not isinstance(option, Setting) or option.name is None:
-            continue
-        source = ctx.get_parameter_source(option.name) or ParameterSource.DEFAULT
-        origin = _ORIGINS.get(source, "default")
-        if source is ParameterSource.DEFAULT_MAP:
-            origin = str(settings.path)
-        elif source is ParameterSource.ENVIRONMENT:
-            origin = f"environment {option.envvar}"
-        value = ctx.params.get(option.name)
-        yield option.name.replace("_", "-"), str(value) if isinstance(value, Path) else value, origin
+    home, named = settings.path.parent.resolve(), settings.values.get("llama_cpp")
+    if isinstance(named, str) and (home / named).resolve().is_relative_to(home):
+        raise UsageError(
+            "llama-cpp in a file cannot name programs next to it",
+            f"{settings.path} names {named!r}, and a folder that came with a model would run its own programs",
+            "Remove it there, and give --llama-cpp on the command line or IMATRIX_RUNNER_LLAMA_CPP in the environment.",
+        )
 
 
-def _shown(value: Any) -> str:
-    if value is None or value in ("", ()):
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _read(path: Path) -> dict[str, object]:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InvalidDataError(f"{path} is too large", f"more than {_MOST_BYTES} bytes of settings", "Shorten it.")
+        return from_toml(path.read_bytes())
+    except OSError as error:
+        raise from_os_error(error, "reading the settings", path) from error
+    except UnreadableError as error:
+        raise InvalidDataError(f"{path} is not valid TOML", str(error), "Correct the line it names.") from error
+
+
+def _values(table: object, path: Path) -> dict[str, Value]:
+    if not isinstance(table, dict):
+        raise UsageError(
+            "The settings of imatrix-runner are not a table",
+            f"{path} gives {repr(table)[:100]} as tool.imatrix-runner",
+            "Write them below a line [tool.imatrix-runner].",
+        )
+    values: dict[str, Value] = {}
+    for key, value in table.items():
+        items = value if isinstance(value, list) else [value]
+        if not all(map(_is_usable, items)):
+            raise UsageError(
+                f"The setting {key!r} has no usable value",
+                f"{path} gives it {repr(value)[:100]}",
+                "Give text, a number, true/false or a list of these.",
+            )
+        values[key.replace("-", "_")] = [str(item) for item in value] if isinstance(value, list) else value
+    return values
+
+
+def _is_usable(value: object) -> bool:
+    """Whether an option accepts such a value: no NUL in text, no NaN or infinity."""
+    if isinstance(value, str):
+        return "\0" not in value
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))

@@ -1,13 +1,16 @@
-"""What options take besides words, numbers and paths: names of levels, sizes."""
+"""Types of option values: names of levels, sizes, paths."""
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 from typing import Any
 
 import click
 
-# For completion in the shell only; what counts is what the located tools offer.
+from imatrix_runner.files import parse_bytes
+from imatrix_runner.mixes.targets import split_names
+
+# For shell completion only; the levels that can be made are those that the located tools offer.
 _USUAL_LEVELS = (
     *("Q8_0", "Q6_K_L", "Q6_K", "Q5_K_L", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_L", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0"),
     *("IQ4_NL", "IQ4_XS", "Q3_K_XL", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_L", "Q2_K"),
@@ -16,7 +19,9 @@ _USUAL_LEVELS = (
 )
 
 
-_LEAST_BARE = 1 << 20  # no memory, disk or model is smaller
+_LIKE = "MIX@like:"
+_MIXES = (_LIKE, "MIX@kld:", "MIX@ram:", "MIX@vram:", "MIX@")
+"""Beginnings of the names of mixes; a size or a number of bits follows the last."""
 
 
 class LevelNames(click.ParamType[tuple[str, ...]]):
@@ -27,31 +32,42 @@ class LevelNames(click.ParamType[tuple[str, ...]]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        return tuple(part.strip() for part in str(value).split(",") if part.strip())
+        return split_names(str(value))
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem
 
         head, comma, last = incomplete.rpartition(",")
-        return [CompletionItem(head + comma + name) for name in _USUAL_LEVELS if name.startswith(last.upper())]
+        like = tuple(_LIKE + level for level in _USUAL_LEVELS) if last.upper().startswith(_LIKE.upper()) else ()
+        possible = (*_other_memory(head), *_USUAL_LEVELS, *_MIXES, *like)
+        names = [name for name in possible if name.upper().startswith(last.upper())]
+        return [CompletionItem(head + comma + name) for name in names if name != last]
+
+
+def _other_memory(head: str) -> tuple[str, ...]:
+    """The size that may follow ``MIX@ram:64GiB,`` or ``MIX@vram:24GiB,`` at the end of a list; empty after anything else."""
+    target = (split_names(head) or ("",))[-1].lower()
+    return {"mix@ram:": ("vram:",), "mix@vram:": ("ram:",)}.get(target[: target.find(":") + 1] if "," not in target else "", ())
+
+
+def complete_level(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The names of stock levels that begin so, for shells."""
+    return [name for name in _USUAL_LEVELS if name.startswith(incomplete.upper())]
 
 
 class Size(click.ParamType[int]):
-    """Bytes, as people write them: ``4GiB``, ``500MB``, ``1.5g``; with or without the i a K is 1024, as ``df -h`` has it.
-
-    Without a unit only whole numbers of a mebibyte and more are bytes: ``--vram 8`` means 8 GiB to those who type it.
-    """
+    """A number of bytes with a unit (:func:`~imatrix_runner.files.parse_bytes`)."""
 
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*(?:([kmgt])(?:i?b)?|(b))?\s*", str(value), re.IGNORECASE)
-        n_bytes = int(float(match[1]) * 1024 ** " kmgt".index((match[2] or " ").lower())) if match else 0
-        if match is None or n_bytes < 1:
-            self.fail(f"{value!r} is no size; it is written like 4GiB or 500MiB", param, ctx)
-        if match[2] is None and match[3] is None and n_bytes < _LEAST_BARE:
-            self.fail(f"{value!r} has no unit and would be bytes; if GiB are meant, write {match[1]}GiB", param, ctx)
-        return n_bytes
+        try:
+            return parse_bytes(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 SIZE = Size()
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+TEXT = click.Path(path_type=Path)  # a folder is refused later, with the command that makes a text of it

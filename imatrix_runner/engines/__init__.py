@@ -1,1 +1,1 @@
-"""What computes: one contract (:mod:`.base`), one room per way to keep it."""
+"""What computes: one contract (:mod:`.contract`), one room per way to keep it."""

@@ -1,4 +1,4 @@
-"""How a level is measured against its source: the jobs an engine is given, and the figures that come of them."""
+"""Jobs that measure a level against its source or let it answer prompts, and their results."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imatrix_runner.engines.base import ChunkRange, CollectOptions
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
 
 KLD_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
 DP_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 0.001, 0.0)
 
 
 @dataclass(frozen=True)
-class ReferJob:
-    """Write what ``model`` predicts over chunks ``chunks`` of ``text`` into ``out``, llama-perplexity's format
-    (:mod:`~imatrix_runner.engines.logits_file`). Unfinished work of the same ``fingerprint`` in ``out`` is continued.
+class ReferenceJob:
+    """Write the log-probabilities of ``model`` on ``chunks`` of ``text`` to ``out``, in llama-perplexity's format
+    (:mod:`~imatrix_runner.engines.files.logits`). Unfinished work with the same ``fingerprint`` in ``out`` is continued.
 
-    ``scored`` (:mod:`~imatrix_runner.engines.embedded.scored`, with its own fingerprint) gets the model's exact -ln p of every
-    scored token, after those of the chunks before: ``out`` holds none below e^-16 of the likeliest one. Engines that cannot
-    leave it out.
-    """
+    ``scored`` (:mod:`~imatrix_runner.engines.files.token_scores`, with its own fingerprint) gets the model's exact -ln p of
+    every scored token, after those of earlier chunks: ``out`` holds no probability below e^-16 of the likeliest token's.
+    Engines that cannot write it ignore it."""
 
     step: str
     model: Path
@@ -34,11 +33,12 @@ class ReferJob:
 
 
 @dataclass(frozen=True)
-class JudgeJob:
-    """Compare what ``model`` predicts with the reference in ``base``, token by token, into ``out``
-    (:mod:`~imatrix_runner.engines.embedded.scored`). Unfinished work of the same ``fingerprint`` is continued.
+class MeasureJob:
+    """Compare the predictions of ``model`` with the reference in ``base``, token by token, and write the scores to ``out``
+    (:mod:`~imatrix_runner.engines.files.token_scores`). Unfinished work with the same ``fingerprint`` is continued.
 
-    ``base`` holds the text's chunks from number ``first`` on (``out`` then holds those before); ``limit`` of them are compared.
+    ``base`` holds the text's chunks from number ``first`` on (``out`` holds the scores of those before); the first ``limit``
+    chunks of ``base`` are compared (None: all).
     """
 
     step: str
@@ -62,9 +62,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a level is from its source on a text. ``kld`` in nats; ``dp`` (p - p of the source) and ``same_top`` as shares.
+    """How far a level is from its source on a text. ``kld`` in nats; ``dp`` (p - p of the source), ``same_top`` as fractions.
 
-    ``kld_at`` and ``dp_at``: fraction of the tokens -> the value that so many do not exceed (0.5 is the median).
+    ``kld_at`` and ``dp_at``: quantiles, fraction of the tokens -> value that they do not exceed (0.5 is the median).
     """
 
     n_tokens: int
@@ -84,7 +84,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text for a model to go on from. ``parse_special``: control tokens are written out in it and mean themselves."""
+    """A text for a model to continue. ``parse_special``: control tokens written out in it are read as control tokens."""
 
     text: str
     parse_special: bool
@@ -93,8 +93,8 @@ class Prompt:
 @dataclass(frozen=True)
 class AnswerJob:
     """Let ``model`` answer the prompts in ``prompts`` (a :class:`Prompt` on each line, as JSON) greedily, in ``n_predict``
-    tokens at most, into ``out`` (:mod:`~imatrix_runner.engines.embedded.completions`). Unfinished work of the same
-    ``fingerprint`` is continued; of ``options`` what concerns chunks means nothing."""
+    tokens at most, and write the answers to ``out`` (:mod:`~imatrix_runner.engines.files.completions`). Unfinished work with
+    the same ``fingerprint`` is continued. The ``options`` about chunks have no effect."""
 
     step: str
     model: Path
@@ -108,8 +108,8 @@ class AnswerJob:
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to prompt number ``prompt`` (from 0), which has ``n_prompt`` tokens. ``ended``: by itself, with a token that
-    ends a generation and is not among ``ids``."""
+    """The answer to prompt number ``prompt`` (from 0), which has ``n_prompt`` tokens. ``ended``: the model ended it with an
+    end-of-generation token, which is not among ``ids``."""
 
     prompt: int
     n_prompt: int

@@ -1,9 +1,9 @@
-"""The one file an unfinished collection continues from: the exact sum so far, and everything the next step depends on.
+"""The file that an unfinished collection continues from: the exact sum so far, and everything the next step depends on.
 
 A GGUF like an imatrix, with F64 sums and I64 counts, and as further metadata the state as JSON: what it was made from, which
 ranges are in it, the perplexity's sums, the curve of convergence. It is replaced as a whole after every range, so a kill
-leaves the old one or the new one, and the same command decides from it alone what comes next. A checksum at its end tells a
-file that a disk or a crash has damaged.
+leaves the old one or the new one, and the same command decides from it alone what comes next. A checksum at its end detects
+damage by a disk or a crash.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from imatrix_runner.engines.base import ChunkRange, Perplexity, Piece
+from imatrix_runner.engines.jobs import ChunkRange, CollectedRange, Perplexity
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.files import discard
 from imatrix_runner.imatrix.chunks import count_chunks
 from imatrix_runner.imatrix.convergence import Point
 from imatrix_runner.imatrix.formats import prepare_gguf, read
-from imatrix_runner.imatrix.matrix import Counts, Entries, Entry, Matrix, add
+from imatrix_runner.imatrix.matrix import Counts, Entries, Matrix, MatrixEntry, add
 from imatrix_runner.journal import describe_changes
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.untrusted import UnreadableError, from_json
@@ -56,17 +56,17 @@ class Checkpoint:
     def chunks(self) -> int:
         return count_chunks(self.done)
 
-    def with_piece(self, piece: Piece, matrix: Matrix, point: Point | None) -> Checkpoint:
-        """The next one: nothing is read or added yet, the entries are lazy."""
+    def with_range(self, finished: CollectedRange, matrix: Matrix, point: Point | None) -> Checkpoint:
+        """Return the checkpoint with one more range. The entries are lazy: nothing is read or added yet."""
         total = matrix if self.matrix is None else add([self.matrix, matrix])
         # As llama-imatrix counts them: the most tokens that any row saw.
         chunks = max(int(total.counts(name).max()) for name in total.entries) // total.chunk_size
         return replace(
             self,
-            done=(*self.done, piece.chunks),
-            perplexity=self.perplexity + piece.perplexity,
-            seconds=self.seconds + piece.seconds,
-            load_seconds=self.load_seconds + piece.load_seconds,
+            done=(*self.done, finished.chunks),
+            perplexity=self.perplexity + finished.perplexity,
+            seconds=self.seconds + finished.seconds,
+            load_seconds=self.load_seconds + finished.load_seconds,
             curve=(*self.curve, point) if point is not None else self.curve,
             matrix=replace(total, chunk_count=chunks),
         )
@@ -85,7 +85,7 @@ class _State(msgspec.Struct, frozen=True):
 
 
 def prepare(checkpoint: Checkpoint, path: Path) -> Path:
-    """Write what shall become ``path`` beside it, reading and adding one entry at a time."""
+    """Write the new ``path`` under its temporary name, reading and adding one entry at a time; return that name."""
     assert checkpoint.matrix is not None
     state = _State(
         _VERSION,
@@ -113,7 +113,7 @@ def load(path: Path) -> Checkpoint:
     header = read_header(path)
     text = header.metadata.get(_STATE)
     if not isinstance(text, str):
-        raise _unusable(path, "it is no checkpoint of this program")
+        raise _unusable(path, "it is not a checkpoint of this program")
     try:
         state = from_json(text, _State)
     except UnreadableError as error:
@@ -141,7 +141,8 @@ def load(path: Path) -> Checkpoint:
 
 
 def resume(path: Path, inputs: Mapping[str, str], ranges: Sequence[ChunkRange]) -> tuple[Checkpoint, str]:
-    """The checkpoint to go on from, and why the one that is there cannot be used (empty if it is, or if there is none)."""
+    """Return the checkpoint to continue from, and why an existing one cannot be used (empty if it is used, or there is
+    none)."""
     fresh = Checkpoint(inputs)
     if not path.exists():
         return fresh, ""
@@ -157,25 +158,25 @@ def resume(path: Path, inputs: Mapping[str, str], ranges: Sequence[ChunkRange]) 
 
 
 def fingerprint(inputs: Mapping[str, str]) -> str:
-    """One text for all inputs, for an engine's own unfinished work."""
+    """Return one fingerprint of all inputs, for an engine's own unfinished files."""
     return hashlib.sha256(json.dumps(dict(inputs), sort_keys=True).encode()).hexdigest()
 
 
 def _unusable(path: Path, why: str) -> InvalidDataError:
-    return InvalidDataError(f"{path} cannot be continued", why, "Run the same command again: it starts anew.")
+    return InvalidDataError(f"{path} cannot be continued", why, "Run the same command again: it starts from the beginning.")
 
 
 class _Checked(Entries):
-    """Entries whose content is summed up in passing, in the order in which they are looked up (by name)."""
+    """Entries that add their content to a checksum as they are looked up, in the order of names."""
 
-    def __init__(self, entries: Mapping[str, Entry], matrix: Matrix) -> None:
+    def __init__(self, entries: Mapping[str, MatrixEntry], matrix: Matrix) -> None:
         self._entries, self._matrix = entries, matrix
         self._checksum = 0
 
     def checksum(self, state: str) -> int:
         return zlib.crc32(state.encode(), self._checksum)
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> MatrixEntry:
         entry = self._entries[name]
         self._checksum = zlib.crc32(name.encode(), self._checksum)
         for numbers in (entry.sums.astype("<f8", copy=False), entry.counts.astype("<i8", copy=False)):

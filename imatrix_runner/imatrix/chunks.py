@@ -10,16 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imatrix_runner.engines.base import ChunkRange, CollectOptions
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
 from imatrix_runner.errors import InvalidDataError, UsageError
 
-# For the size of ranges only, where it must be the same in every run and so may not be measured: what starting, reading and
-# saving cost, and what machines compute, in orders of magnitude.
+# Rough costs of starting, reading and saving, and rough speeds of machines. They only decide the size of ranges, which must be
+# the same in every run and so cannot be measured.
 _START_SECONDS = 0.3
 _LOAD_BYTES_PER_SECOND = 1.5e9
 _SAVE_SECONDS = 0.02
 _SAVE_BYTES_PER_SECOND = 1.5e8
-"""Of the float32 matrix: its float64 piece is written once and read twice, the checkpoint likewise."""
+"""Of the float32 matrix: its float64 range is written once and read twice, the checkpoint likewise."""
 _CPU_FLOPS = 2e11
 _GPU_FLOPS = 2e13
 RELOAD_SHARE = 0.03
@@ -27,17 +27,18 @@ _SAVE_SHARE = 0.02
 _LEAST_RANGE = 10
 """llama-imatrix's own --output-frequency."""
 _FEWEST_WATCHED, _MOST_WATCHED = 16, 64
-"""Ranges of a text where something is decided after each. Few and long ones hold one topic each: such a sample is poor and the
-curve noisy (scripts/bench convergence: 0.05 was reached after 420 chunks with 16 ranges, after 180 with ranges of a batch)."""
+"""The number of ranges where a decision follows each. Few long ranges hold one topic each, which makes a poor sample and a
+noisy curve (scripts/bench convergence: 0.05 was reached after 420 chunks with 16 ranges, after 180 with ranges of a batch)."""
 
 _LEAST_ROWS = 16
-"""llama-imatrix does not look at a multiplication of fewer rows (tools/imatrix/imatrix.cpp, ``src1->ne[1] < 16``)."""
+"""llama-imatrix ignores a multiplication of fewer rows (tools/imatrix/imatrix.cpp, ``src1->ne[1] < 16``)."""
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The ranges in the order they are computed. The first ``n_asked`` are what was asked for; the rest is what remains of
-    the text, for who goes on until every expert was met. ``snapshots``: after how many chunks a whole file is left."""
+    """The ranges in the order they are computed. The first ``n_asked`` are what was asked for; the rest of the text is for a
+    collection that continues until every expert was reached. ``snapshots``: after how many chunks a complete file is
+    written."""
 
     ranges: tuple[ChunkRange, ...]
     n_asked: int
@@ -51,18 +52,17 @@ class ChunkPlan:
 
 
 def count_chunks(ranges: Sequence[ChunkRange]) -> int:
-    return sum(piece.count for piece in ranges)
+    return sum(chunks.count for chunks in ranges)
 
 
 def describe_ranges(ranges: Sequence[ChunkRange]) -> str:
     """``0-12,12-24``"""
-    return ",".join(f"{piece.first}-{piece.end}" for piece in ranges)
+    return ",".join(f"{chunks.first}-{chunks.end}" for chunks in ranges)
 
 
 def range_chunks(
-    engine: str,
     n_params: int,
-    n_bytes: int,
+    to_load: int | None,
     matrix_bytes: int,
     options: CollectOptions,
     *,
@@ -71,28 +71,28 @@ def range_chunks(
 ) -> int:
     """How many chunks a range should have, in whole batches.
 
-    Such that what comes with every range is a small part of computing it: for the binaries engine loading the model
-    (``n_bytes``; 3 %), for the embedded one saving ``matrix_bytes`` (2 %), but never less than ``least``: llama-imatrix's 10.
+    So that the overhead of a range is a small part of computing it: loading the model (``to_load`` bytes; 3 %), or where
+    that is not necessary (None) saving ``matrix_bytes`` (2 %), but never less than ``least``: llama-imatrix's 10.
     ``n_params`` are those active per token.
     """
     chunk = 2 * n_params * options.n_ctx / (_GPU_FLOPS if gpu else _CPU_FLOPS)
-    if engine == "embedded":
+    if to_load is None:
         cheap = (_SAVE_SECONDS + matrix_bytes / _SAVE_BYTES_PER_SECOND) / _SAVE_SHARE / chunk
     else:
-        cheap = (_START_SECONDS + n_bytes / _LOAD_BYTES_PER_SECOND) / RELOAD_SHARE / chunk
+        cheap = (_START_SECONDS + to_load / _LOAD_BYTES_PER_SECOND) / RELOAD_SHARE / chunk
     return whole_batches(math.ceil(max(least, cheap)), options)
 
 
 def watched_chunks(cheap: int, n_tokens: int, options: CollectOptions) -> int:
-    """The size of ranges where something is decided after each: ``cheap`` chunks, but such that a text has 16 to 64 of them
-    (or as many as it has batches)."""
+    """Return the size of ranges where a decision follows each: ``cheap`` chunks, but such that a text has 16 to 64 ranges (or
+    as many as it has batches)."""
     in_text = n_tokens // options.n_ctx
     size = min(max(cheap, in_text // _MOST_WATCHED), max(1, in_text // _FEWEST_WATCHED))
     return whole_batches(size, options)
 
 
 def whole_batches(chunks: int, options: CollectOptions) -> int:
-    """``chunks`` rounded up: a batch that is cut is rounded otherwise by llama.cpp's kernels."""
+    """Return ``chunks`` rounded up to whole batches: llama.cpp's kernels round a cut batch differently."""
     return math.ceil(chunks / options.chunks_at_once) * options.chunks_at_once
 
 
@@ -109,10 +109,10 @@ def plan_chunks(
 ) -> ChunkPlan:
     """Cut the text into ranges of whole batches.
 
-    ``first`` chunks are skipped, at most ``limit`` asked for; ``beyond`` plans the rest of the text too. ``spread`` visits
-    the ranges such that those done are always scattered over the whole text. llama-imatrix starts at chunk K > 0 only if
-    ``(K + 2) * n_ctx < n_tokens``, so the tail joins the range before it. Raises :class:`InvalidDataError` if the text is
-    too short.
+    ``first`` chunks are skipped, at most ``limit`` are computed; ``beyond`` plans the rest of the text too. ``spread`` orders
+    the ranges such that the finished ones are always scattered over the whole text. llama-imatrix starts at chunk K > 0 only if
+    ``(K + 2) * n_ctx < n_tokens``, so the tail joins the range before it. Raises :class:`InvalidDataError` if the text is too
+    short.
     """
     n_ctx = options.n_ctx
     in_text = n_tokens // n_ctx
@@ -152,10 +152,11 @@ def _snapshot_marks(frequency: int, count: int, options: CollectOptions) -> list
 
 
 def _reached(marks: Sequence[int], ranges: Sequence[ChunkRange]) -> tuple[int, ...]:
-    """How many chunks are done at the first end of a range at or after each mark, but for the last range's."""
+    """Return how many chunks are done at the first end of a range at or after each mark; the end of the last range is left
+    out."""
     done, ends = 0, list[int]()
-    for piece in ranges[:-1]:
-        done += piece.count
+    for chunks in ranges[:-1]:
+        done += chunks.count
         ends.append(done)
     reached = (next((end for end in ends if end >= mark), None) for mark in marks)
     return tuple(dict.fromkeys(end for end in reached if end is not None))
@@ -164,8 +165,8 @@ def _reached(marks: Sequence[int], ranges: Sequence[ChunkRange]) -> tuple[int, .
 def spread_order(count: int) -> list[int]:
     """``0 .. count - 1`` in van der Corput order (bits reversed): 0, 4, 2, 6, 1, 5, 3, 7 for eight.
 
-    However early one stops, what was visited lies scattered evenly over the whole: calibration texts are often sorted by
-    topic, and their beginning alone is no sample of them.
+    Wherever a collection stops, the visited ranges are spread evenly over the text: calibration texts are often sorted by
+    topic, so their beginning alone is not a representative sample.
     """
     bits = max(0, count - 1).bit_length()
     turned = (sum(((place >> bit) & 1) << (bits - 1 - bit) for bit in range(bits)) for place in range(1 << bits))
@@ -173,42 +174,43 @@ def spread_order(count: int) -> list[int]:
 
 
 def require_rows(options: CollectOptions, *, recurrent: bool = False) -> None:
-    """Raise :class:`UsageError` for batches so small that llama.cpp's collector skips every multiplication of theirs.
+    """Raise :class:`UsageError` for batches so small that llama.cpp's collector skips all their multiplications.
 
-    ``recurrent``: the model has layers that multiply each sequence by itself.
+    ``recurrent``: the model has layers that compute each sequence separately.
     """
     by_rows, by_sequence, _ = _counts(options.chunks_at_once, options)
     if not by_rows:
         raise UsageError(
             f"Nothing can be collected with -b {options.n_batch} -ub {options.n_ubatch}",
-            f"multiplications of fewer than {_LEAST_ROWS} rows are not looked at, and no batch would have more",
+            f"llama.cpp ignores multiplications of fewer than {_LEAST_ROWS} rows, and no batch would have more",
             f"Use at least {_LEAST_ROWS} for both; the defaults are -b 2048 -ub 512.",
         )
     if recurrent and not by_sequence:
         at_once = max(1, options.n_ubatch // _LEAST_ROWS)
         raise UsageError(
             f"Nothing can be collected from recurrent layers with -c {options.n_ctx} -b {options.n_batch}",
-            f"they compute each of the {options.chunks_at_once} chunks of a batch by itself, in pieces of fewer than "
-            f"{_LEAST_ROWS} tokens, which are not looked at",
+            f"they compute each of the {options.chunks_at_once} chunks of a batch separately, in micro-batches of fewer than "
+            f"{_LEAST_ROWS} tokens, which llama.cpp ignores",
             f"Compute fewer chunks at once with -b {options.n_ctx * at_once}, or use a larger -c.",
         )
 
 
 def counted_tokens(n_chunks: int, options: CollectOptions) -> frozenset[int]:
-    """The numbers of tokens that llama-imatrix may count for a weight that every token of ``n_chunks`` chunks meets.
+    """The numbers of tokens that llama-imatrix may count for a weight that every token of ``n_chunks`` chunks is multiplied by.
 
-    Not all: a batch of several chunks is computed in pieces of as many tokens of each chunk as fit (src/llama-batch.cpp,
-    ``split_equal``), and the last piece may be one of the multiplications of under 16 rows that the collector skips. 7
-    chunks of 512 end with a batch of three: 3 x 170 tokens a piece, and 3 x 2 = 6 that are lost. Recurrent layers multiply
-    each sequence by itself, so that 16 tokens of each are needed; older builds, and ``-kvu``, cut a batch without regard to
-    its chunks and lose less. A count may also be a whole multiple of these: a weight used twice in a graph counts twice.
+    Some tokens are not counted: a batch of several chunks is computed in micro-batches of as many tokens of each chunk as fit
+    (src/llama-batch.cpp, ``split_equal``), and the last micro-batch may have under 16 rows, which the collector skips. 7 chunks
+    of 512 end with a batch of three: micro-batches of 3 x 170 tokens, and 3 x 2 = 6 tokens that are lost. Recurrent layers
+    compute each sequence separately, so that 16 tokens of each are needed; older builds, and ``-kvu``, cut a batch without
+    regard to its chunks and lose less. A count may also be a whole multiple of these: a weight used twice in a graph counts
+    twice.
     """
     return frozenset(_counts(n_chunks, options)) - {0}
 
 
 def _counts(n_chunks: int, options: CollectOptions) -> tuple[int, int, int]:
-    """Tokens that are counted where rows of all sequences are multiplied together, where each sequence is by itself, and where
-    a batch is cut without regard to sequences."""
+    """Return the tokens counted where the rows of all sequences are multiplied together, where each sequence is separate, and
+    where a batch is cut without regard to sequences."""
     batches = [options.chunks_at_once] * (n_chunks // options.chunks_at_once)
     batches += [n_chunks % options.chunks_at_once] if n_chunks % options.chunks_at_once else []
     n_batch = min(options.n_batch, options.chunks_at_once * options.n_ctx)
@@ -217,25 +219,25 @@ def _counts(n_chunks: int, options: CollectOptions) -> tuple[int, int, int]:
     for n_seq in batches:
         for begin in range(0, options.n_ctx, n_batch):
             n_tokens = min(options.n_ctx - begin, n_batch)
-            pieces = _equal_pieces(n_seq, n_tokens, n_ubatch)
-            by_rows += sum(seqs * tokens for seqs, tokens in pieces if seqs * tokens >= _LEAST_ROWS)
-            by_sequence += sum(seqs * tokens for seqs, tokens in pieces if tokens >= _LEAST_ROWS)
+            ubatches = _equal_ubatches(n_seq, n_tokens, n_ubatch)
+            by_rows += sum(seqs * tokens for seqs, tokens in ubatches if seqs * tokens >= _LEAST_ROWS)
+            by_sequence += sum(seqs * tokens for seqs, tokens in ubatches if tokens >= _LEAST_ROWS)
             whole, rest = divmod(n_seq * n_tokens, n_ubatch)
             simple += whole * n_ubatch * (n_ubatch >= _LEAST_ROWS) + rest * (rest >= _LEAST_ROWS)
     return by_rows, by_sequence, simple
 
 
-def _equal_pieces(n_seq: int, n_tokens: int, n_ubatch: int) -> list[tuple[int, int]]:
-    """``(sequences, tokens of each)`` of every piece that a batch of ``n_seq`` sequences of ``n_tokens`` is computed in."""
-    pieces: list[tuple[int, int]] = []
+def _equal_ubatches(n_seq: int, n_tokens: int, n_ubatch: int) -> list[tuple[int, int]]:
+    """Return ``(sequences, tokens of each)`` of every micro-batch of a batch of ``n_seq`` sequences of ``n_tokens``."""
+    ubatches: list[tuple[int, int]] = []
     left = [n_tokens] * n_seq
     while any(left):
         begin = next(seq for seq in range(n_seq) if left[seq])
-        # Neighbours only, and llama.cpp stops one sequence after the piece is full.
+        # Neighbours only, and llama.cpp stops one sequence after the micro-batch is full.
         seqs = next((seq for seq in range(begin, n_seq) if not left[seq]), n_seq) - begin
         seqs = min(seqs, n_ubatch + 1)
         tokens = min(max(1, n_ubatch // seqs), *left[begin : begin + seqs])
-        pieces.append((seqs, tokens))
+        ubatches.append((seqs, tokens))
         for seq in range(begin, begin + seqs):
             left[seq] -= tokens
-    return pieces
+    return ubatches

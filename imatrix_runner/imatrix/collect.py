@@ -1,9 +1,8 @@
 """Collecting an imatrix in chunk ranges that add up exactly, whichever engine computes them.
 
-The engine gives a complete file for every range; here each is checked and added, in float64 and in order, to the one
-checkpoint, and what comes next is decided from that checkpoint alone. So a collection that was killed and one that nobody
-disturbed go through the same ranges, add the same numbers in the same order, stop at the same chunk, and end with the same
-bytes.
+The engine gives a complete file for every range; each is checked here and added, in float64 and in order, to the one
+checkpoint, which alone decides what comes next. So an interrupted and an uninterrupted collection go through the same ranges,
+add the same numbers in the same order, stop at the same chunk, and end with the same bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imatrix_runner.calibration.corpus import Corpus, stage
-from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Engine, Perplexity, Piece
+from imatrix_runner.documents.corpus import Corpus, stage
+from imatrix_runner.engines.contract import Engine
+from imatrix_runner.engines.jobs import ChunkRange, CollectedRange, CollectJob, CollectOptions, Perplexity
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError
 from imatrix_runner.events import Event, Finished, Metric, Notice, Progress, Saved, Sink, Started, info, warning
 from imatrix_runner.files import human_seconds, publish, require_space, sha256, stamp
@@ -24,8 +24,9 @@ from imatrix_runner.imatrix.checkpoint import Checkpoint
 from imatrix_runner.imatrix.chunks import RELOAD_SHARE, ChunkPlan, count_chunks, counted_tokens
 from imatrix_runner.imatrix.convergence import Point, Uncovered, converged, estimate, point, uncovered
 from imatrix_runner.imatrix.formats import prepare_gguf, read
-from imatrix_runner.imatrix.matrix import Entry, Matrix, add, as_collected, entry_problem
-from imatrix_runner.journal import Journal, Output, Record, differences, outputs_intact
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry, add, as_collected, entry_problem
+from imatrix_runner.journal import Journal, StepOutput, StepRecord, differences, outputs_intact
+from imatrix_runner.steps import step_id
 from imatrix_runner.workspace import Workspace
 
 STEP = "imatrix"
@@ -34,19 +35,19 @@ _TEXT = "calibration.txt"
 _CHECKPOINT = "checkpoint.gguf"
 
 CHEAP_CURVE_BYTES = 256 << 20
-"""Up to this size of a matrix the curve of convergence is kept even if nobody asked for it."""
+"""Up to this size of a matrix the convergence curve is recorded even if it was not requested."""
 
-_TOLD = 5
+_MOST_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class CollectRequest:
-    """A matrix to make: of which model and text, how, cut how, and where it goes.
+    """A matrix to collect: the model, the text, the options, the plan of chunks, and the output path.
 
     ``inputs`` name everything it depends on; ``n_bytes`` is about the size of its file; ``check_unchanged`` raises when the
-    model is no longer the one of ``inputs``. ``tolerance`` ends it before the plan's chunks once the matrix no longer moves
-    by more; with ``least_tokens`` it goes on after that until every expert saw so many, or the text ends. ``expected``: the
-    entries that the plan of the levels counts on.
+    model is no longer the one of ``inputs``. ``tolerance`` ends it before the plan's chunks once the matrix no longer moves by
+    more; with ``least_tokens`` it then continues until every expert saw that many tokens, or the text ends. ``expected``: the
+    entries that the plan of the levels assumes.
     """
 
     model: Path
@@ -64,8 +65,9 @@ class CollectRequest:
 
 @dataclass(frozen=True)
 class CollectResult:
-    """The finished matrix, and what making it measured. ``stopped`` tells why it has the ranges it has: ``chunks`` (all that
-    were asked for), ``converged``, ``covered`` (every expert met after that) or ``text`` (which ended before they were)."""
+    """The finished matrix, and what was measured while collecting it. ``stopped`` is why it ended: ``chunks`` (all requested
+    ones are done), ``converged``, ``covered`` (after that every expert was reached) or ``text`` (the text ended before
+    that)."""
 
     matrix: Matrix
     ranges: tuple[ChunkRange, ...]
@@ -81,7 +83,7 @@ class CollectResult:
 
 
 def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journal: Journal, sink: Sink) -> CollectResult:
-    """Compute every range that is not in the checkpoint yet; writing ``request.out`` is the caller's.
+    """Compute every range that is not in the checkpoint yet. The caller writes ``request.out``.
 
     The entries of the result are read from the checkpoint, so it must stay until they were written.
     """
@@ -93,9 +95,9 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
         work.compute(engine)
     state = work.checkpoint
     assert state.matrix is not None
-    if engine.name == "binaries":
+    if engine.capabilities.loads_each_range:
         _advise(state, sink)
-    work.tell_uncovered()
+    work.warn_uncovered()
     result = CollectResult(
         work.named(state.matrix),
         state.done,
@@ -110,30 +112,30 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
 
 
 def clean_parts(workspace: Workspace) -> None:
-    """Remove the checkpoint and all beside it once the final file is recorded: they have served."""
+    """Remove the checkpoint and the ranges, which are not needed once the final file is recorded."""
     if workspace.parts.is_dir():
         shutil.rmtree(workspace.parts)
 
 
 class _Collection:
-    """One collection on its way: the checkpoint as it lies on the disk, and what follows from it."""
+    """A collection in progress: the checkpoint as it is on the disk, and what follows from it."""
 
     def __init__(self, request: CollectRequest, workspace: Workspace, journal: Journal, sink: Sink) -> None:
         self._request, self._workspace, self._journal, self._sink = request, workspace, journal, sink
         self._path = workspace.parts / _CHECKPOINT
         self._inputs = dict(request.inputs)
         if request.plan.snapshots:
-            # They are left on the way: a collection that began for another place has left them there.
+            # Snapshots are written on the way, next to the output: a collection that began for another path wrote them there.
             self._inputs["snapshots"] = workspace.name_of(request.out)
         self.checkpoint, trouble = checkpoints.resume(self._path, self._inputs, request.plan.ranges)
         if trouble:
-            sink(info(f"The unfinished imatrix in the workspace cannot be continued, it starts anew ({trouble})"))
+            sink(info(f"The unfinished imatrix in the workspace cannot be continued and starts again ({trouble})"))
         self._tidy(everything=bool(trouble))
         if self.checkpoint.done:
-            self._leave_snapshot()  # a kill may have come between the checkpoint and it
+            self._leave_snapshot()  # a kill may have come between the checkpoint and the snapshot
 
     def _tidy(self, *, everything: bool) -> None:
-        """Remove the pieces that are in the checkpoint, or, with it, everything of another collection."""
+        """Remove the ranges that are in the checkpoint; with ``everything``, all files of another collection."""
         if everything:
             clean_parts(self._workspace)
         for chunks in self.checkpoint.done:
@@ -163,7 +165,7 @@ class _Collection:
         return uncovered(matrix, least) if matrix is not None and least else []
 
     def compute(self, engine: Engine) -> None:
-        """Have the engine do what is left, until it is enough."""
+        """Have the engine compute the remaining ranges until the collection is over."""
         request, parts = self._request, self._workspace.parts
         text = parts / _TEXT
         if not text.exists() or sha256(text) != request.corpus.sha256:
@@ -184,79 +186,80 @@ class _Collection:
                 f"Run the same command again: it continues. Full log: {log}",
             )
 
-    def _take(self, piece: Piece) -> bool:
-        """Check a finished range and put it into the checkpoint; false when it is enough."""
+    def _take(self, finished: CollectedRange) -> bool:
+        """Check a finished range and add it to the checkpoint; return whether to continue."""
         request = self._request
         request.check_unchanged()
         expected = request.plan.ranges[len(self.checkpoint.done)]
-        if piece.chunks != expected:
+        if finished.chunks != expected:
             raise EngineError(
-                "The engine mixed up its ranges",
-                f"chunks {piece.chunks.first} to {piece.chunks.end - 1} came where {expected.first} should have begun",
+                "The engine returned ranges in the wrong order",
+                f"chunks {finished.chunks.first} to {finished.chunks.end - 1} came where {expected.first} should have begun",
                 "Run the same command again: it continues.",
             )
-        self._include(piece)
-        piece.path.unlink(missing_ok=True)
+        self._include(finished)
+        finished.path.unlink(missing_ok=True)
         chunks, total = self.checkpoint.chunks, request.plan.n_chunks
         self._sink(Progress(STEP, chunks, max(chunks, total), _note(self.checkpoint.perplexity)))
         self._leave_snapshot()
         return not self.over
 
-    def _include(self, piece: Piece) -> None:
-        """The next checkpoint replaces the old one; nothing of either stays open, as Windows wants it."""
-        matrix, errors = self._examine(piece)
+    def _include(self, finished: CollectedRange) -> None:
+        """Replace the old checkpoint with the next one. Neither stays open, as Windows requires."""
+        matrix, errors = self._examine(finished)
         if not self.checkpoint.done:
-            self._tell_missing(matrix)
-        chunks = self.checkpoint.chunks + piece.chunks.count
-        following = self.checkpoint.with_piece(piece, matrix, point(chunks, errors))
+            self._warn_missing(matrix)
+        chunks = self.checkpoint.chunks + finished.chunks.count
+        following = self.checkpoint.with_range(finished, matrix, point(chunks, errors))
         part = checkpoints.prepare(following, self._path)
         self.checkpoint = replace(following, matrix=None)
         del following, matrix
         publish(part, self._path)
         self.checkpoint = replace(self.checkpoint, matrix=read(self._path, exact=True).matrix)
 
-    def _examine(self, piece: Piece) -> tuple[Matrix, list[tuple[str, float]]]:
-        """A range counts only if its file is whole: llama-imatrix ignores write errors and still exits with 0.
+    def _examine(self, finished: CollectedRange) -> tuple[Matrix, list[tuple[str, float]]]:
+        """Check that a range's file is complete: llama-imatrix ignores write errors and still exits with 0.
 
-        In the same pass over its entries the estimated errors of the sum with it (:mod:`imatrix_runner.imatrix.convergence`).
+        The same pass over its entries returns the estimated errors of the sum with it
+        (:mod:`imatrix_runner.imatrix.convergence`).
         """
         request, before = self._request, self.checkpoint.matrix
         watched = before is not None and (request.tolerance is not None or request.n_bytes <= CHEAP_CURVE_BYTES)
-        chunks = self.checkpoint.chunks + piece.chunks.count
+        chunks = self.checkpoint.chunks + finished.chunks.count
         bad: list[str] = []
         errors: list[tuple[str, float]] = []
         matrix: Matrix | None = None
         try:
-            file = read(piece.path, exact=True)
-            matrix = as_collected(file.matrix, piece.chunks.count, request.options.n_ctx)
-            # A legacy file counts no tokens: that all chunks were computed is known from what the program said.
-            foreign = _miscounted(matrix, piece.chunks, request.options) if file.format == "gguf" else []
+            file = read(finished.path, exact=True)
+            matrix = as_collected(file.matrix, finished.chunks.count, request.options.n_ctx)
+            # A legacy file counts no tokens: the program's output shows that all chunks were computed.
+            foreign = _miscounted(matrix, finished.chunks, request.options) if file.format == "gguf" else []
             if before is not None and not foreign:
-                add([before, matrix])  # for what it refuses
+                add([before, matrix])  # raises if they cannot be added
             for name in matrix.entries:
                 entry = matrix.entries[name]
                 if problem := entry_problem(name, entry):
                     bad.append(problem)
                 elif watched and not foreign and before is not None and name in before.entries:
                     old = before.entries[name]
-                    new = Entry(old.sums + entry.sums, old.counts + entry.counts)
-                    errors.append((name, estimate(old, new, chunks, piece.chunks.count)))
+                    new = MatrixEntry(old.sums + entry.sums, old.counts + entry.counts)
+                    errors.append((name, estimate(old, new, chunks, finished.chunks.count)))
             bad += foreign
         except InvalidDataError as error:
             bad.append(error.why)
         if bad or matrix is None:
-            require_space(piece.path, request.n_bytes, "the imatrix")
-            piece.path.unlink(missing_ok=True)
+            require_space(finished.path, request.n_bytes, "the imatrix")
+            finished.path.unlink(missing_ok=True)
             raise InvalidDataError(
-                f"The imatrix of chunks {piece.chunks.first} to {piece.chunks.end - 1} is not usable",
+                f"The imatrix of chunks {finished.chunks.first} to {finished.chunks.end - 1} is not usable",
                 "; ".join(bad[:3]),
                 "If it holds NaN, the model overflows: try its BF16 file. Otherwise check the disk and run the same command "
                 "again.",
             )
         return matrix, errors
 
-    def _tell_missing(self, matrix: Matrix) -> None:
-        """Warn, after the first range, of tensors that get no data although their model's header does not say so."""
+    def _warn_missing(self, matrix: Matrix) -> None:
+        """Warn, after the first range, of tensors that unexpectedly get no data: the model's header does not show it."""
         missing = sorted(self._request.expected - matrix.entries.keys())
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -269,31 +272,32 @@ class _Collection:
             )
 
     def _leave_snapshot(self) -> None:
-        """Leave the whole matrix so far beside the final file, where the plan wants one; one of ours may be replaced, no
-        other."""
+        """Write the whole matrix so far next to the final file, where the plan has a snapshot. Only an own snapshot is
+        replaced."""
         request, state = self._request, self.checkpoint
         if state.chunks not in request.plan.snapshots or state.matrix is None:
             return
         final = request.out.with_name(f"{request.out.name}.at_{state.chunks}")
-        step = f"snapshot {final}"
+        step = step_id("snapshot", str(final))
         record = self._journal.get(step)
         root = self._workspace.root
         if record is not None and not differences(record, request.inputs) and outputs_intact(record, root):
             return
         part = prepare_gguf(self.named(state.matrix), final)
-        output = Output(self._workspace.name_of(final), stamp(part))
+        output = StepOutput(self._workspace.name_of(final), stamp(part))
         reason = f"a snapshot after {state.chunks} chunks"
-        self._journal.conclude(step, Record.now(request.inputs, [output], reason, 0.0), [(part, final)])
+        self._journal.conclude(step, StepRecord.now(request.inputs, [output], reason, 0.0), [(part, final)])
         self._sink(Saved(str(final), f"imatrix of the first {state.chunks} chunks", output.stamp.size))
 
     def named(self, matrix: Matrix) -> Matrix:
-        """With the text's own name: ranges were read from a staged copy, and a user's folders are nobody's business."""
+        """Return the matrix with the text's own name: ranges were read from a staged copy, and the user's folders stay
+        private."""
         return replace(matrix, datasets=(self._request.corpus.name,))
 
     def _relay(self) -> Sink:
-        """Turns the events of the engine's job into those of the whole collection, which may have begun before."""
+        """Return a sink that turns the job's events into those of the whole collection, which may have begun earlier."""
         base, before = self.checkpoint.chunks, self.checkpoint.perplexity
-        total, scored = self._request.plan.n_chunks, self._request.options.scored_tokens
+        total, n_tokens = self._request.plan.n_chunks, self._request.options.scored_tokens
         ppl = Perplexity()
         last: float | None = None
 
@@ -303,7 +307,7 @@ class _Collection:
                 last = event.value
             elif isinstance(event, Progress):
                 if last is not None:
-                    ppl = before + _as_sums(last, int(event.done) * scored)
+                    ppl = before + _as_sums(last, int(event.done) * n_tokens)
                 done = base + event.done
                 self._sink(Progress(STEP, done, max(done, total), _note(ppl)))
             elif isinstance(event, (Notice, Saved)):
@@ -311,26 +315,26 @@ class _Collection:
 
         return relay
 
-    def tell_uncovered(self) -> None:
-        """Which experts the text was too short for."""
+    def warn_uncovered(self) -> None:
+        """Warn of experts that the text was too short for."""
         found = self.uncovered()
         if not found:
             return
-        # The tensors of one layer's experts are routed together: the first tells for all that are alike.
+        # The tensors of one layer's experts are routed together: the first one stands for all equal ones.
         alike = {(item.tensor.rpartition(".")[0], item.experts, item.tokens): item for item in reversed(found)}
-        told = sorted(alike.values(), key=lambda item: found.index(item))
-        more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+        shown = sorted(alike.values(), key=lambda item: found.index(item))
+        more = f"; and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
         self._sink(
             warning(
                 f"The text ended before every expert saw {self._request.least_tokens} tokens: "
-                + "; ".join(item.describe() for item in told[:_TOLD])
+                + "; ".join(item.describe() for item in shown[:_MOST_SHOWN])
                 + more
             )
         )
 
 
 def _miscounted(matrix: Matrix, chunks: ChunkRange, options: CollectOptions) -> list[str]:
-    """Whether a range's file tells of other chunks than its own."""
+    """Return why a range's file does not match its chunks; empty if it does."""
     if matrix.chunk_size != options.n_ctx:
         return [f"its chunks have {matrix.chunk_size} tokens instead of {options.n_ctx}"]
     # Experts see what is routed to them; every token goes through the others.
@@ -350,23 +354,23 @@ def _note(perplexity: Perplexity) -> str:
 
 
 def _summary(result: CollectResult, request: CollectRequest, kept: int) -> list[str]:
-    """The phrases of the line that ends it."""
-    told = [f"{result.chunks} chunks", f"{len(result.matrix.entries)} entries"]
-    told += [f"{kept} chunks kept"] if kept else []
-    told += _perplexity(result.perplexity, result.chunks, request.options)
+    """Return the phrases of the line that reports the end of the collection."""
+    phrases = [f"{result.chunks} chunks", f"{len(result.matrix.entries)} entries"]
+    phrases += [f"{kept} chunks kept"] if kept else []
+    phrases += _perplexity(result.perplexity, result.chunks, request.options)
     if request.tolerance is not None:
         chunks = converged(result.curve, request.tolerance)
         how = f"converged after {chunks} of {request.plan.n_chunks} chunks" if chunks is not None else "not converged"
         for last in [item for item in result.curve if chunks is None or item.chunks == chunks][-1:]:
             how += f": worst {last.worst:.3f} ({last.tensor}), median {last.median:.3f}"
-        told.append(how)
+        phrases.append(how)
     if request.least_tokens and result.stopped != "text":
-        told.append(f"every expert saw at least {request.least_tokens} tokens")
-    return told
+        phrases.append(f"every expert saw at least {request.least_tokens} tokens")
+    return phrases
 
 
 def _perplexity(perplexity: Perplexity, n_chunks: int, options: CollectOptions) -> list[str]:
-    """``PPL 10.5300 +/- 0.0123``, and of how many chunks where that is not all of them."""
+    """Return ``PPL 10.5300 +/- 0.0123``, with the number of chunks if it is not of all of them."""
     if perplexity.value is None:
         return []
     error = f" +/- {perplexity.error:.4f}" if perplexity.error is not None else ""
@@ -380,7 +384,7 @@ def _advise(state: Checkpoint, sink: Sink) -> None:
         sink(
             warning(
                 f"Loading the model for each of {len(state.done)} ranges took {human_seconds(state.load_seconds)}, "
-                f"{share:.0f} % of the time; a larger --output-frequency saves most of it, at the price of losing more when "
+                f"{share:.0f} % of the time; a larger --output-frequency saves most of it, but loses more when "
                 "interrupted."
             )
         )

@@ -1,9 +1,9 @@
-"""Has a matrix seen enough text? Pure: numbers in, numbers out.
+"""Whether a matrix has seen enough text. Pure: numbers in, numbers out.
 
-A quantiser weighs the columns of a row against each other and does not care about a tensor's overall scale. So what counts
-of an entry is ``p``: each row's mean squares, scaled to add up to 1 (an expert without a token is used as if all its columns
-mattered alike, and so it is here). The distance of two such matrices is the total variation ½ Σ |p − q|, the share of the
-importance that lies in other columns; 0 for equal ones, 1 at most.
+A quantiser weighs the columns of a row against each other and does not care about a tensor's overall scale. So an entry is
+reduced to ``p``: each row's mean squares, scaled to add up to 1 (an expert without a token is quantised with equal weights for
+all columns, so its ``p`` is even). The distance of two such matrices is the total variation ½ Σ |p − q|, the share of the
+importance that is in other columns; 0 for equal ones, 1 at most.
 
 Were the chunks independent samples, with σ² the variance that one chunk gives to an element of p, the means after k − w and
 after k chunks would differ with variance σ² (1/(k − w) − 1/k) = σ²/k · w/(k − w). So the move over the newest w chunks, times
@@ -19,15 +19,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from imatrix_runner.imatrix.matrix import Counts, Entry, Matrix, Sums
+from imatrix_runner.imatrix.matrix import Counts, Matrix, MatrixEntry, Sums
 
 _POINTS_TO_STOP = 2
-"""One point below may be luck."""
+"""A single point below the tolerance may be chance."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What the matrix looked like after ``chunks``: the estimated error of the worst tensor (``tensor``) and the median's."""
+    """The convergence after ``chunks``: the estimated errors of the worst tensor (``tensor``) and of the median one."""
 
     chunks: int
     worst: float
@@ -43,7 +43,7 @@ def shares(sums: Sums) -> Sums:
     return even
 
 
-def distance(before: Entry, after: Entry) -> float:
+def distance(before: MatrixEntry, after: MatrixEntry) -> float:
     """Total variation between the shares of two states of an entry; experts count as much as their tokens in ``after``."""
     weights = after.counts.astype(np.float64)
     if not weights.sum():
@@ -52,24 +52,24 @@ def distance(before: Entry, after: Entry) -> float:
     return float((moved * weights).sum() / weights.sum())
 
 
-def estimate(before: Entry, after: Entry, chunks: int, newest: int) -> float:
-    """The estimated error of an entry after ``chunks``, the ``newest`` of which made ``after`` of ``before``."""
+def estimate(before: MatrixEntry, after: MatrixEntry, chunks: int, newest: int) -> float:
+    """Return the estimated error of an entry after ``chunks``, of which the ``newest`` turned ``before`` into ``after``."""
     return distance(before, after) * math.sqrt((chunks - newest) / newest)
 
 
 def point(chunks: int, errors: Iterable[tuple[str, float]]) -> Point | None:
-    """The point of the curve that tensors' errors give; None without any."""
-    told = sorted(errors, key=lambda named: named[1])
-    if not told:
+    """Return the point of the curve from the errors of tensors; None if there are none."""
+    ordered = sorted(errors, key=lambda named: named[1])
+    if not ordered:
         return None
-    tensor, worst = told[-1]
-    return Point(chunks, worst, tensor.removesuffix(".weight"), float(np.median([error for _, error in told])))
+    tensor, worst = ordered[-1]
+    return Point(chunks, worst, tensor.removesuffix(".weight"), float(np.median([error for _, error in ordered])))
 
 
 def converged(curve: Sequence[Point], tolerance: float) -> int | None:
-    """After how many chunks two points in a row were at most ``tolerance`` in every tensor; None if that never was.
+    """Return after how many chunks two points in a row were at most ``tolerance`` in every tensor; None if they never were.
 
-    Two points are three ranges at least.
+    Two points need at least three ranges.
     """
     run = 0
     for item in curve:

@@ -1,6 +1,6 @@
-"""The preflight: what an imatrix covers of a model, and what will surprise.
+"""Preflight check of an imatrix: what it covers of a model, and what may come as a surprise.
 
-Facts about the two files only; what they mean for each level is told by its recipe (:mod:`imatrix_runner.quantize`).
+It states facts about the two files only; the recipe of each level (:mod:`imatrix_runner.quantize`) says what they mean for it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from imatrix_runner.imatrix.matrix import TOKEN_EMBEDDINGS, Entry, Matrix
+from imatrix_runner.imatrix.matrix import TOKEN_EMBEDDINGS, Matrix, MatrixEntry
 
 Severity = Literal["error", "warning", "info"]
 
@@ -32,7 +32,7 @@ _FEW_NAMES = 3
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know: how bad, a kind for programs, a sentence for people, and the tensors it is about."""
+    """One finding: its severity, a kind for programs, a sentence for people, and the tensors it concerns."""
 
     severity: Severity
     kind: str
@@ -85,7 +85,7 @@ def _names(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> list[Findin
     extra = sorted(set(matrix.entries) - set(shapes))
     findings: list[Finding] = []
     if not wanted & set(matrix.entries):
-        return [Finding("error", "other-model", "not one of its entries names a tensor of this model", tuple(extra))]
+        return [Finding("error", "other-model", "none of its entries names a tensor of this model", tuple(extra))]
     bare = _bare_blocks(wanted, missing)
     if bare:
         named = ", ".join(map(str, bare))
@@ -150,9 +150,9 @@ def _values(matrix: Matrix) -> list[Finding]:
     texts: dict[str, tuple[Severity, str]] = {
         "NaN or infinite": ("error", "hold NaN or infinite values: llama-quantize refuses every level"),
         "negative": ("error", "hold negative values, which no sum of squares can be"),
-        "zero": ("warning", "hold only zeros: no column of theirs is protected"),
+        "zero": ("warning", "hold only zeros: none of their columns is protected"),
         "columns": ("warning", "have columns that were never active; those are not protected"),
-        "uncounted": ("warning", "counted no token: all their columns weigh alike"),
+        "uncounted": ("warning", "counted no token: all their columns have equal weights"),
     }
     return [
         Finding(
@@ -166,7 +166,7 @@ def _values(matrix: Matrix) -> list[Finding]:
     ]
 
 
-def _worst(entry: Entry) -> str:
+def _worst(entry: MatrixEntry) -> str:
     if not np.isfinite(entry.sums).all():
         return "NaN or infinite"
     if (entry.sums < 0).any() or (entry.counts < 0).any():
@@ -206,7 +206,7 @@ def _origin(matrix: Matrix) -> list[Finding]:
     names = ", ".join(matrix.datasets) or "unknown"
     findings = [Finding("info", "origin", f"{matrix.chunk_count} chunks{size}, dataset {names}")]
     if matrix.chunk_count == 0:
-        findings.append(Finding("warning", "no-chunks", "it says that it saw no chunk of text"))
+        findings.append(Finding("warning", "no-chunks", "its metadata says that it saw no chunk of text"))
     return findings
 
 

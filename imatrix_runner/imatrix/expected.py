@@ -1,8 +1,8 @@
-"""What an imatrix that is still to be collected will hold, read from the model's header.
+"""The entries that an imatrix will hold once it is collected, read from the model's header.
 
 llama-imatrix collects the weights of blocks that llama.cpp multiplies by while it computes a text
-(tools/imatrix/imatrix.cpp, ``collect_imatrix``). Some weights of a block are never reached that way; the model's
-metadata names them. Architectures follow llama.cpp's ``src/models/*.cpp``.
+(tools/imatrix/imatrix.cpp, ``collect_imatrix``). Some weights of a block are never reached that way; the model's metadata shows
+which. Architectures follow llama.cpp's ``src/models/*.cpp``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imatrix_runner.imatrix.coverage import wants_weights
-from imatrix_runner.models.sources import Model
+from imatrix_runner.models.model import Model
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.(.+)$")
 _OUTPUT = "output.weight"
@@ -50,7 +50,7 @@ def expect(
 
 
 def uncollected(model: Model, *, process_output: bool = False) -> dict[str, str]:
-    """Return the matrices of a model that collecting never sees, each with the reason as a phrase.
+    """Return the matrices of a model that get no data from collecting, each with the reason as a phrase.
 
     Only what is certain from the header counts: a tensor that is missing here may still turn out to have no data.
     """
@@ -91,7 +91,7 @@ def nextn_layers(model: Model) -> int:
 
 
 def _own_kv_layers(model: Model, layers: int) -> int:
-    """How many layers, from the first, compute keys and values of their own."""
+    """Return how many layers, from the first, compute their own keys and values."""
     if model.architecture in _KV_LAYERS:
         return _KV_LAYERS[model.architecture]
     if model.architecture != "gemma4":

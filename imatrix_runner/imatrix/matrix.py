@@ -25,7 +25,7 @@ TOKEN_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 @dataclass(frozen=True)
-class Entry:
+class MatrixEntry:
     """One tensor's data. ``sums``: float64 [n_mat, n_columns], Σ x²; ``counts``: int64 [n_mat], tokens summed.
 
     ``n_mat`` is the number of experts of a MoE tensor, else 1 (a dense 3-D weight has all its columns in one row).
@@ -35,12 +35,12 @@ class Entry:
     counts: Counts
 
 
-class Entries(Mapping[str, Entry]):
-    """Entries that are made when looked up, and whose names and shapes are known without."""
+class Entries(Mapping[str, MatrixEntry]):
+    """Entries that are computed when looked up; their names and shapes are known before."""
 
     @abstractmethod
     def __contains__(self, name: object) -> bool:
-        """Whether it is there; Mapping's own way would make it."""
+        """Whether the entry exists. Mapping's own method would compute it."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, int]:
@@ -55,11 +55,11 @@ class Entries(Mapping[str, Entry]):
 class Matrix:
     """A whole imatrix: entries by weight name, tokens per chunk, chunks seen, and the names of the texts.
 
-    ``entries`` may be lazy (:class:`Entries`): look one up once, use it, let it go. ``chunk_size`` 0 means that the file did
-    not say (legacy): then counts are in chunks, not in tokens; :func:`in_tokens` makes up for it.
+    ``entries`` may be lazy (:class:`Entries`): look one up once, use it, and drop it. ``chunk_size`` 0 means that the file does
+    not state it (legacy): then counts are in chunks, not in tokens; :func:`in_tokens` converts them.
     """
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, MatrixEntry]
     chunk_size: int
     chunk_count: int
     datasets: tuple[str, ...]
@@ -76,18 +76,18 @@ class Matrix:
         return self.entries.counts(name) if isinstance(self.entries, Entries) else self.entries[name].counts
 
     def values_per_entry(self, name: str) -> int:
-        """How many floats llama-quantize will find for ``name``; it wants ne0 * ne2 of the weight."""
+        """Return how many floats llama-quantize will find for ``name``; it expects ne0 * ne2 of the weight."""
         return prod(self.shape(name))
 
 
 class _Summed(Entries):
-    """Sums of the parts' entries, each made when looked up; a part that lacks an entry adds nothing to it."""
+    """Sums of the parts' entries, each computed when looked up; a part that lacks an entry adds nothing to it."""
 
     def __init__(self, parts: Sequence[Matrix], weights: Sequence[int]) -> None:
         self._parts = tuple(zip(parts, weights, strict=True))
         self._names = sorted({name for part in parts for name in part.entries})
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> MatrixEntry:
         having = [(part, weight) for part, weight in self._parts if name in part.entries]
         if not having:
             raise KeyError(name)
@@ -95,7 +95,7 @@ class _Summed(Entries):
         sums = np.zeros(self.shape(name))
         for part, weight in having:
             sums += weight * part.entries[name].sums.reshape(sums.shape)
-        return Entry(sums, self.counts(name))
+        return MatrixEntry(sums, self.counts(name))
 
     def __contains__(self, name: object) -> bool:
         return any(name in part.entries for part, _ in self._parts)
@@ -119,10 +119,10 @@ class _Summed(Entries):
 
 
 def add(parts: Sequence[Matrix], weights: Sequence[int] | None = None) -> Matrix:
-    """The matrix of all the text the ``parts`` saw: sums and counts add, in float64 and in the order given.
+    """Return the matrix of all the text the ``parts`` saw: sums and counts are added in float64, in the order given.
 
-    ``weights`` (whole numbers, default all 1) count a part's text so many times. The entries are lazy: nothing is read
-    before it is used. Raises :class:`InvalidDataError` if the parts come from different models or chunk sizes.
+    ``weights`` (whole numbers, default all 1) count a part's text several times. The entries are lazy: nothing is read before
+    it is used. Raises :class:`InvalidDataError` if the parts come from different models or chunk sizes.
     """
     first = parts[0]
     weights = weights if weights is not None else [1] * len(parts)
@@ -142,18 +142,18 @@ def add(parts: Sequence[Matrix], weights: Sequence[int] | None = None) -> Matrix
 
 
 def _addable(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Equal shapes, or as many values of which one side (a legacy file) has a single count for all experts."""
+    """Whether shapes are equal, or have equally many values where one side (a legacy file) has one count for all experts."""
     return one == other or (prod(one) == prod(other) and 1 in (one[0], other[0]))
 
 
 class _InTokens(Entries):
-    """A legacy matrix's entries with tokens for calls, ``each`` of them per call."""
+    """The entries of a legacy matrix, with calls converted to tokens, ``each`` per call."""
 
     def __init__(self, matrix: Matrix, each: float) -> None:
         self._matrix, self._each = matrix, each
 
-    def __getitem__(self, name: str) -> Entry:
-        return Entry(self._matrix.entries[name].sums * self._each, self.counts(name))
+    def __getitem__(self, name: str) -> MatrixEntry:
+        return MatrixEntry(self._matrix.entries[name].sums * self._each, self.counts(name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._matrix.entries
@@ -173,10 +173,10 @@ class _InTokens(Entries):
 
 
 def as_collected(matrix: Matrix, n_chunks: int, chunk_size: int) -> Matrix:
-    """A matrix that was collected from ``n_chunks`` chunks, counted in tokens; one that counts tokens is returned as it is.
+    """Return a matrix collected from ``n_chunks`` chunks with counts in tokens; one that counts tokens is returned as it is.
 
-    The legacy format counts calls: multiplications of one batch, of which a chunk takes one or several. Most weights meet
-    every token once, so the number of calls that most entries have stands for all the chunks.
+    The legacy format counts calls: multiplications of one batch, and a chunk takes one or several. Most weights are multiplied
+    once by every token, so the most frequent number of calls stands for all the chunks.
     """
     if matrix.chunk_size or not matrix.entries:
         return matrix
@@ -186,7 +186,7 @@ def as_collected(matrix: Matrix, n_chunks: int, chunk_size: int) -> Matrix:
 
 
 def in_tokens(matrix: Matrix, chunk_size: int) -> Matrix:
-    """A matrix whose counts are tokens: a legacy one (which counts chunks) times ``chunk_size``, others as they are.
+    """Return a matrix whose counts are tokens: a legacy one (which counts chunks) times ``chunk_size``, others as they are.
 
     The same factor for sums and counts, as llama-imatrix restores a legacy file; means do not change.
     """
@@ -196,7 +196,7 @@ def in_tokens(matrix: Matrix, chunk_size: int) -> Matrix:
 
 
 def held(matrix: Matrix) -> Matrix:
-    """The same matrix with every entry in memory, free of the files it came from."""
+    """Return the same matrix with every entry in memory, independent of its files."""
     entries = {name: matrix.entries[name] for name in matrix.entries}
     return Matrix(entries, matrix.chunk_size, matrix.chunk_count, matrix.datasets)
 
@@ -216,8 +216,8 @@ def problems(matrix: Matrix) -> list[str]:
     return found
 
 
-def entry_problem(name: str, entry: Entry) -> str:
-    """What of :func:`problems` concerns one entry; empty when it is well."""
+def entry_problem(name: str, entry: MatrixEntry) -> str:
+    """Return the problem of one entry, as in :func:`problems`; empty if there is none."""
     if not np.isfinite(entry.sums).all():
         return f"{name} holds NaN or infinite values"
     if (entry.sums < 0).any() or (entry.counts < 0).any():
@@ -228,11 +228,11 @@ def entry_problem(name: str, entry: Entry) -> str:
 def misfits(matrix: Matrix, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Reasons why a matrix does not belong to a model with weights of these ``shapes`` (ggml order, ne0 first).
 
-    llama-quantize wants ne0 * ne2 values for a tensor and stops at the first that differs.
+    llama-quantize expects ne0 * ne2 values for a tensor and stops at the first that differs.
     """
     common = [name for name in matrix.entries if name in shapes]
     if not common:
-        return ["not one of its entries names a tensor of this model"]
+        return ["none of its entries names a tensor of this model"]
     found: list[str] = []
     for name in common:
         shape = (*shapes[name], 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Merging and converting imatrices: exact sums, and plain words for what a format cannot hold."""
+"""Merging and converting imatrices: exact sums, and remarks on what a format cannot hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from imatrix_runner.imatrix.formats import Format, MatrixFile
 from imatrix_runner.imatrix.matrix import Matrix, add, in_tokens
 
 DEFAULT_CHUNK_SIZE = 512
-"""llama-imatrix's default context, assumed where a legacy file does not say."""
+"""llama-imatrix's default context, assumed where a legacy file does not state its chunk size."""
 
 _MOST_WEIGHT = 1000
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Made:
-    """A matrix made from others, and what its user should know."""
+    """A matrix made from others, and remarks for its user."""
 
     matrix: Matrix
     remarks: tuple[str, ...]
@@ -34,18 +34,18 @@ class Made:
 def merge(files: Sequence[MatrixFile], weights: Sequence[int] | None = None) -> Made:
     """Sum matrices of one model, in the order given; ``weights`` count a file's text several times.
 
-    Legacy files join with the chunk size the others tell. Raises :class:`InvalidDataError` for different models.
+    Legacy files are taken to have the chunk size that the others state. Raises :class:`InvalidDataError` for different models.
     """
     _refuse_different_models(files)
     remarks: list[str] = []
     sizes = {file.path: file.matrix.chunk_size for file in files}
-    told = [size for size in sizes.values() if size]
-    chunk_size = told[0] if told else DEFAULT_CHUNK_SIZE
+    stated = [size for size in sizes.values() if size]
+    chunk_size = stated[0] if stated else DEFAULT_CHUNK_SIZE
     if legacy := [path.name for path, size in sizes.items() if not size]:
-        how = "as the others tell" if told else "assumed, llama-imatrix's default"
+        how = "as in the others" if stated else "assumed, llama-imatrix's default"
         remarks.append(f"{', '.join(legacy)} (legacy) counted in chunks of {chunk_size} tokens, {how}")
-    if len(set(told)) > 1:
-        remarks.append(f"the chunk sizes differ ({', '.join(map(str, told))}); the result says {chunk_size}")
+    if len(set(stated)) > 1:
+        remarks.append(f"the chunk sizes differ ({', '.join(map(str, stated))}); the result says {chunk_size}")
     counted = Counter(name for file in files for name in file.matrix.datasets if name)
     twice = [name for name, count in counted.items() if count > 1]
     if twice:
@@ -101,7 +101,7 @@ def _refuse_different_models(files: Sequence[MatrixFile]) -> None:
         common = set(first.matrix.entries) & set(other.matrix.entries)
         blocks = [{match[1] for name in file.matrix.entries if (match := _BLOCK.match(name))} for file in (first, other)]
         if not common:
-            raise _different(first.path, other.path, "they have not one tensor in common")
+            raise _different(first.path, other.path, "they have no tensor in common")
         if blocks[0] != blocks[1] and not (blocks[0] < blocks[1] or blocks[1] < blocks[0]):
             raise _different(first.path, other.path, "their layers differ")
         for name in sorted(common):
@@ -122,12 +122,12 @@ def convert(file: MatrixFile, to: Format, chunk_size: int | None) -> Made:
     matrix = file.matrix
     if not matrix.chunk_size:
         if to == "gguf" and chunk_size is None:
-            remarks.append(f"the file does not tell its chunk size: {DEFAULT_CHUNK_SIZE} assumed (--chunk-size says another)")
+            remarks.append(f"the file does not state its chunk size: {DEFAULT_CHUNK_SIZE} assumed (--chunk-size says another)")
         matrix = in_tokens(matrix, chunk_size or DEFAULT_CHUNK_SIZE)
         if to == "gguf" and any(".ffn_" in name and "_exps" in name for name in matrix.entries):
             remarks.append("legacy files hold one count for all experts; so will this one")
     elif chunk_size is not None and chunk_size != matrix.chunk_size:
-        remarks.append(f"the file tells its chunk size, {matrix.chunk_size}; --chunk-size {chunk_size} is not used")
+        remarks.append(f"the file states its chunk size, {matrix.chunk_size}; --chunk-size {chunk_size} is not used")
     if to == "dat":
         remarks += _lost_in_legacy(matrix)
     return Made(matrix, tuple(remarks))
@@ -141,7 +141,9 @@ def _lost_in_legacy(matrix: Matrix) -> list[str]:
         lost.append(f"counts per expert of {len(several)} tensors are lost: a legacy file holds one")
     unseen = {name: int((counts[name] == 0).sum()) for name in several if counts[name].any() and not counts[name].all()}
     if unseen:
-        lost.append(f"{sum(unseen.values())} experts without data in {len(unseen)} tensors become 1, the same weight all over")
+        lost.append(
+            f"{sum(unseen.values())} experts without data in {len(unseen)} tensors become 1, an equal weight for all columns"
+        )
     empty = [name for name, values in counts.items() if not values.any()]
     if empty:
         lost.append(f"{len(empty)} entries without any data are left out, the first is {empty[0]}")

@@ -1,10 +1,10 @@
-"""What an imatrix says about a model's activations: the figures of ``llama-imatrix --show-statistics``, and expert coverage.
+"""Statistics of an imatrix: the figures of ``llama-imatrix --show-statistics``, and expert coverage.
 
 The definitions, and the arithmetic behind the printed digits, are those of llama.cpp ``tools/imatrix/imatrix.cpp``
 (``compute_statistics``, ``compute_cossim``, ``show_statistics``). It computes in float32 and adds one value after the other,
-so a wide tensor's total is off in the fourth digit, and one that differs from it only by being exact would look wrong beside
-it. The same is done here: float32, in the same order, each operation rounded. float64 takes over only where float32
-overflows, and that tool prints ``inf`` or ``nan``.
+so a wide tensor's total is off in the fourth digit, and exact figures would look wrong next to it. So this module does the
+same: float32, in the same order, each operation rounded. It uses float64 only where float32 overflows and that tool prints
+``inf`` or ``nan``.
 
 Notation: a tensor has columns *j* (per expert *e*, if it has experts); ``sums`` is Σ x² over the tokens, ``counts`` their
 number, and ``a = sums / counts`` the mean square of a column. Experts without a token have no ``a``.
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.imatrix.matrix import Counts, Entry, Matrix, Sums
+from imatrix_runner.imatrix.matrix import Counts, Matrix, MatrixEntry, Sums
 
 ACTIVE_ABOVE = 1e-5
 """A column counts as active when its mean square is more than this (``compute_statistics``, ``threshold``)."""
@@ -111,7 +111,7 @@ class ExpertStatistics:
     tensor: str
     experts: int
     without_tokens: int
-    """Experts that no token reached: they are quantised as if all their columns mattered alike."""
+    """Experts that no token reached: they are quantised with equal weights for all columns."""
     fewest: int
     median: float
     most: int
@@ -129,7 +129,7 @@ class Statistics:
 
 
 def statistics(matrix: Matrix) -> Statistics:
-    """Measure every entry, looking each up once and holding two at most.
+    """Compute the figures of every entry, looking each up once and holding at most two in memory.
 
     Raises :class:`InvalidDataError` if an entry holds NaN, infinite or negative numbers: none of the figures would mean
     anything.
@@ -159,7 +159,7 @@ def statistics(matrix: Matrix) -> Statistics:
 
 
 def locate(name: str) -> tuple[int | None, str]:
-    """Layer and tensor that a weight's name tells of: ``blk.3.attn_q.weight`` -> ``(3, "attn_q")``.
+    """Return the layer and the tensor in a weight's name: ``blk.3.attn_q.weight`` -> ``(3, "attn_q")``.
 
     (llama.cpp ``process_tensor_name``.)
     """
@@ -174,7 +174,8 @@ def _by_layer(item: TensorStatistics | ExpertStatistics) -> tuple[float, str]:
 
 
 def _families(names: Iterable[str]) -> list[list[tuple[int, str]]]:
-    """Names that differ in the block's number alone, with that number, in its order: so each needs but the one before."""
+    """Group names that differ only in the block number, with that number, in its order, so that each needs only the one
+    before."""
     families: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for name in names:
         found = _BLOCK.search(name)
@@ -185,7 +186,7 @@ def _families(names: Iterable[str]) -> list[list[tuple[int, str]]]:
     return [sorted(family) for family in families.values()]
 
 
-def _require_numbers(name: str, entry: Entry) -> None:
+def _require_numbers(name: str, entry: MatrixEntry) -> None:
     if not np.isfinite(entry.sums).all() or (entry.sums < 0).any() or (entry.counts < 0).any():
         raise InvalidDataError(
             "This imatrix has no statistics",
@@ -208,7 +209,7 @@ def _coverage(name: str, counts: Counts) -> ExpertStatistics:
     )
 
 
-def _measure(name: str, entry: Entry, before: Sums | None) -> TensorStatistics:
+def _measure(name: str, entry: MatrixEntry, before: Sums | None) -> TensorStatistics:
     layer, tensor = locate(name)
     seen = entry.counts > 0
     sums, counts = entry.sums[seen], entry.counts[seen]
@@ -281,7 +282,7 @@ def _weighted(items: list[TensorStatistics], kind: _Kind) -> tuple[_Real, ...]:
 
 
 def _finite(compute: Callable[[_Kind], tuple[_Real, ...]]) -> tuple[float, ...]:
-    """What ``compute`` makes of float32, as the tool does, or of float64 where that overflows."""
+    """Return ``compute`` in float32, as the tool does, or in float64 where that overflows."""
     with np.errstate(all="ignore"):
         narrow = compute(np.float32)
         return tuple(map(float, narrow if np.isfinite(narrow).all() else compute(np.float64)))

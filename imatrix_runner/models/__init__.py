@@ -1,1 +1,1 @@
-"""Models: GGUF files, Hugging Face directories and hub repositories, and how one becomes the other."""
+"""Models: GGUF files, Hugging Face directories and hub repositories, with download and conversion."""

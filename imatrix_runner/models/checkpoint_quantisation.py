@@ -1,8 +1,8 @@
-"""Whether a Hugging Face checkpoint is published in a quantised form, and in which one.
+"""Detects whether a Hugging Face checkpoint is quantised, and in which form.
 
-llama.cpp's converter dequantises FP8, GPTQ, compressed-tensors, BitNet and ModelOpt checkpoints without a word
-(``ModelBase.dequant_model`` of conversion/base.py), so the GGUF looks like an original. It copies MXFP4 and NVFP4 blocks as
-they are: those show in the GGUF, and the plan decides about them.
+llama.cpp's converter silently dequantises FP8, GPTQ, compressed-tensors, BitNet and ModelOpt checkpoints
+(``ModelBase.dequant_model`` of conversion/base.py), so the GGUF looks like an original. It copies MXFP4 and NVFP4 blocks
+unchanged: those are visible in the GGUF, and the plan decides about them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.models.bounded import printable
-from imatrix_runner.models.safetensors_file import Weight, Weights, read_model_json
+from imatrix_runner.models.safetensors_file import SafetensorsWeights, Weight, read_model_json
+from imatrix_runner.safe_text import printable
 
 _FULL_PRECISION = frozenset(("F64", "F32", "F16", "BF16"))
 _SMALL_FLOAT = re.compile(r"F[4-8](?:_\w+)?")
@@ -27,18 +27,18 @@ _LONGEST = 60
 
 @dataclass(frozen=True)
 class CheckpointQuantisation:
-    """``label``: the form for people (``fp8``, ``gptq, 4 bits``); ``copied``: the converter keeps the blocks as they are."""
+    """``label``: the form, for people (``fp8``, ``gptq, 4 bits``); ``copied``: the converter copies the blocks unchanged."""
 
     label: str
     copied: bool
 
 
-def checkpoint_quantisation(directory: Path, weights: Weights) -> CheckpointQuantisation | None:
+def checkpoint_quantisation(directory: Path, weights: SafetensorsWeights) -> CheckpointQuantisation | None:
     """The quantised form of a checkpoint's weights; None for one in F32, F16 or BF16.
 
-    The safetensors headers decide, for a configuration may be left over from before the weights were dequantised; the
-    configuration only names the form. ``weights`` are those of ``directory``. Raises :class:`InvalidDataError` for
-    configurations that cannot be read.
+    The safetensors headers decide, because a configuration may be left over from before the weights were dequantised; the
+    configuration only names the form. ``weights`` are those of ``directory``. Raises :class:`InvalidDataError` for an
+    unreadable configuration.
     """
     named = next(_described(directory), "")
     if not any(_is_packed(tensor, announced=bool(named)) for tensor in weights.tensors):
@@ -48,11 +48,10 @@ def checkpoint_quantisation(directory: Path, weights: Weights) -> CheckpointQuan
 
 
 def refuse_quantised(directory: Path, quantisation: CheckpointQuantisation) -> InvalidDataError:
-    """The refusal of a checkpoint whose weights would be dequantised and then quantised again."""
+    """The error for a checkpoint whose weights would be dequantised and then quantised again."""
     return InvalidDataError(
         f"{directory} is already quantised",
-        f"its weights are stored as {quantisation.label}; they would be dequantised and quantised again, which adds one error "
-        "to another",
+        f"its weights are stored as {quantisation.label}; dequantising and quantising them again adds up the errors of both",
         "Use the original in BF16, F16 or F32; if the model was only published in this form, pass --allow-requantize.",
     )
 
@@ -60,18 +59,18 @@ def refuse_quantised(directory: Path, quantisation: CheckpointQuantisation) -> I
 def _is_packed(tensor: Weight, *, announced: bool) -> bool:
     if _COMPANION.search(tensor.name) or (_SMALL_FLOAT.fullmatch(tensor.dtype) and len(tensor.shape) > 1):
         return True
-    # Buffers such as causal masks are integer matrices too, so integers count only where the configuration announces them.
+    # Buffers such as causal masks are integer matrices too, so integers count only if the configuration declares quantisation.
     return announced and len(tensor.shape) > 1 and tensor.dtype not in _FULL_PRECISION and tensor.dtype != "BOOL"
 
 
 def _described(directory: Path) -> Iterator[str]:
-    """What the configuration files say of quantisation, the most telling first."""
+    """Labels of the quantisation in the configuration files, the most specific first."""
     config = _json(directory / "config.json")
     for place in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
             if label := _label(place.get(key)):
                 yield label
-    # ModelOpt's own file, and that of Mistral's format.
+    # The file of ModelOpt, and that of Mistral's format.
     if label := _label(_json(directory / "hf_quant_config.json").get("quantization")):
         yield label
     if label := _label(_json(directory / "params.json").get("quantization")):

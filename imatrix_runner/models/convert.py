@@ -1,25 +1,25 @@
-"""A Hugging Face directory becomes one GGUF: llama.cpp's own converter in a child process, checked before and after."""
+"""Converts a Hugging Face directory to one GGUF with llama.cpp's converter in a child process, with checks before and after."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from imatrix_runner.environment import Needs
+from imatrix_runner.environment import ChildNeeds
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, ToolchainError, from_os_error
 from imatrix_runner.events import Finished, Progress, Saved, Sink, Started
+from imatrix_runner.extras import CONVERT
 from imatrix_runner.files import human_bytes, part_path, publish, require_space
 from imatrix_runner.models.converter_messages import explain_conversion
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.models.safetensors_file import Weights, check_safetensors, read_model_json
-from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.models.model import open_gguf
+from imatrix_runner.models.safetensors_file import SafetensorsWeights, check_safetensors, read_model_json
 from imatrix_runner.process import Command, Outcome, Runner, Stream
 
-__all__ = ["STEP", "check_safetensors", "convert", "missing_packages", "refuse_code", "resolve_outtype"]
+__all__ = ["STEP", "check_safetensors", "convert", "refuse_code", "resolve_outtype"]
 
 OutType = Literal["auto", "f16", "bf16", "f32"]
 Concrete = Literal["f16", "bf16", "f32"]
@@ -27,7 +27,6 @@ Concrete = Literal["f16", "bf16", "f32"]
 STEP = "convert"
 """The step that conversion events carry."""
 
-_PACKAGES = ("torch", "transformers", "safetensors", "sentencepiece", "numpy", "yaml", "requests")
 _BY_DTYPE: dict[str, Concrete] = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _BY_CONFIG: dict[str, Concrete] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _WIDTH = {"f32": 4, "f16": 2, "bf16": 2}
@@ -36,16 +35,11 @@ _PROJECTOR_PART = re.compile(r"vision|visual|audio|mm_|multi_modal|projector|mer
 _VOCABULARY_BYTES = 64 << 20  # header and vocabulary: 10 to 20 MB for the largest known
 
 
-def missing_packages() -> list[str]:
-    """What the converter imports and this interpreter does not have."""
-    return [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
-
-
 def resolve_outtype(directory: Path) -> Concrete:
-    """The type that keeps a checkpoint exactly as published: what most of its weights are stored in.
+    """The type that keeps a checkpoint as published: the one in which most of its weights are stored.
 
-    The headers of the safetensors decide, for some configurations lie. Weights in 8 bits or packed formats are unpacked by
-    the converter: then ``torch_dtype`` (or ``dtype``) of config.json counts, and without it BF16.
+    The safetensors headers decide, because some configurations are wrong. The converter unpacks 8-bit and packed formats; for
+    those ``dtype`` (or ``torch_dtype``) of config.json decides, and without it BF16.
     """
     return _stored_type(directory, check_safetensors(directory))
 
@@ -55,9 +49,9 @@ def refuse_code(directory: Path) -> None:
     carried = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.py"))
     mapped = [name for name in ("config.json", "tokenizer_config.json") if "auto_map" in _json(directory / name)]
     if carried or mapped:
-        found = f"it carries {carried[0]}" if carried else f"{mapped[0]} has an auto_map"
+        found = f"it contains {carried[0]}" if carried else f"{mapped[0]} has an auto_map"
         raise InvalidDataError(
-            f"{directory} brings its own code",
+            f"{directory} contains its own code",
             f"{found}, and the converter would execute that code with your rights",
             "Read the code; if you trust it, run the same command with --trust-remote-code.",
         )
@@ -79,10 +73,10 @@ def convert(
 ) -> Path:
     """Convert a checkpoint to the GGUF ``out`` (the projector alone with ``mmproj``) and return ``out``.
 
-    ``name`` becomes ``general.name``; without it the converter takes the directory's, which in a hub cache is a commit. The
-    file grows under a temporary name, is verified, then renamed by ``conclude(part, out)``. Raises
-    :class:`InvalidDataError` for what cannot be converted, :class:`ToolchainError` for missing packages,
-    :class:`NoSpaceError`, and :class:`EngineError` for a failure.
+    ``name`` becomes ``general.name``; without it the converter uses the directory's name, which in a hub cache is a commit. The
+    file is written under a temporary name, verified, and renamed by ``conclude(part, out)``. Raises :class:`InvalidDataError`
+    for a checkpoint that cannot be converted, :class:`ToolchainError` for missing packages, :class:`NoSpaceError`, and
+    :class:`EngineError` for a failure.
     """
     _require_tools(converter)
     if not trust_remote_code:
@@ -119,15 +113,9 @@ def _require_tools(converter: Path) -> None:
         raise ToolchainError(
             "The converter is missing",
             f"there is no {converter}",
-            "Build a toolchain that has it with: imatrix-runner tools build",
+            "Build a toolchain that includes it with: imatrix-runner tools build",
         )
-    missing = missing_packages()
-    if missing:
-        raise ToolchainError(
-            "Packages for converting models are missing",
-            f"the converter imports {', '.join(missing)}, not installed for {sys.executable}",
-            "Install them with: pip install 'imatrix-runner[convert]'",
-        )
+    CONVERT.require("Converting a Hugging Face model")
 
 
 def _command(
@@ -136,13 +124,13 @@ def _command(
     argv = [sys.executable, str(converter), str(directory.absolute()), "--outfile", str(part.absolute()), "--outtype", kind]
     argv += ["--model-name", name] if name else []
     argv += ["--mmproj"] if mmproj else []
-    # No token: code that came with the model may run in there, and nothing that needs one is fetched.
+    # No token: the model's own code may run in the child, and nothing that needs a token is fetched.
     env = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-    needs = Needs.COMPUTE | Needs.HUB
+    needs = ChildNeeds.COMPUTE | ChildNeeds.HUB
     if trust_remote_code:
-        needs |= Needs.NETWORK
+        needs |= ChildNeeds.NETWORK
     else:
-        env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # nothing, code least of all, comes from elsewhere
+        env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}  # nothing is downloaded, in particular no code
     return Command(tuple(argv), env=env, needs=needs)
 
 
@@ -156,14 +144,14 @@ def _run(command: Command, runner: Runner, sink: Sink, log: Path) -> float:
 def _progress(sink: Sink) -> Callable[[Stream, str], None]:
     last = -1
 
-    def hear(_stream: Stream, text: str) -> None:
+    def report(_stream: Stream, text: str) -> None:
         nonlocal last
         for match in _PERCENT.finditer(text):
             if int(match[1]) > last:
                 last = int(match[1])
                 sink(Progress(STEP, float(last), 100.0))
 
-    return hear
+    return report
 
 
 def _verify(part: Path, mmproj: bool) -> None:
@@ -171,11 +159,11 @@ def _verify(part: Path, mmproj: bool) -> None:
         open_gguf(part, allow_requantize=True)
     elif read_header(part).text("general.architecture") != "clip":
         raise InvalidDataError(
-            "The converted projector is none", "its architecture is not 'clip'", "Convert the model without --mmproj."
+            "The converter wrote no projector", "the file's architecture is not 'clip'", "Convert the model without --mmproj."
         )
 
 
-def _stored_type(directory: Path, weights: Weights) -> Concrete:
+def _stored_type(directory: Path, weights: SafetensorsWeights) -> Concrete:
     stored = _BY_DTYPE.get(weights.main_dtype)
     if stored is not None:
         return stored
@@ -188,8 +176,8 @@ def _stored_type(directory: Path, weights: Weights) -> Concrete:
     return "bf16"
 
 
-def _estimate(weights: Weights, kind: Concrete, mmproj: bool) -> int:
-    """Bytes the GGUF will have, rounded up."""
+def _estimate(weights: SafetensorsWeights, kind: Concrete, mmproj: bool) -> int:
+    """Upper estimate of the GGUF's size in bytes."""
     parts = [tensor for tensor in weights.tensors if not mmproj or _PROJECTOR_PART.search(tensor.name)]
     width = {True: _WIDTH[kind], False: _WIDTH["f32"]}
     return _VOCABULARY_BYTES + sum(tensor.n_elements * width[len(tensor.shape) > 1] for tensor in parts)
@@ -200,7 +188,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _failure(outcome: Outcome, log: Path) -> RunnerError:
-    """The converter's last words, translated; its whole output is in ``log``."""
+    """The error for a failed conversion, explained from the end of its output; the whole output is in ``log``."""
     if outcome.out_of_memory or outcome.hung:
         todo = f"Close other programs or use a machine with more memory, then run the same command again; log: {log}"
         return EngineError("The conversion did not finish", outcome.ending(), todo)

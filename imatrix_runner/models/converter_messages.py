@@ -1,8 +1,8 @@
-"""What the last words of llama.cpp's converter mean and what to do about them: the one table.
+"""Table of the error messages of llama.cpp's converter: what each means, and what to do.
 
-Each row was read in convert_hf_to_gguf.py, conversion/base.py, or in what transformers and safetensors raise there; ``{1}`` is
-the first group of its pattern. A traceback's end says most, so lines are looked at from the last; within a line the first row
-that matches wins.
+The rows come from convert_hf_to_gguf.py, conversion/base.py, and the errors that transformers and safetensors raise there;
+``{1}`` is the first group of the pattern. The end of a traceback is the most informative, so lines are searched from the last;
+for a line the first matching row is used.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError
+from imatrix_runner.extras import CONVERT
 
 _LONGEST = 300
 
 
 @dataclass(frozen=True)
-class Known:
-    """A row. ``why`` without text shows the line itself."""
+class ConverterMessage:
+    """A row of the table. If ``why`` is empty, the matching line is shown."""
 
     pattern: re.Pattern[str]
     error: type[RunnerError]
@@ -27,17 +28,17 @@ class Known:
     todo: str
 
 
-def _known(pattern: str, error: type[RunnerError], what: str, why: str, todo: str) -> Known:
-    return Known(re.compile(pattern), error, what, why, todo)
+def _known(pattern: str, error: type[RunnerError], what: str, why: str, todo: str) -> ConverterMessage:
+    return ConverterMessage(re.compile(pattern), error, what, why, todo)
 
 
 _NEWER = "Build a newer llama.cpp with: imatrix-runner tools build --ref TAG"
 _CANNOT_UNPACK = "The checkpoint is quantised in a form that cannot be unpacked"
-_ORIGINAL = "Give the model it was made from, as it was published in BF16, F16 or F32"
+_ORIGINAL = "Give the original model, as published in BF16, F16 or F32"
 _TOKENIZER = "The converter cannot read the model's tokenizer"
 _ITS_FILES = "Check that tokenizer.json or tokenizer.model is complete (download it again), or build a newer llama.cpp"
 
-KNOWN: tuple[Known, ...] = (
+KNOWN: tuple[ConverterMessage, ...] = (
     _known(
         r"No space left on device|Disk quota exceeded",
         NoSpaceError,
@@ -48,8 +49,8 @@ KNOWN: tuple[Known, ...] = (
     _known(
         r"trust_remote_code=True|requires you to execute",
         InvalidDataError,
-        "The model brings its own code",
-        "its configuration or tokenizer is read by Python code that comes with it",
+        "The model contains its own code",
+        "Python code that comes with it reads its configuration or tokenizer",
         "Read the code; if you trust it, run the same command with --trust-remote-code",
     ),
     _known(
@@ -64,7 +65,7 @@ KNOWN: tuple[Known, ...] = (
         ToolchainError,
         "A package for converting models is missing",
         "",
-        "Run: pip install 'imatrix-runner[convert]'",
+        f"Run: {CONVERT.install}",
     ),
     _known(
         r"Quant method is not yet supported: (.+)",
@@ -83,14 +84,14 @@ KNOWN: tuple[Known, ...] = (
     _known(
         r"Model (\S+) is not supported|Architecture (\S+) not supported",
         EngineError,
-        "This llama.cpp cannot convert that architecture",
+        "This llama.cpp cannot convert the model's architecture",
         "",
         _NEWER,
     ),
     _known(
         r"Failed to detect model architecture",
         InvalidDataError,
-        "The model does not say what it is",
+        "The model's architecture is unknown",
         "its config.json names no architectures",
         "Download config.json again",
     ),
@@ -104,14 +105,14 @@ KNOWN: tuple[Known, ...] = (
     _known(
         r"Mismatch between weight map and model parts",
         InvalidDataError,
-        "The weight files are not those of the index",
+        "The weight files do not match the index",
         "model.safetensors.index.json and the files' headers name different tensors",
-        "Download the index and all weight files from one revision; of a merged model, save it again",
+        "Download the index and all weight files from one revision; save a merged model again",
     ),
     _known(
         r"Can not map tensor '([^']+)'",
         EngineError,
-        "The model holds a tensor that the converter does not know",
+        "The model has a tensor that the converter does not know",
         "{1} has no place in this architecture: the checkpoint is quantised, an unmerged adapter, or newer than this llama.cpp",
         _NEWER,
     ),
@@ -127,7 +128,7 @@ KNOWN: tuple[Known, ...] = (
         EngineError,
         "The converter does not know the model's tokenizer",
         "",
-        "Of a fine-tune with added tokens, use the original's tokenizer files; for a new model, build a newer llama.cpp",
+        "For a fine-tune with added tokens, use the original's tokenizer files; for a new model, build a newer llama.cpp",
     ),
     _known(
         r"data did not match any variant of untagged enum",
@@ -148,7 +149,7 @@ KNOWN: tuple[Known, ...] = (
         r"tokenizer\.vocab\.values\(\)\) < vocab_size|max\(.*vocab.*\) < ",
         InvalidDataError,
         "The tokenizer has more tokens than the model",
-        "tokens were added to it and the embeddings were not resized",
+        "tokens were added to the tokenizer without resizing the embeddings",
         "Use the tokenizer files that belong to these weights, or resize the embeddings and save the model again",
     ),
     _known(
@@ -168,7 +169,7 @@ KNOWN: tuple[Known, ...] = (
     _known(
         r"MemoryError|can't allocate memory|DefaultCPUAllocator|Unable to allocate",
         EngineError,
-        "The machine has not enough memory to convert the model",
+        "The machine does not have enough memory to convert the model",
         "",
         "Close other programs, or convert it on a machine with more memory",
     ),
@@ -182,7 +183,7 @@ KNOWN: tuple[Known, ...] = (
     _known(
         r"KeyError: (.+)",
         InvalidDataError,
-        "The model's configuration lacks something",
+        "The model's configuration is incomplete",
         "the converter looked for {1}",
         "Compare config.json with the original model's, or build a newer llama.cpp",
     ),
@@ -190,8 +191,8 @@ KNOWN: tuple[Known, ...] = (
 
 
 def explain_conversion(lines: Sequence[str], ending: str, log: str) -> RunnerError:
-    """The error for a converter that failed. ``lines``: the last it printed; ``ending``: how it ended; ``log``: where its whole
-    output is."""
+    """The error for a converter that failed. ``lines``: the end of its output; ``ending``: how it ended; ``log``: the file with
+    its whole output."""
     said = [line.strip() for line in lines if line.strip()]
     for line in reversed(said):
         for known in KNOWN:
@@ -200,7 +201,7 @@ def explain_conversion(lines: Sequence[str], ending: str, log: str) -> RunnerErr
                 why = known.why.format(*groups) if known.why else line
                 return known.error(known.what, why[:_LONGEST], f"{known.todo}; log: {log}")
     last = said[-1] if said else ending
-    # An assertion without words is a bare line: what stands before it is the code that made it.
+    # An assertion without a message is a bare line; the line before it is the code that failed.
     if last == "AssertionError" and len(said) > 1:
         last = f"AssertionError at: {said[-2]}"
     return EngineError("The converter failed", last[:_LONGEST], f"Read its whole output: {log}")

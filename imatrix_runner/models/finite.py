@@ -1,4 +1,4 @@
-"""NaN and infinity in a model's own numbers, found without llama.cpp."""
+"""Finds NaN and infinity in a model's weights, without llama.cpp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.gguf_file import TensorInfo, read_header
 from imatrix_runner.models.gguf_names import shard_names
 
-# ggml type -> the words it is stored in, and the bits of the exponent: all of them are set in NaN and infinity only.
+# ggml type -> its storage word and the bits of its exponent, which are all set only in NaN and infinity.
 _EXPONENTS = {
     "F16": ("<u2", 0x7C00),
     "BF16": ("<u2", 0x7F80),
@@ -22,18 +22,18 @@ _SLAB = 1 << 24
 
 
 def non_finite_tensor(model: Path) -> str:
-    """The first tensor of a GGUF (of all its shards) that holds NaN or infinity; empty if there is none.
+    """The name of the first tensor of a GGUF (of all its shards) that contains NaN or infinity; empty if there is none.
 
-    Only tensors of floating point are looked at: block formats keep their numbers as integers and scales.
+    Only floating-point tensors are checked: block formats store their values as integers and scales.
     """
     return next((name for path in shard_names(model) for name in _in_file(model.with_name(path))), "")
 
 
-def no_numbers(model: Path, seen: str, tensor: str) -> InvalidDataError:
+def non_finite_error(model: Path, seen: str, tensor: str) -> InvalidDataError:
     """The error for a model whose results are NaN or infinite. ``seen``: where, such as ``its logits in chunk 3``; ``tensor``:
-    the one that holds such numbers itself, empty if none was found."""
-    why = f"{seen} are NaN or infinite" + (f": its tensor {tensor} holds such numbers" if tensor else "")
-    todo = "The file is damaged, or overflows (F16 sooner than BF16): download or make it again, or choose another type."
+    a tensor that contains such numbers, empty if none was found."""
+    why = f"{seen} are NaN or infinite" + (f": its tensor {tensor} contains such numbers" if tensor else "")
+    todo = "The file is damaged, or overflows (F16 sooner than BF16): download or create it again, or choose another type."
     return InvalidDataError(f"{model.name} produced NaN or infinite numbers", why, todo)
 
 

@@ -1,4 +1,4 @@
-"""What gives a kind of folder away: each function returns the fields that the texts of :mod:`folders` take, or None."""
+"""Detectors for kinds of folders. Each returns fields for the texts of :mod:`.model_folders`, or None if it finds nothing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from imatrix_runner.models.quantised import unusable
 _UNFINISHED = re.compile(
     r"(?P<name>.+\.(?:safetensors|gguf|bin|pth))\.(?:part|crdownload|download|incomplete|tmp|!qb)", re.IGNORECASE
 )
-_PIECE = re.compile(r".+\.gguf(?:[.-](?:part\d+of\d+|split-?[a-z]+|part-?[a-z0-9]+|[a-z]{2}|\d{3}))", re.IGNORECASE)
+_SPLIT_PART = re.compile(r".+\.gguf(?:[.-](?:part\d+of\d+|split-?[a-z]+|part-?[a-z0-9]+|[a-z]{2}|\d{3}))", re.IGNORECASE)
 CACHED = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)")
-"""A repository's folder in a hub's cache."""
+"""Name of a repository's folder in a hub's cache."""
 _VOCABULARY = re.compile(
     r"tokenizer(?!_config\.json$).*|.*\.tiktoken|.*\.model(?:\.v\d+)?|tekken\.json|vocab.*|.*vocab.*\.txt|merges\.txt|.*sentencepiece.*",
     re.IGNORECASE,
@@ -26,13 +26,14 @@ _OTHER_TASK = re.compile(
     r"|QuestionAnswering|SpeechSeq2Seq)$|^(?:Whisper|Wav2Vec2|Hubert|ViT|DeiT|CLIP|Siglip|DPT|Detr|SpeechT5|Vits)[A-Z]\w*$"
 )
 _BRINGS_VOCABULARY = ("Mamba", "OpenELM", "Lfm2Audio", "WavTokenizer")
-"""Architectures whose vocabulary the converter supplies (conversion/*.py, ``_set_vocab_builtin``, ``_set_vocab_none``)."""
+"""Architectures for which the converter supplies the vocabulary (conversion/*.py, ``_set_vocab_builtin``,
+``_set_vocab_none``)."""
 
 Fields = Mapping[str, str]
 
 
 def file(*patterns: str) -> Callable[[Folder], Fields | None]:
-    """Sees the first file, at any depth, whose own name matches one of the patterns."""
+    """A detector of the first file, at any depth, whose own name matches one of the patterns."""
 
     def seen(folder: Folder) -> Fields | None:
         found = (name for name in folder.files if any(fnmatch(PurePosixPath(name).name.lower(), each) for each in patterns))
@@ -49,7 +50,7 @@ def pointer(folder: Folder) -> Fields | None:
 def unfinished(folder: Folder) -> Fields | None:
     for name in folder.top:
         match = _UNFINISHED.fullmatch(name)
-        # aria2 gives the file its full size at once: the content is missing, and nothing else shows it.
+        # aria2 creates the file with its full size, so only the .aria2 file shows that content is missing.
         whole = name[: -len(".aria2")] if name.endswith(".aria2") else ""
         if whole in folder.top or (match is not None and match["name"] not in folder.top):
             return {"seen": name}
@@ -65,13 +66,13 @@ def adapter(folder: Folder) -> Fields | None:
     name = next((name for name in names if name in folder.top), None)
     if name is None:
         return None
-    told = folder.base or folder.adapter.get("base_model_name_or_path")
-    return {"seen": name, "base": f" ({told})" if isinstance(told, str) and told else ""}
+    base = folder.base or folder.adapter.get("base_model_name_or_path")
+    return {"seen": name, "base": f" ({base})" if isinstance(base, str) and base else ""}
 
 
 def quantised(folder: Folder) -> Fields | None:
     if folder.local and folder.has_weights and not folder.dtypes:
-        return None  # its headers tell, and are still to be read
+        return None  # the headers decide, and have not been read yet
     found = unusable(folder.config, folder.dtypes)
     if found is None:
         return None
@@ -79,8 +80,8 @@ def quantised(folder: Folder) -> Fields | None:
     return {"method": found.method, "why": found.why, "original": found.todo or original}
 
 
-def piece(folder: Folder) -> Fields | None:
-    name = next((name for name in folder.files if _PIECE.fullmatch(name)), None)
+def shard(folder: Folder) -> Fields | None:
+    name = next((name for name in folder.files if _SPLIT_PART.fullmatch(name)), None)
     return {"seen": name} if name is not None else None
 
 
@@ -88,8 +89,8 @@ def ollama(folder: Folder) -> Fields | None:
     if not any(map(BLOB.fullmatch, folder.files)):
         return None
     if not folder.blobs:
-        return {"todo": "Name the GGUF itself; `ollama show --modelfile NAME` prints its path behind FROM."}
-    return {"todo": f"Name the file that holds the weights: imatrix-runner run {folder.within(folder.blobs[0])}"}
+        return {"todo": "Give the GGUF itself; `ollama show --modelfile NAME` prints its path after FROM."}
+    return {"todo": f"Give the file with the weights: imatrix-runner run {folder.within(folder.blobs[0])}"}
 
 
 def cached(folder: Folder) -> Fields | None:
@@ -110,7 +111,7 @@ def several_precise(folder: Folder) -> Fields | None:
 
 
 def _precise(folder: Folder) -> list[str]:
-    """The GGUFs that are not quantised by their names, those whose names say their precision first."""
+    """The GGUFs in full precision by their names; if no name states a precision, those whose names state no quantised type."""
     plain = first_shards(name for name in folder.files if is_gguf_model(name) and not is_quantised_name(name))
     return full_precision(folder.files) or plain
 
@@ -120,7 +121,7 @@ def quants(folder: Folder) -> Fields | None:
     if not names:
         return None
     best = next((name for name in names if "q8_0" in name.lower()), names[0])
-    last = f"If these are all there is: imatrix-runner run {folder.within(best)} --allow-requantize"
+    last = f"If no other exists: imatrix-runner run {folder.within(best)} --allow-requantize"
     return {"seen": _some(names), "todo": folder.original(f"Give its BF16, F16 or F32 GGUF or the original model. {last}")}
 
 
@@ -130,8 +131,8 @@ def checkpoints_inside(folder: Folder) -> Fields | None:
     names = sorted({str(PurePosixPath(name).parent) for name in folder.files if name.endswith("/config.json")})
     if not names:
         return None
-    run = f"Name the one you mean: imatrix-runner run {folder.within(names[0])}"
-    return {"seen": _some(names), "todo": run if folder.local else "Download the one you mean, and give that directory."}
+    run = f"Give the one you want: imatrix-runner run {folder.within(names[0])}"
+    return {"seen": _some(names), "todo": run if folder.local else "Download the one you want, and give that directory."}
 
 
 def misnamed(folder: Folder) -> Fields | None:

@@ -1,4 +1,4 @@
-"""What lies in a folder that was given as a model: its listing and its small configuration files."""
+"""Surveys a folder that was given as a model: its listing and its small configuration files."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from imatrix_runner.models.bounded import quoted
+from imatrix_runner.bounded import quoted
 from imatrix_runner.models.origin import card_base, repository_in
 from imatrix_runner.models.safetensors_file import read_model_json
 from imatrix_runner.models.sniff import LFS_POINTER
 
 BLOB = re.compile(r"(?:blobs/)?sha256[-:][0-9a-f]{64}")
-"""A model's file as Ollama keeps it."""
+"""Name of a model's file in Ollama's store."""
 
 _CHECKPOINT = re.compile(r"model[^/]*\.safetensors")
 _DEPTH = 3
-_MOST_FILES = 5000  # a home directory given by mistake is not searched through
+_MOST_FILES = 5000  # bounds the search of a home directory given by mistake
 _POINTER_BYTES = 1024
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder's content. ``name`` is shown, and is what commands name; ``files`` are relative, ``/`` between folders.
+    """The content of a folder. ``name`` is used in messages and commands; ``files`` are relative paths with ``/``.
 
-    ``config`` and ``adapter`` are config.json and adapter_config.json, empty where there are none. ``pointers``: files that are
-    Git LFS pointers; ``blobs``: files without an extension that are GGUFs, the largest first; ``dtypes``: the checkpoint's
-    tensors, where its headers were read; ``base``: the hub id of the model this one was made from; ``local`` is False for a
-    repository that was only listed.
+    ``config`` and ``adapter`` are config.json and adapter_config.json, empty if missing. ``pointers``: files that are Git LFS
+    pointers; ``blobs``: GGUFs of Ollama's store, the largest first; ``dtypes``: tensor name -> dtype of the checkpoint, if its
+    headers were read; ``base``: the hub id of the model this one was made from; ``local`` is False for a repository that was
+    only listed.
     """
 
     name: str
@@ -50,23 +50,23 @@ class Folder:
 
     @property
     def has_weights(self) -> bool:
-        """Whether there is a file that the converter reads weights from."""
+        """Whether the folder has a file from which the converter reads weights."""
         return any(map(_CHECKPOINT.fullmatch, self.top))
 
     def within(self, name: str) -> str:
-        """The path of one of the files, for a command."""
+        """The path of one of the files, quoted for a command."""
         return quoted(Path(self.name) / name)
 
     def original(self, otherwise: str) -> str:
-        """What to do where only the model this one was made from helps."""
+        """The advice to use the model this one was made from; ``otherwise`` if that is unknown."""
         return f"Give that model itself: imatrix-runner run {self.base}" if self.base else otherwise
 
 
 def survey(path: Path) -> Folder:
-    """List a folder, three levels deep, and read its configuration. Raises ``OSError`` where it cannot be listed and
-    :class:`InvalidDataError` for JSON that is damaged."""
+    """List a folder, three levels deep, and read its configuration. Raises ``OSError`` if it cannot be listed, and
+    :class:`InvalidDataError` for damaged JSON."""
     files: list[str] = []
-    os.scandir(path).close()  # os.walk passes over what cannot be read
+    os.scandir(path).close()  # raises OSError, which os.walk ignores
     for root, folders, names in os.walk(path):
         inside = Path(root).relative_to(path)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if len(inside.parts) < _DEPTH else []

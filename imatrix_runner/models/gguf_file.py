@@ -1,27 +1,29 @@
 """A small, strict reader of GGUF headers.
 
-A publisher's file is hostile until checked, and a vocabulary has 150,000 entries: so every length is bounded by the size of
-the file before anything is allocated, and long arrays are stepped over, not kept. What llama.cpp's own loader refuses is
-refused here too, with a sentence that helps. Format: ggml/include/gguf.h and ggml/src/gguf.cpp of llama.cpp (version 2 and 3).
+Files are untrusted, so every length is checked against the size of the file before anything is allocated. Vocabularies have
+150,000 entries, so long arrays are skipped, not kept. Whatever llama.cpp's loader refuses is refused here too, with advice.
+Format: ggml/include/gguf.h and ggml/src/gguf.cpp of llama.cpp (versions 2 and 3).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from imatrix_runner.bounded import BoundedReader, damaged, opened
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.models.bounded import BoundedReader, damaged, opened, printable
 from imatrix_runner.models.ggml_types import is_plain, tensor_bytes, type_id, type_name, type_size
 from imatrix_runner.models.sniff import HEAD_BYTES, foreign_format
+from imatrix_runner.safe_text import printable
 
 __all__ = [
     "LONG",
+    "MAGIC",
     "MAX_NAME",
     "GgufHeader",
     "LongArray",
@@ -29,6 +31,7 @@ __all__ = [
     "expected_file_size",
     "long_array",
     "padded",
+    "raw_value",
     "read_header",
     "tensor_bytes",
     "type_id",
@@ -37,18 +40,21 @@ __all__ = [
     "unknown_types",
 ]
 
+MAGIC = b"GGUF"
+
 LONG = 1024
-"""Arrays with more items than this are kept as a :class:`LongArray`."""
+"""Arrays with more items than this become a :class:`LongArray`."""
 
 _DEFAULT_ALIGNMENT = 32
 _MAX_ALIGNMENT = 1 << 20
 _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 17
-_MAX_ITEMS = 1 << 24  # of an array of texts; the largest vocabularies have 2^18 tokens
+_MAX_ITEMS = 1 << 24  # of an array of strings; the largest vocabularies have 2^18 tokens
 _MAX_LONG_BYTES = 1 << 28
 _ITEM = 40  # bytes of a number in a tuple
 MAX_NAME = 63  # GGMLMAX_NAME counts the terminating NUL
 _MAX_DIMS = 4
+_HEAD = 24  # magic, version, number of tensors, number of keys
 
 _STRING, _ARRAY = 8, 9
 # Value type -> its struct code and name (gguf.h, enum gguf_type).
@@ -69,7 +75,7 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class LongArray:
-    """An array whose items were stepped over; :func:`long_array` reads them."""
+    """An array whose items were skipped; :func:`long_array` reads them."""
 
     element_type: str
     length: int
@@ -79,7 +85,7 @@ class LongArray:
 class TensorInfo:
     """One entry of the tensor directory. ``shape`` in ggml order (``ne0``, the row length, first).
 
-    ``offset`` counts bytes from the start of the data section; ``n_bytes`` is None for a type unknown to us.
+    ``offset`` is in bytes from the start of the data section; ``n_bytes`` is None for an unknown type.
     """
 
     name: str
@@ -100,7 +106,7 @@ class TensorInfo:
 
     @property
     def info_bytes(self) -> int:
-        """Bytes of this entry in the header."""
+        """Size in bytes of this entry in the header."""
         return 24 + len(self.name.encode()) + 8 * len(self.shape)
 
 
@@ -108,8 +114,8 @@ class TensorInfo:
 class GgufHeader:
     """Everything before the tensor data. ``kv_sizes``: key -> bytes of the whole entry (key, type and value) in the file.
 
-    ``metadata`` holds scalars, strings and short arrays (as tuples); longer arrays as :class:`LongArray`. ``data_offset`` is
-    where the data section starts, padded to ``alignment``.
+    ``metadata``: scalars, strings and short arrays (as tuples); longer arrays as :class:`LongArray`. ``data_offset``: the byte
+    at which the data section starts, padded to ``alignment``.
     """
 
     path: Path
@@ -121,18 +127,29 @@ class GgufHeader:
     data_offset: int
     file_size: int
 
+    def entry_places(self) -> Iterator[tuple[str, int, int]]:
+        """Key, offset in the file and size in bytes of every metadata entry."""
+        begin = _HEAD
+        for key, size in self.kv_sizes.items():
+            yield key, begin, size
+            begin += size
+
+    def entry_place(self, key: str) -> tuple[int, int]:
+        """Offset and size in bytes of the metadata entry ``key``, which must exist."""
+        return {name: (begin, size) for name, begin, size in self.entry_places()}[key]
+
     @property
     def header_kv_bytes(self) -> int:
-        """Bytes of the key-value section."""
+        """Size in bytes of the key-value section."""
         return sum(self.kv_sizes.values())
 
     def text(self, key: str) -> str | None:
-        """A metadata value if it is there and a string, fit to be shown on a terminal."""
+        """A metadata value, safe to print on a terminal; None if it is missing or not a string."""
         value = self.metadata.get(key)
         return printable(value) if isinstance(value, str) else None
 
     def integer(self, key: str) -> int | None:
-        """A metadata value if it is there and a whole number."""
+        """A metadata value; None if it is missing or not an integer."""
         value = self.metadata.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -143,7 +160,7 @@ def padded(count: int, alignment: int) -> int:
 
 
 def expected_file_size(header: GgufHeader) -> int | None:
-    """Bytes a complete file with this header has (each tensor padded); None if a tensor's type is unknown."""
+    """Size in bytes of a complete file with this header (each tensor padded); None if a tensor's type is unknown."""
     total = header.data_offset
     for tensor in header.tensors:
         if tensor.n_bytes is None:
@@ -153,16 +170,16 @@ def expected_file_size(header: GgufHeader) -> int | None:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check everything before the tensor data, and that the data is all there.
+    """Read and check everything before the tensor data, and check that the data is complete.
 
-    Raises :class:`InvalidDataError` for whatever is not a complete little-endian GGUF file of version 2 or 3.
+    Raises :class:`InvalidDataError` for anything but a complete little-endian GGUF file of version 2 or 3.
     """
     if (control := path.with_name(f"{path.name}.aria2")).is_file():
-        # aria2 gives a file its full size at once: it looks whole, and holes in it are zeros.
+        # aria2 creates a file with its full size: it looks complete, and missing parts are zeros.
         raise InvalidDataError(
             f"{path} is an unfinished download",
-            f"{control.name} lies next to it, which aria2 leaves until a file is complete",
-            "Let the download finish; if it did, remove that file.",
+            f"{control.name} is next to it, which aria2 keeps until the file is complete",
+            "Let the download finish; if it has finished, remove that file.",
         )
     with opened(path) as reader:
         version = _version(reader)
@@ -180,12 +197,12 @@ def read_header(path: Path) -> GgufHeader:
 
 
 def unknown_types(path: Path) -> tuple[str, ...]:
-    """The tensor types of a file whose size is not known here (a fork's, or one that llama.cpp dropped), each once."""
+    """The distinct tensor types of a file whose size is unknown (of a fork, or dropped by llama.cpp)."""
     return tuple(dict.fromkeys(tensor.type_name for tensor in read_header(path).tensors if tensor.n_bytes is None))
 
 
 def long_array(path: Path, key: str) -> tuple[Any, ...] | None:
-    """All items of one array of the metadata, however long a vocabulary's is; None if there is no such array."""
+    """All items of one array of the metadata, such as a vocabulary; None if there is no such array."""
     with opened(path, _MAX_LONG_BYTES) as reader:
         _version(reader)
         reader.count(_MAX_TENSORS, 24, "tensors")
@@ -198,19 +215,33 @@ def long_array(path: Path, key: str) -> tuple[Any, ...] | None:
     return None
 
 
+def raw_value(header: GgufHeader, key: str) -> tuple[int, bytes]:
+    """A metadata value as stored: the number of its type (gguf.h, enum gguf_type) and its bytes.
+
+    :class:`GgufHeader` has decoded strings, in which bytes that are not UTF-8 are lost.
+    """
+    begin, size = header.entry_place(key)
+    named = 8 + len(key.encode())
+    with opened(header.path) as reader:
+        reader.skip(begin + named)
+        kind, left = int(reader.number("I")), size - named - 4
+        reader.keep(left)
+        return kind, reader.take(left)
+
+
 def _version(reader: BoundedReader) -> int:
     head = reader.head(HEAD_BYTES)
-    if not head.startswith(b"GGUF"):
+    if not head.startswith(MAGIC):
         foreign = foreign_format(head, reader.size, reader.path)
         raise InvalidDataError(f"{reader.path} is not a GGUF file", f"it is {foreign.seems}", foreign.todo)
-    reader.skip(4)
+    reader.skip(len(MAGIC))
     version = int(reader.number("I"))
     if version in (2, 3):
         return version
     if version & 0xFFFF == 0 and version:
         raise InvalidDataError(
             f"{reader.path} is a big-endian GGUF",
-            "it was made for a big-endian machine such as s390x, and this program and llama.cpp here read little-endian ones",
+            "it was made for a big-endian machine such as s390x; this program and llama.cpp here read little-endian files",
             "Convert the model again without --bigendian, or get its little-endian GGUF.",
         )
     if version == 1:
@@ -221,8 +252,8 @@ def _version(reader: BoundedReader) -> int:
         )
     raise InvalidDataError(
         f"{reader.path} has GGUF version {version}",
-        "versions 2 and 3 are known here",
-        "Upgrade with: pip install -U imatrix-runner; if it is the newest, the file is damaged.",
+        "this program knows versions 2 and 3",
+        "Upgrade with: pip install -U imatrix-runner; if you have the newest version, the file is damaged.",
     )
 
 
@@ -270,7 +301,7 @@ def _array(reader: BoundedReader, keep: int) -> tuple[Any, ...] | LongArray:
 
 def _scalar(reader: BoundedReader, kind: int) -> tuple[str, str]:
     if kind not in _SCALARS:
-        why = f"before byte {reader.position}; no such type exists there"
+        why = f"before byte {reader.position}; no such type exists"
         raise damaged(reader.path, f"has a metadata value of type {kind}", why)
     return _SCALARS[kind]
 
@@ -297,24 +328,24 @@ def _tensor(reader: BoundedReader) -> TensorInfo:
         raise damaged(reader.path, f"has a tensor {name!r} of absurd size", f"its shape is {list(shape)}")
     n_bytes = tensor_bytes(shape, number)
     if n_bytes is None and type_size(number) is not None:
-        why = f"a row of {shape[0]} elements is no whole number of {type_name(number)} blocks"
-        raise damaged(reader.path, f"has a tensor {name!r} that cannot be", why)
+        why = f"a row of {shape[0]} elements is not a whole number of {type_name(number)} blocks"
+        raise damaged(reader.path, f"has an impossible tensor {name!r}", why)
     return TensorInfo(name, shape, number, type_name(number), offset, n_bytes)
 
 
 def _check_tensors(header: GgufHeader) -> None:
-    """Names are unique, the data is contiguous as llama.cpp demands, and the file holds all of it."""
+    """Check that names are unique, and that the data is contiguous, as llama.cpp requires, and complete."""
     names: set[str] = set()
     expected: int | None = 0
     for tensor in header.tensors:
         if tensor.name in names:
-            raise damaged(header.path, f"has two tensors called {tensor.name!r}", "llama.cpp would refuse it")
+            raise damaged(header.path, f"has two tensors named {tensor.name!r}", "llama.cpp would refuse it")
         names.add(tensor.name)
         if (expected is not None and tensor.offset != expected) or tensor.offset % header.alignment:
             why = f"tensor {tensor.name!r} starts at byte {tensor.offset} of the data" + (
-                f", expected {expected}" if expected is not None else f", no multiple of {header.alignment}"
+                f", expected {expected}" if expected is not None else f", not a multiple of {header.alignment}"
             )
-            raise damaged(header.path, "has a tensor directory that does not add up", why)
+            raise damaged(header.path, "has an inconsistent tensor directory", why)
         end = header.data_offset + tensor.offset + (tensor.n_bytes or 0)
         if end > header.file_size:
             why = (

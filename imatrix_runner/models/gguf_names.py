@@ -1,4 +1,4 @@
-"""What the names of GGUF files say: shards of a set, precision, and which of several files is the model in full precision."""
+"""Parses names of GGUF files: shards of a set, precision, and which of several files is the model in full precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_MODEL = re.compile(r"mmproj|imatrix|vocab|lora|adapter|projector", re.IGNORE
 
 
 def shard_names(path: Path) -> tuple[str, ...]:
-    """The file names of the whole split set that ``path`` belongs to by its name; just its own name if it is no shard."""
+    """The file names of the whole split set that ``path`` belongs to by its name; its own name alone if it is not a shard."""
     match = SHARD.fullmatch(path.name)
     if match is None or int(match["count"]) < 1:
         return (path.name,)
@@ -22,23 +22,23 @@ def shard_names(path: Path) -> tuple[str, ...]:
 
 
 def siblings(name: str) -> list[str]:
-    """The set that ``name`` belongs to, each with its folder (``BF16/m-00001-of-00002.gguf``)."""
+    """The names of the set that ``name`` belongs to, each with its folder (``BF16/m-00001-of-00002.gguf``)."""
     folder, slash, base = name.rpartition("/")
     return [folder + slash + shard for shard in shard_names(Path(base))]
 
 
 def is_gguf_model(name: str) -> bool:
-    """Whether a file's name is that of a model: a GGUF, not called a projector, matrix, vocabulary or adapter."""
+    """Whether a file is a model by its name: a GGUF not named a projector, imatrix, vocabulary or adapter."""
     return name.lower().endswith(".gguf") and not _NO_MODEL.search(name)
 
 
 def first_shards(names: Iterable[str]) -> list[str]:
-    """One name per GGUF: shards stand behind the first of their set."""
+    """One name per GGUF: that of its first shard, or of its only file."""
     return sorted({siblings(name)[0] for name in names})
 
 
 def is_quantised_name(name: str) -> bool:
-    """Whether the name holds a quantised type (``Q4_K_M``)."""
+    """Whether the name contains a quantised type (``Q4_K_M``)."""
     return _QUANTISED.search(name) is not None
 
 

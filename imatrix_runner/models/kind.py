@@ -1,6 +1,6 @@
-"""What a model can be used for, read from its header: collecting an imatrix, measuring, loading at all.
+"""Checks from a model's header what it can be used for: collecting an imatrix, measuring, loading at all.
 
-Architectures by their names in llama.cpp's src/llama-arch.cpp; which of them predict no next token is told by
+Architectures have their names of llama.cpp's src/llama-arch.cpp. Which of them predict no next token follows from
 ``llama_model::create_memory`` and ``llama_model_has_encoder`` (src/llama-model.cpp).
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.gguf_file import LongArray
-from imatrix_runner.models.sources import Model
+from imatrix_runner.models.model import Model
 
 _EMBEDDING = frozenset(
     (
@@ -22,7 +22,7 @@ _DRAFT = frozenset(("eagle3", "dflash", "gemma4-assistant"))
 _AUDIO = frozenset(("wavtokenizer-dec", "pockettts", "qwen3tts"))
 
 _OWN_OUTPUT = ("qwen3vl",)
-"""Their output may have fewer rows than the vocabulary."""
+"""Architectures whose output tensor may have fewer rows than the vocabulary."""
 
 _NO_VOCABULARY = ("none", "no_vocab")
 _TOKENS = "tokenizer.ggml.tokens"
@@ -37,10 +37,12 @@ def require_calibratable(model: Model) -> None:
 
 
 def require_vocabulary(model: Model) -> None:
-    """Raise :class:`InvalidDataError` for a model whose GGUF has no vocabulary to read a text with."""
+    """Raise :class:`InvalidDataError` for a model whose GGUF has no vocabulary to tokenise a text with."""
     if why := _no_text(model):
         again = "Convert the original model again with its tokenizer files"
-        raise InvalidDataError(f"No text can be tokenised for {model.name}", why, f"{again}, or use --imatrix none or a FILE.")
+        raise InvalidDataError(
+            f"No text can be tokenised for {model.name}", why, f"{again}, or use --imatrix none or --imatrix FILE."
+        )
 
 
 def require_measurable(model: Model) -> None:
@@ -48,18 +50,18 @@ def require_measurable(model: Model) -> None:
     pooling = model.header.integer(f"{model.architecture}.pooling_type")
     why = no_next_token(model) or _no_text(model)
     if not why and pooling:
-        why = f"it makes embeddings ({model.architecture}.pooling_type is {pooling}), it is not trained to predict tokens"
+        why = f"it computes embeddings ({model.architecture}.pooling_type is {pooling}) and is not trained to predict tokens"
     if why:
         raise InvalidDataError(
             f"{model.name} cannot be measured",
             why,
-            "Leave out --evaluate and the options that imply it: --text, --ab, --domain, --target-kld, --target-size.",
+            "Omit --evaluate and the options that imply it: --text, --ab, --domain, --target-kld, --target-size.",
         )
 
 
 def require_loadable(model: Model) -> None:
-    """Raise :class:`InvalidDataError` where vocabulary and embeddings disagree, which llama-quantize does not notice and
-    everything that loads the model refuses."""
+    """Raise :class:`InvalidDataError` if vocabulary and embeddings disagree: llama-quantize accepts such a model, but nothing
+    can load it."""
     n_tokens = vocabulary_size(model)
     if n_tokens is None or model.architecture in _DRAFT | _AUDIO:
         return
@@ -70,7 +72,7 @@ def require_loadable(model: Model) -> None:
         rows = tensor.shape[1]
         if rows != n_tokens:
             raise InvalidDataError(
-                f"{model.name} cannot be loaded by llama.cpp, and no level of it could be",
+                f"llama.cpp cannot load {model.name} or any level of it",
                 f"its vocabulary has {n_tokens} tokens, and {tensor.name} has {rows} rows",
                 "Convert the original model again with exactly its own tokenizer files (tokenizer.json or tokenizer.model, "
                 "added_tokens.json, config.json).",
@@ -78,12 +80,12 @@ def require_loadable(model: Model) -> None:
 
 
 def is_recurrent(model: Model) -> bool:
-    """Return whether some layers are recurrent ones, which compute every sequence by itself."""
+    """Whether some layers are recurrent; those compute every sequence separately."""
     return any(part in tensor.name for tensor in model.tensors for part in (".ssm_", ".shortconv.", ".time_mix_"))
 
 
 def vocabulary_size(model: Model) -> int | None:
-    """Return how many tokens the vocabulary has: as many as llama.cpp has logits for each position. None without one."""
+    """The number of tokens in the vocabulary, which is the number of logits per position; None without a vocabulary."""
     tokens = model.header.metadata.get(_TOKENS)
     if isinstance(tokens, LongArray):
         return tokens.length
@@ -91,7 +93,7 @@ def vocabulary_size(model: Model) -> int | None:
 
 
 def no_next_token(model: Model) -> str:
-    """Return why a model predicts no next token; empty if it does."""
+    """Why a model does not predict the next token; empty if it does."""
     architecture = model.architecture
     causal = model.header.metadata.get(f"{architecture}.attention.causal")
     kinds = {
@@ -99,24 +101,24 @@ def no_next_token(model: Model) -> str:
         "a diffusion model": _DIFFUSION,
         "an encoder-decoder model": _ENCODER_DECODER,
         "a draft head of another model": _DRAFT,
-        "a part of a speech model": _AUDIO,
+        "a component of a speech model": _AUDIO,
     }
     for kind, architectures in kinds.items():
         if architecture in architectures:
             return f"it is {kind} ({architecture}), which does not predict the next token of a text"
     if causal is False:
-        return f"its attention looks both ways ({architecture}.attention.causal is false), so it predicts no next token"
+        return f"its attention is not causal ({architecture}.attention.causal is false), so it does not predict the next token"
     layers = model.n_layers or 0
     if layers and (model.header.integer(f"{architecture}.nextn_predict_layers") or 0) >= layers:
-        return "it holds MTP / NextN blocks only, which compute with another model's states"
+        return "it has only MTP / NextN blocks, which work on another model's hidden states"
     return ""
 
 
 def _no_text(model: Model) -> str:
-    """Why no text can be read with the model's vocabulary; empty if it can."""
+    """Why no text can be tokenised with the model's vocabulary; empty if it can."""
     kind = model.header.text("tokenizer.ggml.model")
     if kind in _NO_VOCABULARY:
         return f"it has no vocabulary (tokenizer.ggml.model is {kind})"
     if kind is None:
         return "its GGUF has no tokenizer (tokenizer.ggml.model is missing)"
-    return f"its GGUF names no vocabulary ({_TOKENS} is missing)" if vocabulary_size(model) is None else ""
+    return f"its GGUF has no vocabulary ({_TOKENS} is missing)" if vocabulary_size(model) is None else ""

@@ -1,4 +1,4 @@
-"""What a MODEL that is neither a path nor a hub id was meant to be. Pure, but for looking whether paths exist."""
+"""Guesses what was meant by a MODEL that is neither a path nor a hub id. Pure, except that it checks whether paths exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote
 
-from imatrix_runner.models.bounded import printable, quoted
+from imatrix_runner.bounded import quoted
+from imatrix_runner.safe_text import printable
 from imatrix_runner.untrusted import split_url
 
 _ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
@@ -26,14 +27,14 @@ _FORMS = "Give a .gguf file, a Hugging Face directory, or a hub id: org/name, or
 
 @dataclass(frozen=True)
 class Meant:
-    """``why`` the text names no model, and what to ``do``: often the command that was meant."""
+    """``why`` the text does not name a model; ``todo``: what to do, often the command that was meant."""
 
     why: str
     todo: str
 
 
 def meant(text: str) -> Meant:
-    """What is wrong with a text that names no source, the likeliest mistake first."""
+    """The likeliest mistake in a text that does not name a source."""
     bare = text.strip().strip("\"'“”‘’").strip()
     if not bare:
         return Meant("the name is empty", _FORMS)
@@ -42,19 +43,19 @@ def meant(text: str) -> Meant:
     if "://" in bare or _hosted(bare):
         return _address(bare)
     if any(mark in bare for mark in "*?") and "/" not in bare.rpartition("*")[2]:
-        return Meant("it is a pattern, and no file matches it", "Name one file; of a split model, its first shard.")
+        return Meant("it is a pattern, and no file matches it", "Give one file; of a split model, its first shard.")
     if os.name != "nt" and _WINDOWS.fullmatch(bare):
         return _windows(bare)
     if match := _TAGGED.fullmatch(bare):
-        why = f"after the colon only a file can stand, and {match['tag']!r} is a tag (as for llama.cpp's -hf or for Ollama)"
-        return Meant(why, f"Give the model in full precision, {_run(match['repo'])}, or name a file: {match['repo']}:FILE.gguf")
+        why = f"a colon must be followed by a file, and {match['tag']!r} is a tag (as for llama.cpp's -hf or Ollama)"
+        return Meant(why, f"Give the model in full precision, {_run(match['repo'])}, or a file: {match['repo']}:FILE.gguf")
     if match := _INSIDE.fullmatch(bare):
-        why = f"there is no such path; a file of the hub's repository {match['repo']} is named behind a colon"
-        return Meant(why, f"If that is meant: {_run(match['repo'] + ':' + match['file'])}")
+        why = f"there is no such path; a file of the hub's repository {match['repo']} is given after a colon"
+        return Meant(why, f"If you mean that file: {_run(match['repo'] + ':' + match['file'])}")
     if _OLLAMA.fullmatch(bare):
         return Meant(
-            "it looks like a name of Ollama's, whose models are not looked up",
-            "Name the GGUF itself (`ollama show --modelfile NAME` prints its path behind FROM) or a hub id (org/name).",
+            "it looks like the name of an Ollama model, which this program cannot find",
+            "Give the GGUF itself (`ollama show --modelfile NAME` prints its path after FROM) or a hub id (org/name).",
         )
     return Meant(_no_path(bare), _FORMS)
 
@@ -64,14 +65,14 @@ def _run(source: str) -> str:
 
 
 def _hosted(text: str) -> bool:
-    """Whether it is a web address without its scheme: a host's name, then at least org/name, and no such folder here."""
+    """Whether it is a web address without a scheme: a host name, then at least org/name, and no folder of the host's name."""
     match = _HOSTED.fullmatch(text)
     return match is not None and _PAGE.fullmatch(match["path"]) is not None and not Path(text.partition("/")[0]).exists()
 
 
 def _address(text: str) -> Meant:
     if text.lower().startswith("file://"):
-        return Meant("a file is named by its path, not by a file:// address", f"Try: {_run(unquote(split_url(text).path))}")
+        return Meant("a file is given by its path, not by a file:// address", f"Try: {_run(unquote(split_url(text).path))}")
     parts = split_url(text if "://" in text else f"https://{text}")
     path = unquote(parts.path if parts.scheme in ("http", "https") else f"{parts.netloc}{parts.path}").strip("/")
     match = _PAGE.fullmatch(path.removeprefix("models/"))
@@ -81,7 +82,7 @@ def _address(text: str) -> Meant:
     revision = f"@{match['revision']}" if match["revision"] not in (None, "main") else ""
     file = match["file"] or ""
     named = f":{file}" if file.lower().endswith(".gguf") else ""
-    return Meant(why, f"If that page of a hub is meant: {_run(match['repo'] + revision + named)}")
+    return Meant(why, f"If you mean that page of a hub: {_run(match['repo'] + revision + named)}")
 
 
 def _windows(text: str) -> Meant:
@@ -98,5 +99,5 @@ def _no_path(text: str) -> str:
     if not path.parent.is_dir():
         return f"neither a path that exists (there is no directory {printable(str(path.parent))}) nor a hub id"
     close = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1, cutoff=0.6)
-    near = f" (is {printable(close[0])} meant?)" if close else ""
-    return f"no such file or directory{near}, and it is no hub id (org/name) either"
+    near = f" (did you mean {printable(close[0])}?)" if close else ""
+    return f"no such file or directory{near}, and it is not a hub id (org/name) either"

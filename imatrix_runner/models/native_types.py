@@ -1,4 +1,4 @@
-"""4-bit types in which models are published: such a tensor has no better original, and is best kept as it is."""
+"""4-bit types in which models are published. A tensor in such a type has no better original, so it is best copied unchanged."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def native_tensors(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
 def keep_native(tensors: Sequence[TensorInfo]) -> str:
     """The option with which llama.cpp copies ``tensors``, all of one native type: ``--tensor-type _exps=mxfp4``."""
     kinds = sorted({_BLOCK.sub("", tensor.name).removesuffix(".weight") for tensor in tensors})
-    # An ordinary tensor's name may begin as another's does (ffn_up, ffn_up_exps), so names are given whole.
+    # A tensor's name may be a prefix of another's (ffn_up, ffn_up_exps), so the pattern has whole names.
     pattern = _EXPERTS if all(_EXPERTS in kind for kind in kinds) else rf"'\.({'|'.join(kinds)})\.weight'"
     return f"--tensor-type {pattern}={tensors[0].type_name.lower()}"

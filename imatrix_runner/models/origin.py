@@ -1,7 +1,7 @@
-"""Whose weights a model is: the hub id under which it was first published, told by what the model says of itself.
+"""Finds the origin of a model: the hub id under which it was first published, according to the model's own metadata.
 
-Publishers of quantised files and of imatrices name that id as their base. Nothing is guessed silently: an :class:`Origin` says
-where it was read and whether that is certain.
+Publishers of quantised files and of imatrix files name that id as their base. An :class:`Origin` states where the id was read
+and whether it is certain.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _SMALL = 1 << 20
 
 @dataclass(frozen=True)
 class Origin:
-    """``repo``: ``ORG/NAME``; ``how``: where it was read; ``sure``: whether it can be anything but the model itself.
+    """``repo``: ``ORG/NAME``; ``how``: where it was read; ``sure``: it is certainly the model itself.
 
-    What is not sure may be the model that this one was fine-tuned from.
+    If not ``sure``, it may be the model from which this one was fine-tuned.
     """
 
     repo: str
@@ -50,17 +50,17 @@ class Origin:
 
 
 def given_origin(text: str) -> Origin:
-    """The origin a user names. Raises :class:`UsageError` for what cannot be a hub id."""
+    """The origin that the user gave. Raises :class:`UsageError` for an invalid hub id."""
     repo = repository_in(text)
     if repo is None:
         raise UsageError(
-            f"{text!r} is not a hub id", "a base model is named ORG/NAME", "For example: --base-model Qwen/Qwen3-0.6B"
+            f"{text!r} is not a hub id", "a base model is given as ORG/NAME", "For example: --base-model Qwen/Qwen3-0.6B"
         )
     return Origin(repo, "given with --base-model")
 
 
 def repository_in(text: object) -> str | None:
-    """``ORG/NAME`` of a hub id or of a repository's web address."""
+    """``ORG/NAME`` of a hub id or of a repository's web address; None if ``text`` is neither."""
     if not isinstance(text, str):
         return None
     path = split_url(text).path.strip("/") if "://" in text else text
@@ -69,10 +69,10 @@ def repository_in(text: object) -> str | None:
 
 
 def origin_of_gguf(metadata: Mapping[str, Any]) -> Origin | None:
-    """From a GGUF's ``general.*`` keys.
+    """The origin according to a GGUF's ``general.*`` keys; None if they name none.
 
-    ``base_model`` is what the converter found on the model card: of a quantiser's or a plain copy the model itself, of a
-    fine-tune another one. The two are told apart by the name.
+    The converter takes ``base_model`` from the model card. For a quantised or plain copy it is the model itself, for a
+    fine-tune another model; the name decides which.
     """
     for key in _OWN_ADDRESS:
         repo = repository_in(metadata.get(key))
@@ -88,7 +88,7 @@ def origin_of_gguf(metadata: Mapping[str, Any]) -> Origin | None:
 
 
 def origin_of_directory(directory: Path) -> Origin | None:
-    """From where a checkpoint lies (the hub's cache), its configuration, or its model card."""
+    """The origin of a checkpoint according to its path (in the hub's cache), configuration or model card; None if unknown."""
     place = directory.absolute()
     if place.parent.name == "snapshots" and (parts := place.parent.parent.name.split("--"))[0] == "models" and len(parts) == 3:
         return Origin("/".join(parts[1:]), "the name of the folder in the hub's cache")
@@ -110,7 +110,7 @@ def _plain(name: str) -> str:
 
 
 def _base_model(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The only base model's hub id and the keys that say it; of several none is the model."""
+    """The hub id of the base model and the keys that state it; None if there are several, because then none is the model."""
     if metadata.get("general.base_model.count", 1) != 1:
         return None
     key = "general.base_model.0"
@@ -122,7 +122,7 @@ def _base_model(metadata: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _spelled(organisation: object, name: object) -> str | None:
-    """A hub id from names for people, whose spaces were hyphens."""
+    """A hub id from display names, with spaces replaced by hyphens."""
     if not isinstance(organisation, str) or not isinstance(name, str):
         return None
     return repository_in(f"{organisation.strip().replace(' ', '-')}/{name.strip().replace(' ', '-')}")
@@ -137,7 +137,7 @@ def _configured(path: Path) -> str | None:
 
 
 def card_base(path: Path) -> str | None:
-    """``base_model`` in the front matter of a model card."""
+    """The ``base_model`` in the front matter of a model card; None if there is none."""
     front = re.match(r"---\s*\n(.*?)\n---", _start(path).decode("utf-8", "replace"), re.DOTALL)
     match = _CARD_BASE.search(front[1]) if front else None
     return repository_in(match[1]) if match else None

@@ -1,7 +1,7 @@
-"""Quantised Hugging Face checkpoints: how their configuration announces it, and which of them the converter cannot unpack.
+"""Quantised Hugging Face checkpoints: how their configuration declares it, and which of them the converter cannot unpack.
 
-Read in llama.cpp's conversion/base.py (``dequant_model``). What it can unpack (``bitnet``, ``fp8``, ``gptq``, ``mxfp4``,
-``modelopt`` and most of ``compressed-tensors``) is no business of :func:`unusable`.
+Source: ``dequant_model`` in llama.cpp's conversion/base.py. It unpacks ``bitnet``, ``fp8``, ``gptq``, ``mxfp4``, ``modelopt``
+and most of ``compressed-tensors``; :func:`unusable` returns None for those.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _UNSUPPORTED = {
     "intel/auto-round": "AutoRound",
     "quark": "Quark",
 }
-"""``quant_method`` -> the name users know. Any other method is left to the converter, which may be newer than this list."""
+"""``quant_method`` -> its common name. Other methods are left to the converter, which may be newer than this list."""
 
 _FULL_PRECISION = frozenset(("F64", "F32", "F16", "BF16"))
 _GPTQ_BITS = (2, 4, 8)
@@ -42,12 +42,12 @@ _PACKED = (
     (".q_scale_max", "EXL2 (ExLlamaV2)"),
     (".trellis", "EXL3 (ExLlamaV3)"),
 )
-"""Tensors that only one method writes, for checkpoints whose configuration lost the announcement."""
+"""Endings of tensor names that only one method writes, for checkpoints whose configuration does not declare it."""
 
 
 @dataclass(frozen=True)
-class Unusable:
-    """``method``: its name for users; ``why`` it cannot be used; ``todo`` where anything but another model helps."""
+class UnusableQuantisation:
+    """``method``: its name for people; ``why`` it cannot be used; ``todo``: empty if only another model helps."""
 
     method: str
     why: str
@@ -64,20 +64,22 @@ def quantisation_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def unusable(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Unusable | None:
-    """Why the converter could not unpack a checkpoint, or None. ``dtypes``: its tensors by name, empty where unknown."""
+def unusable(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> UnusableQuantisation | None:
+    """Why the converter cannot unpack a checkpoint; None if it can. ``dtypes``: tensor name -> dtype, empty if unknown."""
     announced = quantisation_config(config)
     method = str(announced.get("quant_method") or "").lower()
     if announced.get("load_in_4bit") is True or announced.get("load_in_8bit") is True:
         method = method or "bitsandbytes"
     if method in _UNSUPPORTED and dtypes and _FULL_PRECISION.issuperset(dtypes.values()):
-        return Unusable(
+        return UnusableQuantisation(
             _UNSUPPORTED[method],
-            "its config.json announces that, which the converter refuses, although its weights are in full precision",
+            "its config.json declares that, which the converter refuses, although its weights are in full precision",
             "Remove quantization_config from config.json: it is left over from before the weights were converted.",
         )
     if method in _UNSUPPORTED:
-        return Unusable(_UNSUPPORTED[method], f"llama.cpp's converter cannot unpack {_bits(announced)}weights of this method")
+        return UnusableQuantisation(
+            _UNSUPPORTED[method], f"llama.cpp's converter cannot unpack {_bits(announced)}weights of this method"
+        )
     if method == "gptq":
         return _gptq(announced, dtypes)
     if method == "fp8":
@@ -96,32 +98,36 @@ def _bits(announced: Mapping[str, Any]) -> str:
     return f"the {bits}-bit " if isinstance(bits, (int, float)) else "the "
 
 
-def _gptq(announced: Mapping[str, Any], dtypes: Mapping[str, str]) -> Unusable | None:
+def _gptq(announced: Mapping[str, Any], dtypes: Mapping[str, str]) -> UnusableQuantisation | None:
     bits = announced.get("bits")
     if bits not in _GPTQ_BITS:
-        return Unusable("GPTQ", f"llama.cpp's converter unpacks GPTQ of 2, 4 and 8 bits, not of {bits}")
+        return UnusableQuantisation("GPTQ", f"llama.cpp's converter unpacks GPTQ of 2, 4 and 8 bits, not of {bits}")
     groups = {name.removesuffix(".g_idx") for name in dtypes if name.endswith(".g_idx")}
     bare = [name for name in dtypes if name.endswith(".qweight") and name.removesuffix(".qweight") not in groups]
     if bare:
-        return Unusable("GPTQ", f"llama.cpp's converter needs a g_idx for every weight, and {bare[0]} has none")
+        return UnusableQuantisation("GPTQ", f"llama.cpp's converter needs a g_idx for every weight, and {bare[0]} has none")
     return None
 
 
-def _fp8(dtypes: Mapping[str, str]) -> Unusable | None:
+def _fp8(dtypes: Mapping[str, str]) -> UnusableQuantisation | None:
     packed = [name for name, dtype in dtypes.items() if dtype.startswith("F8_") and not _is_scale(name)]
     if not packed or any(name.endswith(("_scale_inv", ".qscale_weight")) for name in dtypes):
         return None
     other = next((name for name in dtypes if _is_scale(name)), None)
     if other is not None:
-        return Unusable("FP8", f"llama.cpp's converter reads scales named weight_scale_inv, and this one stores {other}")
-    return Unusable("FP8", f"the scales are missing: {packed[0]} is stored in 8 bits and there is no weight_scale_inv for it")
+        return UnusableQuantisation(
+            "FP8", f"llama.cpp's converter reads scales named weight_scale_inv, and this one stores {other}"
+        )
+    return UnusableQuantisation(
+        "FP8", f"the scales are missing: {packed[0]} is stored in 8 bits and there is no weight_scale_inv for it"
+    )
 
 
 def _is_scale(name: str) -> bool:
     return "scale" in name.rpartition(".")[2]
 
 
-def _compressed(announced: Mapping[str, Any]) -> Unusable | None:
+def _compressed(announced: Mapping[str, Any]) -> UnusableQuantisation | None:
     kind = str(announced.get("format") or "")
     groups = announced.get("config_groups")
     found = [group for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
@@ -132,7 +138,9 @@ def _compressed(announced: Mapping[str, Any]) -> Unusable | None:
         return None
     method = f"compressed-tensors ({kind or 'no format named'})"
     if len(found) != 1:
-        return Unusable(method, f"llama.cpp's converter handles one group of weights, and this one has {len(found)}")
+        return UnusableQuantisation(
+            method, f"llama.cpp's converter handles one group of weights, and this one has {len(found)}"
+        )
     weights = found[0].get("weights")
     strategy = weights.get("strategy") if isinstance(weights, Mapping) else None
     wanted = {
@@ -142,29 +150,33 @@ def _compressed(announced: Mapping[str, Any]) -> Unusable | None:
         "pack-quantized": ("group",),
     }.get(kind)
     if wanted is None:
-        return Unusable(method, "llama.cpp's converter does not know this format")
+        return UnusableQuantisation(method, "llama.cpp's converter does not know this format")
     if strategy not in wanted:
-        return Unusable(method, f"llama.cpp's converter unpacks it with a scale per {' or '.join(wanted)}, not per {strategy}")
+        return UnusableQuantisation(
+            method, f"llama.cpp's converter unpacks it with a scale per {' or '.join(wanted)}, not per {strategy}"
+        )
     return None
 
 
-def _mlx(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> Unusable | None:
-    """MLX writes ``quantization``, newer versions the same once more as a ``quantization_config`` without a method."""
+def _mlx(config: Mapping[str, Any], dtypes: Mapping[str, str]) -> UnusableQuantisation | None:
+    """The finding for MLX, which writes ``quantization``; newer versions repeat it as ``quantization_config`` without a
+    method."""
     announced = config.get("quantization") or quantisation_config(config)
     if not isinstance(announced, Mapping) or not {"group_size", "bits"} <= announced.keys():
         return None
     if "quantization" not in config and not any(name.endswith(".biases") for name in dtypes):
         return None
-    return Unusable("MLX", f"llama.cpp's converter cannot unpack MLX's {announced['bits']}-bit weights")
+    return UnusableQuantisation("MLX", f"llama.cpp's converter cannot unpack MLX's {announced['bits']}-bit weights")
 
 
-def _by_tensors(dtypes: Collection[str]) -> Unusable | None:
-    """What the tensors' names say where the configuration is silent (AutoGPTQ, AutoAWQ and ExLlamaV2 kept theirs apart)."""
+def _by_tensors(dtypes: Collection[str]) -> UnusableQuantisation | None:
+    """The finding from tensor names, for a configuration without a declaration (AutoGPTQ, AutoAWQ and ExLlamaV2 used separate
+    files)."""
     for ending, method in _PACKED:
         if any(name.endswith(ending) for name in dtypes):
-            return Unusable(method, "llama.cpp's converter cannot unpack weights of this method")
+            return UnusableQuantisation(method, "llama.cpp's converter cannot unpack weights of this method")
     if any(name.endswith(".qweight") for name in dtypes):
-        return Unusable(
+        return UnusableQuantisation(
             "GPTQ or AWQ",
             "config.json has no quantization_config, without which llama.cpp's converter cannot unpack the weights",
         )

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face checkpoint, checked before an hour of conversion depends on them.
+"""Checks the safetensors headers of a Hugging Face checkpoint, before a conversion that may take an hour.
 
 Format: a u64 length, that many bytes of JSON (name -> dtype, shape, byte range), then the data, without gaps
 (https://huggingface.co/docs/safetensors, section "Format").
@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
+from imatrix_runner.bounded import damaged, opened
 from imatrix_runner.errors import InvalidDataError, from_os_error
-from imatrix_runner.models.bounded import damaged, opened
 from imatrix_runner.models.sniff import HEAD_BYTES, LFS_POINTER, foreign_format
 from imatrix_runner.untrusted import UnreadableError, from_json, from_lenient_json
 
@@ -39,7 +39,7 @@ class _Entry(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Weight:
-    """One tensor of a checkpoint; ``shape`` as PyTorch has it, rows first."""
+    """One tensor of a checkpoint; ``shape`` in PyTorch's order, rows first."""
 
     name: str
     dtype: str
@@ -52,15 +52,15 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """All tensors of a checkpoint and the files that hold them."""
+class SafetensorsWeights:
+    """All tensors of a checkpoint, and the files that contain them."""
 
     files: tuple[Path, ...]
     tensors: tuple[Weight, ...]
 
     @property
     def main_dtype(self) -> str:
-        """The dtype that most elements of matrices have, as safetensors spells it (``BF16``); empty without any."""
+        """The dtype of most elements of matrices, in safetensors' spelling (``BF16``); empty if there are no matrices."""
         share: Counter[str] = Counter()
         for tensor in self.tensors:
             if len(tensor.shape) > 1:
@@ -68,11 +68,11 @@ class Weights:
         return share.most_common(1)[0][0] if share else ""
 
 
-def check_safetensors(directory: Path) -> Weights:
-    """Read the headers of all ``model*.safetensors`` of a checkpoint; nothing else of them is read.
+def check_safetensors(directory: Path) -> SafetensorsWeights:
+    """Read only the headers of all ``model*.safetensors`` of a checkpoint.
 
-    Raises :class:`InvalidDataError` when there are none, when the index names a file or tensor that is not there, and for a
-    file that is truncated, longer than it says, or no safetensors at all.
+    Raises :class:`InvalidDataError` if there are none, if the index names a missing file or tensor, and for a file that is
+    truncated, too long, or not safetensors.
     """
     index = directory / INDEX
     expected: dict[str, str] = {}
@@ -99,20 +99,20 @@ def check_safetensors(directory: Path) -> Weights:
         for weight in weights:
             if weight.name in found:
                 why = f"it is in {found[weight.name][0]} and in {name}"
-                raise damaged(directory, f"holds the tensor {weight.name} twice", why)
+                raise damaged(directory, f"has the tensor {weight.name} twice", why)
             found[weight.name] = (name, weight)
     absent = [name for name in expected if name not in found]
     if absent:
         raise InvalidDataError(
             f"{len(absent)} tensors of {directory} are missing",
-            f"{INDEX} promises {absent[0]} in {expected[absent[0]]}",
+            f"{INDEX} lists {absent[0]} in {expected[absent[0]]}",
             _AGAIN,
         )
-    return Weights(tuple(directory / name for name in names), tuple(weight for _, weight in found.values()))
+    return SafetensorsWeights(tuple(directory / name for name in names), tuple(weight for _, weight in found.values()))
 
 
 def _refuse_gaps(directory: Path, names: list[str]) -> None:
-    """Without an index only the numbers of shards tell that some are missing; the converter takes what is there."""
+    """Raise :class:`InvalidDataError` if numbered shards are missing. Without an index the converter would not notice."""
     numbered = [match for name in names if (match := _NUMBERED.fullmatch(name))]
     counts = {int(match["count"]) for match in numbered}
     if len(counts) != 1:
@@ -148,7 +148,7 @@ def read_directory(path: Path) -> tuple[Weight, ...]:
             raise damaged(path, "has a header that cannot be read", str(error)) from error
         expected = reader.position + sum(weight.n_bytes for weight in weights)
         if expected != reader.size:
-            what = "is truncated" if expected > reader.size else "is longer than it says"
+            what = "is truncated" if expected > reader.size else "is too long"
             raise InvalidDataError(f"{path} {what}", f"it has {reader.size} bytes and should have {expected}", _AGAIN)
     return weights
 
@@ -156,7 +156,7 @@ def read_directory(path: Path) -> tuple[Weight, ...]:
 def read_model_json(path: Path) -> dict[str, Any]:
     """A JSON object that came with a model, such as config.json. Raises :class:`InvalidDataError`.
 
-    Lenient where Python's writers are: configurations of state-space models hold a bare ``Infinity``, which is no JSON.
+    As lenient as Python's JSON writer: configurations of state-space models contain a bare ``Infinity``, which is not JSON.
     """
     try:
         if path.stat().st_size > _MAX_JSON:
@@ -167,7 +167,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
     except UnreadableError as error:
         raise damaged(path, "cannot be read", str(error)) from error
     if not isinstance(document, dict):
-        raise damaged(path, "cannot be read", "it holds no JSON object")
+        raise damaged(path, "cannot be read", "it is not a JSON object")
     return document
 
 
@@ -181,14 +181,14 @@ def _weights(path: Path, entries: dict[str, _Entry]) -> Iterator[Weight]:
             )
         bits = _bits(entry.dtype)
         if bits is not None and prod(entry.shape) * bits != (end - start) * 8:
-            why = f"{end - start} bytes do not hold shape {entry.shape} of {entry.dtype}"
+            why = f"{end - start} bytes do not match shape {entry.shape} of {entry.dtype}"
             raise damaged(path, f"has an impossible tensor {name[:80]!r}", why)
         position = end
         yield Weight(name, entry.dtype, tuple(entry.shape), end - start)
 
 
 def _bits(dtype: str) -> int | None:
-    """Bits per element, from the name's first number (``BF16``, ``F8_E4M3``, ``I64``); None if we cannot tell."""
+    """Bits per element, from the first number in the dtype's name (``BF16``, ``F8_E4M3``, ``I64``); None if it has none."""
     match = re.fullmatch(r"(?:BF|F|I|U|C)(\d{1,4})(?:_\w+)?", dtype)
     return 8 if dtype == "BOOL" else int(match[1]) if match else None
 
@@ -200,7 +200,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         isinstance(name, str) and _PART.fullmatch(name) for name in weight_map.values()
     ):
         raise damaged(
-            index, "is no index of weight files", "weight_map must lead from tensors to model*.safetensors in this directory"
+            index, "is not an index of weight files", "weight_map must map tensors to model*.safetensors in this directory"
         )
     return weight_map
 
@@ -212,12 +212,12 @@ def _no_weights(directory: Path) -> InvalidDataError:
         raise from_os_error(error, "looking for weights", directory) from error
     if pickles:
         return InvalidDataError(
-            f"{directory} holds PyTorch pickles only",
+            f"{directory} has only PyTorch pickles",
             f"reading a pickle such as {pickles[0]} can execute code hidden in it",
             "Get the model's safetensors, or convert the pickles yourself if you trust them.",
         )
     return InvalidDataError(
-        f"{directory} holds no weights",
-        "there is no model*.safetensors beside its config.json",
+        f"{directory} has no weights",
+        "it has no model*.safetensors next to its config.json",
         "Download the weight files too.",
     )

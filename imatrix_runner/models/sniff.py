@@ -1,4 +1,4 @@
-"""What a file that is not a GGUF seems to be, by its first bytes and its name, and what to do about it."""
+"""Recognises files that are not GGUF by their first bytes and names, with advice for each."""
 
 from __future__ import annotations
 
@@ -7,42 +7,43 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from imatrix_runner.models.bounded import printable, quoted
+from imatrix_runner.bounded import quoted
+from imatrix_runner.safe_text import printable
 
 HEAD_BYTES = 4096
-"""How many first bytes :func:`foreign_format` wants."""
+"""Number of first bytes that :func:`foreign_format` takes."""
 
 LFS_POINTER = b"version https://git-lfs"
 UNFINISHED = (".part", ".aria2", ".incomplete", ".crdownload", ".download", ".tmp")
-"""How programs that download name a file until it is complete."""
+"""Endings that download programs give a file until it is complete."""
 
 _AGAIN = "Delete it and download it again, or give the hub id (org/name) and let imatrix-runner fetch it."
 _OTHERWISE = "Give the model's GGUF file, its directory, or its hub id (org/name)."
-_NEWER = "Use a GGUF made by a current converter; nothing reads this format any more."
+_NEWER = "Use a GGUF made by a current converter; this format is obsolete."
 _ORIGINAL = "Give the model it was made from: its GGUF, its directory with safetensors, or its hub id (org/name)."
 _PICKLE = (
-    "Give the model's directory with safetensors, or its GGUF; pickles are not read, for they can execute code hidden in them."
+    "Give the model's directory with safetensors, or its GGUF; pickles are not read, because they can execute hidden code."
 )
 _UNPACK = "Unpack it, then give the GGUF file or the folder with config.json."
 _CONVERT = "<convert>"
-"""Stands for the advice to name the folder, which :func:`foreign_format` fills in."""
+"""Placeholder for the advice to give the folder, which :func:`foreign_format` fills in."""
 _TEXT_SHOWN = 60
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """``seems``: what the file is, as the end of "is not a GGUF file: it is …"; ``todo``: a whole sentence."""
+    """``seems``: what the file seems to be, as a noun phrase for "it is …"; ``todo``: a sentence."""
 
     seems: str
     todo: str
 
 
-UNKNOWN = Foreign("data of a kind unknown to us", _OTHERWISE)
+UNKNOWN = Foreign("data of an unknown format", _OTHERWISE)
 
 
 @dataclass(frozen=True)
 class _File:
-    """What a row looks at."""
+    """The properties of a file that the rows test."""
 
     head: bytes
     size: int
@@ -76,7 +77,7 @@ def _is_safetensors(file: _File) -> bool:
 
 
 def is_legacy_imatrix(head: bytes) -> bool:
-    """Whether a file that begins so is meant as an imatrix of the legacy format, whole or not."""
+    """Whether a file with these first bytes is an imatrix in the legacy format, complete or not."""
     # i32 entries, i32 name length, name (llama.cpp: common/imatrix-loader.cpp); there is no magic number.
     if len(head) < 16:
         return False
@@ -87,7 +88,7 @@ def is_legacy_imatrix(head: bytes) -> bool:
 
 def _is_text(file: _File) -> bool:
     try:
-        # The end may cut a character in two.
+        # The last character may be incomplete.
         text = file.head[:-4].decode("utf-8") if file.size > len(file.head) else file.head.decode("utf-8")
     except UnicodeDecodeError:
         return False
@@ -103,8 +104,8 @@ _TABLE: tuple[tuple[Callable[[_File], bool], str, str], ...] = (
     ),
     (
         _zeros,
-        "a file whose header is all zeros, as an interrupted llama-quantize or an unfinished download leaves it",
-        "Delete it and make or download it again.",
+        "a file whose header is all zeros, as an interrupted llama-quantize or download leaves it",
+        "Delete it and create or download it again.",
     ),
     (_both(_magic(b"PK\x03\x04"), _named(".npz")), "NumPy arrays (.npz), perhaps an early MLX or JAX export", _ORIGINAL),
     (_both(_magic(b"PK\x03\x04"), _named(".docx", ".xlsx", ".pptx", ".odt", ".epub")), "an office document", _OTHERWISE),
@@ -155,7 +156,7 @@ _TABLE: tuple[tuple[Callable[[_File], bool], str, str], ...] = (
 
 
 def foreign_format(head: bytes, size: int, path: Path) -> Foreign:
-    """Recognise the file ``path`` of ``size`` bytes that starts with ``head`` (:data:`HEAD_BYTES`) and not with ``GGUF``."""
+    """Recognise a file that is not GGUF by its first bytes ``head`` (:data:`HEAD_BYTES`), its ``size`` and its name."""
     file = _File(head, size, path.name.lower())
     for matches, seems, todo in _TABLE:
         if matches(file):
@@ -170,7 +171,5 @@ def foreign_format(head: bytes, size: int, path: Path) -> Foreign:
 
 def _folder_advice(path: Path) -> str:
     if (path.parent / "config.json").is_file():
-        return (
-            f"Give its directory, which imatrix-runner converts by itself: imatrix-runner run {quoted(path.absolute().parent)}"
-        )
-    return "Give the directory that holds it together with its config.json; imatrix-runner converts the model by itself."
+        return f"Give its directory, which imatrix-runner converts: imatrix-runner run {quoted(path.absolute().parent)}"
+    return "Give the directory with this file and its config.json; imatrix-runner converts the model."

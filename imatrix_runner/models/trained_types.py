@@ -1,4 +1,4 @@
-"""Whether a model's weights were trained to hold few values, as ternary and binary models are: read from the weights."""
+"""Detects from the weights whether a model was trained with few distinct values, like ternary and binary models."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ import numpy.typing as npt
 
 from imatrix_runner.errors import from_os_error
 from imatrix_runner.models.gguf_file import TensorInfo, read_header, type_id, type_size
-from imatrix_runner.models.sources import Model
+from imatrix_runner.models.model import Model
 
 TRAINED_TYPES = {"TQ1_0": 3, "TQ2_0": 3, "Q1_0": 2, "Q2_0": 4}
-"""Types for weights that were trained so: how many values a block holds (ggml/src/ggml-quants.c). Ordinary weights lose nearly
-everything in them."""
+"""Types for such weights -> number of distinct values in a block (ggml/src/ggml-quants.c). Ordinary weights lose nearly all
+information in them."""
 
 _TENSORS, _BLOCKS = 3, 16
-"""Tensors that are looked at, and blocks at the beginning of each."""
+"""Number of sampled tensors, and of blocks at the beginning of each."""
 _CODES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def holds_few_values(model: Model, type_name: str) -> bool:
-    """Whether blocks of the model's weights hold no more values than ``type_name`` (of :data:`TRAINED_TYPES`) can.
+    """Whether blocks of the model's weights have no more distinct values than ``type_name`` (of :data:`TRAINED_TYPES`) can
+    store.
 
-    False where that cannot be seen: no matrix of a layer is F32, F16 or BF16, or none has rows of whole blocks.
+    False if that cannot be checked: no matrix of a layer is F32, F16 or BF16 with rows of whole blocks.
     """
     number = type_id(type_name)
     size = type_size(number) if number is not None else None
@@ -35,7 +36,7 @@ def holds_few_values(model: Model, type_name: str) -> bool:
 
 
 def _samples(path: Path, block: int) -> list[npt.NDArray[np.generic]]:
-    """The first blocks [n, block] of some matrices of layers, as stored."""
+    """The first blocks [n, block] of a few matrices of layers, as stored."""
     header = read_header(path)
     suitable = [tensor for tensor in header.tensors if _suits(tensor, block)]
     middle = len(suitable) // 2

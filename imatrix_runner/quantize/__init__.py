@@ -1,1 +1,1 @@
-"""Levels: which there are, what each becomes on a given model, and whether a written file is what was planned."""
+"""Levels: plan each one on a given model, make them, and verify that a written file is what was planned."""

@@ -1,4 +1,4 @@
-"""Recipes: what one level becomes on one model, told by llama.cpp's own dry run, priced and judged before any work."""
+"""Recipes: one level on one model, from llama.cpp's own dry run, with size and verdict before any work."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from imatrix_runner.engines.base import DryRun, Fallback, QuantizeOptions
+from imatrix_runner.engines.jobs import DryRun, Fallback, QuantizeOptions
+from imatrix_runner.engines.levels import PLAIN_FTYPES, Level
+from imatrix_runner.fingerprints import fingerprint_of
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, padded, tensor_bytes, type_id, type_size
 from imatrix_runner.models.native_types import NATIVE_TYPES, keep_native, native_tensors
-from imatrix_runner.quantize.layout import ALIGNMENT, conversion_problem, layout_problems, written_shape
-from imatrix_runner.quantize.levels import PLAIN_FTYPES, Level
-from imatrix_runner.quantize.weights import NO_IMATRIX, OUTPUT, Failure, Lacks, Weights, requires_imatrix
+from imatrix_runner.quantize.usable_imatrix import NO_IMATRIX, OUTPUT, Failure, Lacks, UsableImatrix, requires_imatrix
+from imatrix_runner.untrusted import whole_number
 
 MAX_TEXT = 127  # llama_model_kv_override.val_str
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
+
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
 @dataclass(frozen=True)
 class RecipeTensor:
     """One tensor of the output. ``shape`` in ggml order; ``n_bytes`` is None for a type only the tools know; ``original``: its
-    name in the model, another one where ``--prune-layers`` renumbers."""
+    name in the model, which differs where ``--prune-layers`` renumbers."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,9 +50,9 @@ class Recipe:
 
     ``file_bytes``: size of the output, None when a type's size is unknown (a fork's). ``failures``: why llama-quantize would
     refuse and what to do. ``weightless``: tensors that will be quantised without weights although there is an imatrix;
-    ``unseen``: those whose entry counted no token, so that all their columns weigh alike; ``starved``: those whose type
-    cannot do without the weights the imatrix lacks (each is a failure too). ``certain``: see
-    :class:`~imatrix_runner.engines.base.DryRun`.
+    ``unseen``: those whose entry counted no token, so that all their columns have equal weights; ``starved``: those whose type
+    requires the weights that the imatrix lacks (each is a failure too). ``certain``: see
+    :class:`~imatrix_runner.engines.contract.DryRun`. ``further``: the options that change more of the output than types.
     """
 
     level: Level
@@ -63,6 +65,7 @@ class Recipe:
     unseen: tuple[str, ...] = ()
     starved: tuple[str, ...] = ()
     certain: bool = True
+    further: str = ""
 
     @property
     def n_elements(self) -> int:
@@ -70,12 +73,13 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for the type of every tensor: two levels of one model with the same hold the same tensors, whatever their
-        names. Empty for a level that cannot be made."""
+        """A digest of the type of every tensor and what else decides their content: two levels of one model and imatrix with
+        equal fingerprints hold the same tensors, whatever their names. Empty for a level that cannot be made."""
         if not self.tensors:
             return ""
         pairs = sorted(f"{tensor.name} {tensor.original} {tensor.type}" for tensor in self.tensors)
-        return hashlib.sha256("\n".join(pairs).encode()).hexdigest()
+        # A blank line separates the two. Fingerprints of earlier versions, without the options, never equal these.
+        return hashlib.sha256("\n".join((*pairs, "", self.further)).encode()).hexdigest()
 
     @property
     def is_source(self) -> bool:
@@ -94,7 +98,7 @@ class Recipe:
 
     @property
     def fallback_share(self) -> float:
-        """The part of the model's weights that lies in tensors with a fallback type."""
+        """The share of the model's weights in tensors with a fallback type."""
         fallen = {fallback.tensor for fallback in self.fallbacks}
         return sum(tensor.n_elements for tensor in self.tensors if tensor.name in fallen) / max(1, self.n_elements)
 
@@ -104,7 +108,7 @@ def make_recipe(
     header: GgufHeader,
     tensors: Sequence[TensorInfo],
     dry_run: DryRun,
-    weights: Weights | None,
+    weights: UsableImatrix | None,
     options: QuantizeOptions,
 ) -> Recipe:
     """Combine llama.cpp's dry run with the model's shapes and the imatrix's entries.
@@ -122,10 +126,10 @@ def make_recipe(
         original = _original_name(name, kept)
         source = sources.get(original)
         if source is None:
-            continue  # told below, by the tensor that was meant
+            continue  # reported below, with the tensor that was meant
         kind = type_name.upper()
         number = type_id(kind)
-        n_bytes = tensor_bytes(source.shape, number) if number is not None else _told_bytes(source.shape, kind, dry_run)
+        n_bytes = tensor_bytes(source.shape, number) if number is not None else _reported_bytes(source.shape, kind, dry_run)
         rows.append(RecipeTensor(name, written_shape(source.shape), source.type_name, kind, n_bytes, original))
         if kind == source.type_name.upper():
             continue
@@ -138,7 +142,7 @@ def make_recipe(
         if (bad := conversion_problem(source)) is not None:
             failures.append(bad)
         if lacks is not None:
-            lacks.judge(original, source.shape, kind, required=required)
+            lacks.check(original, source.shape, kind, required=required)
     header_bytes = _header_bytes(rows, header, weights, options)
     failures += _unplanned(sources, rows, len(dry_run.types), options)
     failures += layout_problems(header, sources, rows, header_bytes, options)
@@ -157,17 +161,18 @@ def make_recipe(
         tuple(lacks.unseen) if lacks is not None else (),
         tuple(lacks.starved) if lacks is not None else (),
         dry_run.certain,
+        fingerprint_of(options, "content"),
     )
 
 
-def _told_bytes(shape: tuple[int, ...], kind: str, dry_run: DryRun) -> int | None:
-    """Bytes of a tensor whose type only the engine's programs know, if they said what a row takes."""
+def _reported_bytes(shape: tuple[int, ...], kind: str, dry_run: DryRun) -> int | None:
+    """Return the bytes of a tensor whose type only the engine's programs know; None if they did not report a row's size."""
     row = dry_run.row_bytes.get((kind, shape[0]))
     return row * prod(shape[1:]) if row is not None else None
 
 
 def _again(source: TensorInfo, name: str, kind: str, tensors: Sequence[TensorInfo]) -> Failure:
-    """Why a quantised tensor would not be quantised again."""
+    """Return the failure of a quantised tensor that would be quantised again."""
     native = [tensor for tensor in native_tensors(tensors) if tensor.type_name == source.type_name]
     if source.type_name in NATIVE_TYPES:
         why = f"{name} is {source.type_name}, as the model was published, and would become {kind}"
@@ -177,7 +182,8 @@ def _again(source: TensorInfo, name: str, kind: str, tensors: Sequence[TensorInf
 
 
 def _shape_problem(name: str, shape: tuple[int, ...], kind: str, number: int | None) -> Failure | None:
-    """--output-tensor-type and --token-embedding-type skip llama.cpp's shape fallback, and its dry run does not notice."""
+    """Return why rows do not fit a type. --output-tensor-type and --token-embedding-type skip llama.cpp's shape fallback, also
+    in its dry run."""
     block = type_size(number) if number is not None else None
     if block is None or shape[0] % block[0] == 0:
         return None
@@ -187,7 +193,7 @@ def _shape_problem(name: str, shape: tuple[int, ...], kind: str, number: int | N
 
 
 def _kept_layers(header: GgufHeader, options: QuantizeOptions) -> list[int]:
-    """With --prune-layers the layers that stay, by their old numbers; they are renumbered from 0."""
+    """Return the layers that --prune-layers keeps, by their old numbers; they are renumbered from 0."""
     if not options.prune_layers:
         return []
     gone = {int(part) for part in options.prune_layers.split(",") if part.strip()}
@@ -203,12 +209,12 @@ def _original_name(name: str, kept: Sequence[int]) -> str:
 
 
 def _unplanned(
-    sources: Mapping[str, TensorInfo], rows: Sequence[RecipeTensor], n_told: int, options: QuantizeOptions
+    sources: Mapping[str, TensorInfo], rows: Sequence[RecipeTensor], n_planned: int, options: QuantizeOptions
 ) -> list[Failure]:
-    """A level must hold every tensor of the model, but for those of pruned layers."""
+    """Return a failure unless the level holds every tensor of the model except those of pruned layers."""
     planned = {row.original for row in rows}
     missing = [name for name in sources if name not in planned and not (options.prune_layers and _BLOCK.match(name))]
-    if not missing and n_told == len(rows):
+    if not missing and n_planned == len(rows):
         return []
     name = missing[0] if missing else "one of its tensors"
     return [
@@ -219,9 +225,9 @@ def _unplanned(
 
 
 def _header_bytes(
-    tensors: Sequence[RecipeTensor], header: GgufHeader, weights: Weights | None, options: QuantizeOptions
+    tensors: Sequence[RecipeTensor], header: GgufHeader, weights: UsableImatrix | None, options: QuantizeOptions
 ) -> int:
-    """The header of a single-file output as llama-quantize writes it, not padded."""
+    """Return the size of a single-file output's header as llama-quantize writes it, not padded."""
     kv = {key: size for key, size in header.kv_sizes.items() if key not in _SPLIT_KEYS}
     for key in ("general.quantization_version", "general.file_type"):
         kv[key] = _kv_bytes(key, 4)
@@ -239,7 +245,7 @@ def _header_bytes(
 
 
 def _file_bytes(tensors: Sequence[RecipeTensor], header_bytes: int) -> int | None:
-    """The exact size of a single-file output: its header, then every tensor, each padded."""
+    """Return the exact size of a single-file output: its header, then every tensor, each padded."""
     total = padded(header_bytes, ALIGNMENT)
     for tensor in tensors:
         if tensor.n_bytes is None:
@@ -249,7 +255,7 @@ def _file_bytes(tensors: Sequence[RecipeTensor], header_bytes: int) -> int | Non
 
 
 def _override_bytes(override: str) -> tuple[str, int]:
-    """The key of a ``KEY=TYPE:VALUE`` and the size of its entry; numbers take 4 bytes whatever the source has there."""
+    """Return the key of a ``KEY=TYPE:VALUE`` and the size of its entry; numbers take 4 bytes, whatever type the source has."""
     key, _, typed = override.partition("=")
     kind, _, value = typed.partition(":")
     size = {"str": 8 + min(MAX_TEXT, len(value.encode())), "bool": 1}.get(kind, 4)
@@ -266,8 +272,69 @@ def ignored_tensor_types(level: Level, options: QuantizeOptions) -> bool:
 
 
 def buffer_bytes(tensors: Sequence[TensorInfo], max_buffer_size: int | None) -> int:
-    """Memory one llama-quantize needs beside the mapped source: the widened rows and the result of the largest tensor, at
-    most ``max_buffer_size`` MiB (its default is 8192), plus 256 MiB for the program and the tables of the IQ types."""
+    """Return the memory that llama-quantize needs in addition to the mapped source: the widened rows and the result of the
+    largest tensor, at most ``max_buffer_size`` MiB (its default is 8192), plus 256 MiB for the program and the tables of the IQ
+    types."""
     largest = max((tensor.n_elements for tensor in tensors), default=0)
     bound = (max_buffer_size or 8192) << 20
     return min(8 * largest, bound) + (256 << 20)
+
+
+ALIGNMENT = 32
+"""GGUF_DEFAULT_ALIGNMENT: llama-quantize pads to it, and copies ``general.alignment`` whatever that says."""
+
+_ALIGNMENT_KEY = "general.alignment"
+
+_NOT_NUMBERS = frozenset(("F64", "I8", "I16", "I32", "I64"))
+"""Types that llama-quantize does not turn into another ("cannot dequantize/convert tensor type")."""
+
+
+def written_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape as ggml writes it: without dimensions of 1 at its end."""
+    n_dims = len(shape)
+    while n_dims > 1 and shape[n_dims - 1] == 1:
+        n_dims -= 1
+    return tuple(shape[:n_dims])
+
+
+def conversion_problem(source: TensorInfo) -> Failure | None:
+    """Return why a tensor must keep its type; None if it can be converted."""
+    shape = written_shape(source.shape)
+    if len(shape) > 3:
+        why = f"{source.name} has {len(shape)} dimensions, and llama-quantize converts at most 3"
+    elif source.type_name in _NOT_NUMBERS:
+        why = f"{source.name} is {source.type_name}, which llama-quantize converts to no other type"
+    else:
+        return None
+    return Failure(why, f"Keep it as it is: --tensor-type ^{source.name}$={source.type_name.lower()}")
+
+
+def layout_problems(
+    header: GgufHeader,
+    sources: Mapping[str, TensorInfo],
+    rows: Sequence[RecipeTensor],
+    header_bytes: int,
+    options: QuantizeOptions,
+) -> list[Failure]:
+    """Return what would make the file as a whole unusable. ``header_bytes``: of the output, before it is padded."""
+    found: list[Failure] = []
+    alignment = _alignment(header, options)
+    sizes = [row.n_bytes for row in rows if row.n_bytes is not None]
+    if any(padded(size, alignment) != padded(size, ALIGNMENT) for size in (header_bytes, *sizes)):
+        why = f"llama-quantize pads to {ALIGNMENT} bytes and copies {_ALIGNMENT_KEY} = {alignment}, so nothing can read it"
+        found.append(Failure(why, f"Correct it in the output: --override-kv {_ALIGNMENT_KEY}=int:{ALIGNMENT}"))
+    empty = next((source.name for source in sources.values() if not source.n_elements), None)
+    if empty is not None:
+        why = f"{empty} has no elements, and llama-quantize writes such a tensor wrongly"
+        found.append(Failure(why, "Convert the original model again without that tensor."))
+    return found
+
+
+def _alignment(header: GgufHeader, options: QuantizeOptions) -> int:
+    """The alignment that the output will claim."""
+    for override in options.override_kv:
+        key, _, typed = override.partition("=")
+        kind, _, value = typed.partition(":")
+        if key == _ALIGNMENT_KEY and kind == "int" and (number := whole_number(value)):
+            return number
+    return header.alignment

@@ -1,19 +1,21 @@
-"""From a level to its recipe, asking llama.cpp; and pinning tensors that the imatrix does not cover."""
+"""Resolve a level to its recipe with llama.cpp's dry run, and pin tensors that the imatrix does not cover."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from imatrix_runner.engines.base import DryRun, Engine, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.contract import Engine
+from imatrix_runner.engines.jobs import DryRun, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.levels import Level
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, ToolchainError, UsageError
 from imatrix_runner.models.gguf_file import type_id, type_size
-from imatrix_runner.models.sources import Model
-from imatrix_runner.quantize.levels import Level
+from imatrix_runner.models.model import Model
 from imatrix_runner.quantize.recipe import Recipe, RecipeTensor, make_recipe
-from imatrix_runner.quantize.weights import Failure, Weights
+from imatrix_runner.quantize.usable_imatrix import Failure, UsableImatrix
+from imatrix_runner.steps import step_id
 
 FAIL, KEEP = "fail", "keep"
 
@@ -27,63 +29,102 @@ class Resolved:
     pinned: tuple[str, ...] = ()
 
 
+class _NotKnown(Exception):
+    """The dry run with these options was not done yet."""
+
+    def __init__(self, options: QuantizeOptions) -> None:
+        super().__init__(options)
+        self.options = options
+
+
 @dataclass(frozen=True)
 class Resolver:
-    """Asks for the recipes of one model with one imatrix.
+    """Resolves the recipes of one model with one imatrix.
 
-    ``imatrix`` is what llama-quantize is given (its presence changes the mixture), ``weights`` what is known or expected to be
-    in it. ``uncovered``: ``fail``, ``keep`` or a type for tensors without data. ``known``:
-    what llama.cpp has answered already, by level.
+    ``imatrix`` is what llama-quantize is given (its presence changes the mixture), ``weights`` the known or expected entries.
+    ``uncovered``: ``fail``, ``keep`` or a type for tensors without data. ``known``: the dry runs that are done already, by
+    level and options.
     """
 
     model: Model
     engine: Engine
     options: QuantizeOptions
     imatrix: Path | None
-    weights: Weights | None
+    weights: UsableImatrix | None
     uncovered: str = FAIL
-    known: Mapping[str, DryRun | RunnerError] = field(default_factory=dict)
+    known: Mapping[tuple[str, QuantizeOptions], DryRun | RunnerError] = field(default_factory=dict)
 
     def asked(self, levels: Sequence[Level], log: Path | None) -> Resolver:
-        """The same, knowing llama.cpp's answers for these levels: asked all at once, which is quicker than one by one."""
-        if not levels:
-            return self
-        answers = self.engine.dry_runs([self._job(level, level.apply(self.options), None) for level in levels], log)
-        return replace(self, known={level.name: answer for level, answer in zip(levels, answers, strict=True)})
+        """Return a resolver that has the dry runs of these levels: running them together is faster than one by one. Where
+        tensors are pinned, those that still need one run together again."""
+        resolver, todo = self, [(level, level.apply(self.options)) for level in levels]
+        while todo:
+            answers = self.engine.dry_runs([self._job(level, options, None) for level, options in todo], log)
+            keys = [(level.name, options) for level, options in todo]
+            resolver = replace(resolver, known={**resolver.known, **dict(zip(keys, answers, strict=True))})
+            pinning = self.uncovered != FAIL and self.weights is not None
+            todo = [(level, options) for level in levels if (options := resolver._next(level))] if pinning else []
+        return resolver
+
+    def _next(self, level: Level) -> QuantizeOptions | None:
+        """The options of the next dry run that a level needs; None if it is resolved, or cannot be."""
+        try:
+            self._follow(level, self._recall)
+        except _NotKnown as missing:
+            return missing.options
+        except RunnerError:
+            return None  # raised again where it is resolved
+        return None
 
     def resolve(self, level: Level, log: Path | None) -> Resolved:
-        """The recipe of one level. What llama.cpp refuses to plan is a recipe that fails, with its reason.
+        """Return the recipe of one level. A level that llama.cpp refuses to plan gets a failing recipe with the reason.
 
-        Raises :class:`UsageError` for an option that llama.cpp does not take, such as a pattern: it would fail every level.
+        Raises :class:`UsageError` for an option that llama.cpp does not accept, such as a pattern, because every level would
+        fail.
         """
+
+        def ask(level: Level, options: QuantizeOptions) -> Recipe:
+            try:
+                return self._recall(level, options)
+            except _NotKnown:
+                return self._recipe(level, options, self.engine.dry_run(self._job(level, options, log)))
+
+        try:
+            return self._follow(level, ask)
+        except (EngineError, InvalidDataError, ToolchainError) as error:
+            return Resolved(_impossible(level, error), level.apply(self.options))
+
+    def _follow(self, level: Level, ask: Callable[[Level, QuantizeOptions], Recipe]) -> Resolved:
+        """Pin tensors without data. A pin changes llama.cpp's choice for other tensors: repeat until none of them has too small
+        a type."""
         options = level.apply(self.options)
         before: dict[str, str] = {}
-        try:
-            recipe = self._ask(level, options, log)
-            # A pin shifts llama.cpp's choice for other tensors: look again until none without data is too small.
-            while pins := {tensor: pin for tensor, pin in self._pins(recipe).items() if tensor.name not in before}:
-                before |= {tensor.name: tensor.type for tensor in pins}
-                options = replace(options, pins=(*options.pins, *pins.values()))
-                recipe = self._ask(level, options, log)
-            pinned = tuple(tensor.original for tensor in recipe.tensors if before.get(tensor.name, tensor.type) != tensor.type)
-            return Resolved(recipe, options, pinned)
-        except (EngineError, InvalidDataError, ToolchainError) as error:
-            return Resolved(_impossible(level, error), options)
+        recipe = ask(level, options)
+        while pins := {tensor: pin for tensor, pin in self._pins(recipe).items() if tensor.name not in before}:
+            before |= {tensor.name: tensor.type for tensor in pins}
+            options = replace(options, pins=(*options.pins, *pins.values()))
+            recipe = ask(level, options)
+        pinned = tuple(tensor.original for tensor in recipe.tensors if before.get(tensor.name, tensor.type) != tensor.type)
+        return Resolved(recipe, options, pinned)
 
-    def _ask(self, level: Level, options: QuantizeOptions, log: Path | None) -> Recipe:
-        dry = self.known.get(level.name) if options == level.apply(self.options) else None
+    def _recall(self, level: Level, options: QuantizeOptions) -> Recipe:
+        dry = self.known.get((level.name, options))
+        if dry is None:
+            raise _NotKnown(options)
         if isinstance(dry, RunnerError):
             raise dry
-        if dry is None:
-            dry = self.engine.dry_run(self._job(level, options, log))
-        return make_recipe(level, self.model.header, self.model.tensors, dry, self.weights, options)
+        return self._recipe(level, options, dry)
+
+    def _recipe(self, level: Level, options: QuantizeOptions, dry: DryRun) -> Recipe:
+        weights = self.weights.without(level.exclude_weights) if self.weights is not None else None
+        return make_recipe(level, self.model.header, self.model.tensors, dry, weights, options)
 
     def _job(self, level: Level, options: QuantizeOptions, log: Path | None) -> QuantizeJob:
-        step = f"level-{level.name}"
+        step = step_id("level", level.name)
         return QuantizeJob(step, self.model.path, Path("unused"), level.ftype, options, self.imatrix, None, log)
 
     def _pins(self, recipe: Recipe) -> dict[RecipeTensor, str]:
-        """``--tensor-type`` entries for the tensors without data that would become smaller than the safe type."""
+        """Return the ``--tensor-type`` entries for tensors without data that would become smaller than the safe type."""
         if self.uncovered == FAIL or self.weights is None:
             return {}
         uncovered = {*recipe.weightless, *recipe.unseen, *recipe.starved}
@@ -96,7 +137,7 @@ class Resolver:
 
 
 def bits(type_name: str) -> float:
-    """Bits per weight of a ggml type; 0 for one we do not know (a fork's)."""
+    """Return the bits per weight of a ggml type; 0 for an unknown one (a fork's)."""
     number = type_id(type_name)
     size = type_size(number) if number is not None else None
     return 8 * size[1] / size[0] if size is not None else 0.0
@@ -108,7 +149,7 @@ def check_uncovered(value: str) -> str:
         return value.lower()
     if bits(value) == 0:
         raise UsageError(
-            f"--uncovered {value} is no type", "it takes fail, keep or a ggml type", "For example: --uncovered q4_k"
+            f"Invalid --uncovered {value}", "expected 'fail', 'keep' or a ggml type", "For example: --uncovered q4_k"
         )
     return value.lower()
 

@@ -1,6 +1,6 @@
-"""llama-quantize's options that are texts with a form of their own, checked before a model is fetched or opened.
+"""Checks of llama-quantize's options that have a syntax, before a model is fetched or opened.
 
-llama.cpp reads numbers as C's ``atol`` and ``atof`` do and takes 0 for anything else; here that is a mistake.
+llama.cpp parses numbers like C's ``atol`` and ``atof`` and reads anything else as 0; here that is an error.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import re
 
 from imatrix_runner.errors import UsageError
-from imatrix_runner.models.bounded import printable
+from imatrix_runner.safe_text import printable
 
 MAX_TEXT = 127
 """Bytes of a key or a text in llama.cpp's ``llama_model_kv_override``."""
@@ -28,9 +28,7 @@ def check_override(text: str) -> None:
     key, equals, typed = text.partition("=")
     kind, colon, value = typed.partition(":")
     if not equals or not key:
-        raise UsageError(
-            f"{shown} names no key and value", "it is written KEY=TYPE:VALUE", _example("general.name", "str", "Mine")
-        )
+        raise UsageError(f"{shown} has no key and value", "the form is KEY=TYPE:VALUE", _example("general.name", "str", "Mine"))
     if (length := len(os.fsencode(key))) > MAX_TEXT:
         raise UsageError(
             f"{shown} has a key that is too long", f"{length} bytes; llama.cpp takes at most {MAX_TEXT}", "Shorten it."
@@ -39,7 +37,7 @@ def check_override(text: str) -> None:
         why = "TYPE is int, float, bool or str, and the value follows a colon"
         raise UsageError(f"{shown} has no type", why, _example(key, "str", typed or "Mine"))
     if kind == "bool" and value not in ("true", "false"):
-        raise UsageError(f"{shown} is neither true nor false", "a bool is written so", _example(key, "bool", "true"))
+        raise UsageError(f"{shown} is neither true nor false", "a bool must be one of the two", _example(key, "bool", "true"))
     if kind == "str" and (length := len(os.fsencode(value))) > MAX_TEXT:
         raise UsageError(
             f"{shown} has a text that is too long",
@@ -54,12 +52,12 @@ def check_override(text: str) -> None:
 
 
 def check_tensor_type(text: str) -> None:
-    """Raise :class:`UsageError` unless ``text`` has the form REGEX=TYPE. Types and patterns are llama.cpp's to judge."""
+    """Raise :class:`UsageError` unless ``text`` has the form REGEX=TYPE. llama.cpp checks types and patterns."""
     pattern, equals, kind = text.partition("=")
     if not (pattern and equals and kind):
         missing = "pattern" if equals and not pattern else "type"
         example = "For example: --tensor-type ffn_down=q6_k"
-        raise UsageError(f"--tensor-type {_short(text)} has no {missing}", "it is written REGEX=TYPE", example)
+        raise UsageError(f"--tensor-type {_short(text)} has no {missing}", "the form is REGEX=TYPE", example)
 
 
 def _example(key: str, kind: str, value: str) -> str:

@@ -1,4 +1,4 @@
-"""Is a written file what was planned? Checked before it gets its name, because llama-quantize can fail in silence."""
+"""Verify that a written file is what was planned, before it gets its name: llama-quantize can fail silently."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.gguf_file import GgufHeader, padded, read_header, type_id
-from imatrix_runner.quantize.layout import written_shape
-from imatrix_runner.quantize.recipe import Recipe
-from imatrix_runner.quantize.weights import Weights
+from imatrix_runner.quantize.recipe import Recipe, written_shape
+from imatrix_runner.quantize.usable_imatrix import UsableImatrix
 
 
-def verify_output(files: Sequence[Path], recipe: Recipe, weights: Weights | None) -> int:
+def verify_output(files: Sequence[Path], recipe: Recipe, weights: UsableImatrix | None) -> int:
     """Check magic, tensor names, types and exact byte sizes, and the metadata llama-quantize adds.
 
     ``files`` are one output, its shards in order. Returns their total size. Raises :class:`InvalidDataError`.
@@ -30,10 +29,10 @@ def verify_output(files: Sequence[Path], recipe: Recipe, weights: Weights | None
         if not recipe.certain or plan.n_bytes is None:
             continue
         if tensor.n_bytes is None and type_id(plan.type) is None:
-            continue  # a type that only its maker knows: see _check_size
+            continue  # a type that only the engine that made it knows: see _check_size
         if tensor.type_name.upper() != plan.type or tensor.n_bytes != plan.n_bytes:
             raise _bad(
-                recipe, f"{name} is {tensor.type_name} of {tensor.n_bytes} bytes, planned was {plan.type} of {plan.n_bytes}"
+                recipe, f"{name} is {tensor.type_name} of {tensor.n_bytes} bytes, planned: {plan.type} of {plan.n_bytes}"
             )
     for header in headers:
         _check_size(header, recipe)
@@ -42,7 +41,7 @@ def verify_output(files: Sequence[Path], recipe: Recipe, weights: Weights | None
 
 
 def _check_size(header: GgufHeader, recipe: Recipe) -> None:
-    """The file ends where its last tensor does, also where only the plan knows the sizes of types."""
+    """Check that the file ends with its last tensor, also where only the plan has the sizes of types."""
     planned = {tensor.name: tensor.n_bytes for tensor in recipe.tensors}
     end = header.data_offset
     for tensor in header.tensors:
@@ -56,7 +55,7 @@ def _check_size(header: GgufHeader, recipe: Recipe) -> None:
         raise _bad(recipe, f"the file has {header.file_size} bytes instead of {end}")
 
 
-def _check_metadata(header: GgufHeader, recipe: Recipe, weights: Weights | None) -> None:
+def _check_metadata(header: GgufHeader, recipe: Recipe, weights: UsableImatrix | None) -> None:
     if header.integer("general.quantization_version") is None or header.integer("general.file_type") is None:
         raise _bad(recipe, "its metadata does not say how it was quantised")
     entries = header.integer("quantize.imatrix.entries_count")

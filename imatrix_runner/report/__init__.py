@@ -1,1 +1,1 @@
-"""Facts -> ``report.json`` -> HTML, Markdown, PNG."""
+"""Reports of workspaces: facts become ``report.json``, and that becomes HTML, Markdown and PNG."""

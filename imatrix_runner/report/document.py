@@ -1,27 +1,40 @@
-"""``report.json``: everything that is known of a workspace's model, once. Every other form of the report is a view of it.
+"""``report.json``: all facts about a workspace's model. Every other form of the report is a view of it.
 
-Read and written by msgspec; a field's name is its key. New fields may come, with a default; none changes its meaning. Sizes are
-bytes, times seconds, shares 0..1, divergences nats. Paths are names inside the workspace, or names of files elsewhere: whoever
-gets a report learns nothing of somebody's folders.
+Read and written by msgspec; a field's name is its key. New fields may be added, with a default; no field changes its meaning.
+Sizes are in bytes, times in seconds, shares from 0 to 1, divergences in nats. Files are given by name, without folders, so that
+a report can be published.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Literal
 
+import msgspec
+
+from imatrix_runner import safe_text
 from imatrix_runner.engines.measures import Divergence, Estimate
-from imatrix_runner.evaluate.answers import DomainResult
-from imatrix_runner.evaluate.picks import Pick
-from imatrix_runner.evaluate.twins import Comparison
+from imatrix_runner.engines.roundings import Rounding
+from imatrix_runner.errors import InvalidDataError, from_os_error
+from imatrix_runner.evaluate.ab_verdict import Comparison
+from imatrix_runner.evaluate.answer_agreement import DomainResult
+from imatrix_runner.evaluate.measurements import ReportEvaluation
+from imatrix_runner.evaluate.mix_verdict import MixVerdict
+from imatrix_runner.evaluate.recommendations import Pick
+from imatrix_runner.files import encode_json
+from imatrix_runner.safe_text import printable
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 SCHEMA: Final = "imatrix-runner/report"
+
 VERSION: Final = 1
 
 
 @dataclass(frozen=True)
 class ReportFile:
-    """A file of the workspace; ``sha256`` is empty where nobody computed it."""
+    """A file of the workspace; ``sha256`` is empty if it was not computed."""
 
     name: str
     n_bytes: int
@@ -66,15 +79,74 @@ class ReportModel:
 
 
 @dataclass(frozen=True)
+class ReportMix:
+    """How the types of a mix were chosen.
+
+    ``targets``: what was asked for (``MIX@4GiB``). ``ratio``: its KLD relative to that of the level ``stock``, on chunks of the
+    calibration text that no cost was measured on; ``typical``: the geometric mean of the chunks' own ratios; ``same_top``: the
+    difference of the shares of tokens with the source's top token. ``types``: ggml type -> number of tensors; ``unweighted``:
+    tensors that are rounded without the imatrix; ``digest``: that of the types in the file's metadata. ``recipe`` and
+    ``tensor_types`` (for llama-quantize) are files next to the level; None if they are gone or were changed. ``held_out``: the
+    mix compared with the measured stock levels.
+    """
+
+    targets: tuple[str, ...]
+    stock: str
+    digest: str
+    types: Mapping[str, int] = field(default_factory=dict)
+    unweighted: tuple[str, ...] = ()
+    ratio: Estimate | None = None
+    typical: float | None = None
+    same_top: float | None = None
+    recipe: ReportFile | None = None
+    tensor_types: ReportFile | None = None
+    held_out: MixVerdict | None = None
+
+    @property
+    def files(self) -> tuple[ReportFile, ...]:
+        return tuple(file for file in (self.recipe, self.tensor_types) if file is not None)
+
+
+@dataclass(frozen=True)
+class ReportRounding:
+    """How a level's numbers are rounded, where not as llama-quantize does.
+
+    ``kind``: refined or feedback. ``stock``: the level of the same types that it was compared with on the calibration text
+    (empty for a mix, which has a comparison of its own), ``ratio`` its KLD relative to that level's, ``typical``: the
+    geometric mean of the chunks' own ratios; ``same_top``: the difference of the shares of tokens with the source's top token.
+    ``refined``: tensors that are refined because error feedback could not round them. ``held_out``: the level compared with the
+    measured stock levels.
+    """
+
+    kind: Rounding
+    stock: str = ""
+    ratio: Estimate | None = None
+    typical: float | None = None
+    same_top: float | None = None
+    refined: tuple[str, ...] = ()
+    held_out: MixVerdict | None = None
+
+
+@dataclass(frozen=True)
+class KeptStock:
+    """What was asked for, and the stock level that was kept, because no mix, or no other rounding, was better by two standard
+    errors."""
+
+    target: str
+    stock: str
+
+
+@dataclass(frozen=True)
 class ReportLevel:
-    """One finished level. ``seconds``: of its making (of the whole pass, for levels made in one, of whose work it had the part
-    ``pass_share``); ``measured`` None: not.
+    """One finished level. ``seconds``: time to make it; for a level made in a single pass the time of the whole pass, of whose
+    work ``pass_share`` was this level's. ``measured`` is None if the level was not measured.
 
-    ``ppl_ratio``: its perplexity over the source's own, which people compare; ``measured.ratio`` is llama-perplexity's, whose
-    reference knows no token rarer than e^-16.
+    ``ppl_ratio``: its perplexity divided by the source's own; ``measured.ratio`` is llama-perplexity's, whose reference file
+    keeps no probability below e^-16.
 
-    ``is_source``: no tensor's type differs from the source's. ``same_as``: the level whose file holds the same tensors, in
-    whose row this one is shown; ``others`` are the levels in this one's row.
+    ``is_source``: no tensor's type differs from the source's. ``same_as``: the level whose file holds the same tensors, and in
+    whose row this one is shown; ``others``: the levels that are shown in this one's row. ``mix``: how its
+    types were chosen; None for a stock level. ``rounding``: of its numbers; None for llama-quantize's.
     """
 
     name: str
@@ -95,10 +167,17 @@ class ReportLevel:
     is_source: bool = False
     same_as: str = ""
     others: tuple[str, ...] = ()
+    mix: ReportMix | None = None
+    rounding: ReportRounding | None = None
+
+    @property
+    def against(self) -> ReportMix | ReportRounding | None:
+        """What it is compared with stock by: its types, else its rounding; None for a stock level."""
+        return self.mix or self.rounding
 
     @property
     def own_seconds(self) -> float:
-        """Seconds for this level alone: of a pass, its share."""
+        """Seconds for this level alone; of a single pass, its share."""
         return self.seconds if self.pass_share is None else self.seconds * self.pass_share
 
     @property
@@ -121,7 +200,7 @@ class ReportTensor:
 
 @dataclass(frozen=True)
 class ReportExperts:
-    """How the tokens fell on one tensor's experts (:class:`~imatrix_runner.imatrix.statistics.ExpertStatistics`)."""
+    """How tokens were distributed over one tensor's experts (:class:`~imatrix_runner.imatrix.statistics.ExpertStatistics`)."""
 
     layer: int | None
     kind: str
@@ -133,8 +212,30 @@ class ReportExperts:
 
 
 @dataclass(frozen=True)
+class ReportTensorCost:
+    """What rounding one tensor costs, in nats; ``measured`` in this tensor, else taken from others of its kind."""
+
+    layer: int | None
+    kind: str
+    cost: float
+    measured: bool = True
+
+
+@dataclass(frozen=True)
+class ReportCosts:
+    """What rounding each tensor with the relative error ``relative_error`` costs, measured on chunks of ``chunk_size`` tokens
+    of the calibration text ``text``."""
+
+    text: str
+    sha256: str
+    chunk_size: int
+    relative_error: float
+    tensors: tuple[ReportTensorCost, ...]
+
+
+@dataclass(frozen=True)
 class ReportCurvePoint:
-    """After ``chunks`` chunks: how much ``tensor``, the one that changed most, and the median one differ from before."""
+    """Estimated error after ``chunks`` chunks: ``worst`` that of ``tensor``, which has the largest; ``median`` over tensors."""
 
     chunks: int
     worst: float
@@ -152,7 +253,7 @@ class CalibrationSource:
 
 @dataclass(frozen=True)
 class ReportCalibration:
-    """The text an imatrix was collected from; ``manifest`` is the fingerprint of one built by ``calibration build``."""
+    """The text that an imatrix was collected from; ``manifest``: the fingerprint of a text made by ``calibration build``."""
 
     name: str
     n_bytes: int
@@ -168,7 +269,7 @@ class ReportImatrix:
     """``made_here``: collected in this workspace; then ``ppl``, ``curve``, ``calibration`` and ``seconds`` may be known.
 
     ``tokens`` it was collected from; ``stopped`` is ``chunks``, ``converged``, ``covered`` or ``text``; ``origin`` of a
-    published one: ``repo@commit:file``.
+    published one: ``repo@commit:file``, and ``repo`` its repository.
     """
 
     file: ReportFile
@@ -190,28 +291,12 @@ class ReportImatrix:
     experts: tuple[ReportExperts, ...] = ()
     curve: tuple[ReportCurvePoint, ...] = ()
     origin: str = ""
+    repo: str = ""
 
 
 @dataclass(frozen=True)
-class ReportEvaluation:
-    """What every level was measured with: the same text, chunks and reference. ``overlap``: share of the text's stretches of
-    13 words that stand in the calibration text too; None when that text is not known."""
-
-    text: str
-    sha256: str
-    n_chunks: int
-    n_ctx: int
-    n_tokens: int
-    engine: str
-    reference: str
-    ppl: Estimate
-    overlap: float | None = None
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class WithoutTwin:
-    """A level that is not compared with one made without imatrix, and why, as the rest of a sentence about it."""
+class WithoutBaseline:
+    """A level without a baseline; ``why`` completes a sentence that begins with its name."""
 
     level: str
     why: str
@@ -219,7 +304,7 @@ class WithoutTwin:
 
 @dataclass(frozen=True)
 class ReportStep:
-    """One line of how it was made: the command that reproduces it (may be empty), and how long it took."""
+    """One step of how the files were made: the command that reproduces it (may be empty), and how long it took."""
 
     what: str
     seconds: float
@@ -229,11 +314,13 @@ class ReportStep:
 
 @dataclass(frozen=True)
 class Report:
-    """One workspace. ``made`` is ISO 8601 in UTC; ``command`` the line that was typed; ``toolchain`` the engine's identity.
+    """The report of one workspace. ``made``: ISO 8601 in UTC; ``command``: the line that was typed; ``toolchain``: the engine's
+    identity.
 
-    ``caveats``: sentences without which the figures would mislead, shown wherever the figures are. ``quantized_by``: whom the
-    model card names as the maker of these files; ``repo``: the hub id that the files have or will have, which the card's
-    commands name. Empty where not given.
+    ``caveats``: sentences without which the figures would mislead, shown wherever the figures are. ``quantized_by``: the maker
+    of these files, as the model card names them; ``repo``: the hub id in the card's commands, where the files are or will be.
+    Both are empty if not given. ``without_twin``: levels without a baseline. ``kept_stock``: targets for
+    which no mix was better than a stock level; ``costs``: those from which the types of mixes were chosen.
     """
 
     model: ReportModel
@@ -243,9 +330,11 @@ class Report:
     command: str = ""
     toolchain: str = ""
     imatrix: ReportImatrix | None = None
+    kept_stock: tuple[KeptStock, ...] = ()
+    costs: ReportCosts | None = None
     evaluation: ReportEvaluation | None = None
     comparisons: tuple[Comparison, ...] = ()
-    without_twin: tuple[WithoutTwin, ...] = ()
+    without_twin: tuple[WithoutBaseline, ...] = ()
     domain: tuple[DomainResult, ...] = ()
     picks: tuple[Pick, ...] = ()
     caveats: tuple[str, ...] = ()
@@ -257,6 +346,55 @@ class Report:
 
     @property
     def rows(self) -> tuple[ReportLevel, ...]:
-        """The levels that tables and charts show: of those that hold the same tensors one."""
+        """The levels that tables and charts show: one of those that hold the same tensors."""
         names = {level.name for level in self.levels}
         return tuple(level for level in self.levels if level.same_as not in names - {level.name})
+
+
+MOST_BYTES = 64 << 20
+"""Largest report that is read: ten times the size of one with 512 tensors, 40 levels and 10,000 answers."""
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    """The fields that identify a report of any version."""
+
+    schema: str = ""
+    version: int = 0
+
+
+def encode_report(report: Report) -> bytes:
+    """The report as JSON, indented by two, with a final newline; fractions as keys become strings."""
+    return msgspec.json.format(encode_json(report), indent=2) + b"\n"
+
+
+def read_report(path: Path) -> Report:
+    """Read a report. Unknown keys, which later versions may write, are ignored.
+
+    Raises :class:`InvalidDataError` if the file is not a report, is of another version, or is damaged.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise _bad(path, f"it is larger than {MOST_BYTES >> 20} MiB")
+        content = path.read_bytes()
+    except OSError as error:
+        raise from_os_error(error, "reading the report", path) from error
+    try:
+        envelope = from_json(content, _Envelope)
+        if envelope.schema != SCHEMA:
+            raise _bad(path, f"its schema is {printable(envelope.schema)[:80]!r}, not {SCHEMA}")
+        if envelope.version != VERSION:
+            raise _bad(path, f"it is of version {envelope.version}; this program reads version {VERSION}")
+        return from_json(content, Report)
+    except UnreadableError as error:
+        raise _bad(path, printable(str(error))[:300]) from error
+
+
+def _bad(path: Path, why: str) -> InvalidDataError:
+    return InvalidDataError(f"{path} cannot be read as a report", why, "Make it again with: imatrix-runner report WORKSPACE")
+
+
+def source_kind(model: ReportModel) -> str:
+    """The kind of source that figures are measured against: ``BF16``, ``quantised Q8_0``, ``dequantised fp8``."""
+    if model.dequantised:
+        return safe_text.shown(f"dequantised {model.dequantised}")
+    return safe_text.shown(f"quantised {model.quantised}" if model.quantised else model.type)

@@ -1,9 +1,9 @@
-"""Whether the compiler at hand builds llama.cpp's AMX kernels right, and how to leave them out where it does not.
+"""Whether the installed compiler builds llama.cpp's AMX kernels correctly, and flags to leave them out where it does not.
 
 GCC 12's ``_tile_loadconfig`` names only the first 8 of the 64 bytes it reads, so the optimiser drops the stores to the others:
 the tiles stay unconfigured, and the first quantised matrix ends the process with SIGILL or SIGSEGV. The check compiles
-llama.cpp's own set-up function and runs it. AMX is not needed for that: in the compiler's assembly, ``ldtilecfg`` becomes a
-macro that copies what the instruction would have read.
+llama.cpp's own set-up function and runs it. The processor need not have AMX: in the compiler's assembly, ``ldtilecfg`` becomes
+a macro that copies what the instruction would have read.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from imatrix_runner.environment import Needs
+from imatrix_runner.environment import ChildNeeds
 from imatrix_runner.process import Command, capture
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.diagnose import Find
 from imatrix_runner.toolchain.hardware import cpu_features
 
 Built = Literal["right", "wrong", "unsure", "not at all"]
-"""What a compiler makes of the tile configuration; ``not at all``: it knows no AMX, so it builds no such kernels."""
+"""How a compiler builds the tile configuration; ``not at all``: it does not support AMX, so it builds no such kernels."""
 
 WITHOUT_AMX = ("-mno-amx-tile", "-mno-amx-int8")
-"""Flags that leave AMX out of a build. Both count: GCC keeps INT8, which is what llama.cpp asks for, without the tiles. Its own
-``-DGGML_AMX_TILE=OFF`` has no effect on a native build, whose only flag is ``-march=native``; these override that."""
+"""Flags that leave AMX out of a build. Both are needed: without the tiles GCC keeps INT8, which llama.cpp asks for. llama.cpp's
+own ``-DGGML_AMX_TILE=OFF`` has no effect on a native build, whose only flag is ``-march=native``; these override that."""
 
 _COMPILERS = ("c++", "g++", "clang++")  # CMake's order
 _SECONDS = 60.0
@@ -113,14 +113,14 @@ _MACRO = """
 
 @dataclass(frozen=True)
 class AmxBuild:
-    """Flags that leave AMX out of a build for this processor, and why; both empty where there is nothing to leave out."""
+    """Flags that leave AMX out of a build for this processor, and why; both empty if AMX can stay."""
 
     flags: tuple[str, ...] = ()
     why: str = ""
 
 
 def has_amx(features: str | None = None) -> bool:
-    """Whether the processor multiplies tiles of bytes."""
+    """Whether the processor has AMX with tiles of 8-bit integers."""
     return "amx_int8" in (cpu_features() if features is None else features).split()
 
 
@@ -129,7 +129,7 @@ def amx_build(
 ) -> AmxBuild:
     """Whether a native build on this machine must leave AMX out. Compiles something only where the processor has AMX.
 
-    ``find`` looks programs up as the build will; ``tree`` is llama.cpp's source, if it is at hand; ``features`` are the
+    ``find`` looks programs up as the build will; ``tree`` is llama.cpp's source, if available; ``features`` are the
     processor's, as :func:`cpu_features` lists them.
     """
     if not has_amx(features):
@@ -142,12 +142,12 @@ def amx_build(
     if built != "right":
         return AmxBuild(WITHOUT_AMX, f"{shlex.join(compiler)} {_WHY[built]}, so quantised models would crash")
     if tree is not None and _takes_bytes_for_floats(tree):
-        return AmxBuild(WITHOUT_AMX, "this llama.cpp's AMX kernels write to wrong places when sequences are computed at once")
+        return AmxBuild(WITHOUT_AMX, "this llama.cpp's AMX kernels write to wrong addresses with several sequences at once")
     return AmxBuild()
 
 
 def _takes_bytes_for_floats(tree: Path) -> bool:
-    """Whether the kernels add a distance in bytes to a ``float *``, as up to October 2026: right only for one matrix."""
+    """Whether the kernels add an offset in bytes to a ``float *``, as until October 2026: correct only for a single matrix."""
     try:
         source = (tree / "ggml/src/ggml-cpu/amx/mmq.cpp").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -156,7 +156,7 @@ def _takes_bytes_for_floats(tree: Path) -> bool:
 
 
 def check_compiler(compiler: Sequence[str]) -> Built:
-    """Compile and run llama.cpp's tile set-up; takes half a second, and no AMX."""
+    """Compile and run llama.cpp's tile set-up; takes half a second, and works without AMX."""
     with scratch_folder() as folder:
         source, assembly, program = folder / "tiles.cpp", folder / "tiles.s", folder / "tiles"
         source.write_text(_SOURCE, encoding="utf-8")
@@ -170,8 +170,8 @@ def check_compiler(compiler: Sequence[str]) -> Built:
 
 
 def _run(*argv: str) -> int:
-    """The exit code; 255 for a program that does not start or does not end."""
+    """Run a program and return its exit code; 255 if it does not start or does not end."""
     try:
-        return capture(Command(argv, needs=Needs.COMPILE), seconds=_SECONDS).returncode
+        return capture(Command(argv, needs=ChildNeeds.COMPILE), seconds=_SECONDS).returncode
     except (OSError, TimeoutError):
         return 255

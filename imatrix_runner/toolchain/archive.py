@@ -1,4 +1,4 @@
-"""Unpack tar and zip archives from outside without ever leaving the destination or filling the disk."""
+"""Unpacks untrusted tar and zip archives without leaving the destination or filling the disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EO
 
 
 class ArchiveError(Exception):
-    """An archive is damaged or wants to do what it must not; the text is one plain phrase."""
+    """An archive is damaged or tries something that is not allowed; the text is one plain phrase."""
 
 
 def unpack(
@@ -52,7 +52,7 @@ def unpack(
     except _DAMAGED as error:
         raise ArchiveError(f"it is damaged or cut short ({error})") from error
     except OSError as error:
-        if error.errno is None:  # gzip tells of bad data with a bare OSError
+        if error.errno is None:  # gzip reports bad data as a bare OSError
             raise ArchiveError(f"it is damaged or cut short ({error})") from error
         raise from_os_error(error, f"unpacking {archive.name}", into) from error
 
@@ -69,7 +69,7 @@ class _Budget:
 
 
 def safe_path(name: str) -> PurePosixPath:
-    """A member's name as a path below the destination, or :class:`ArchiveError`."""
+    """Return a member's name as a path below the destination. Raises :class:`ArchiveError` for any other."""
     path = PurePosixPath(name)
     if not name or "\0" in name or "\\" in name or ":" in name or path.is_absolute() or ".." in path.parts:
         raise ArchiveError(f"its member {name!r} would be written outside the destination")
@@ -87,8 +87,8 @@ def _safe_link(path: PurePosixPath, target: str) -> None:
 
 @contextmanager
 def opened_tar(archive: Path) -> Iterator[tarfile.TarFile]:
-    """A tar archive with any compression. Of its headers no more than :data:`_MAX_HEADER` bytes are read at once: tarfile takes
-    a long name or extended header whole, and a few packed kilobytes can say that it has gigabytes."""
+    """A tar archive with any compression. At most :data:`_MAX_HEADER` bytes of its headers are read at once: tarfile reads a
+    long name or extended header whole, and a few compressed kilobytes can announce gigabytes."""
     with archive.open("rb") as head:
         magic = head.read(6)
     opener = next((opener for start, opener in _OPENERS.items() if magic.startswith(start)), None)
@@ -120,7 +120,7 @@ def _unpack_tar(archive: Path, into: Path, budget: _Budget, check: Callable[[], 
         for member in tar:
             check()
             path = safe_path(member.name)
-            budget.spend(member.size)  # whatever kind it says it is: its bytes are read past
+            budget.spend(member.size)  # of any kind: its bytes are read to skip them
             if links.intersection(path.parents):
                 raise ArchiveError(f"its member {member.name!r} would be written through a link")
             if member.issym():
@@ -155,7 +155,7 @@ def _unpack_zip(archive: Path, into: Path, budget: _Budget, check: Callable[[], 
 
 
 def _copy_exactly(source: IO[bytes], target: IO[bytes], size: int) -> None:
-    # The size is the archive's own claim: believe it only as far as it keeps it.
+    # The size is what the archive claims, so the copy checks it.
     while block := source.read(_BLOCK):
         size -= len(block)
         if size < 0:

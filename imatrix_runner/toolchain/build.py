@@ -1,4 +1,4 @@
-"""Build llama.cpp's tools from source into the managed cache: plan (pure), then do, resumable at any moment."""
+"""Builds llama.cpp's tools from source into the managed cache: a pure plan, then a build that can resume at any moment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from imatrix_runner.environment import Needs
+from imatrix_runner.environment import ChildNeeds
 from imatrix_runner.errors import NoSpaceError, RunnerError, ToolchainError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Progress, Saved, Sink, Started, info
 from imatrix_runner.files import require_space
@@ -21,18 +21,18 @@ from imatrix_runner.process import Command, Outcome, Runner, end_tree, relevant_
 from imatrix_runner.toolchain.amx import amx_build
 from imatrix_runner.toolchain.diagnose import diagnose, finder, manager, missing_needs, needs_advice, tool_path
 from imatrix_runner.toolchain.probe import CONVERTER, TOOLS, Toolchain, executable
-from imatrix_runner.toolchain.program_proof import tell_weakness
+from imatrix_runner.toolchain.program_proof import warn_of_weakness
 from imatrix_runner.toolchain.source import (
     TESTED_VERSION,
     UPSTREAM,
-    Source,
+    LlamaCppSource,
     default_version,
     directory_source,
     fetch_sdist,
     git_source,
     unpack_source,
 )
-from imatrix_runner.toolchain.store import Record, Store, cache_dir, now, safe_name
+from imatrix_runner.toolchain.store import BuildRecord, Store, cache_dir, now, safe_name
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {
     "cpu": (),
@@ -58,7 +58,7 @@ _COUNTER = re.compile(r"^\[\s*(?:(\d{1,9})/(\d{1,9})|(\d{1,3})%)\]")
 class BuildRequest:
     """What to build. Of ``source`` (a checkout), ``ref`` (a tag) and ``version`` (of llama-cpp-python) at most one.
 
-    ``jobs`` None: as many as processors and memory allow. ``force`` builds again what is already there.
+    ``jobs`` None: as many as processors and memory allow. ``force`` builds again even if it is there.
     """
 
     backend: str = "cpu"
@@ -73,7 +73,7 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All that is decided before anything is done: names, folders and the two commands."""
+    """Everything that is decided before the build starts: names, folders and the two commands."""
 
     key: str
     backend: str
@@ -86,7 +86,7 @@ class BuildPlan:
 
 def plan_build(
     request: BuildRequest,
-    source: Source,
+    source: LlamaCppSource,
     *,
     cmake: str,
     ninja: bool,
@@ -101,7 +101,7 @@ def plan_build(
         "-DBUILD_SHARED_LIBS=ON",
         *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "SERVER", "APP")),
         "-DLLAMA_OPENSSL=OFF",
-        # The libraries lie beside the programs, wherever the folder is moved to.
+        # The libraries are next to the programs, wherever the folder is moved to.
         "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
         f"-DCMAKE_INSTALL_RPATH={'@loader_path' if system == 'darwin' else '$ORIGIN'}",
         *BACKENDS[request.backend],
@@ -122,14 +122,15 @@ def plan_build(
 
 
 def with_flags(plan: BuildPlan, flags: Sequence[str], env: Mapping[str, str]) -> BuildPlan:
-    """The plan with flags for the C and C++ compilers, after those of the environment, which CMake would no longer read."""
+    """Return the plan with flags for the C and C++ compilers, after those of the environment, which CMake would then ignore."""
     pairs = (("CMAKE_C_FLAGS", "CFLAGS"), ("CMAKE_CXX_FLAGS", "CXXFLAGS"))
     added = tuple(f"-D{name}={' '.join(filter(None, (env.get(inherited, ''), *flags)))}" for name, inherited in pairs)
     return replace(plan, flags=(*plan.flags, *added), configure=(*plan.configure, *added))
 
 
-def _build_number(source: Source) -> tuple[str, ...]:
-    """llama.cpp counts its commits for a build number; without the history only a tag bNNNN still tells it."""
+def _build_number(source: LlamaCppSource) -> tuple[str, ...]:
+    """Return the option for the build number. llama.cpp counts its commits for it; without the history only a tag bNNNN has
+    it."""
     if source.kind == "directory":
         return ()
     tag = re.fullmatch(r"b(\d+)", source.version)
@@ -137,7 +138,7 @@ def _build_number(source: Source) -> tuple[str, ...]:
 
 
 def default_jobs(processors: int, available_bytes: int) -> int:
-    """One compiler per processor, fewer when memory is short."""
+    """Return the number of compilers to run: one per processor, fewer when memory is short."""
     return max(1, min(processors, available_bytes // BYTES_PER_JOB))
 
 
@@ -150,10 +151,10 @@ def progress_of(line: str) -> tuple[int, int] | None:
 
 
 def build(request: BuildRequest, runner: Runner, sink: Sink) -> Toolchain:
-    """Make the toolchain asked for, or return it at once when it is there already.
+    """Build the requested toolchain, or return it at once if it exists.
 
-    Killed at any moment, the next call goes on where it was. Raises :class:`ToolchainError` with the reason and a remedy,
-    ``DownloadError`` when the source cannot be had, :class:`NoSpaceError`.
+    If killed, the next call continues where it stopped. Raises :class:`ToolchainError` with the reason and a remedy,
+    ``DownloadError`` when the source cannot be fetched, :class:`NoSpaceError`.
     """
     _check(request)
     store = Store(request.cache)
@@ -181,7 +182,7 @@ def build(request: BuildRequest, runner: Runner, sink: Sink) -> Toolchain:
         toolchain = _publish(plan, source, store)
         sink(Saved(str(toolchain.directory), toolchain.identity()))
         sink(Finished(_STEP, "done", toolchain.identity(), time.monotonic() - began))
-        tell_weakness(toolchain, store.root, sink)
+        warn_of_weakness(toolchain, store.root, sink)
         _clean(plan, source)
         return toolchain
 
@@ -195,12 +196,12 @@ def _check(request: BuildRequest) -> None:
         raise UsageError("Too many sources", "--source, --ref and --version exclude each other", "Give one of them, or none.")
     if request.jobs is not None and request.jobs < 1:
         raise UsageError(
-            f"-j {request.jobs} is no number of jobs", "it must be at least 1", "Leave -j out: it is chosen for you."
+            f"Invalid -j {request.jobs}", "the number of jobs must be at least 1", "Leave -j out to have it chosen."
         )
 
 
 def _built_before(request: BuildRequest, store: Store) -> Toolchain | None:
-    """What a published version was built into: known without fetching anything, so it works offline and without a compiler."""
+    """Return the toolchain built from a published version. Nothing is fetched, so it works offline and without a compiler."""
     if request.force or request.source is not None or request.ref is not None:
         return None
     wanted = ("sdist", request.version or default_version(), request.backend)
@@ -219,7 +220,7 @@ def _require_needs(request: BuildRequest) -> None:
         )
 
 
-def _source(request: BuildRequest, store: Store, runner: Runner, sink: Sink) -> Source:
+def _source(request: BuildRequest, store: Store, runner: Runner, sink: Sink) -> LlamaCppSource:
     if request.source is not None:
         return directory_source(request.source)
     if request.ref is not None:
@@ -234,9 +235,9 @@ def _compile(plan: BuildPlan, store: Store, runner: Runner, sink: Sink, *, afres
     env = {"PATH": tool_path(os.environ), "CLICOLOR": "0", "LC_ALL": "C", "CMAKE_COLOR_DIAGNOSTICS": "OFF"}
     lines = _Lines(sink)
     for argv in (plan.configure, plan.compile):
-        # Its folder as working directory marks everything the build starts as belonging to it (see _end_orphans).
+        # The working directory identifies all processes of the build (see _end_orphans).
         outcome = runner.run(
-            Command(argv, cwd=plan.build_dir, env=env, needs=Needs.COMPUTE | Needs.COMPILE),
+            Command(argv, cwd=plan.build_dir, env=env, needs=ChildNeeds.COMPUTE | ChildNeeds.COMPILE),
             log=log,
             on_text=lambda _stream, text: lines.feed(text),
         )
@@ -247,7 +248,7 @@ def _compile(plan: BuildPlan, store: Store, runner: Runner, sink: Sink, *, afres
 
 
 class _Lines:
-    """Turns the build tool's output, as it comes, into progress."""
+    """Turns the output of the build tool into progress events."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -264,7 +265,7 @@ class _Lines:
 def _prepare(plan: BuildPlan, afresh: bool) -> None:
     """Make the build folder ready: empty for a new plan, trustworthy for one that was interrupted.
 
-    ``afresh`` also empties one whose last build failed; a build that was only interrupted goes on either way.
+    ``afresh`` also empties one whose last build failed; a build that was only interrupted continues either way.
     """
     marker, failed = plan.build_dir / _PLAN_FILE, plan.build_dir / _FAILED_FILE
     wanted = "\n".join(plan.configure)
@@ -283,7 +284,7 @@ def _prepare(plan: BuildPlan, afresh: bool) -> None:
 
 
 def _end_orphans(build_dir: Path) -> None:
-    """End what a killed build of ours left running. We hold the lock, so nobody else may be building there."""
+    """End the processes that a killed build left running. The caller holds the lock, so no other build can be at work there."""
     for process in psutil.process_iter(["name", "cwd"]):
         name, cwd = process.info["name"] or "", process.info["cwd"]
         if cwd and name.removesuffix(".exe") in _BUILDERS and Path(cwd).is_relative_to(build_dir):
@@ -291,7 +292,7 @@ def _end_orphans(build_dir: Path) -> None:
 
 
 def _drop_unsure(build_dir: Path, jobs: int) -> None:
-    """Remove the newest results of a killed Make build: Make, unlike Ninja, trusts a half-written file for its date."""
+    """Remove the newest results of a killed Make build: Make, unlike Ninja, trusts a half-written file because of its date."""
     results = [
         path
         for pattern in ("*.o", "*.obj", "*.so*", "*.dylib", "*.a", "bin/*")
@@ -312,7 +313,7 @@ def _failure(outcome: Outcome, log: Path, plan: BuildPlan, store: Store) -> Runn
     return ToolchainError(f"Building llama.cpp ({plan.key}) failed", f"{why}\n{lines}", f"{todo} Full log: {log}")
 
 
-def _publish(plan: BuildPlan, source: Source, store: Store) -> Toolchain:
+def _publish(plan: BuildPlan, source: LlamaCppSource, store: Store) -> Toolchain:
     with store.scratch(store.toolchains, plan.key) as scratch:
         try:
             _copy_binaries(plan.build_dir, scratch / "bin")
@@ -320,7 +321,7 @@ def _publish(plan: BuildPlan, source: Source, store: Store) -> Toolchain:
             cmake, compiler = _cmake_version(plan.build_dir), _compiler(plan.build_dir)
         except OSError as error:
             raise from_os_error(error, "assembling the toolchain", scratch) from error
-        record = Record(
+        record = BuildRecord(
             key=plan.key,
             kind=source.kind,
             source=source.origin,
@@ -337,7 +338,8 @@ def _publish(plan: BuildPlan, source: Source, store: Store) -> Toolchain:
 
 
 def _copy_binaries(build_dir: Path, into: Path) -> None:
-    """The programs and, beside them, every shared library, links kept: programs and Python load them by plain names."""
+    """Copy the programs and, next to them, every shared library. Links stay: programs and Python load libraries by plain
+    names."""
     into.mkdir(parents=True)
     made = next((folder for folder in (build_dir / "bin" / "Release", build_dir / "bin") if folder.is_dir()), build_dir)
     programs = {executable(made, tool).name for tool in TOOLS}
@@ -347,7 +349,7 @@ def _copy_binaries(build_dir: Path, into: Path) -> None:
 
 
 def _copy_converter(tree: Path, into: Path) -> None:
-    """The Hugging Face converter with all it imports and reads; old trees without one simply have none."""
+    """Copy the Hugging Face converter with everything it imports and reads, if the tree has one."""
     if not (tree / CONVERTER).is_file():
         return
     into.mkdir(parents=True)
@@ -373,8 +375,8 @@ def _compiler(build_dir: Path) -> str:
     return ""
 
 
-def _clean(plan: BuildPlan, source: Source) -> None:
-    """Remove what only the build needed; the toolchain stands on its own. A leftover is harmless and reused."""
+def _clean(plan: BuildPlan, source: LlamaCppSource) -> None:
+    """Remove files that only the build needed. A leftover is harmless and reused."""
     shutil.rmtree(plan.build_dir, ignore_errors=True)
     if source.kind == "sdist":
         shutil.rmtree(source.tree.parent.parent, ignore_errors=True)

@@ -1,31 +1,26 @@
-"""What the programs of a toolchain read, write and take beyond the spellings of their options: found out by trying.
+"""What the programs of a toolchain read, write and accept beyond the names of their options: determined by tests.
 
 No help text names the imatrix formats that llama-quantize reads: releases before mid-2025 and some forks read the legacy
-``.dat`` only, so it is given a matrix of one entry in each format, for a model of two tensors. What came of it is remembered
-in the cache for as long as the program stays what it is.
+``.dat`` only, so it is given a matrix of one entry in each format, for a model of two tensors. The result is remembered in the
+cache for as long as the program is unchanged.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 import imatrix_runner
 from imatrix_runner.files import stamp
-from imatrix_runner.models.gguf_skeleton import (
-    ZeroTensor,
-    float_entry,
-    integer_entry,
-    text_entry,
-    texts_entry,
-    write_zeros,
-)
+from imatrix_runner.models.gguf_skeleton import write_zeros
+from imatrix_runner.models.gguf_writer import NewTensor, float_entry, integer_entry, text_entry
+from imatrix_runner.models.imatrix_layout import imatrix_entries, imatrix_tensors, legacy_begin, legacy_end, legacy_entry
 from imatrix_runner.process import Command, capture
 from imatrix_runner.remembered import recall, remember
 from imatrix_runner.scratch import scratch_folder
@@ -39,8 +34,25 @@ _SECONDS = 20.0
 _F32 = 0
 _COLUMNS = 256
 _ENTRY = "blk.0.attn_v.weight"
+_DATASET = "probe"
 _ENTRIES_KEY = b"quantize.imatrix.entries_count"
-"""llama-quantize writes this key when it has used a matrix; older ones than that (April 2024) are not known to be in use."""
+"""llama-quantize writes this key when it has used a matrix, since April 2024; older programs are not known to be in use."""
+
+
+@dataclass(frozen=True)
+class MatrixSupport:
+    """``reads``: the imatrix format that llama-quantize takes; None if it used neither in a test. ``writes``: the one that
+    llama-imatrix writes."""
+
+    reads: MatrixFormat | None
+    writes: MatrixFormat
+
+    def __str__(self) -> str:
+        reads = _NAMES[self.reads] if self.reads is not None else "neither of the known formats"
+        return f"{QUANTIZE} reads {reads}, {IMATRIX} writes {_NAMES[self.writes]}"
+
+
+_NAMES = {"gguf": "GGUF", "dat": "the legacy .dat"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Capabilities:
 
 
 class _Remembered(msgspec.Struct, frozen=True):
-    """What was found for one program, whose path, stamp and so on are in ``key``."""
+    """The result for one program; ``key`` covers its path, stamp and more."""
 
     key: str
     reads: MatrixFormat
@@ -65,43 +77,49 @@ class _Remembered(msgspec.Struct, frozen=True):
 
 def capabilities(toolchain: Toolchain, cache: Path) -> Capabilities:
     """The :class:`Capabilities` of a toolchain; llama-quantize is run unless the answer is remembered in ``cache``."""
+    support = matrix_support(toolchain, cache)
     return Capabilities(
-        reads=_reads(toolchain, cache),
+        # Neither is read: use llama.cpp's current format; the program reports the problem when a level is planned.
+        reads=support.reads or "gguf",
         plans=toolchain.knows(QUANTIZE, "--dry-run"),
-        counts_experts=not toolchain.takes(IMATRIX).legacy_matrix,
+        counts_experts=support.writes == "gguf",
     )
 
 
-def _reads(toolchain: Toolchain, cache: Path) -> MatrixFormat:
+def matrix_support(toolchain: Toolchain, cache: Path) -> MatrixSupport:
+    """The imatrix formats of a toolchain; llama-quantize is run unless the answer is remembered in ``cache``."""
+    return MatrixSupport(_reads(toolchain, cache), "dat" if toolchain.takes(IMATRIX).legacy_matrix else "gguf")
+
+
+def _reads(toolchain: Toolchain, cache: Path) -> MatrixFormat | None:
     program, plans = toolchain.tool(QUANTIZE), toolchain.knows(QUANTIZE, "--dry-run")
     key = _key(toolchain, program)
     remembered = recall(cache / _FOLDER, key, _Remembered)
     if remembered is not None:
         return remembered.reads
     found = _ask(program, plans=plans)
-    if found is None:
-        return "gguf"  # neither is read: llama.cpp's current format, and the program's own words when a level is planned
-    remember(cache / _FOLDER, _Remembered(key, found))
+    if found is not None:
+        remember(cache / _FOLDER, _Remembered(key, found))
     return found
 
 
 def _key(toolchain: Toolchain, program: Path) -> str:
-    """Everything the answer depends on, as one digest."""
+    """Return one digest of everything the result depends on."""
     parts = [imatrix_runner.__version__, str(program.absolute()), str(stamp(program)), toolchain.identity()]
     real = program.resolve()
     parts += [f"{real} {stamp(real)}"]
-    # A shared build's reader of matrices lies in a library next to the program.
+    # In a shared build the reader of matrices is in a library next to the program.
     parts += [f"{path.name} {stamp(path)}" for path in sorted(real.parent.glob("*llama*")) if path.is_file()]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _ask(program: Path, *, plans: bool) -> MatrixFormat | None:
-    """The first format of which llama-quantize uses the matrix; None if it uses neither. Where it can plan (``--dry-run``) that
-    is enough: it reads the matrix first, and ends with an error if it cannot."""
+    """Return the first format in which llama-quantize uses a matrix; None if it uses neither. A dry run is enough where it
+    exists: it reads the matrix first, and ends with an error if it cannot."""
     kinds: tuple[MatrixFormat, ...] = ("gguf", "dat")
     with scratch_folder() as folder:
         model = folder / "model.gguf"
-        write_zeros(model, _tiny_llama(), [ZeroTensor("token_embd.weight", (_COLUMNS, 32), _F32), *_attention()])
+        write_zeros(model, _tiny_llama(), [NewTensor("token_embd.weight", (_COLUMNS, 32), _F32), *_attention()])
         for kind, matrix in zip(kinds, (_matrix_gguf(folder), _matrix_dat(folder)), strict=True):
             out = folder / f"out-{kind}.gguf"
             options = ("--imatrix", str(matrix), *(["--dry-run"] if plans else []))
@@ -116,7 +134,7 @@ def _ask(program: Path, *, plans: bool) -> MatrixFormat | None:
 
 
 def _tiny_llama() -> Iterator[bytes]:
-    """The metadata that every llama.cpp since 2023 wants to see of a llama of one layer."""
+    """Yield the metadata that every llama.cpp since 2023 requires of a llama model with one layer."""
     yield text_entry("general.architecture", "llama")
     yield text_entry("general.name", "probe")
     for key, value in (
@@ -133,24 +151,21 @@ def _tiny_llama() -> Iterator[bytes]:
     yield float_entry("llama.attention.layer_norm_rms_epsilon", 1e-5)
 
 
-def _attention() -> Iterator[ZeroTensor]:
-    """The weight that the matrix is about: llama.cpp counts these, one per layer."""
-    yield ZeroTensor(_ENTRY, (_COLUMNS, _COLUMNS), _F32)
+def _attention() -> Iterator[NewTensor]:
+    """Yield the weight that the matrix has data for: llama.cpp counts these, one per layer."""
+    yield NewTensor(_ENTRY, (_COLUMNS, _COLUMNS), _F32)
 
 
 def _matrix_gguf(folder: Path) -> Path:
-    """A matrix in llama.cpp's current format. A reader of the legacy one finds lengths in it that end within the file."""
+    """Write a matrix in llama.cpp's current format. A reader of the legacy format finds lengths in it that end within the
+    file."""
     path = folder / "matrix.gguf"
-    keys = [text_entry("general.type", "imatrix"), texts_entry("imatrix.datasets", ["probe"])]
-    keys += [integer_entry("imatrix.chunk_count", 1), integer_entry("imatrix.chunk_size", 512)]
-    tensors = [ZeroTensor(f"{_ENTRY}.in_sum2", (_COLUMNS, 1), _F32), ZeroTensor(f"{_ENTRY}.counts", (1, 1), _F32)]
-    write_zeros(path, keys, tensors)
+    write_zeros(path, imatrix_entries([_DATASET], 1, 512), list(imatrix_tensors(_ENTRY, 1, _COLUMNS)))
     return path
 
 
 def _matrix_dat(folder: Path) -> Path:
     path = folder / "matrix.dat"
-    name = _ENTRY.encode()
-    head = struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 1, _COLUMNS)
-    path.write_bytes(head + struct.pack(f"<{_COLUMNS}f", *[1.0] * _COLUMNS) + struct.pack("<ii", 1, 5) + b"probe")
+    entry = legacy_entry(_ENTRY.encode(), 1, np.ones(_COLUMNS, np.float32))
+    path.write_bytes(legacy_begin(1) + entry + legacy_end(1, _DATASET.encode()))
     return path

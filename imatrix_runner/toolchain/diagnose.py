@@ -1,4 +1,4 @@
-"""What a build needs, what to install when it is missing, and what a failed build's log means."""
+"""The requirements of a build, what to install if one is missing, and the causes of failed builds from their logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imatrix_runner.environment import find_program, search_path
 
 Find = Callable[[str], str | None]
 
-# What to install, by package manager; "" is the advice where none of them is at hand.
+# What to install, by package manager; "" is the advice where none of them is available.
 _PACKAGES: Mapping[str, Mapping[str, str]] = {
     "cmake": {
         "apt-get": "cmake",
@@ -71,7 +71,7 @@ _HIP_PLACES = ("/opt/rocm/bin/hipcc",)
 
 @dataclass(frozen=True)
 class Need:
-    """Something a build cannot do without: a plain phrase, and the thing to install."""
+    """A requirement of a build: a plain phrase, and what to install."""
 
     what: str
     thing: str
@@ -79,7 +79,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why a build failed, in one phrase, and what to do. ``full_disk`` asks for another class of error."""
+    """Why a build failed, in one phrase, and what to do. ``full_disk``: the error is a :class:`NoSpaceError`."""
 
     why: str
     todo: str
@@ -87,7 +87,7 @@ class Diagnosis:
 
 
 def tool_path(env: Mapping[str, str]) -> str:
-    """``PATH`` with this Python's own scripts added: ``pip install cmake ninja`` counts without an activated venv."""
+    """``PATH`` with this Python's own scripts added: so ``pip install cmake ninja`` works without an activated venv."""
     return os.pathsep.join(filter(None, (search_path(env), str(Path(sys.executable).parent))))
 
 
@@ -98,7 +98,7 @@ def finder(env: Mapping[str, str]) -> Find:
 
 
 def manager(find: Find) -> str:
-    """The package manager of this machine, empty when none is known."""
+    """Return the package manager of this machine; empty if none is known."""
     return next((name for name in _INSTALL if find(name)), "")
 
 
@@ -111,7 +111,7 @@ def how_to_install(thing: str, with_manager: str) -> str:
 
 
 def missing_needs(backend: str, by_git: bool, env: Mapping[str, str], find: Find, system: str = sys.platform) -> list[Need]:
-    """Everything this machine lacks for a build, all at once, before anything starts."""
+    """Return everything that this machine lacks for a build, before the build starts."""
 
     def any_of(*names: str | None) -> bool:
         return any(find(name) for name in names if name)
@@ -146,7 +146,7 @@ def missing_needs(backend: str, by_git: bool, env: Mapping[str, str], find: Find
     return needs
 
 
-# First match wins. A thing of _PACKAGES as remedy means: install it.
+# First match wins. A key of _PACKAGES as remedy means: install it.
 _SIGNS: tuple[tuple[str, str, str], ...] = (
     (r"Disk quota exceeded", "the disk quota is used up", "disk"),
     (r"No space left on device", "the disk is full", "disk"),
@@ -192,7 +192,7 @@ _SIGNS: tuple[tuple[str, str, str], ...] = (
 
 
 def diagnose(lines: Sequence[str], out_of_memory: bool, with_manager: str) -> Diagnosis | None:
-    """What the log of a failed build tells, or None when it tells nothing we know."""
+    """Return the cause of a failed build from its log, or None if it is unknown."""
     if out_of_memory:
         lines = [*lines, "virtual memory exhausted"]
     text = "\n".join(lines)
@@ -202,7 +202,7 @@ def diagnose(lines: Sequence[str], out_of_memory: bool, with_manager: str) -> Di
         if remedy == "disk":
             return Diagnosis(why, "Free some space, or choose another disk with IMATRIX_RUNNER_CACHE.", full_disk=True)
         if remedy == "fresh":
-            return Diagnosis(why, "Start the build afresh with: imatrix-runner tools build --force")
+            return Diagnosis(why, "Start the build again from scratch with: imatrix-runner tools build --force")
         if remedy in _PACKAGES:
             return Diagnosis(why, f"{_sentence(how_to_install(remedy, with_manager))}, then run the same command again.")
         return Diagnosis(why, remedy)
@@ -214,7 +214,7 @@ def _sentence(text: str) -> str:
 
 
 def needs_advice(needs: Sequence[Need], with_manager: str) -> str:
-    """One line that says how to get everything that is missing."""
+    """Return one line that says how to install everything that is missing."""
     if with_manager and all(with_manager in _PACKAGES[need.thing] for need in needs):
         packages = " ".join(_PACKAGES[need.thing][with_manager] for need in needs)
         return f"Type: {_INSTALL[with_manager]} {packages}"

@@ -1,7 +1,8 @@
-"""What accelerators this machine has, as far as its own tools tell; only for advice, never for decisions."""
+"""The accelerators of this machine, as reported by its own tools; only for advice, never for decisions."""
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -12,14 +13,14 @@ from imatrix_runner.process import Command, capture
 
 _SECONDS = 10.0
 _MAX_GPUS = 64
-_TOLD = re.compile(
+_GPU_LINE = re.compile(
     r"(?:(?P<device>[\w.-]{1,40}): )?(?P<name>.{1,200}?)(?: \((?P<total>\d{1,9}) MiB(?:, (?P<free>\d{1,9}) MiB free)?\))?"
 )
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its name, and its memory in bytes as far as it is told (Apple's shares the machine's). ``device``: llama.cpp's
+    """A GPU by its name, and its memory in bytes if reported (Apple's GPUs share the machine's). ``device``: llama.cpp's
     name for it, ``CUDA0``."""
 
     name: str
@@ -29,7 +30,8 @@ class Gpu:
 
 
 def gpus() -> tuple[str, ...]:
-    """One line per GPU: ``NVIDIA H200 (143771 MiB)``, ``AMD Instinct MI300X``, ``Apple M3 Max (Metal)``; empty without one."""
+    """Return one line per GPU: ``NVIDIA H200 (143771 MiB)``, ``AMD Instinct MI300X``, ``Apple M3 Max (Metal)``; empty without
+    one."""
     found = [*parse_nvidia(_say("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"))]
     found += parse_rocm(_say("rocminfo"))
     if platform.system() == "Darwin" and platform.machine() == "arm64":
@@ -38,11 +40,11 @@ def gpus() -> tuple[str, ...]:
 
 
 def parse_gpus(lines: Sequence[str]) -> tuple[Gpu, ...]:
-    """GPUs as :func:`gpus` tells them, or as ``--list-devices`` does: ``CUDA0: NVIDIA H200 (143771 MiB, 143041 MiB free)``.
+    """Parse GPUs from the lines of :func:`gpus` or of ``--list-devices``: ``CUDA0: NVIDIA H200 (143771 MiB, 143041 MiB free)``.
 
-    A build with several backends names each GPU once for each: those of the first backend count.
+    A build with several backends lists each GPU once for each backend: those of the first backend count.
     """
-    found = [_gpu(match) for line in lines[:_MAX_GPUS] if (match := _TOLD.fullmatch(line))]
+    found = [_gpu(match) for line in lines[:_MAX_GPUS] if (match := _GPU_LINE.fullmatch(line))]
     return tuple(gpu for gpu in found if _backend(gpu) == _backend(found[0]))
 
 
@@ -56,14 +58,15 @@ def _backend(gpu: Gpu) -> str:
 
 
 def may_have_gpu(devices: Path = Path("/dev"), system: str = platform.system()) -> bool:
-    """Whether asking programs for GPUs can be worth the time: on Linux every driver shows its devices in ``/dev``."""
+    """Whether the machine may have a GPU, so that programs should be asked: on Linux every driver shows its devices in
+    ``/dev``."""
     if system != "Linux":
         return True
     return any(next(devices.glob(pattern), None) for pattern in ("nvidia[0-9]*", "dri/renderD*", "kfd", "dxg", "mali*"))
 
 
 def likes_bf16(features: str) -> bool:
-    """Whether BF16 weights compute faster than F16 and F32 ones on this processor, by llama.cpp's own line about it.
+    """Whether BF16 weights compute faster than F16 and F32 ones on this processor, by llama.cpp's own list of features.
 
     Measured with AVX512_BF16 only: 1.34 to 1.43 times F16's speed.
     """
@@ -71,14 +74,14 @@ def likes_bf16(features: str) -> bool:
 
 
 def backend_for(gpu: str) -> str:
-    """The backend to build for a GPU as :func:`gpus` names it."""
+    """Return the backend to build for a GPU, as named by :func:`gpus`."""
     if gpu.endswith("(Metal)"):
         return "metal"
     return "hip" if gpu.startswith("AMD") else "cuda"
 
 
 def advice(found: Sequence[str], backends: Sequence[str]) -> str | None:
-    """A sentence for machines whose GPU lies idle because the toolchain cannot use it, else None."""
+    """Return a sentence for a machine whose GPU the toolchain cannot use, else None."""
     if not found or any(backend != "cpu" for backend in backends):
         return None
     return f"{found[0]} is there, but this toolchain is CPU-only: imatrix-runner tools build --backend {backend_for(found[0])}"
@@ -103,18 +106,22 @@ def parse_rocm(text: str) -> list[str]:
 
 
 def _say(*argv: str) -> str:
-    """What a tool says; nothing when it is not installed, fails, or does not answer in time."""
+    """Return a tool's output; empty if it is not installed, fails, or does not answer in time."""
     try:
-        told = capture(Command(argv), seconds=_SECONDS)
+        captured = capture(Command(argv), seconds=_SECONDS)
     except (OSError, TimeoutError):
         return ""
-    return told.stdout if told.returncode == 0 else ""
+    return captured.stdout if captured.returncode == 0 else ""
 
 
 def cpu_features() -> str:
-    """What the processor can do, as text to tell it from another one (Linux; elsewhere only its name)."""
+    """Return the processor's features as text, to distinguish it from another one (Linux; elsewhere only its name or kind).
+
+    Not by :func:`platform.processor`, which starts ``uname`` with the user's whole environment, tokens included.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+        lines = []
+    unknown = os.environ.get("PROCESSOR_IDENTIFIER") or platform.machine()  # the former on Windows
+    return next((line for line in lines if line.startswith(("flags", "Features"))), unknown)

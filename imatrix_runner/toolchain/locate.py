@@ -1,4 +1,4 @@
-"""Find llama.cpp's binaries: the place the user named, or the first of the usual ones where they run."""
+"""Finds llama.cpp's binaries: in the directory the user named, or in the first of the usual places where they run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _OPTION = "--llama-cpp"
 _PATH = "PATH"
 _USUAL = "usual place"
 _NAMED = (_OPTION, ENV_VARIABLE)
-# Where a directory that people call "llama.cpp" keeps its binaries: itself, an install prefix, a build tree.
+# Where a llama.cpp directory keeps its binaries: in itself, an install prefix, a build tree.
 _INSIDE = ("", "bin", "build/bin", "build/bin/Release")
 _MAX_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Found:
-    """The first toolchain that runs, if any, and the candidates before it that did not count."""
+    """The first toolchain that runs, if any, and the candidates that were rejected before it."""
 
     toolchain: Toolchain | None
     rejected: tuple[Rejection, ...]
@@ -42,8 +42,8 @@ def locate(
 ) -> Found:
     """Look in the order: ``explicit`` or :data:`ENV_VARIABLE` (then nowhere else), the managed cache, PATH, usual places.
 
-    Nothing is raised: :func:`require` turns a failure into an error, ``doctor`` shows it. ``seconds`` bounds each probe's
-    single runs.
+    Raises nothing: :func:`require` turns a failure into an error, ``doctor`` shows it. ``seconds`` limits each single run of a
+    probe.
     """
     rejected: list[Rejection] = []
     seen: set[Path] = set()
@@ -60,7 +60,7 @@ def locate(
 
 
 def require(found: Found) -> Toolchain:
-    """The toolchain, or a :class:`ToolchainError` that says which candidates were refused and how to get one."""
+    """Return the toolchain. Raises :class:`ToolchainError` with the rejected candidates and how to get one."""
     if found.toolchain is not None:
         return found.toolchain
     named = next((entry for entry in found.rejected if entry.origin in _NAMED), None)
@@ -79,7 +79,7 @@ def require(found: Found) -> Toolchain:
 
 
 def usual_places(env: Mapping[str, str], system: str) -> tuple[Path, ...]:
-    """Where package managers and people put llama.cpp on this system."""
+    """Return the usual places of llama.cpp on this system, from package managers and builds by hand."""
     if system == "win32":
         roots = [env[name] for name in ("ProgramFiles", "ProgramW6432", "LOCALAPPDATA", "USERPROFILE") if env.get(name)]
         inside = ("llama.cpp", "Programs/llama.cpp", "Microsoft/WinGet/Links")
@@ -99,7 +99,7 @@ def _candidates(explicit: Path | None, env: Mapping[str, str], cache: Path, syst
     for folder, _ in Store(cache).complete():
         yield folder / "bin", ORIGIN
     for entry in env.get("PATH", "").split(os.pathsep):
-        # A relative entry means "wherever I stand": what lies there by chance must not be run.
+        # A relative entry depends on the current directory: programs that are there by chance must not be run.
         if Path(entry).is_absolute() and _holds_any(Path(entry)):
             yield Path(entry), _PATH
     for place in usual_places(env, system):
@@ -108,10 +108,10 @@ def _candidates(explicit: Path | None, env: Mapping[str, str], cache: Path, syst
 
 
 def _inside(directory: Path, *, old_names: bool = False) -> Path:
-    """The folder in or below ``directory`` that holds binaries; ``directory`` itself when none does.
+    """Return the folder in or below ``directory`` that holds binaries; ``directory`` itself if none does.
 
-    ``old_names``: also those that were called ``imatrix`` and ``quantize``; only where the user says that they are
-    llama.cpp's, because programs of other projects have such names too.
+    ``old_names``: accept the old names ``imatrix`` and ``quantize``, too; only where the user says that they are llama.cpp's,
+    because other projects have programs of these names.
     """
     places = [directory / place for place in _INSIDE]
     found = next((place for place in places if _holds_any(place)), None)

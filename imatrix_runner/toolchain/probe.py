@@ -1,4 +1,4 @@
-"""Prove that a directory holds llama.cpp binaries that run here, and read what they can do from their own help."""
+"""Checks that a directory holds llama.cpp binaries that run here, and reads their abilities from their own help."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from imatrix_runner.endings import ending, signal_name
 from imatrix_runner.errors import ToolchainError
 from imatrix_runner.process import Captured, Command, capture
 from imatrix_runner.scratch import scratch_folder
+from imatrix_runner.toolchain.quant_type import QuantType
 from imatrix_runner.toolchain.usage import Usage, read_usage
 
 TOOLS = ("llama-imatrix", "llama-quantize", "llama-tokenize", "llama-perplexity", "llama-gguf-split")
 NEEDED = ("llama-imatrix", "llama-quantize")
 COUNTER = "llama-tokenize"
-"""Only tokens are counted with it, and some forks do not ship it: it may be absent, but where it is it must run."""
+"""It only counts tokens, and some forks do not ship it: it may be absent, but if present it must run."""
 CONVERTER = "convert_hf_to_gguf.py"
 
 _SUFFIX = ".exe" if os.name == "nt" else ""
@@ -25,7 +26,7 @@ _MAX_TEXT = 1 << 20
 _MAX_TYPES = 500
 _MAX_DEVICES = 64
 
-# A help line names its options at the left; descriptions, and their continuations, stand further right.
+# A help line has its options at the left; descriptions, and their continuations, are further right.
 _OPTION_LINE = re.compile(r"^\s{0,12}((?:--?[A-Za-z][\w-]*(?:,\s*)?)+)", re.MULTILINE)
 _OPTION_IN_USAGE = re.compile(r"\[(--?[A-Za-z][\w-]*)")
 _SPELLING = re.compile(r"--?[A-Za-z][\w-]*")
@@ -35,7 +36,7 @@ _ALIAS = re.compile(r"alias for (\w+)")
 _VERSION = re.compile(r"version:\s*(\S+)(?:\s*\(([^)]*)\))?")
 _BACKENDS = ("cuda", "vulkan", "metal", "hip", "sycl", "opencl", "musa", "cann", "rpc", "openvino")
 _BACKEND_LIBRARY = re.compile(rf"^(?:lib)?ggml-({'|'.join(_BACKENDS)})\b.*\.(?:so|dll|dylib)")
-# Most telling first: a HIP build speaks of ROCm devices but shares CUDA's source files and their messages.
+# Most specific first: a HIP build mentions ROCm devices but shares CUDA's source files and their messages.
 _BACKEND_WORDS = (
     ("hip", re.compile(r"\bROCm\d*\b|ggml_hip", re.IGNORECASE)),
     ("cuda", re.compile(r"\bCUDA\d*\b|ggml_cuda_init")),
@@ -48,21 +49,8 @@ _MISSING_LIBRARY = re.compile(r"error while loading shared libraries: ([^:\s]+)|
 
 
 @dataclass(frozen=True)
-class QuantType:
-    """A quantisation type as ``llama-quantize`` offers it: ``Q4_K_M``, ftype 15, one line of help.
-
-    ``number`` is None where the help gives none (``COPY``); ``alias_of`` names the type a short name stands for.
-    """
-
-    name: str
-    number: int | None
-    help: str
-    alias_of: str = ""
-
-
-@dataclass(frozen=True)
 class Rejection:
-    """A candidate that does not count, with the reason in one plain phrase."""
+    """A rejected candidate, with the reason in one plain phrase."""
 
     directory: Path
     origin: str
@@ -88,12 +76,12 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Toolchain:
-    """llama.cpp binaries that ran, and what they said about themselves.
+    """llama.cpp binaries that ran, and what they reported about themselves.
 
     ``origin`` says how they were found. ``backends`` is ``cpu`` plus what this build can use (``cuda``, ``vulkan``, …);
-    ``devices`` are the lines of ``--list-devices``. ``types`` keeps the order of ``llama-quantize``'s help, and is open: a
-    fork's own types are there too. ``options`` maps a tool to the spellings its help knows. ``converter`` is
-    ``convert_hf_to_gguf.py`` when it lies beside.
+    ``devices`` are the lines of ``--list-devices``. ``types`` keeps the order of ``llama-quantize``'s help, and may include a
+    fork's own types. ``options`` maps a tool to the spellings in its help. ``converter`` is ``convert_hf_to_gguf.py`` if it is
+    next to them.
     """
 
     directory: Path
@@ -110,7 +98,7 @@ class Toolchain:
     usage: Mapping[str, Usage] = field(default_factory=dict)
 
     def tool(self, name: str) -> Path:
-        """The path of one binary; :class:`ToolchainError` when this toolchain does not have it."""
+        """Return the path of one binary. Raises :class:`ToolchainError` if this toolchain does not have it."""
         path = self.tools.get(name)
         if path is None:
             raise ToolchainError(
@@ -125,11 +113,11 @@ class Toolchain:
         return option in self.options.get(tool, frozenset())
 
     def takes(self, tool: str) -> Usage:
-        """How ``tool`` takes its options; like llama.cpp's current programs where its help was not read."""
+        """Return how ``tool`` takes its options; as llama.cpp's current programs do if its help was not read."""
         return self.usage.get(tool) or Usage()
 
     def type(self, name: str) -> QuantType | None:
-        """The quantisation type called ``name``, in any case, or None."""
+        """Return the quantisation type named ``name``, in upper or lower case, or None."""
         return next((entry for entry in self.types if entry.name.lower() == name.lower()), None)
 
     def identity(self) -> str:
@@ -141,12 +129,12 @@ class Toolchain:
 
 
 def executable(directory: Path, tool: str) -> Path:
-    """Where ``tool`` is in ``directory`` if it is there."""
+    """Return the path that ``tool`` has in ``directory`` if it is there."""
     return directory / f"{tool}{_SUFFIX}"
 
 
 def program(directory: Path, tool: str) -> Path:
-    """Where ``tool`` is in ``directory``, also under the name it had before June 2024: without ``llama-``."""
+    """Return the path of ``tool`` in ``directory``, also under its name before June 2024: without ``llama-``."""
     path, old = executable(directory, tool), executable(directory, tool.removeprefix("llama-"))
     return old if old.is_file() and not path.is_file() else path
 
@@ -154,7 +142,7 @@ def program(directory: Path, tool: str) -> Path:
 def probe(directory: Path, origin: str, *, seconds: float = 20) -> Toolchain:
     """Run every binary in ``directory`` and read its abilities; raise :class:`Rejected` unless all :data:`NEEDED` run.
 
-    ``seconds`` bounds each single run.
+    ``seconds`` limits each single run.
     """
     paths = {tool: program(directory, tool) for tool in TOOLS}
     missing = [tool for tool in NEEDED if not paths[tool].is_file()]
@@ -166,7 +154,7 @@ def probe(directory: Path, origin: str, *, seconds: float = 20) -> Toolchain:
 
     must = (*NEEDED, *([COUNTER] if paths[COUNTER].is_file() else []))
     try:
-        told = ask("llama-imatrix", "--version")
+        version_shown = ask("llama-imatrix", "--version")
         helps = {tool: _text(ask(tool, "--help")) for tool in must}
         options = {tool: parse_options(text) for tool, text in helps.items()}
         types = parse_types(helps["llama-quantize"])
@@ -180,14 +168,14 @@ def probe(directory: Path, origin: str, *, seconds: float = 20) -> Toolchain:
                 try:
                     helps[tool] = _text(ask(tool, "--help"))
                 except _Unfit:
-                    continue  # not needed: it is simply not part of this toolchain
+                    continue  # not required: it is not part of this toolchain
                 options[tool] = parse_options(helps[tool])
         listed = ask("llama-imatrix", "--list-devices") if "--list-devices" in options["llama-imatrix"] else None
     except _Unfit as unfit:
         raise Rejected(directory, origin, str(unfit)) from unfit
-    version, build, commit = parse_version(_text(told))
+    version, build, commit = parse_version(_text(version_shown))
     devices = parse_devices(_text(listed)) if listed and listed.returncode == 0 else ()
-    spoken = _text(told) + (_text(listed) if listed else "")
+    spoken = _text(version_shown) + (_text(listed) if listed else "")
     home = paths["llama-imatrix"].resolve().parent
     return Toolchain(
         directory=directory,
@@ -206,13 +194,13 @@ def probe(directory: Path, origin: str, *, seconds: float = 20) -> Toolchain:
 
 
 class _Unfit(Exception):
-    """Why one binary does not count."""
+    """Why one binary was rejected."""
 
 
 def _ask(path: Path, arguments: Iterable[str], seconds: float) -> Captured:
     name = path.name
     try:
-        # Releases of 2024 and forks write a log where they are started.
+        # Releases of 2024 and forks write a log to the current directory.
         with scratch_folder() as folder:
             answer = capture(Command((str(path.absolute()), *arguments), cwd=folder), seconds=seconds)
     except TimeoutError as error:
@@ -230,9 +218,9 @@ def _ask(path: Path, arguments: Iterable[str], seconds: float) -> Captured:
 
 
 def why_unfit(answer: Captured) -> str:
-    """Why a run of ``--help`` or ``--version`` does not count as running; empty when it does.
+    """Return why a run of ``--help`` or ``--version`` failed; empty if it succeeded.
 
-    Exit code 1 counts: ``llama-quantize`` ends so after its help.
+    Exit code 1 counts as success: ``llama-quantize`` ends with it after its help.
     """
     code, text = answer.returncode, _text(answer)
     if library := _MISSING_LIBRARY.search(text):
@@ -241,7 +229,7 @@ def why_unfit(answer: Captured) -> str:
         return "it was built for a newer system (its C or C++ library is newer than this machine's)"
     if code in (0, 1):
         return ""
-    # What a crash leaves of a log are ordinary lines; who gives up says why.
+    # After a crash the last lines are ordinary output; a program that aborts says why.
     return ending(code) if signal_name(code) not in ("", "SIGABRT") else f"{ending(code)}{_last_line(text)}"
 
 
@@ -280,7 +268,7 @@ def parse_types(text: str) -> tuple[QuantType, ...]:
 
 
 def parse_version(text: str) -> tuple[str, str, str]:
-    """``(version, build, commit)`` of ``--version``; ``unknown`` and empty strings for what it does not tell.
+    """``(version, build, commit)`` of ``--version``; ``unknown`` and empty strings for what it does not state.
 
     Two shapes are known: ``version: 0.5.0-dev (build 1, commit 0c1e570)`` and the older ``version: 4567 (abcdef1)``, whose
     number is the build.
@@ -292,7 +280,7 @@ def parse_version(text: str) -> tuple[str, str, str]:
     build = re.search(r"build (\w{1,32})", inside)
     commit = re.search(r"commit ([\w.+-]{1,64})", inside) or re.fullmatch(r"([0-9a-f]{6,40})", inside.strip())
     number = build.group(1) if build else version if version.isdigit() else ""
-    # A source tree without its history counts 0 commits: that is no build number.
+    # A source tree without its history counts 0 commits, which is not a build number.
     return version, "" if number == "0" else number, commit.group(1) if commit else ""
 
 
@@ -304,7 +292,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
 
 
 def find_backends(text: str, libraries: Iterable[str]) -> tuple[str, ...]:
-    """``cpu`` plus every backend that the tools speak of or that lies beside them as a ggml library."""
+    """``cpu`` plus every backend that the tools mention or that is next to them as a ggml library."""
     found = {match.group(1) for name in libraries if (match := _BACKEND_LIBRARY.match(name))}
     for backend, words in _BACKEND_WORDS:
         if words.search(text) and not (backend == "cuda" and "hip" in found):
@@ -313,7 +301,7 @@ def find_backends(text: str, libraries: Iterable[str]) -> tuple[str, ...]:
 
 
 def _library_names(*homes: Path) -> set[str]:
-    """Names of the files beside the binaries and in an install prefix's library folder."""
+    """Return the names of the files next to the binaries and in an install prefix's library folder."""
     folders = {folder for home in homes for folder in (home, home.parent / "lib", home.parent / "libexec")}
     return {entry.name for folder in folders if folder.is_dir() for entry in folder.glob("*ggml-*")}
 

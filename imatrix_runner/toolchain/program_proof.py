@@ -1,6 +1,6 @@
-"""llama.cpp's programs prove that they multiply: llama-imatrix computes a tiny model with a layer of every main tensor type.
+"""A check that llama.cpp's programs multiply correctly: llama-imatrix computes a tiny model with all main tensor types.
 
-What came of it is remembered for these files on this processor: it takes about half a second.
+The result is remembered for these files on this processor, because the check takes about half a second.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NO_REPACK = "--no-repack"
 _FOLDER = "programs"
 _SECONDS = 20.0
 _FAR = 0.05
-"""How far repacked weights may move a chunk's mean nll. With ggml's AVX-512 kernels it is below 0.01."""
+"""Limit on the change of a chunk's mean nll by repacked weights. With ggml's AVX-512 kernels the change is below 0.01."""
 
 _ARCHITECTURES: tuple[Architecture, ...] = ("jamba", "llama")
 _VALUE = re.compile(r"\[\d+\]([-\w.]+),")
@@ -42,20 +42,21 @@ _DECIDING = re.compile(r"GGML_|LD_LIBRARY_PATH$|LD_PRELOAD$|DYLD_")
 
 @dataclass(frozen=True)
 class ProgramProof:
-    """``repacking`` as these programs do it here; ``broken``: how they die with and without it; empty where they compute."""
+    """``repacking``: whether it works with these programs here; ``broken``: how they crash with and without it, empty if they
+    compute."""
 
     repacking: Repacking = REPACKS
     broken: str = ""
 
     def weakness(self, tools: Toolchain) -> str:
-        """What does not work, in a phrase; empty where all does."""
+        """Return what does not work, in a phrase; empty if all works."""
         if self.broken:
             return f"The programs of {tools.directory} cannot multiply here ({self.broken})"
         return "" if self.repacking.works else self.repacking.line(f"the programs of {tools.directory}")
 
 
 class _Remembered(msgspec.Struct, frozen=True):
-    """What was tried (``key``), and how it went."""
+    """The result of a check, and the ``key`` of everything it depends on."""
 
     key: str
     repacking: Repacking
@@ -63,24 +64,24 @@ class _Remembered(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class _Tried:
-    """One run: perplexities chunk by chunk, empty where the program computed nothing; ``crash`` says how it died."""
+    """One run: perplexities chunk by chunk, empty if the program computed nothing; ``crash`` says how it ended."""
 
     values: tuple[float, ...] = ()
     crash: str = ""
 
 
-def tell_weakness(tools: Toolchain, cache: Path, sink: Sink) -> None:
-    """Have new programs prove that they multiply, and warn where they do not."""
+def warn_of_weakness(tools: Toolchain, cache: Path, sink: Sink) -> None:
+    """Check that new programs multiply correctly, and warn if they do not."""
     weakness = prove_programs(tools, cache).weakness(tools)
     if weakness:
         sink(warning(f"{weakness}."))
 
 
 def prove_programs(tools: Toolchain, cache: Path, env: Mapping[str, str] = os.environ) -> ProgramProof:
-    """How these programs multiply on this processor.
+    """Return whether these programs multiply correctly on this processor.
 
-    Those that cannot load the model (forks, old releases) prove nothing, and are taken at their word. A failure is not
-    remembered: it may be repaired at any moment.
+    Programs that cannot load the model (forks, old releases) cannot be checked, and are assumed to work. A failure is not
+    remembered, because it may be repaired at any moment.
     """
     key = _key(tools, env)
     known = recall(cache / _FOLDER, key, _Remembered)
@@ -93,7 +94,7 @@ def prove_programs(tools: Toolchain, cache: Path, env: Mapping[str, str] = os.en
 
 
 def _key(tools: Toolchain, env: Mapping[str, str]) -> str:
-    """Everything the proof depends on, as one digest."""
+    """Return one digest of everything the check depends on."""
     program = tools.tool(_TOOL)
     homes = {tools.directory, program.resolve().parent, program.resolve().parent.parent / "lib"}
     libraries = sorted(path for home in homes if home.is_dir() for path in home.iterdir() if _LIBRARY.match(path.name))
@@ -129,17 +130,17 @@ def _run(tools: Toolchain, model: Path, *, repack: bool) -> _Tried:
     argv += ["-fit", "off"] if tools.knows(_TOOL, "-fit") else []
     argv += [] if repack else [_NO_REPACK]
     try:
-        told = capture(Command(tuple(argv), cwd=model.parent), seconds=_SECONDS)
+        captured = capture(Command(tuple(argv), cwd=model.parent), seconds=_SECONDS)
     except (OSError, TimeoutError):
         return _Tried()
-    if crashed(told.returncode):
-        return _Tried(crash=_death(told))
-    return _Tried(_values(told.stdout) if told.returncode == 0 else ())
+    if crashed(captured.returncode):
+        return _Tried(crash=_death(captured))
+    return _Tried(_values(captured.stdout) if captured.returncode == 0 else ())
 
 
-def _death(told: Captured) -> str:
-    said = [line for line in relevant_lines(told.stderr.splitlines(), 1) if "assert" in line.lower()]
-    return "; ".join([ending(told.returncode), *said])
+def _death(captured: Captured) -> str:
+    said = [line for line in relevant_lines(captured.stderr.splitlines(), 1) if "assert" in line.lower()]
+    return "; ".join([ending(captured.returncode), *said])
 
 
 def _values(text: str) -> tuple[float, ...]:
@@ -150,7 +151,7 @@ def _values(text: str) -> tuple[float, ...]:
 
 
 def _distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """The largest difference of mean nll over the chunks that both printed; infinite where one is no number."""
+    """The largest difference of mean nll over the chunks that both printed; infinite if one is not a number."""
     pairs = [(a, b) for a, b in zip(one, other, strict=False)]
     if not all(math.isfinite(value) and value > 0 for pair in pairs for value in pair):
         return math.inf

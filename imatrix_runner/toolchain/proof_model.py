@@ -1,36 +1,45 @@
-"""A tiny model whose layers have one tensor type each: what computes it has multiplied with every kind of weight.
+"""A tiny model whose layers have one tensor type each, so that computing it multiplies every kind of weight.
 
-Processors differ in which kernels llama.cpp takes for which type, and some builds of them are wrong: a library that loads, and
-multiplies F16 matrices, may still crash with Q4_K ones, with several sequences at once, or with one token alone. So this is
-computed once before anything is trusted to compute.
+Processors differ in the kernels that llama.cpp uses for a type, and some builds of them are wrong: a library that loads, and
+multiplies F16 matrices, may still crash with Q4_K ones, with several sequences at once, or with one token alone. So a library
+or program computes this model once before it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from imatrix_runner.errors import from_os_error
-
-if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+from imatrix_runner.models.ggml_types import type_id, type_size
+from imatrix_runner.models.gguf_writer import (
+    NewTensor,
+    flag_entry,
+    float_entry,
+    integer_entry,
+    integers_entry,
+    text_entry,
+    texts_entry,
+    write_gguf_file,
+)
 
 Architecture = Literal["jamba", "llama"]
 
 PROOF_CONTEXT = 12
-"""Tokens of a sequence: several, as matrix kernels want them, and in two sequences fewer than are offloaded to a GPU (32)."""
+"""Tokens of a sequence: several, as matrix kernels require, and in two sequences fewer than the 32 from which work is offloaded
+to a GPU."""
 
 PROOF_TEXT = "A proof is a text that nobody has to believe. " * 4
-"""A token each byte: :data:`PROOF_CHUNKS` chunks and one more, as llama-imatrix wants it."""
+"""One token per byte: :data:`PROOF_CHUNKS` chunks and one more, as llama-imatrix requires."""
 
 PROOF_CHUNKS = 8
 
 _FLOATS = ("F32", "F16", "BF16")
-# Block types, and where in a block its 16-bit factors lie (ggml-common.h); all other bytes may be anything. The second number
+# Block types, and where a block has its 16-bit factors (ggml-common.h); all other bytes can have any value. The second number
 # is the factor's share: an offset is chosen so that random codes give weights around zero.
 _QUANTISED: dict[str, tuple[tuple[int, float], ...]] = {
     "Q4_0": ((0, 1),),
@@ -54,11 +63,11 @@ _WIDTH = 256  # one block of the largest types
 _HEADS, _KV_HEADS = 4, 1
 _EXPERTS = 2
 _INNER, _STATE, _STEPS, _CONVOLUTION = 2 * _WIDTH, 16, 32, 4  # of Mamba layers
-_SPREAD = 1 / 16  # so that a product has about the size of what was multiplied
+_SPREAD = 1 / 16  # so that a product is about as large as its operands
 
 
 def write_proof_model(path: Path, architecture: Architecture = "jamba") -> Path:
-    """Write the model, the same bytes every time, and return ``path``. Trouble with the disk becomes an error of ours.
+    """Write the model, the same bytes every time, and return ``path``. Raises :class:`RunnerError` for errors of the disk.
 
     ``jamba`` has for every type an attention layer with experts (MUL_MAT_ID) and a Mamba layer, whose weights are multiplied
     with all sequences at once (a third dimension): 22 MB. ``llama`` is the first half, for programs from before Jamba.
@@ -71,46 +80,50 @@ def write_proof_model(path: Path, architecture: Architecture = "jamba") -> Path:
 
 
 def _write(path: Path, architecture: Architecture) -> None:
-    from gguf import GGUFWriter
-
-    draw = np.random.default_rng(0)
     layers = [(kind, mixer) for kind in PROOF_TYPES for mixer in (("mamba", "attention") if architecture == "jamba" else ("",))]
+    tensors = list(_tensors(layers, np.random.default_rng(0)))
+    write_gguf_file(path, _metadata(architecture, layers), [tensor for tensor, _ in tensors], (data for _, data in tensors))
+
+
+def _metadata(architecture: Architecture, layers: Sequence[tuple[str, str]]) -> Iterator[bytes]:
     tokens = _byte_tokens()
-    writer = GGUFWriter(path, architecture)
-    writer.add_name("proof")
-    writer.add_context_length(2048)
-    writer.add_embedding_length(_WIDTH)
-    writer.add_block_count(len(layers))
-    writer.add_feed_forward_length(_WIDTH)
-    writer.add_head_count(_HEADS)
-    writer.add_head_count_kv([0 if mixer == "mamba" else _KV_HEADS for _, mixer in layers])
-    writer.add_rope_dimension_count(_WIDTH // _HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_expert_count(_EXPERTS)
-    writer.add_expert_used_count(_EXPERTS)
-    writer.add_ssm_conv_kernel(_CONVOLUTION)
-    writer.add_ssm_inner_size(_INNER)
-    writer.add_ssm_state_size(_STATE)
-    writer.add_ssm_time_step_rank(_STEPS)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges([f"{tokens[0]} {tokens[1]}"])
-    writer.add_token_types([1] * len(tokens))
-    writer.add_add_bos_token(False)
-    writer.add_tensor("token_embd.weight", draw.standard_normal((len(tokens), _WIDTH), np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(_WIDTH, np.float32))
-    _add_weight(writer, "output.weight", "Q6_K", draw, (len(tokens), _WIDTH))
+    yield text_entry("general.architecture", architecture)
+    yield text_entry("general.name", "proof")
+    yield integer_entry(f"{architecture}.context_length", 2048)
+    yield integer_entry(f"{architecture}.embedding_length", _WIDTH)
+    yield integer_entry(f"{architecture}.block_count", len(layers))
+    yield integer_entry(f"{architecture}.feed_forward_length", _WIDTH)
+    yield integer_entry(f"{architecture}.attention.head_count", _HEADS)
+    heads = [0 if mixer == "mamba" else _KV_HEADS for _, mixer in layers]
+    yield integers_entry(f"{architecture}.attention.head_count_kv", heads)
+    yield integer_entry(f"{architecture}.rope.dimension_count", _WIDTH // _HEADS)
+    yield float_entry(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
+    yield integer_entry(f"{architecture}.expert_count", _EXPERTS)
+    yield integer_entry(f"{architecture}.expert_used_count", _EXPERTS)
+    yield integer_entry(f"{architecture}.ssm.conv_kernel", _CONVOLUTION)
+    yield integer_entry(f"{architecture}.ssm.inner_size", _INNER)
+    yield integer_entry(f"{architecture}.ssm.state_size", _STATE)
+    yield integer_entry(f"{architecture}.ssm.time_step_rank", _STEPS)
+    yield integer_entry(f"{architecture}.vocab_size", len(tokens))
+    yield text_entry("tokenizer.ggml.model", "gpt2")
+    yield text_entry("tokenizer.ggml.pre", "gpt-2")
+    yield texts_entry("tokenizer.ggml.tokens", tokens)
+    yield texts_entry("tokenizer.ggml.merges", [f"{tokens[0]} {tokens[1]}"])
+    yield integers_entry("tokenizer.ggml.token_type", [1] * len(tokens))
+    yield flag_entry("tokenizer.ggml.add_bos_token", value=False)
+
+
+def _tensors(layers: Sequence[tuple[str, str]], draw: np.random.Generator) -> Iterator[tuple[NewTensor, npt.NDArray[Any]]]:
+    """Yield every tensor and its data, drawn in this order."""
+    n_tokens = len(_byte_tokens())
+    yield _plain("token_embd.weight", draw.standard_normal((n_tokens, _WIDTH), np.float32))
+    yield _plain("output_norm.weight", np.ones(_WIDTH, np.float32))
+    yield _weight("output.weight", "Q6_K", draw, (n_tokens, _WIDTH))
     for number, (kind, mixer) in enumerate(layers):
         for name, array in _mamba_constants(draw) if mixer == "mamba" else _router(draw):
-            writer.add_tensor(f"blk.{number}.{name}", array)
+            yield _plain(f"blk.{number}.{name}", array)
         for name, shape in _MAMBA if mixer == "mamba" else _ATTENTION:
-            _add_weight(writer, f"blk.{number}.{name}.weight", kind, draw, shape)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            yield _weight(f"blk.{number}.{name}.weight", kind, draw, shape)
 
 
 _MAMBA = (
@@ -133,7 +146,7 @@ def _router(draw: np.random.Generator) -> Iterator[tuple[str, npt.NDArray[np.flo
 
 
 def _mamba_constants(draw: np.random.Generator) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """What stays F32 in a Mamba layer, as its paper initialises it."""
+    """Yield the tensors of a Mamba layer that stay F32, initialised as in its paper."""
     yield "attn_norm.weight", np.ones(_WIDTH, np.float32)
     yield "ffn_norm.weight", np.ones(_WIDTH, np.float32)
     yield "ssm_conv1d.weight", draw.standard_normal((_INNER, _CONVOLUTION), np.float32) / np.float32(2)
@@ -146,32 +159,40 @@ def _mamba_constants(draw: np.random.Generator) -> Iterator[tuple[str, npt.NDArr
     yield "ssm_d", np.ones(_INNER, np.float32)
 
 
-def _add_weight(writer: GGUFWriter, name: str, kind: str, draw: np.random.Generator, shape: tuple[int, ...]) -> None:
-    """Random numbers as a tensor of one type."""
-    from gguf import GGMLQuantizationType
+def _plain(name: str, array: npt.NDArray[np.float32]) -> tuple[NewTensor, npt.NDArray[Any]]:
+    return NewTensor(name, array.shape[::-1], _type("F32")), array.astype("<f4", copy=False)
 
-    dtype = GGMLQuantizationType[kind]
+
+def _weight(name: str, kind: str, draw: np.random.Generator, shape: tuple[int, ...]) -> tuple[NewTensor, npt.NDArray[Any]]:
+    """Return random numbers as a tensor of one type; ``shape`` has the row length last."""
+    tensor = NewTensor(name, shape[::-1], _type(kind))
     if kind in _QUANTISED:
-        writer.add_tensor(name, _blocks(kind, dtype, draw, shape), raw_dtype=dtype)
-        return
+        return tensor, _blocks(kind, draw, shape)
     values = draw.standard_normal(shape, np.float32) * np.float32(_SPREAD)
     if kind == "BF16":
-        writer.add_tensor(name, (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8), raw_dtype=dtype)
-    else:
-        writer.add_tensor(name, values.astype(np.float16 if kind == "F16" else np.float32))
+        return tensor, (values.view(np.uint32) >> 16).astype("<u2")
+    return tensor, values.astype("<f2" if kind == "F16" else "<f4")
 
 
-def _blocks(kind: str, dtype: GGMLQuantizationType, draw: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Blocks of random bytes, uint8 [..., bytes of a row], with factors that give weights of the wanted spread."""
-    from gguf import GGML_QUANT_SIZES
+def _type(kind: str) -> int:
+    number = type_id(kind)
+    assert number is not None
+    return number
+
+
+def _blocks(kind: str, draw: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """Blocks of random bytes, uint8 [blocks, bytes of a block], with factors that give the desired spread of weights."""
+    from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    size, n_bytes = GGML_QUANT_SIZES[dtype]
+    block = type_size(_type(kind))
+    assert block is not None
+    size, n_bytes = block
     blocks = draw.integers(0, 256, (int(np.prod(shape)) // size, n_bytes), np.uint8)
     _set_factors(blocks, kind, 1.0)
     sample = blocks[: 8 * _WIDTH // size]
-    _set_factors(blocks, kind, _SPREAD / float(dequantize(sample, dtype).std()))
-    return blocks.reshape(*shape[:-1], shape[-1] // size * n_bytes)
+    _set_factors(blocks, kind, _SPREAD / float(dequantize(sample, GGMLQuantizationType[kind]).std()))
+    return blocks
 
 
 def _set_factors(blocks: npt.NDArray[np.uint8], kind: str, value: float) -> None:

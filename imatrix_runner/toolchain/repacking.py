@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Repacking:
-    """``works``, or ``why`` not: what happened when a library or program multiplied with such weights, in a phrase.
+    """``works``, or ``why`` not: what happened when a library or program computed with such weights, in a phrase.
 
-    llama.cpp calls the formats extra buffer types; without them it computes with the weights as they are in the file.
+    llama.cpp calls the formats extra buffer types; without them it uses the weights as they are in the file.
     """
 
     works: bool
@@ -17,12 +17,12 @@ class Repacking:
 
     @property
     def mark(self) -> str:
-        """What distinguishes results without such formats (other kernels round otherwise), for fingerprints."""
+        """The part of a fingerprint that marks results without such formats: other kernels round differently."""
         return "" if self.works else ", --no-repack"
 
     def line(self, who: str) -> str:
-        """One sentence for people; ``who`` is what computes."""
-        return f"Repacked weights do not work here in {who} ({self.why}); those left as in the file do, and take longer"
+        """Return one sentence for people; ``who`` is the library or program."""
+        return f"Repacked weights do not work here in {who} ({self.why}); weights as in the file do, but take longer"
 
 
 REPACKS = Repacking(True)

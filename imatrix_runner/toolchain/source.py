@@ -1,4 +1,4 @@
-"""Get llama.cpp's source: from llama-cpp-python's source distribution, from a directory, or by git."""
+"""Fetches llama.cpp's source: from llama-cpp-python's source distribution, from a directory, or by git."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imatrix_runner.environment import Needs
+from imatrix_runner.environment import ChildNeeds
 from imatrix_runner.errors import DownloadError, RunnerError, ToolchainError, UsageError, from_os_error
 from imatrix_runner.events import Finished, Saved, Sink, Started
 from imatrix_runner.files import atomic_writer, publish, sha256
@@ -25,7 +25,7 @@ from imatrix_runner.toolchain.store import Store, safe_name
 PACKAGE = "llama-cpp-python"
 TESTED_VERSION = "0.3.36"
 KNOWN_SHA256 = {TESTED_VERSION: "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
-"""Digests of source distributions; of other versions the first one that was fetched is remembered beside it."""
+"""Digests of source distributions; for other versions the first digest that was fetched is remembered next to the archive."""
 UPSTREAM = "https://github.com/ggml-org/llama.cpp"
 _STEP = "source"
 _REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+/-]{0,99}")
@@ -39,7 +39,7 @@ _NETWORK = re.compile(
 
 
 @dataclass(frozen=True)
-class Source:
+class LlamaCppSource:
     """A llama.cpp tree to build, or the archive it is in.
 
     ``kind``: ``sdist``, ``directory`` or ``git``. ``tree`` is where the tree is, or will be after :func:`unpack_source`.
@@ -56,15 +56,15 @@ class Source:
 
 
 def default_version() -> str:
-    """The installed llama-cpp-python's version, so that bindings and binaries match; else the one tested."""
+    """The installed llama-cpp-python's version, so that bindings and binaries match; else the tested version."""
     try:
         return importlib.metadata.version(PACKAGE).partition("+")[0]  # an index's own build (+cu124) has the same source
     except importlib.metadata.PackageNotFoundError:
         return TESTED_VERSION
 
 
-def fetch_sdist(version: str, store: Store, runner: Runner, sink: Sink) -> Source:
-    """llama-cpp-python's source distribution, through pip from its configured index, or as downloaded before."""
+def fetch_sdist(version: str, store: Store, runner: Runner, sink: Sink) -> LlamaCppSource:
+    """Fetch llama-cpp-python's source distribution with pip from its configured index, or use an earlier download."""
     if not _PIP_VERSION.fullmatch(version):
         raise UsageError(
             f"{version!r} is not a version", f"{PACKAGE} versions look like {TESTED_VERSION}", "Give such a version."
@@ -79,7 +79,7 @@ def fetch_sdist(version: str, store: Store, runner: Runner, sink: Sink) -> Sourc
         with atomic_writer(_note(archive)) as handle:
             handle.write(f"{digest}\n".encode("ascii"))
     tree = store.sources / f"sdist-{safe_name(version)}-{digest[:12]}"
-    return Source("sdist", version, commit, f"{PACKAGE} {version}", tree / "vendor" / "llama.cpp", digest, archive)
+    return LlamaCppSource("sdist", version, commit, f"{PACKAGE} {version}", tree / "vendor" / "llama.cpp", digest, archive)
 
 
 def _pip_download(version: str, archive: Path, store: Store, runner: Runner, sink: Sink) -> None:
@@ -95,9 +95,9 @@ def _pip_download(version: str, archive: Path, store: Store, runner: Runner, sin
         pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check")
         argv = (*pip, "--no-binary", PACKAGE, "--dest", str(scratch), f"{PACKAGE}=={version}")
         # In the scratch folder: -m looks for modules in the current directory first. pip's own temporary folders go there too,
-        # so that a killed one leaves nothing elsewhere. Preparing the metadata may ask for a compiler.
+        # so that a killed pip leaves nothing elsewhere. Preparing the metadata may need a compiler.
         places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
-        command = Command(argv, cwd=scratch, env=places, needs=Needs.NETWORK | Needs.COMPILE)
+        command = Command(argv, cwd=scratch, env=places, needs=ChildNeeds.NETWORK | ChildNeeds.COMPILE)
         outcome = runner.run(command, log=log)
         found = sorted(scratch.glob("llama_cpp_python-*.tar.gz"))
         if not outcome.ok or not found:
@@ -110,7 +110,7 @@ def _pip_download(version: str, archive: Path, store: Store, runner: Runner, sin
 
 
 def _check_digest(archive: Path, version: str, digest: str, todo: str = "") -> None:
-    """Raise :class:`ToolchainError` for a source distribution that is not the one that is known."""
+    """Raise :class:`ToolchainError` for a source distribution whose digest is not the known one."""
     note = _note(archive)
     known = KNOWN_SHA256.get(version)
     if known is None and note.is_file():
@@ -124,7 +124,7 @@ def _check_digest(archive: Path, version: str, digest: str, todo: str = "") -> N
 
 
 def _note(archive: Path) -> Path:
-    """Where the digest of a source distribution is remembered."""
+    """Return the file that remembers the digest of a source distribution."""
     return archive.with_name(f"{archive.name}.sha256")
 
 
@@ -146,7 +146,7 @@ def _pip_error(version: str, outcome: Outcome, log: Path) -> RunnerError:
 
 
 def _sdist_commit(archive: Path) -> str:
-    """The upstream commit the distribution's change log names first; empty when it names none."""
+    """Return the first upstream commit in the distribution's change log; empty if it names none."""
     try:
         with opened_tar(archive) as tar:
             passed = 0
@@ -164,7 +164,7 @@ def _sdist_commit(archive: Path) -> str:
     return ""
 
 
-def unpack_source(source: Source, store: Store, runner: Runner) -> None:
+def unpack_source(source: LlamaCppSource, store: Store, runner: Runner) -> None:
     """Make sure ``source.tree`` exists; an archive is unpacked whole or not at all."""
     if source.archive is None or source.tree.is_dir():
         return
@@ -186,8 +186,8 @@ def _bad_archive(archive: Path, why: str) -> ToolchainError:
     return ToolchainError(f"{archive.name} cannot be used", why, f"Remove it, then run the same command again: rm {archive}")
 
 
-def directory_source(directory: Path) -> Source:
-    """An existing checkout. It is only read; edits made there since the last build lead to a new build."""
+def directory_source(directory: Path) -> LlamaCppSource:
+    """Return the source in an existing checkout. It is only read; edits since the last build lead to a new build."""
     tree = directory.absolute()
     if not (tree / "CMakeLists.txt").is_file() or not any(
         (tree / place / "imatrix").is_dir() for place in ("tools", "examples")
@@ -198,21 +198,21 @@ def directory_source(directory: Path) -> Source:
             "Give the top directory of llama.cpp's source with --source DIR.",
         )
     commit = _git_line(tree, "rev-parse", "--short=9", "HEAD") if (tree / ".git").exists() else None
-    # Untouched files of a commit are known by it; anything else by what the tree looks like now.
+    # Unchanged files of a commit are identified by it; any other tree by a digest of its files.
     clean = _git_line(tree, "status", "--porcelain", "--untracked-files=normal") == ""
     label = commit if commit and clean else f"{commit or 'tree'}-{_tree_digest(tree)}"
-    return Source("directory", own_version(tree), label, str(tree), tree)
+    return LlamaCppSource("directory", own_version(tree), label, str(tree), tree)
 
 
 def own_version(tree: Path) -> str:
-    """llama.cpp's own version from its CMakeLists.txt, or ``source`` for trees older than their versioning."""
+    """Return llama.cpp's own version from its CMakeLists.txt, or ``source`` for trees from before it had versions."""
     text = (tree / "CMakeLists.txt").read_text("utf-8", "replace")
     parts = [re.search(rf"set\(LLAMA_VERSION_{part}\s+(\d+)\)", text) for part in ("MAJOR", "MINOR", "PATCH")]
     return ".".join(part.group(1) for part in parts if part) or "source"
 
 
 def _tree_digest(tree: Path) -> str:
-    """Eight digits that change when a file of the tree does (by path, size and time, not by content)."""
+    """Return eight digits that change when a file of the tree changes (by path, size and time, not by content)."""
     digest = hashlib.sha256()
     for folder, names, files in os.walk(tree):
         names[:] = sorted(name for name in names if name not in (".git", "__pycache__") and not name.startswith("build"))
@@ -224,14 +224,14 @@ def _tree_digest(tree: Path) -> str:
 
 
 def check_ref(ref: str) -> str:
-    """``ref`` itself when it can only be a tag or branch name, never an option or a path trick."""
+    """Return ``ref`` if it can only be a tag or branch name, not an option or a path. Raises :class:`UsageError` otherwise."""
     if not _REF.fullmatch(ref) or ".." in ref or ref.endswith(("/", ".lock")):
         raise UsageError(f"{ref!r} is not a tag", "a tag looks like b9976 or v0.5.0", "Give a tag of llama.cpp with --ref TAG.")
     return ref
 
 
-def git_source(ref: str, url: str, store: Store, runner: Runner, sink: Sink) -> Source:
-    """A tag or branch of llama.cpp by ``git clone --depth 1``; a commit fetched before is not fetched again."""
+def git_source(ref: str, url: str, store: Store, runner: Runner, sink: Sink) -> LlamaCppSource:
+    """Fetch a tag or branch of llama.cpp with ``git clone --depth 1``; a commit fetched before is not fetched again."""
     check_ref(ref)
     log = store.logs / f"clone-{safe_name(ref)}.log"
     names = (f"refs/tags/{ref}", f"refs/tags/{ref}^{{}}", f"refs/heads/{ref}")
@@ -256,19 +256,19 @@ def git_source(ref: str, url: str, store: Store, runner: Runner, sink: Sink) -> 
             except OSError as error:
                 raise from_os_error(error, "storing the clone", tree) from error
         sink(Finished(_STEP, "done", f"{ref} {commit[:9]}", outcome.seconds))
-    return Source("git", ref, commit[:9], f"{url} {ref}", tree)
+    return LlamaCppSource("git", ref, commit[:9], f"{url} {ref}", tree)
 
 
 _GIT_ENV: Mapping[str, str] = {
     "GIT_TERMINAL_PROMPT": "0",
     "LC_ALL": "C",
-    "GIT_HTTP_LOW_SPEED_LIMIT": "1024",  # bytes a second, over a minute: else a server that drips holds it for ever
+    "GIT_HTTP_LOW_SPEED_LIMIT": "1024",  # bytes a second, over a minute: otherwise a very slow server would block for ever
     "GIT_HTTP_LOW_SPEED_TIME": "60",
 }
 
 
 def _git(arguments: tuple[str, ...], runner: Runner, log: Path, ref: str, url: str) -> Outcome:
-    outcome = runner.run(Command(("git", *arguments), env=_GIT_ENV, needs=Needs.NETWORK), log=log)
+    outcome = runner.run(Command(("git", *arguments), env=_GIT_ENV, needs=ChildNeeds.NETWORK), log=log)
     if outcome.ok:
         return outcome
     lines = "\n".join(relevant_lines(outcome.tail))
@@ -281,10 +281,10 @@ def _git(arguments: tuple[str, ...], runner: Runner, log: Path, ref: str, url: s
 
 
 def _git_line(tree: Path, *arguments: str) -> str | None:
-    """What git says about a checkout, without writing to it; None when it is missing, slow or distrusts the directory."""
+    """Return git's output about a checkout, without writing to it; None if git is missing, slow or distrusts the directory."""
     try:
         argv = ("git", "--no-optional-locks", "-C", str(tree), *arguments)
-        told = capture(Command(argv, env=_GIT_ENV, needs=Needs.NOTHING), seconds=30)
+        answer = capture(Command(argv, env=_GIT_ENV, needs=ChildNeeds.NOTHING), seconds=30)
     except (OSError, TimeoutError):
         return None
-    return told.stdout.strip() if told.returncode == 0 else None
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -1,6 +1,6 @@
-"""The managed cache: where downloads, builds and finished toolchains lie, and how a finished one appears.
+"""The managed cache: the folders of downloads, builds and finished toolchains, and how a finished one is published.
 
-``toolchains/<key>/`` holds ``bin/`` (executables and, beside them, their shared libraries), ``converter/`` when the source
+``toolchains/<key>/`` holds ``bin/`` (executables and, next to them, their shared libraries), ``converter/`` when the source
 had one, and ``toolchain.json``. It is assembled in a hidden sibling and renamed, so a key that exists is complete.
 """
 
@@ -36,8 +36,8 @@ def cache_dir(env: Mapping[str, str] | None = None) -> Path:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What ``toolchain.json`` says: where a managed toolchain comes from and how it was made.
+class BuildRecord:
+    """The content of ``toolchain.json``: where a managed toolchain comes from and how it was made.
 
     ``kind``: ``sdist``, ``directory``, ``git`` or ``release``; ``sha256`` is that of the archive, if it came as one.
     """
@@ -87,21 +87,21 @@ class Store:
         """The folder of a managed toolchain that holds its binaries (and serves ``LLAMA_CPP_LIB_PATH``)."""
         return self.toolchains / key / "bin"
 
-    def complete(self) -> list[tuple[Path, Record]]:
-        """The finished toolchains that say who they are, newest first."""
+    def complete(self) -> list[tuple[Path, BuildRecord]]:
+        """Return the finished toolchains with a readable ``toolchain.json``, newest first."""
         found = []
         for path in self.toolchains.glob(f"[!.]*/{RECORD}"):
             try:
-                found.append((path.parent, read_json(path, Record)))
+                found.append((path.parent, read_json(path, BuildRecord)))
             except RunnerError:
-                continue  # not ours, or damaged: it cannot be vouched for
+                continue  # not a managed toolchain, or damaged: it must not be used
         return sorted(found, key=lambda entry: (entry[1].date, entry[1].key), reverse=True)
 
     @contextmanager
     def scratch(self, folder: Path, name: str) -> Iterator[Path]:
-        """An empty hidden directory in ``folder``, gone at the end unless it was renamed; only under the lock.
+        """Yield an empty hidden directory in ``folder``, removed at the end unless it was renamed; only under the lock.
 
-        What a killed run left under that name is removed first.
+        A directory that a killed run left under that name is removed first.
         """
         path = folder / f".{name}.part"
         try:
@@ -146,8 +146,9 @@ class Store:
         except Rejected:
             return None
 
-    def adopt(self, assembled: Path, record: Record, backend: str) -> Toolchain:
-        """Prove the ``assembled`` directory, then give it its name. Raises :class:`ToolchainError` when it does not run."""
+    def adopt(self, assembled: Path, record: BuildRecord, backend: str) -> Toolchain:
+        """Check that the ``assembled`` directory runs, then give it its name. Raises :class:`ToolchainError` if it does not
+        run."""
         final = self.toolchains / record.key
         try:
             proved = _prove(assembled / "bin")
@@ -177,7 +178,7 @@ def _prove(directory: Path) -> Toolchain:
 
 
 def _rename_over(new: Path, final: Path) -> None:
-    """Rename a directory over another one: directories cannot be replaced in one step, so the old one steps aside."""
+    """Rename a directory over another one. Directories cannot be replaced in one step, so the old one is renamed first."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

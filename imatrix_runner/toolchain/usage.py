@@ -1,6 +1,6 @@
-"""What a program's help says about how it takes its options: flags or values, and what it does by default.
+"""How a program takes its options, from its help: flags or values, and its defaults.
 
-llama.cpp's options keep their names over the years and change their shape: ``-fa`` was a flag in 2024 and takes a word now.
+llama.cpp's options keep their names over the years but change their form: ``-fa`` was a flag in 2024 and takes a value now.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 _MAX_TEXT = 1 << 20
-# "-fa,   --flash-attn             enable Flash Attention": two blanks end the spellings of a flag; a value stands one after.
+# "-fa,   --flash-attn             enable Flash Attention": two blanks end the spellings of a flag; a value follows after one.
 _FLAG_LINE = re.compile(r"^\s{0,12}((?:--?[A-Za-z][\w-]*(?:,\s*)?)+)(?:[ \t]{2,}(?=[^\s-])|[ \t]*$)", re.MULTILINE)
 _SPELLING = re.compile(r"--?[A-Za-z][\w-]*")
 _ESCAPE = re.compile(r"^\s{0,12}-e,\s+--escape\b(.*(?:\n(?!\s{0,12}-).*)?)", re.MULTILINE)
@@ -22,8 +22,8 @@ class Usage:
 
     ``flags``: spellings that take no value. ``escapes``: a written ``\\n`` in a text becomes a line break unless
     ``--no-escape`` is given. ``named_layers``: ``-ngl`` takes ``auto`` and ``all``, not only numbers. ``legacy_matrix``:
-    llama-imatrix writes the legacy ``.dat``, for its help names no other. ``leaves_log``: it writes a ``llama.log`` into the
-    directory where it is started.
+    llama-imatrix writes the legacy ``.dat``, because its help names no other format. ``leaves_log``: it writes a ``llama.log``
+    into the directory where it is started.
     """
 
     flags: frozenset[str] = frozenset()

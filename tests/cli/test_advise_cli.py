@@ -6,16 +6,16 @@ import io
 from pathlib import Path
 
 import pytest
-from in_process import CommandLine
 from rich.console import Console
-from tiny_models import sample_text
 
-from imatrix_runner.cli.advise_tables import print_advice
-from imatrix_runner.engines.base import CollectOptions
+from imatrix_runner.app.advise import Advice, AdviseRequest, advise
+from imatrix_runner.cli.views.advice_tables import print_advice
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.requests import EnvironmentRequest, LevelsRequest, SourceRequest
+from imatrix_runner.engines.jobs import CollectOptions
 from imatrix_runner.events import ignore
-from imatrix_runner.workflow.advise import Advice, AdviseRequest, advise
-from imatrix_runner.workflow.context import Context
-from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest, SourceRequest
+from support.in_process import CommandLine
+from support.tiny_models import sample_text
 
 LEVELS = ("--levels", "Q8_0,Q4_K_M,IQ2_XXS")
 QUICK = ("--no-probe", *LEVELS)
@@ -90,7 +90,7 @@ def test_times_come_with_how_they_were_measured(found: Advice) -> None:
     assert f"for {found.text.n_chunks} chunks on this machine, embedded engine" in told
     assert "2 chunks took" in told
     assert "the 2 before them" in told
-    assert f"the {found.held_out_chunks} held-out chunks of the source, and for each level if it is as quick" in told
+    assert f"the {found.held_out_chunks} held-out chunks of the source, and again for each level if it is as fast" in told
 
 
 def test_one_document_with_every_figure_and_its_reason(cli: CommandLine, tiny_model: Path) -> None:
@@ -106,7 +106,9 @@ def test_one_document_with_every_figure_and_its_reason(cli: CommandLine, tiny_mo
     assert document["context"] == {"tokens": 1024, "bytes": 1 << 20, "certainty": "exact", "note": ""}
     assert (document["timing"], document["untimed"]) == (None, "--no-probe")
     level = {each["level"]: each for each in document["levels"]}["Q4_K_M"]
-    assert level.keys() == {"level", "bytes", "bits_per_weight", "failure", "fit", "imatrix", "fallbacks", "fallback_share"}
+    assert level.keys() == {
+        *("level", "bytes", "bits_per_weight", "failure", "fit", "imatrix", "fallbacks", "fallback_share", "predicted_kld"),
+    }
     assert level["imatrix"]["need"] == "strongly useful"
     assert (level["imatrix"]["ppl_error"], level["imatrix"]["kld"]) == ([1.08, 0.75], [0.0313, 0.0282])
     assert level["imatrix"]["reason"]
@@ -154,12 +156,13 @@ def test_a_stranger_s_names_do_not_reach_the_terminal(cli: CommandLine, tiny_mod
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (("--vram", "0"), 2, "is no size"),
-        (("--ram", "lots"), 2, "is no size"),
+        (("--vram", "0"), 2, "is not a size"),
+        (("--ram", "lots"), 2, "is not a size"),
         (("-c", "0"), 2, "'-c'"),
         (("--use", "poetry"), 2, "'--use'"),
-        (("--levels", "Q4_K_X"), 2, "near names are"),
-        (("-ngl", "many"), 2, "is no number of layers"),
+        (("--levels", "Q4_K_X"), 2, "similar names are"),
+        (("--levels", "Q4_K_M,MIX@4GiB"), 2, "MIX@4GiB cannot be assessed"),
+        (("-ngl", "many"), 2, "Invalid -ngl 'many'"),
         (("-f", "absent.txt"), 6, "absent.txt"),
     ],
 )
@@ -178,4 +181,4 @@ def test_a_mistake_is_told_in_three_lines(
 def test_a_model_that_is_not_there(cli: CommandLine) -> None:
     ran = cli("advise", "absent.gguf")
     assert ran.code == 6
-    assert "There is no model 'absent.gguf'" in ran.err
+    assert "No model 'absent.gguf'" in ran.err

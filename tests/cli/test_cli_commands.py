@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand
-from in_process import CommandLine
 
 from imatrix_runner import __version__
-from imatrix_runner.report.stored import read_report
+from imatrix_runner.journal import Journal
+from imatrix_runner.report.document import read_report
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.workspace import Workspace, hold
+from support.command_line import PROGRAM, RunCommand
+from support.in_process import CommandLine
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_a_level_named_twice_is_planned_once(cli: CommandLine, model: Path) -> N
 def test_without_an_imatrix_the_default_levels_are_those_that_need_none(cli: CommandLine, model: Path) -> None:
     ran = cli("quantize", model, "--dry-run")
     assert ran.code == 0
-    assert "IQ3_XXS, IQ2_M need an imatrix, and there is none: they are left out." in ran.err
+    assert "IQ3_XXS, IQ2_M left out: they need an imatrix, and there is none." in ran.err
     assert "6 of 6 levels to make" in ran.out
     named = cli("quantize", model, "--levels", "IQ2_M,Q8_0", "--dry-run")
     assert (named.code, "IQ2_M will fail" in named.out) == (100, True)
@@ -159,6 +160,17 @@ class TestStatus:
         assert entry["command"] == f"imatrix-runner run {model} --levels Q8_0,Q4_0 --imatrix none -q"
         assert f"continue with: {entry['command']}" in cli("status").out
 
+    def test_mixes_whose_types_are_still_to_be_chosen_are_missing_by_their_targets(
+        self, cli: CommandLine, tmp_path: Path, model: Path
+    ) -> None:
+        """As the journal is while costs are measured; the two sizes of one mix are one level."""
+        cli("run", model, "--levels", "Q4_0", "--imatrix", "none", "-q")
+        journal = Journal(tmp_path / "work" / "tiny" / "journal.json")
+        journal.remember(levels="Q4_0,MIX@like:Q4_K_M,MIX@ram:64GiB,vram:24GiB", finished="no")
+        (entry,) = cli("status", "--json").document["workspaces"]
+        assert (entry["state"], entry["levels_done"], entry["levels_wanted"]) == ("resumable", 1, 3)
+        assert entry["detail"] == "missing: MIX@like:Q4_K_M, MIX@ram:64GiB,vram:24GiB"
+
     def test_a_held_workspace_is_running(self, cli: CommandLine, tmp_path: Path, model: Path) -> None:
         cli("run", model, "--levels", "Q4_0", "--imatrix", "none", "-q")
         with hold(Workspace(tmp_path / "work" / "tiny", "tiny"), "imatrix-runner run x"):
@@ -191,7 +203,8 @@ class TestDoctor:
         assert "libraries " in checks["llama-cpp-python"]["detail"]
         assert checks["llama.cpp"]["verdict"] == "ok"
         assert toolchain.identity() in checks["llama.cpp"]["detail"]
-        assert "not asked" in checks["Hub"]["detail"]
+        assert checks["imatrix"]["detail"] == "llama-quantize reads GGUF, llama-imatrix writes GGUF"
+        assert "not checked" in checks["Hub"]["detail"]
         assert all(check.keys() == {"name", "verdict", "detail", "do"} for check in document["checks"])
 
     def test_without_tools_it_fails_with_the_remedy(self, cli: CommandLine, tmp_path: Path) -> None:
@@ -202,7 +215,7 @@ class TestDoctor:
         assert "The main job cannot run yet." in ran.out
 
     def test_secrets_are_never_printed(self, runner: RunCommand) -> None:
-        ran = runner("doctor", "--offline", env={"HF_TOKEN": "hf_secret123", "LLAMA_ARG_THREADS": "7"})
+        ran = runner("doctor", "--offline", env={"HF_TOKEN": "hf_secret123", "LLAMA_ARG_THREADS": "7"}, program=PROGRAM)
         assert "hf_secret123" not in ran.out + ran.err
         assert "token from HF_TOKEN" in ran.out
         assert "LLAMA_ARG_THREADS" in ran.out
@@ -213,4 +226,7 @@ def test_the_tools_in_use_are_told(cli: CommandLine, toolchain: Toolchain) -> No
     assert document["toolchain"]["identity"] == toolchain.identity()
     assert document["toolchain"]["directory"] == str(toolchain.directory)
     assert "Q4_K_M" in document["toolchain"]["types"]
-    assert toolchain.identity() in cli("tools", "locate").out
+    assert document["toolchain"]["imatrix"] == {"reads": "gguf", "writes": "gguf"}
+    told = cli("tools", "locate").out
+    assert toolchain.identity() in told
+    assert "llama-quantize reads GGUF, llama-imatrix writes GGUF" in told

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from command_line import PROGRAM, Ran, RunCommand
-from in_process import CommandLine
-from tiny_models import write_llama_gguf
 
 from imatrix_runner import __version__
 from imatrix_runner.cli import main as main_module
 from imatrix_runner.workspace import Workspace, hold
+from support.command_line import PROGRAM, Ran, RunCommand
+from support.in_process import CommandLine
+from support.tiny_models import write_llama_gguf
 
 
 def assert_three_lines(ran: Ran, code: int, *told: str) -> None:
@@ -53,24 +53,24 @@ def model(tmp_path: Path, demo_model: Path) -> Path:
         (["run", "m", "-c", "1"], ["not in the range"]),
         (["run", "m", "-ofreq", "0"], ["not in the range"]),
         (["run", "m", "--engine", "magic"], ["'magic' is not one of"]),
-        (["run", "m", "-ngl", "x"], ["-ngl x is no number of layers", "-ngl 99"]),
-        (["run", "m", "-ngl", "-1"], ["-ngl -1"]),
-        (["run", "m", "-ts", "3;1"], ["-ts 3;1 is no list of proportions", "-ts 3,1"]),
-        (["run", "m", "-ot", "exps"], ["-ot exps names no place", "REGEX=BUFFER", "_exps=CPU"]),
+        (["run", "m", "-ngl", "x"], ["Invalid -ngl 'x'", "-ngl 99"]),
+        (["run", "m", "-ngl", "-1"], ["-ngl '-1'"]),
+        (["run", "m", "-ts", "3;1"], ["Invalid -ts '3;1'", "-ts 3,1"]),
+        (["run", "m", "-ot", "exps"], ["Invalid -ot 'exps'", "REGEX=BUFFER", "_exps=CPU"]),
         (["run", "m", "-sm", "diagonal"], ["'diagonal' is not one of"]),
         (["run", "m", "-fa", "maybe"], ["'maybe' is not one of"]),
         (["run", "m", "-mg", "-1"], ["not in the range"]),
         (["run", "m", "--until-converged", "0"], ["not in the range"]),
         (["run", "m", "--until-converged", "soon"], ["'soon' is not a valid float"]),
         (["run", "m", "--min-expert-tokens", "-1"], ["not in the range"]),
-        (["run", "m", "--jobs", "many"], ["--jobs many is no number of jobs", "--jobs 2"]),
-        (["run", "m", "--jobs", "0"], ["--jobs 0"]),
-        (["run", "m", "-j", "-3"], ["--jobs -3"]),
+        (["run", "m", "--jobs", "many"], ["Invalid --jobs 'many'", "--jobs 2"]),
+        (["run", "m", "--jobs", "0"], ["--jobs '0'"]),
+        (["run", "m", "-j", "-3"], ["--jobs '-3'"]),
         (["run", "m", "--include-weights", "a", "--exclude-weights", "b"], ["exclude each other"]),
         (["run", "m", "--tensor-type", "ffn"], ["--tensor-type ffn has no type", "ffn_down=q6_k"]),
-        (["run", "m", "--tensor-type-file", "none.txt"], ["There is no file none.txt"]),
-        (["run", "m", "--prune-layers", "1,x"], ["--prune-layers 1,x is no list of layers"]),
-        (["run", "m", "-c", "3000", "-b", "2048"], ["cannot be cut into batches"]),
+        (["run", "m", "--tensor-type-file", "none.txt"], ["none.txt does not exist"]),
+        (["run", "m", "--prune-layers", "1,x"], ["Invalid --prune-layers '1,x'"]),
+        (["run", "m", "-c", "3000", "-b", "2048"], ["cannot be divided into batches"]),
         (["quantize", "m", "--imatrix", "generate"], ["quantize does not generate", "imatrix-runner run"]),
         (["completion", "cmd"], ["'cmd' is not one of"]),
     ],
@@ -85,7 +85,7 @@ def test_a_wrong_request_is_exit_2(cli: CommandLine, tmp_path: Path, arguments: 
 
 def test_an_unknown_level_suggests_near_ones(cli: CommandLine, model: Path) -> None:
     ran = cli("run", model, "--levels", "Q8_0,Q4_KM", "--dry-run")
-    assert_three_lines(ran, 2, "Unknown level 'Q4_KM'", "near names are", "Q4_K_M")
+    assert_three_lines(ran, 2, "Unknown level 'Q4_KM'", "similar names are", "Q4_K_M")
 
 
 def test_a_missing_model_is_named(cli: CommandLine) -> None:
@@ -195,7 +195,7 @@ def test_with_json_an_error_is_one_document_too(cli: CommandLine, arguments: Seq
 
 
 def test_the_process_ends_with_the_code(runner: RunCommand) -> None:
-    ran = runner("run", "m", "-ngl", "x", "--json")
+    ran = runner("run", "m", "-ngl", "x", "--json", program=PROGRAM)
     assert_three_lines(ran, 2)
     assert ran.document["exit_code"] == 2
 

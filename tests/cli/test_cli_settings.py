@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from in_process import CommandLine
 
 import imatrix_runner
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.main import cli as root
-from imatrix_runner.config import FILE
-from imatrix_runner.workflow.request import DEFAULT_TOLERANCE
+from imatrix_runner.cli.settings import FILE
+from imatrix_runner.context.requests import DEFAULT_TOLERANCE
+from support.in_process import CommandLine
 
 
 def shown(cli: CommandLine, *arguments: str) -> dict[str, tuple[str, str]]:
@@ -113,11 +117,66 @@ def test_completion_scripts(cli: CommandLine, shell: str) -> None:
     assert "_IMATRIX_RUNNER_COMPLETE" in ran.out
 
 
-def test_level_names_complete_after_a_comma() -> None:
-    typed = {"COMP_WORDS": "imatrix-runner run --levels Q8_0,iq2_x", "COMP_CWORD": "3"}
-    env = {"_IMATRIX_RUNNER_COMPLETE": "bash_complete", **typed}
-    completed = CliRunner().invoke(root, env=env, prog_name="imatrix-runner", obj=Invocation((), ()))
-    assert completed.output.split() == ["plain,Q8_0,IQ2_XS", "plain,Q8_0,IQ2_XXS"]
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("Q8_0,iq2_x", ["Q8_0,IQ2_XS", "Q8_0,IQ2_XXS"]),
+        ("m", ["MXFP4_MOE", "MIX@like:", "MIX@kld:", "MIX@ram:", "MIX@vram:", "MIX@"]),
+        ("Q8_0,MIX@", ["Q8_0,MIX@like:", "Q8_0,MIX@kld:", "Q8_0,MIX@ram:", "Q8_0,MIX@vram:"]),
+        ("mix@like:iq2_x", ["MIX@like:IQ2_XS", "MIX@like:IQ2_XXS"]),
+        ("MIX@ram:64GiB,v", ["MIX@ram:64GiB,vram:"]),
+        ("Q8_0,mix@vram:24GiB,r", ["Q8_0,mix@vram:24GiB,ram:"]),
+        ("MIX@ram:64GiB,vram:24GiB,vr", []),
+    ],
+)
+def test_level_names_complete(typed: str, completed: list[str]) -> None:
+    words = {"COMP_WORDS": f"imatrix-runner run --levels {typed}", "COMP_CWORD": "3"}
+    env = {"_IMATRIX_RUNNER_COMPLETE": "bash_complete", **words}
+    ran = CliRunner().invoke(root, env=env, prog_name="imatrix-runner", obj=Invocation((), ()))
+    assert ran.output.split() == [f"plain,{name}" for name in completed]
+
+
+def _typed_in_bash(line: str, folder: Path) -> str:
+    """What is on bash's command line after ``line``, which presses the tabulator with ``\\t``."""
+    program = folder / "imatrix-runner"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m imatrix_runner "$@"\n')
+    program.chmod(0o755)
+    parent, child = os.openpty()
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "TERM": "dumb", "PS1": "> "}
+    bash = ["bash", "--norc", "--noprofile", "-i"]
+    with subprocess.Popen(bash, stdin=child, stdout=child, stderr=child, env=env, cwd=folder, start_new_session=True) as shell:
+        os.close(child)
+        os.write(parent, b'eval "$(imatrix-runner completion bash)"; echo rea""dy\n')
+        _read_until(parent, b"ready")
+        # Ctrl-A goes to the line's beginning: the shell prints the words instead of running the command.
+        os.write(parent, line.encode() + b"done\x01printf '<%s>' \n")
+        printed = _read_until(parent, b"done>")
+        shell.kill()
+    os.close(parent)
+    return printed[printed.rindex("<imatrix-runner>") + 1 : printed.rindex("done>")].replace("><", " ")
+
+
+def _read_until(terminal: int, end: bytes) -> str:
+    found = b""
+    while end not in found:
+        assert select.select([terminal], [], [], 60)[0], found.decode()
+        found += os.read(terminal, 4096)
+    return found.decode()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or sys.platform == "win32", reason="bash in a pseudo terminal")
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("run --levels Q8_0,mix@like:iq2_xx\t", "run --levels Q8_0,mix@like:IQ2_XXS "),
+        ("run org/name@main:m.gguf --levels MIX@k\t", "run org/name@main:m.gguf --levels MIX@kld:"),
+        ("run --levels MIX@ram:64GiB,v\t24GiB ", "run --levels MIX@ram:64GiB,vram:24GiB "),
+        ("run m.gguf --levels 'MIX@like:q3_k_x\t", "run m.gguf --levels MIX@like:Q3_K_XL "),
+        ("run m.gguf --like q3_k_x\t", "run m.gguf --like Q3_K_XL "),
+    ],
+)
+def test_bash_completes_names_with_colons(typed: str, completed: str, tmp_path: Path) -> None:
+    assert _typed_in_bash(f"imatrix-runner {typed}", tmp_path) == f"imatrix-runner {completed}"
 
 
 def test_show_config_as_a_document(cli: CommandLine) -> None:

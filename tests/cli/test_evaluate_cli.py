@@ -7,25 +7,25 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from command_line import Ran, run_command
-from evaluations import CHUNKS, Place, make_levels
-from in_process import CommandLine
 
 from imatrix_runner import __version__
 from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Divergence
-from imatrix_runner.evaluate.twins import RULE, Comparison
+from imatrix_runner.evaluate.ab_verdict import RULE, Comparison
 from imatrix_runner.workspace import hold
+from support.command_line import Ran, run_command
+from support.evaluations import CHUNKS, Place, make_levels
+from support.in_process import CommandLine
 
 PLAN = {
     *("text", "sha256", "chunks", "context", "tokens", "overlap", "disk_bytes", "passes", "levels", "twins", "without_twin"),
     "same",
 }
-MEASURED = {"levels", "failed", "comparisons", "domain", "target", "seconds"}
+MEASURED = {"levels", "failed", "comparisons", "domain", "mixes", "target", "seconds"}
 
 
 @pytest.fixture(scope="module")
 def told(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Ran]:
-    """A level and its twin measured, and the document of it."""
+    """A level and its baseline measured, and the document of it."""
     place = make_levels(tmp_path_factory.mktemp("made"), tiny_model, tiny_text, levels=("Q4_K_M",))
     done = run_command(*place.arguments("--ab", "--target-kld", "0.2", "--json", "-q"), cwd=place.work)
     assert (done.code, done.err) == (0, "")
@@ -93,6 +93,7 @@ def test_a_dry_run_has_the_plan_and_no_figures(place: Place, cli: CommandLine) -
         "failed": {},
         "comparisons": [],
         "domain": [],
+        "mixes": [],
         "target": None,
         "seconds": 0.0,
     }
@@ -136,14 +137,14 @@ def test_what_failed_is_an_error_with_all_its_parts_in_the_document(place: Place
         (["evaluate"], 2, ["Missing argument 'MODEL'", "imatrix-runner evaluate [OPTIONS] MODEL"]),
         (["evaluate", "MODEL", "--chunks", "0"], 2, ["'--chunks': 0 is not in the range"]),
         (["evaluate", "MODEL", "-c", "8"], 2, ["8 is not in the range"]),
-        (["evaluate", "MODEL", "-c", "3000"], 2, ["A context of 3000 cannot be cut into batches of 2048"]),
-        (["evaluate", "MODEL", "--max-disk", "lots"], 2, ["'lots' is no size", "4GiB"]),
-        (["evaluate", "MODEL", "--target-size", "0"], 2, ["'0' is no size"]),
+        (["evaluate", "MODEL", "-c", "3000"], 2, ["A context of 3000 tokens cannot be divided into batches of 2048"]),
+        (["evaluate", "MODEL", "--max-disk", "lots"], 2, ["'lots' is not a size", "4GiB"]),
+        (["evaluate", "MODEL", "--target-size", "0"], 2, ["'0' is not a size"]),
         (["evaluate", "MODEL", "--target-kld", "0"], 2, ["'--target-kld': 0.0 is not in the range"]),
         (["evaluate", "MODEL", "--predict", "0"], 2, ["'--predict': 0 is not in the range"]),
         (["evaluate", "MODEL", "--text", "a", "--kl-divergence-base", "b"], 2, ["exclude each other", "Leave one out"]),
         (["evaluate", "MODEL"], 2, ["There is nothing to measure in", "imatrix-runner run "]),
-        (["evaluate", "nothing.gguf"], 6, ["There is no model 'nothing.gguf'"]),
+        (["evaluate", "nothing.gguf"], 6, ["No model 'nothing.gguf'"]),
         (["evaluate", "MODEL", "--levls", "Q4_0"], 2, ["--levls", "'--levels'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0] == "evaluate" else "",

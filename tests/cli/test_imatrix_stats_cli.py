@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Ran
-from in_process import CommandLine
-from values import entry, matrix
 
 from imatrix_runner.imatrix.formats import write_gguf
+from support.command_line import Ran
+from support.in_process import CommandLine
+from support.values import entry, matrix
 
 KEYS = ["layer", "tensor", "sum", "min", "max", "mean", "sigma", "active", "n", "entropy", "entropy_norm", "zd", "cosine"]
 
@@ -87,7 +87,7 @@ def test_every_column_is_explained_unless_quiet(file: Path, stats: Stats) -> Non
 def test_a_narrow_terminal_gets_whole_columns_and_the_names_of_the_others(
     file: Path, stats: Stats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imatrix_runner.cli.console._PIPE_WIDTH", 80)
+    monkeypatch.setattr("imatrix_runner.cli.views.console._PIPE_WIDTH", 80)
     out = stats(file, "--sort", "min").out
     assert "Too narrow a terminal to show " in out
     heading = out.splitlines()[2].split()

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand
-from in_process import CommandLine
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import encode_json, readable
 from imatrix_runner.journal import VERSION
+from support.command_line import PROGRAM, RunCommand
+from support.in_process import CommandLine
 
 pytestmark = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
 NAME = os.fsdecode(b"caf\xe9")
@@ -56,12 +56,12 @@ def test_what_is_only_listed_is_shown(runner: RunCommand, tmp_path: Path) -> Non
     folder = tmp_path / "work" / NAME
     folder.mkdir(parents=True)
     (folder / "journal.json").write_text(json.dumps({"version": VERSION, "facts": {"levels": "Q4_0"}}), encoding="utf-8")
-    plain = runner("status", env={"PYTHONIOENCODING": "utf-8:strict"})
+    plain = runner("status", env={"PYTHONIOENCODING": "utf-8:strict"}, program=PROGRAM)
     assert plain.code == 0
     assert "caf\\udce9" in plain.out
-    document = runner("status", "--json").document
+    document = runner("status", "--json", program=PROGRAM).document
     assert document["workspaces"][0]["path"] == "work/caf\\xe9"
-    near = runner("run", "caf.gguf", "--json", cwd=tmp_path / "work")
+    near = runner("run", "caf.gguf", "--json", cwd=tmp_path / "work", program=PROGRAM)
     assert near.code == 6, near.err
 
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from in_process import CommandLine
-from workspaces import copy, measure, run_here, unreported
 
 from imatrix_runner.workspace import Workspace, hold
+from support.in_process import CommandLine
+from support.workspaces import copy, measure, run_here, unreported
 
 LEVELS = {"Q8_0": 0.001, "Q4_0": 0.05}
 
@@ -74,7 +74,7 @@ def test_the_name_on_the_card_may_stand_in_the_settings_file(cli: CommandLine, m
 def test_where_there_is_no_journal_there_is_no_report(cli: CommandLine, made: Workspace, name: str) -> None:
     ran = cli("report", name)
     assert ran.code == 6
-    assert "is no workspace" in ran.err
+    assert "is not a workspace" in ran.err
     assert "imatrix-runner status" in ran.err
     assert ran.out == ""
 

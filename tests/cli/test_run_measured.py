@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluations import held_out_text
-from in_process import CommandLine
-from tiny_models import write_llama_gguf
 
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.report.stored import read_report
+from imatrix_runner.report.document import read_report
+from support.evaluations import held_out_text
+from support.in_process import CommandLine
+from support.tiny_models import write_llama_gguf
 
 LEVELS = ("--levels", "Q4_K_M,Q3_K_M", "-c", "128", "--chunks", "4", "-t", "1")
 
@@ -82,8 +82,8 @@ def test_room_for_measuring_is_what_the_levels_leave(
     cli: CommandLine, tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk on which the levels fit, and the measurement beside none of them."""
-    for module in ("run", "yardstick"):
-        monkeypatch.setattr(f"imatrix_runner.workflow.{module}.free_bytes", lambda _path: 3 << 20)
+    for module in ("app.run", "evaluate.held_out"):
+        monkeypatch.setattr(f"imatrix_runner.{module}.free_bytes", lambda _path: 3 << 20)
     text = held_out_text(tmp_path / "held-out.txt", chunks=60)
     arguments = ("run", tiny_model, *LEVELS, "-f", tiny_text, "--dry-run")
     assert cli(*arguments).code == 0

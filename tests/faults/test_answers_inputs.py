@@ -11,21 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from answers import ask, groups_in, job, pieces_of_text, started_worker
-from children import eventually
-from llama_tools import BareTools
-from tiny_architectures import write_architecture
 
-from imatrix_runner.engines.embedded.completions import read_completions
+from imatrix_runner.engines.embedded.bindings import find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import find
+from imatrix_runner.engines.files.completions import read_completions
 from imatrix_runner.engines.measures import Prompt
 from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.evaluate import prompts as reading
+from imatrix_runner.evaluate.prompts import read_prompts
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.store import cache_dir
-from imatrix_runner.workflow import prompts as reading
-from imatrix_runner.workflow.prompts import read_prompts
+from support.answers import ask, groups_in, job, pieces_of_text, started_worker
+from support.children import eventually
+from support.llama_tools import BareTools
+from support.tiny_architectures import write_architecture
 
 
 def refused(path: Path, data: bytes) -> InvalidDataError:
@@ -55,7 +55,7 @@ def refused(path: Path, data: bytes) -> InvalidDataError:
         (b'{"messages": [{"role": "user", "content": " "}]}', "asks nothing"),
         (b'{"messages": [{"role": "user"}]}', "has no content"),
         (b'{"messages": [{"content": "Why?"}]}', "has no role"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "that is no text"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "that is not text"),
         (b'{"text": "a\\u0000b"}', "NUL"),
         (b'{"prompt": "a\\ud800b"}', "half of a surrogate pair"),
         (b'{"prompt": "\xff"}', "UTF-8"),
@@ -80,7 +80,7 @@ def test_a_line_that_is_no_prompt_is_named(line: bytes, why: str, tmp_path: Path
         ("prompts.json", b"[]", "empty"),
         ("prompts.txt", b"\x00\x01\x02", "binary"),
         ("prompts.txt", "Why?".encode("utf-16"), "UTF-16"),
-        ("prompts.jsonl.gz", gzip.compress(b'"Why?"\n' * 1000)[:30], "damaged"),
+        ("prompts.jsonl.gz", gzip.compress(b'"Why?"\n' * 1000, mtime=0)[:30], "damaged"),
         ("prompts.txt", b'{"prompt": "Why?"}\n', "JSON lines"),
         ("prompts.pdf", b"%PDF-1.7", "PDF"),
     ],
@@ -144,7 +144,7 @@ def test_a_prompt_too_long_is_refused_before_anything_is_computed(
     error = refusal(engine, tmp_path, demo_model, "Why?", "a " * 700)
     assert error.what == "Prompt 2 is too long for demo-model.gguf"
     assert "it has 70" in error.why
-    assert "512 together" in error.why
+    assert "trained with a context of 512" in error.why
 
 
 def test_the_longest_prompt_that_fits_is_answered(engine: EmbeddedEngine, demo_model: Path, tmp_path: Path) -> None:

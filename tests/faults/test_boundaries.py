@@ -1,18 +1,19 @@
 """Everything that is read from outside, damaged by type: it is read as before or refused in words, never with a traceback.
 
 Each boundary gets documents in which one value has another type, is missing, NaN, huge, negative, nested thousands deep, no
-UTF-8, or a name such as ``../x`` (:mod:`mutations`). A reader may refuse with an error of this program, or take the rest of
-the document for what it is; anything else that it raises is the fault that this looks for.
+UTF-8, or a name such as ``../x`` (:mod:`support.mutations`). A reader may refuse with an error of this program, or take the
+rest of the document for what it is; anything else that it raises is the fault that this looks for.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import socket
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,48 +22,72 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from command_line import RunCommand
-from hub_server import HubServer, be_quick_and_anonymous
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import CommandLine
-from mutations import DEEP, VALUES, as_json, typed_mutations
-from reports import divergence, sample_report
-from synthetic import expected
-from tiny_models import write_hf_directory
-from workspaces import compare_and_answer, measure, run_here
 
-from imatrix_runner.calibration.manifest import DocumentPlace, Manifest, SourceFacts, find_manifest, manifest_path
-from imatrix_runner.calibration.tokenisers import read_config, special_text
-from imatrix_runner.config import FILE, find_settings
-from imatrix_runner.engines.base import ChunkRange, CollectOptions, Fallback, PassedLevel, PassFigures, Perplexity, Piece
-from imatrix_runner.engines.binaries.lines import ImatrixOutput, QuantizeOutput, parse_token_ids
+from imatrix_runner.app.status import list_workspaces
+from imatrix_runner.chat.tokenizer_config import read_config, special_text
+from imatrix_runner.cli.settings import FILE, find_settings
+from imatrix_runner.documents.manifest import DocumentPlace, Manifest, SourceFacts, find_manifest, manifest_path
+from imatrix_runner.engines import protocol
 from imatrix_runner.engines.binaries.perplexity import DivergenceOutput
-from imatrix_runner.engines.embedded import ledger, protocol
-from imatrix_runner.engines.embedded.completions import CompletionsFile, read_completions
-from imatrix_runner.engines.embedded.engine import _Answers
-from imatrix_runner.engines.embedded.protocol import decode_answer, decode_request, encode
-from imatrix_runner.engines.logits_file import LogitsHead, first_wild_chunk, read_head, read_tokens
+from imatrix_runner.engines.cost_jobs import RoundedTensor, RoundingError, TrialResult
+from imatrix_runner.engines.covariance_jobs import WeightInput
+from imatrix_runner.engines.embedded.replies import Replies
+from imatrix_runner.engines.files import covariance_file
+from imatrix_runner.engines.files.completions import CompletionsFile, read_completions
+from imatrix_runner.engines.files.cost_files import CostFile, read_costs
+from imatrix_runner.engines.files.logits import LogitsHead, first_invalid_chunk, read_head, read_tokens
+from imatrix_runner.engines.jobs import (
+    ChunkRange,
+    CollectedRange,
+    CollectJob,
+    CollectOptions,
+    Fallback,
+    PassedLevel,
+    PassFigures,
+    Perplexity,
+)
+from imatrix_runner.engines.llama_cpp.output import ImatrixOutput, QuantizeOutput, parse_token_ids
 from imatrix_runner.engines.measures import Completion
+from imatrix_runner.engines.protocol import decode_job, decode_reply, encode, encode_job
+from imatrix_runner.engines.worker.collect.covariance_callback import InputSums
+from imatrix_runner.engines.worker.collect.unfinished_sums import find_unfinished, save_unfinished
+from imatrix_runner.engines.worker.quantize import ledger
 from imatrix_runner.errors import DownloadError, EngineError, InvalidDataError, RunnerError
+from imatrix_runner.evaluate.measurements import answered, comparisons, levels_made, measured
 from imatrix_runner.events import Metric, Notice, Progress, ignore
 from imatrix_runner.imatrix import checkpoint as checkpoints
 from imatrix_runner.imatrix.convergence import Point
 from imatrix_runner.imatrix.formats import prepare_gguf
-from imatrix_runner.journal import Journal, Record
+from imatrix_runner.journal import Journal, StepRecord
+from imatrix_runner.models.hub.dataset_tables import DatasetId
 from imatrix_runner.models.hub.datasets import fetch_dataset
 from imatrix_runner.models.hub.search import Hub
-from imatrix_runner.models.hub.tables import DatasetId
 from imatrix_runner.models.origin import origin_of_directory
 from imatrix_runner.models.safetensors_file import INDEX, check_safetensors, read_directory, read_model_json
-from imatrix_runner.report.stored import encode_report, read_report
+from imatrix_runner.quantize.level_facts import facts_of_level
+from imatrix_runner.report.document import encode_report, read_report
 from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.release import parse_release
-from imatrix_runner.untrusted import MAX_DEPTH, UnreadableError, as_type, from_json, from_lenient_json, from_toml
-from imatrix_runner.workflow.measured import answered, as_facts, comparisons, levels_made, measured
-from imatrix_runner.workflow.plan import facts_of_record
-from imatrix_runner.workflow.status import list_workspaces
+from imatrix_runner.untrusted import (
+    MAX_DEPTH,
+    UnreadableError,
+    as_type,
+    first_non_finite,
+    from_json,
+    from_lenient_json,
+    from_toml,
+)
 from imatrix_runner.workspace import Workspace, read_owner
+from support.command_line import RunCommand
+from support.hub_server import HubServer, be_quick_and_anonymous
+from support.in_process import CommandLine
+from support.mutations import DEEP, VALUES, as_json, typed_mutations
+from support.reports import divergence, sample_report
+from support.synthetic import expected
+from support.tiny_models import write_hf_directory
+from support.workspaces import compare_and_answer, measure, run_here
 
 SEED, COUNT = 20261130, 150
 
@@ -96,6 +121,14 @@ def plain(value: Any) -> Any:
     return json.loads(msgspec.json.encode(value))
 
 
+def an_error(number: int = 0) -> RoundingError:
+    return RoundingError(RoundedTensor(f"blk.{number}.attn_q.weight", "q4_K"), 1.25, 0.5, 100.0)
+
+
+def a_result() -> TrialResult:
+    return TrialResult("probe", (3, 0), (255, 255), (0.5, -1e-9), (250, 255), (900.0, 800.0), (890.5, 800.0))
+
+
 # -- the decoder itself ------------------------------------------------------------------------------------------------------
 
 
@@ -127,17 +160,18 @@ def test_depth_is_bounded_everywhere() -> None:
 
 # -- the worker --------------------------------------------------------------------------------------------------------------
 
-ANSWERS: tuple[protocol.Answer, ...] = (
+ANSWERS: tuple[protocol.Reply, ...] = (
     protocol.Proven("0.3", Path("/lib"), "1", "AVX = 1", ("CPU",), ("cpu",), {"Q4_0": 2}),
     protocol.Counted(3),
     protocol.Tokenized(10, {1: "<s>"}, 1, 2, True),
     protocol.Collected(0, 4, Path("/x"), 1.0, 0.5, 2.0, 4.0, 12, 0.1),
-    protocol.Judged(4, True, 1.0, 0.5),
+    protocol.CovariancesCollected(True, 2, 1.0, 0.5),
+    protocol.TokensMeasured(4, True, 1.0, 0.5),
     protocol.Answered(4, True, 1.0, 0.5),
     protocol.Planned({"a": "q4_0"}, (Fallback("a", "q2_K", "q4_0"),), False),
-    protocol.Written((Fallback("a", "q2_K", "q4_0"),), ("b",)),
     protocol.Passed(PassedLevel("Q4_0"), PassFigures(1, 2, (), 3, 4, 5, 6, 7)),
     protocol.Checked("", ""),
+    protocol.Costed(done=True),
     protocol.Failed("what", "why", "do", 6),
     Progress("step", 1.0, 2.0),
     Metric("step", "ppl", 7.5),
@@ -146,27 +180,27 @@ ANSWERS: tuple[protocol.Answer, ...] = (
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: type(answer).__name__)
-def test_a_worker_s_answer(answer: protocol.Answer) -> None:
-    assert decode_answer(encode(answer).decode()) == answer
+def test_a_worker_s_answer(answer: protocol.Reply) -> None:
+    assert decode_reply(encode(answer).decode()) == answer
 
     def use(data: bytes) -> None:
-        answers = _Answers(lambda heard: encode(heard))
+        answers = Replies(lambda heard: encode(heard))
         answers.feed("stdout", data.decode() + "\n")
 
     survived_all(json.loads(encode(answer)), use, 60)
 
 
-def test_a_request() -> None:
+def test_a_job() -> None:
     options = CollectOptions(n_ctx=128, threads=2)
-    request = protocol.Collect("step", Path("/m"), Path("/t"), ((0, 4),), Path("/f"), options, "print")
+    job = CollectJob("step", Path("/m"), Path("/t"), (ChunkRange(0, 4),), Path("/f"), options, "print", None)
 
     def use(data: bytes) -> None:
         try:
-            decode_request(data.decode())
+            decode_job(data.decode())
         except UnreadableError as error:
-            raise InvalidDataError("a request", str(error), "x") from error
+            raise InvalidDataError("a job", str(error), "x") from error
 
-    survived_all(json.loads(encode(request)), use)
+    survived_all(json.loads(encode_job(job)), use)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
@@ -181,7 +215,7 @@ def replace_nll(number: float) -> protocol.Collected:
 
 
 def test_an_endless_line_is_cut() -> None:
-    answers = _Answers()
+    answers = Replies()
     for _ in range(protocol.MOST_BYTES >> 22):
         answers.feed("stdout", "x" * (4 << 20))
     with pytest.raises(EngineError, match="could not be read"):
@@ -210,7 +244,7 @@ def test_a_journal(workspace: Workspace) -> None:
         copy.write_bytes(data)
         journal = Journal(copy)
         for record in levels_made(journal).values():
-            facts_of_record(record)
+            facts_of_level(record)
         for read in (measured, comparisons, answered):
             read(journal)
         list_workspaces(copy.parent.parent)
@@ -240,9 +274,9 @@ def test_a_journal_behind_the_command_line(command: str, workspace: Workspace, t
 
 def test_figures_that_are_nan_are_not_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.json")
-    facts = as_facts(replace(divergence(0.1), correlation=float("nan")))
-    with pytest.raises(InvalidDataError, match="cannot be kept") as caught:
-        journal.record("evaluate Q4_0", Record.now({}, [], "asked for", 1.0, facts=facts))
+    facts = replace(divergence(0.1), correlation=float("nan"))
+    with pytest.raises(InvalidDataError, match="cannot be stored") as caught:
+        journal.record("evaluate Q4_0", StepRecord.now({}, [], "asked for", 1.0, facts=facts))
     assert "correlation" in caught.value.why
     assert not (tmp_path / "journal.json").exists()
 
@@ -269,8 +303,8 @@ def test_an_owner(tmp_path: Path) -> None:
 
 def test_a_ledger(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
-    head = ledger.Head(ledger.VERSION, "lineage", "print", 32)
-    entry = ledger.Entry("blk.0.attn_q.weight", "q4_K", "none", 0, 0, 144, 7)
+    head = ledger.LedgerHead(ledger.VERSION, "lineage", "print", 32)
+    entry = ledger.LedgerEntry("blk.0.attn_q.weight", "q4_K", "none", 0, 0, 144, 7)
     counts = set()
     for number, document in enumerate((head, entry)):
         for what, data in typed_mutations(plain(document), SEED, COUNT):
@@ -284,15 +318,114 @@ def test_a_ledger(tmp_path: Path) -> None:
     assert {None, 0, 1} <= counts
 
 
+@pytest.mark.parametrize("record", [an_error(), a_result()], ids=lambda record: type(record).__name__)
+def test_a_file_of_costs(record: RoundingError | TrialResult, tmp_path: Path) -> None:
+    """Damaged with a checksum that is right: taken as it is, or not counted, and the writer agrees with the reader."""
+    kind = type(record)
+    path = tmp_path / "costs"
+    with closing(CostFile(path, "print", kind)) as file:
+        file.append([record])
+    head, line, _ = path.read_bytes().split(b"\n")
+    for document in (json.loads(head), json.loads(line)["record"]):
+        taken = set()
+        for what, data in typed_mutations(document, SEED, COUNT):
+            damaged = b'{"crc":%d,"record":%s}' % (zlib.crc32(data), data)
+            path.write_bytes(b"\n".join([head, damaged, line, b""] if "records" not in document else [data, line, b""]))
+            try:
+                found = read_costs(path, "print", kind)
+                with closing(CostFile(path, "print", kind)) as file:
+                    assert tuple(file.records) == found, what
+                    file.append([record])
+            except Exception as error:
+                raise AssertionError(what) from error
+            assert read_costs(path, "print", kind) == (*found, record), what
+            assert all(first_non_finite(each) is None for each in found), what
+            taken.add(len(found))
+        assert taken <= {0, 1, 2}
+        assert 0 in taken
+
+
+def test_lines_of_costs_that_are_torn_or_damaged(tmp_path: Path) -> None:
+    """Cut anywhere, or with any byte changed: records before it count, those after it do not."""
+    path, draw = tmp_path / "costs", random.Random(SEED)
+    records = [an_error(number) for number in range(3)]
+    with closing(CostFile(path, "print", RoundingError)) as file:
+        file.append(records)
+    whole = path.read_bytes()
+    ends = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for at in range(len(whole)):
+        before = max(0, sum(end <= at for end in ends) - 1)
+        path.write_bytes(whole[:at])
+        assert read_costs(path, "print", RoundingError) == tuple(records[:before])
+        other = bytes([whole[at] ^ (1 << draw.randrange(8))])
+        path.write_bytes(whole[:at] + other + whole[at + 1 :])
+        found = read_costs(path, "print", RoundingError)
+        assert found == tuple(records[: before if at >= ends[0] else 0])
+    for fingerprint, kind in (("other", RoundingError), ("print", TrialResult)):
+        path.write_bytes(whole)
+        assert read_costs(path, fingerprint, kind) == ()
+    assert read_costs(tmp_path, "print", RoundingError) == read_costs(tmp_path / "none", "print", RoundingError) == ()
+
+
+@pytest.mark.parametrize(("number", "why"), [(float("inf"), "NaN or infinity in squared"), (-1.0, "a negative error")])
+def test_costs_that_a_reader_would_not_believe_are_not_written(number: float, why: str, tmp_path: Path) -> None:
+    with closing(CostFile(tmp_path / "costs", "print", RoundingError)) as file:
+        with pytest.raises(InvalidDataError, match="impossible") as caught:
+            file.append([an_error(), replace(an_error(1), squared=number)])
+        assert caught.value.why == f"blk.1.attn_q.weight has {why}"
+    assert read_costs(tmp_path / "costs", "print", RoundingError) == ()
+
+
+def test_files_of_covariances(tmp_path: Path) -> None:
+    """Heads, and the list of a set: taken for what they are, or refused; no size that they claim is believed."""
+    sums, path, unfinished = np.ones(6), tmp_path / covariance_file.file_name(0), tmp_path / "sums"
+    head = covariance_file.CovarianceHead(covariance_file.VERSION, "print", ("blk.0.attn_q.weight",), 3, (5, 7))
+    covariance_file.write_covariance(path, head, lambda _: sums)
+    covariance_file.write_covariance_index(tmp_path, "print", {path.name: head})
+    index, data = tmp_path / covariance_file.INDEX, path.read_bytes()
+    listed, rest = index.read_bytes(), data[data.index(b"\n") + 1 :]
+    outcomes = set[str]()
+    for what, damaged in typed_mutations(plain(head), SEED, COUNT):
+        path.write_bytes(damaged + b"\n" + rest)
+        try:
+            outcomes.add(f"read {covariance_file.read_covariance(path, 1).shape}")
+        except InvalidDataError:
+            outcomes.add("refused")
+        except Exception as error:
+            raise AssertionError(what) from error
+        outcomes.add(f"listed {len(covariance_file.stored_covariances(tmp_path))}")
+    path.write_bytes(data)
+    for what, damaged in typed_mutations(json.loads(listed), SEED, COUNT):
+        index.write_bytes(damaged)
+        try:
+            outcomes.add(f"listed {len(covariance_file.stored_covariances(tmp_path))}")
+            covariance_file.set_fingerprint(tmp_path)
+        except Exception as error:
+            raise AssertionError(what) from error
+    assert outcomes == {"read (3, 3)", "refused", "listed 0", "listed 1"}
+    sums_of = InputSums.zero(WeightInput(("blk.0.attn_q.weight",), 3, 2))
+    save_unfinished(unfinished, "print", 2, [sums_of])
+    data = unfinished.read_bytes()
+    counts = set()
+    for what, damaged in typed_mutations(json.loads(data[: data.index(b"\n")]), SEED, COUNT):
+        unfinished.write_bytes(damaged + data[data.index(b"\n") :])
+        try:
+            found = find_unfinished(unfinished, "print")
+            counts.add(found is not None and found.load(found.inputs) is not None)
+        except Exception as error:
+            raise AssertionError(what) from error
+    assert counts == {False, True}
+
+
 def plain_line(value: Any) -> bytes:
     return msgspec.json.encode(value)
 
 
 def test_a_checkpoint_s_state(tmp_path: Path) -> None:
     """With a checksum that is right: as another program, or a later one of this kind, would write it."""
-    piece = Piece(ChunkRange(0, 3), Path("unused"), 1.25, 0.5, Perplexity(1.1, 2.2, 33))
+    piece = CollectedRange(ChunkRange(0, 3), Path("unused"), 1.25, 0.5, Perplexity(1.1, 2.2, 33))
     matrix = expected([ChunkRange(0, 3)])
-    made = checkpoints.Checkpoint({"model file": "sha256:a"}).with_piece(piece, matrix, Point(3, 0.1, "blk.0.attn_q", 0.3))
+    made = checkpoints.Checkpoint({"model file": "sha256:a"}).with_range(piece, matrix, Point(3, 0.1, "blk.0.attn_q", 0.3))
     assert made.matrix is not None
     part = checkpoints.prepare(made, tmp_path / "whole.gguf")
     state = json.loads(checkpoints.read_header(part).metadata["imatrix_runner.checkpoint"])
@@ -365,7 +498,7 @@ def test_a_file_of_log_probabilities(cut: int, tmp_path: Path) -> None:
                 def use() -> None:
                     head = read_head(path)
                     read_tokens(path, head)
-                    first_wild_chunk(path, head)
+                    first_invalid_chunk(path, head)
 
                 taken += survived(f"{n_ctx} {n_vocab} {n_chunks}", use)
     assert taken == 0
@@ -538,7 +671,7 @@ def test_an_etag_that_is_a_path_is_not_written_to(etag: str, hub: HubServer, tmp
     hub.trouble.etag = etag
     client = Hub(Stop(), ignore, hub.endpoint, tmp_path / "cache" / "hub", offline=False)
     listing = client.repository("org/name")
-    with pytest.raises(DownloadError, match="does not answer as a hub does"):
+    with pytest.raises(DownloadError, match="does not answer like a hub"):
         client.fetch(listing, listing.files[0], limit=1 << 20)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == b"content"] == []
 
@@ -581,7 +714,7 @@ def test_progress_lines(pieces: list[tuple[str, str]]) -> None:
         for output in (imatrix, quantize, divergences):
             output.feed(stream, text)
     assert imatrix.done >= 0
-    assert imatrix.ppl is None or np.isfinite(imatrix.ppl) or imatrix.wild
+    assert imatrix.ppl is None or np.isfinite(imatrix.ppl) or imatrix.non_finite_at
     assert quantize.elements >= 0
     divergences.divergence(100)
     for _, text in pieces:

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imatrix_runner.calibration.conversations import content_of
-from imatrix_runner.calibration.documents import BadRecord, Record
-from imatrix_runner.calibration.records import read_source, source_bytes, source_files
+from imatrix_runner.documents.conversations import content_of
+from imatrix_runner.documents.documents import BadRecord, DocumentRecord
+from imatrix_runner.documents.records import read_source, source_bytes, source_files
 from imatrix_runner.errors import DownloadError, InvalidDataError, RunnerError
 
 MEGABYTES = 120
@@ -30,7 +30,7 @@ MOST_WITH_ARROW = 180 << 20  # its library takes half of that
 posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX file system")
 
 
-def read(path: Path, **options: Any) -> list[Record | BadRecord]:
+def read(path: Path, **options: Any) -> list[DocumentRecord | BadRecord]:
     return list(read_source(path, content_of, **options))
 
 
@@ -73,12 +73,12 @@ def test_a_character_cut_off_at_the_end_of_a_text(cut: int, tmp_path: Path) -> N
         (b"\x28\xb5\x2f\xfd\x04", "it is compressed with zstd", "zstd -d "),
         (lzma.compress(b"text"), "it is compressed with xz", "unxz --keep "),
         (bz2.compress(b"text"), "it is compressed with bzip2", "bunzip2 --keep "),
-        (b"PK\3\4\x14\0", "it is a zip archive, or an office document (.docx, .epub), which is one", "unzip "),
+        (b"PK\3\4\x14\0", "it is a zip archive, or a document that is one (.docx, .epub)", "unzip "),
         (b"%PDF-1.7\n", "it is a PDF", "pdftotext "),
-        (gzip.compress(b"%PDF-1.7\n"), "it is a PDF", "pdftotext "),
-        (gzip.compress(b"some text" * 100)[:-20], "it is a damaged .gz file: ", "Download or make it again."),
-        (b"\x1f\x8b\x08\0garbage and more of it", "it is a damaged .gz file: ", "Download or make it again."),
-        (b"PAR1 and nothing else", "it is no Parquet file, or a damaged one: ", "Download or make it again."),
+        (gzip.compress(b"%PDF-1.7\n", mtime=0), "it is a PDF", "pdftotext "),
+        (gzip.compress(b"some text" * 100, mtime=0)[:-20], "it is a damaged .gz file: ", "Download or create it again."),
+        (b"\x1f\x8b\x08\0garbage and more of it", "it is a damaged .gz file: ", "Download or create it again."),
+        (b"PAR1 and nothing else", "it is not a Parquet file, or a damaged one: ", "Download or create it again."),
     ],
 )
 def test_what_is_no_text_is_refused_by_its_kind(name: str, data: bytes, why: str, todo: str, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_nul_far_inside_a_text_is_found(tmp_path: Path) -> None:
 
 
 def test_a_text_named_parquet(tmp_path: Path) -> None:
-    assert refusal(written(tmp_path / "a.parquet", b"text" * 10)).why.startswith("it is no Parquet file, or a damaged one: ")
+    assert refusal(written(tmp_path / "a.parquet", b"text" * 10)).why.startswith("it is not a Parquet file, or a damaged one: ")
 
 
 @pytest.mark.parametrize("name", ["none.txt", "none.jsonl", "none.parquet", "none/a.txt"])
@@ -110,7 +110,9 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     assert source_bytes(tmp_path / "pipe.jsonl") is None
 
 
-@pytest.mark.parametrize("data", [b"word " * 300_000, gzip.compress(random.Random(1).randbytes(500_000).hex().encode())])
+@pytest.mark.parametrize(
+    "data", [b"word " * 300_000, gzip.compress(random.Random(1).randbytes(500_000).hex().encode(), mtime=0)]
+)
 def test_whoever_counts_the_bytes_can_stop(data: bytes, tmp_path: Path) -> None:
     def stop(_n_bytes: int) -> None:
         raise DownloadError("stopped", "it was asked to", "Go on.")
@@ -137,8 +139,11 @@ def test_links_in_a_folder_are_never_followed(tmp_path: Path) -> None:
     os.mkfifo(root / "pipe")
     skipped: dict[str, str] = {}
     found = read(root, on_skipped=lambda path, why: skipped.update({path.name: why}))
-    assert found == [Record("mine", f"{root}/inner/a.txt")]
-    assert skipped == {**dict.fromkeys(("loop", "self", "outside.txt", "again.txt", "etc"), "link"), "pipe": "no ordinary file"}
+    assert found == [DocumentRecord("mine", f"{root}/inner/a.txt")]
+    assert skipped == {
+        **dict.fromkeys(("loop", "self", "outside.txt", "again.txt", "etc"), "link"),
+        "pipe": "not a regular file",
+    }
     assert list(source_files(root)) == [root / "inner" / "a.txt"]
 
 
@@ -181,7 +186,7 @@ def test_a_folder_as_deep_as_the_system_allows(tmp_path: Path) -> None:
         here = here / "d"
     here.mkdir(parents=True)
     written(here / "a.txt", b"deep\n")
-    assert [each.content for each in read(tmp_path) if isinstance(each, Record)] == ["deep"]
+    assert [each.content for each in read(tmp_path) if isinstance(each, DocumentRecord)] == ["deep"]
 
 
 # -- damage -------------------------------------------------------------------------------------------------------------
@@ -198,8 +203,8 @@ def test_a_damaged_parquet_ends_in_an_error_of_ours(tmp_path: Path) -> None:
     code = """
         import random, sys
         from pathlib import Path
-        from imatrix_runner.calibration.conversations import content_of
-        from imatrix_runner.calibration.records import read_source
+        from imatrix_runner.documents.conversations import content_of
+        from imatrix_runner.documents.records import read_source
         from imatrix_runner.errors import InvalidDataError
         path, data, rng = Path(sys.argv[1]), bytearray(Path(sys.argv[1]).read_bytes()), random.Random(7)
         refused = 0
@@ -246,7 +251,7 @@ def test_damage_to_any_byte_ends_in_records_or_an_error_of_ours(name: str, tmp_p
         except InvalidDataError as error:
             outcomes.add("error")
             assert error.why.isprintable()  # noqa: PT017 - whichever it is, it may end in one
-    assert {"Record", "error"} <= outcomes
+    assert {"DocumentRecord", "error"} <= outcomes
 
 
 # -- larger than memory, or wishing to be -------------------------------------------------------------------------------
@@ -258,9 +263,9 @@ READ = """
     import json, sys, time
     from collections import Counter
     from pathlib import Path
-    from imatrix_runner.calibration.conversations import content_of
-    from imatrix_runner.calibration.documents import BadRecord
-    from imatrix_runner.calibration.records import read_source, source_bytes
+    from imatrix_runner.documents.conversations import content_of
+    from imatrix_runner.documents.documents import BadRecord
+    from imatrix_runner.documents.records import read_source, source_bytes
 
     def peak():
         status = Path("/proc/self/status")
@@ -372,7 +377,7 @@ def test_a_parquet_that_repeats_one_long_value(tmp_path: Path) -> None:
 
 
 LONG = "it is longer than 16 MiB"
-DENSE = "it is longer than 1 MiB and made of more than 1048576 values"
+DENSE = "it is longer than 1 MiB and has more than 1048576 values"
 HOSTILE = [
     # One line of 120 MB: a text is cut, a record is passed over and the next one read.
     ("line.txt", "", "word ", "", None, ""),
@@ -392,7 +397,7 @@ HOSTILE = [
         "words\n",
         "",
         1,
-        "line 3: a quoted field there does not end where it should; the rest is not read",
+        "line 3: a quoted field is not closed; the rest of the file is not read",
     ),
     (
         "quotes.csv",
@@ -400,7 +405,7 @@ HOSTILE = [
         '","\n',
         "",
         1,
-        "line 3: a quoted field there does not end where it should; the rest is not read",
+        "line 3: a quoted field is not closed; the rest of the file is not read",
     ),
 ]
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand, started
-from dialogues import dialogues, write_jsonl
-from in_process import CommandLine
-from tiny_models import sample_text
+
+from support.command_line import PROGRAM, RunCommand, started
+from support.dialogues import dialogues, write_jsonl
+from support.in_process import CommandLine
+from support.tiny_models import sample_text
 
 LINES = "".join(json.dumps({"text": sample_text(200, seed=number)}) + "\n" for number in range(5))
 
@@ -127,7 +128,7 @@ def test_ctrl_c_ends_a_long_build_and_leaves_nothing(chat_model: Path, tmp_path:
         for number in range(60_000):
             handle.write(json.dumps({"text": f"{number} " + "lorem ipsum dolor sit amet " * 60}) + "\n")
     budget = ("--model", chat_model, "--chunks", "50")
-    with started("calibration", "build", "big.jsonl", "-o", "out.txt", *budget, cwd=tmp_path) as running:
+    with started("calibration", "build", "big.jsonl", "-o", "out.txt", *budget, cwd=tmp_path, program=PROGRAM) as running:
         assert running.process.stderr is not None
         assert running.process.stderr.readline().decode().startswith("reading")
         running.process.send_signal(signal.SIGINT)

@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand, run_command, started
-from llama_tools import WORK_ONLY, BareTools, digest, fake_tools, leftovers, levels_in
-from mounts import mounted
 
-from imatrix_runner.engines.base import ChunkRange, CollectOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
-from imatrix_runner.engines.measures import ReferJob
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
+from imatrix_runner.engines.measures import ReferenceJob
 from imatrix_runner.errors import NoSpaceError
 from imatrix_runner.events import ignore
 from imatrix_runner.process import Runner
+from support.command_line import RunCommand, run_command, started
+from support.llama_tools import WORK_ONLY, BareTools, digest, fake_tools, leftovers, levels_in
+from support.mounts import mounted
+from support.oracles import quantized
 
 NUMBER = r"[\d.]+ (?:B|KiB|MiB)"
 
@@ -86,7 +87,7 @@ def test_one_by_one_makes_what_fits_and_later_the_rest(
         "Q4_0": "skipped",
         "Q5_K_M": "skipped",
     }
-    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, tmp_path, "Q8_0", "Q4_0", "Q5_K_M")
+    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, "Q8_0", "Q4_0", "Q5_K_M")
 
 
 @pytest.mark.parametrize("free", [400, 1800])
@@ -111,7 +112,7 @@ def test_space_that_others_took_before_the_pass_began(
     filler.unlink()
     again = run_command(*arguments, cwd=tmp_path)
     assert again.code == 0, again.err
-    assert levels_in(workspace) == bare_levels(tools, tiny_model, workspace / "imatrix.gguf", tmp_path, "Q8_0", "Q6_K", "Q4_0")
+    assert levels_in(workspace) == bare_levels(tools, tiny_model, workspace / "imatrix.gguf", "Q8_0", "Q6_K", "Q4_0")
     assert leftovers(workspace) == []
 
 
@@ -135,13 +136,13 @@ def test_a_disk_that_becomes_full_under_the_pass(
     filler.unlink()
     again = run_command(*arguments, cwd=tmp_path)
     assert again.code == 0, again.err
-    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, tmp_path, "IQ2_S", "Q8_0", "Q6_K")
+    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, "IQ2_S", "Q8_0", "Q6_K")
     assert leftovers(workspace) == []
 
 
-def bare_levels(tools: BareTools, model: Path, imatrix: Path, folder: Path, *levels: str) -> dict[str, str]:
+def bare_levels(tools: BareTools, model: Path, imatrix: Path, *levels: str) -> dict[str, str]:
     """What llama-quantize makes of them."""
-    return {name: digest(tools.quantize(model, folder / "bare" / name, name, imatrix=imatrix)) for name in levels}
+    return {name: quantized(tools, model, name, imatrix=imatrix).digests[0] for name in levels}
 
 
 @pytest.mark.parametrize("small_disk", ["6m"], indirect=True)
@@ -167,7 +168,7 @@ def test_a_disk_that_becomes_full_ends_the_run_and_the_same_command_continues(
     again = runner(*arguments)
     assert again.code == 0, again.err
     assert "1 made, 1 was up to date" in again.out
-    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, tmp_path, "Q8_0", "Q4_0")
+    assert levels_in(workspace) == bare_levels(tools, tiny_model, tiny_imatrix, "Q8_0", "Q4_0")
 
 
 @pytest.mark.parametrize("small_disk", ["2m"], indirect=True)
@@ -199,9 +200,9 @@ def test_a_disk_that_becomes_full_under_llama_perplexity_s_reference(
 ) -> None:
     """It does not look whether what it writes is written, and ends with 0."""
     options = CollectOptions(n_ctx=64, n_batch=64, threads=1)
-    job = ReferJob("refer", tiny_model, tiny_text, ChunkRange(0, 20), small_disk / "reference.logits", options, "of", None)
+    job = ReferenceJob("refer", tiny_model, tiny_text, ChunkRange(0, 20), small_disk / "reference.logits", options, "of", None)
     with pytest.raises(NoSpaceError, match="the disk became full"):
-        BinariesEngine(tools.toolchain, Runner()).refer(job, ignore)
+        BinariesEngine(tools.toolchain, Runner()).make_reference(job, ignore)
     assert list(small_disk.iterdir()) == []
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from command_line import Ran, run_command, started
+
+from support.command_line import PROGRAM, Ran, run_command, started
 
 MODULES = ("json", "numpy", "click", "psutil", "pip", "sitecustomize", "usercustomize", "imatrix_runner_tests")
 PROGRAMS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "cmake", "cc", "gcc", "c++", "git", "ninja", "nvidia-smi")
@@ -30,7 +31,7 @@ def trap(tmp_path: Path) -> Path:
 
 def in_the_trap(trap: Path, *arguments: str | Path, **env: str) -> Ran:
     env = {"PATH": os.pathsep.join((".", os.environ["PATH"])), **env}
-    ran = run_command(*arguments, cwd=trap, env=env)
+    ran = run_command(*arguments, cwd=trap, env=env, program=PROGRAM)
     assert not list(trap.glob("trace-*"))
     return ran
 
@@ -62,7 +63,8 @@ def test_temporary_folders_of_a_killed_run_are_gone_after_the_next(tiny_model: P
     (tmp_path / "tmp").mkdir()
     arguments = ("quantize", tiny_model, "--levels", "Q4_0", "--work-dir", tmp_path / "work")
     with started("advise", tiny_model, "-f", tiny_text, cwd=tmp_path, env=places) as running:
-        running.wait_for(lambda: list((tmp_path / "tmp").iterdir()))
+        # A folder: Python tries with a file of a moment where it may write.
+        running.wait_for(lambda: any(path.is_dir() for path in (tmp_path / "tmp").iterdir()))
         running.kill_tree()
     assert list((tmp_path / "tmp").iterdir())
     assert run_command(*arguments, cwd=tmp_path, env=places).code == 0
@@ -74,15 +76,17 @@ def test_temporary_folders_of_a_killed_run_are_gone_after_the_next(tiny_model: P
 def test_no_process_of_a_run_holds_the_users_tokens(engine: str, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     secrets = {"HF_TOKEN": "hf_secret", "HUGGING_FACE_HUB_TOKEN": "hf_secret", "GITHUB_TOKEN": "ghp_secret"}
     arguments = ("run", tiny_model, "-f", tiny_text, "-c", "128", "--levels", "Q4_K_M", "--engine", engine)
-    seen: dict[int, bytes] = {}
-    with started(*arguments, cwd=tmp_path, env=secrets) as running:
+    seen: dict[int, tuple[list[str], bytes]] = {}
+    with started(*arguments, cwd=tmp_path, env=secrets, program=PROGRAM) as running:
         ours = psutil.Process(running.pid).cmdline()
         while running.process.poll() is None:
             for child in running.descendants():
                 with suppress(psutil.Error, OSError):  # it ended while we looked
-                    if child.cmdline() != ours:  # else it is about to become another program
-                        seen[child.pid] = Path(f"/proc/{child.pid}/environ").read_bytes()
+                    program, environment = child.cmdline(), Path(f"/proc/{child.pid}/environ").read_bytes()
+                    # Else it is about to become another program, or became one just now.
+                    if program and program != ours and program == child.cmdline():
+                        seen[child.pid] = program, environment
             time.sleep(0.01)
         assert running.finish().code == 0
     assert seen
-    assert not [pid for pid, environment in seen.items() if b"secret" in environment]
+    assert not [program for program, environment in seen.values() if b"secret" in environment]

@@ -17,16 +17,16 @@ from typing import Any
 
 import psutil
 import pytest
-from children import eventually, is_running
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.calibration import rendering
-from imatrix_runner.calibration.documents import Conversation
-from imatrix_runner.calibration.rendering import Limits, Unrendered, render
-from imatrix_runner.calibration.templates import MAX_TEMPLATE, ChatTemplate, load_template
+from imatrix_runner.chat import rendering
+from imatrix_runner.chat.rendering import Limits, Unrendered, render
+from imatrix_runner.chat.templates import MAX_TEMPLATE, ChatTemplate, load_template
+from imatrix_runner.documents.documents import Conversation
 from imatrix_runner.errors import EngineError, InterruptedRunError, InvalidDataError, NoSpaceError
 from imatrix_runner.process import Runner
 from imatrix_runner.signals import Stop
+from support.children import eventually, is_running
+from support.tiny_models import write_llama_gguf
 
 CHAT = Conversation(({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}))
 FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -48,7 +48,7 @@ def why(source: str, limits: Limits = QUICK) -> str:
     return result.why
 
 
-FORBIDDEN = "the template does what its sandbox forbids"
+FORBIDDEN = "the template violates its sandbox"
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ FORBIDDEN = "the template does what its sandbox forbids"
         ("{{ open('/etc/passwd') }}", "'open' is undefined"),
         ("{{ range(10**9)|list }}", "Range too big"),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "calls itself without end"),
-        ("{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "makes too long a text of it"),
-        ("{{ messages[0].content * 17000000 }}", "makes too long a text of it"),
+        ("{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "output for it is too long"),
+        ("{{ messages[0].content * 17000000 }}", "output for it is too long"),
         ("{{ strftime_now('%Y\x00') ~ messages[9].x }}", "the template fails in line 1"),
         pytest.param("{{ 'x' * 10**10 }}", "needs too much memory", marks=LINUX),
         pytest.param("{{ messages[0].content * 10**10 }}", "needs too much memory", marks=LINUX),
@@ -111,7 +111,7 @@ def test_a_conversation_that_never_ends_costs_no_other(tmp_path: Path) -> None:
     assert counts == sorted(counts)
     with pytest.raises(InvalidDataError, match=r"The chat template hostile\.gguf cannot be used") as caught:
         render(template(source), [chat("loop")] * 9, Runner(), limits=QUICK)
-    assert caught.value.why == f"3 conversations were given up; of the last, {late}"
+    assert caught.value.why == f"3 conversations failed; for the last one, {late}"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_template_that_does_not_compile_is_one_error(source: str, expected: st
 
 def test_texts_without_measure_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "_FREE_BYTES", 1 << 20)
-    with pytest.raises(InvalidDataError, match="writes without measure"):
+    with pytest.raises(InvalidDataError, match="writes too much"):
         render(template("{{ messages[0].content * 300000 }}"), [CHAT] * 9, Runner())
 
 
@@ -143,9 +143,9 @@ def test_texts_without_measure_are_one_error(monkeypatch: pytest.MonkeyPatch) ->
     ("source", "expected"),
     [
         ("messages" + "x" * (2 << 20), f"it is longer than {MAX_TEMPLATE >> 20} MiB"),
-        ("messages\0", "it holds NUL characters"),
+        ("messages\0", "it contains NUL characters"),
         (" \n", "it is empty"),
-        ("rwkv-world", "it never mentions `messages`"),
+        ("rwkv-world", "it never uses `messages`"),
     ],
     ids=["2 MiB", "NUL", "empty", "a mere name"],
 )
@@ -239,9 +239,9 @@ def test_a_child_that_is_killed_costs_one_conversation() -> None:
 SCRIPT = """
 import sys
 import tempfile
-from imatrix_runner.calibration.documents import Conversation
-from imatrix_runner.calibration.rendering import Limits, render
-from imatrix_runner.calibration.templates import ChatTemplate
+from imatrix_runner.chat.rendering import Limits, render
+from imatrix_runner.chat.templates import ChatTemplate
+from imatrix_runner.documents.documents import Conversation
 from imatrix_runner.process import Runner
 from imatrix_runner.signals import Stop, stop_on_signals
 

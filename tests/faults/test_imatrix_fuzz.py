@@ -1,11 +1,13 @@
-"""Ten thousand damaged and hostile imatrices: each is read or refused, with an error of ours, at once and in little memory.
+"""Sixteen thousand damaged and hostile imatrices: each is read or refused, with an error of ours, at once and in little memory.
 
-``python test_imatrix_fuzz.py FORMAT SEED COUNT FOLDER`` is the child process that does it; what it prints is JSON.
+``python test_imatrix_fuzz.py FORMAT DAMAGE SEED COUNT FOLDER`` is the child process that does it; what it prints is JSON. The
+damage is to ``bytes``, or to ``values``, which then have other types than any writer gives them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import struct
@@ -22,14 +24,17 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from imatrix_runner.engines.files.imatrix_weights import read_weights
 from imatrix_runner.errors import InvalidDataError, RunnerError
 from imatrix_runner.imatrix.coverage import examine
 from imatrix_runner.imatrix.formats import Format, MatrixFile, read, write
-from imatrix_runner.imatrix.matrix import Entry, Matrix, misfits, problems
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry, misfits, problems
 from imatrix_runner.imatrix.merge import convert, merge
 from imatrix_runner.imatrix.statistics import statistics
+from support.imatrix_mutations import typed_imatrices
+from support.in_process import CommandLine
 
-PER_FORMAT = 5000
+COUNTS = {"bytes": 5000, "values": 3000}
 MOST_SECONDS_EACH = 1.0
 MOST_BYTES = 300 << 20
 SEED = 20261122
@@ -66,7 +71,7 @@ def whole_matrix() -> Matrix:
     entries = {}
     for name, shape in SHAPES.items():
         rows = shape[2] if len(shape) > 2 else 1
-        entries[name] = Entry(draw.random((rows, shape[0])) * 99, draw.integers(64, 999, rows))
+        entries[name] = MatrixEntry(draw.random((rows, shape[0])) * 99, draw.integers(64, 999, rows))
     entries["blk.1.ffn_up_exps.weight"].counts[1] = 0
     return Matrix(entries, 64, 9, ("folder/text.txt", "more.txt"))
 
@@ -149,6 +154,7 @@ class Mutator:
 
 def use(path: Path, good: MatrixFile, *, written: bool) -> None:
     """All that is ever done with an imatrix (it is written by few: that waits for the disk). Raises only errors of ours."""
+    tried(lambda: read_weights(path).choose((), (b"attn_v",)).not_finite())  # as a worker quantises with it
     file = read(path)
     shown = [file.describe(), *file.matrix.entries, *file.matrix.datasets]
     for name in file.matrix.entries:
@@ -179,11 +185,12 @@ def tried(action: Callable[[], T]) -> T | None:
         return None
 
 
-def main(kind: str, seed: int, count: int, folder: Path) -> None:
+def main(kind: str, damage: str, seed: int, count: int, folder: Path) -> None:
     path = folder / f"fuzz.{kind}"
     write(whole_matrix(), path, "dat" if kind == "dat" else "gguf")
     good = read(path)
-    mutations = iter(Mutator(path.read_bytes(), seed))
+    shapes = [(name.encode(), shape[0], shape[2] if len(shape) > 2 else 1) for name, shape in SHAPES.items()]
+    mutations = iter(Mutator(path.read_bytes(), seed)) if damage == "bytes" else typed_imatrices(kind, shapes, seed)
     path = folder / f"mutated.{kind}"
     slowest, used, wrong = 0.0, 0, []
     for _ in range(count):
@@ -214,11 +221,15 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def test_ten_thousand_mutated_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", COUNTS)
+def test_mutated_files(damage: str, tmp_path: Path) -> None:
+    count = COUNTS[damage]
+
     def one(kind: str, seed: int) -> dict[str, Any]:
         (tmp_path / kind).mkdir()
-        argv = [sys.executable, "-W", "error", __file__, kind, str(seed), str(PER_FORMAT), str(tmp_path / kind)]
-        done = subprocess.run(argv, stdout=subprocess.PIPE, timeout=240, check=True)
+        argv = [sys.executable, "-W", "error", __file__, kind, damage, str(seed), str(count), str(tmp_path / kind)]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        done = subprocess.run(argv, env=env, stdout=subprocess.PIPE, timeout=240, check=True)
         told: dict[str, Any] = json.loads(done.stdout)
         return told
 
@@ -228,7 +239,31 @@ def test_ten_thousand_mutated_files(tmp_path: Path) -> None:
             assert told["slowest"] < MOST_SECONDS_EACH
             assert told["peak"] < MOST_BYTES
             # Not everything dies at the door: the numbers behind are tried too.
-            assert PER_FORMAT // 20 < told["used"] < PER_FORMAT
+            assert count // 20 < told["used"] < count
+
+
+@pytest.mark.parametrize("kind", ["gguf", "dat"])
+def test_behind_the_command_line(kind: str, tiny_model: Path, cli: CommandLine, tmp_path: Path) -> None:
+    """Every command that reads an imatrix ends well or with exit code 6."""
+    damaged = tmp_path / f"damaged.{kind}"
+    good = tmp_path / "good.gguf"
+    write(whole_matrix(), good, "gguf")
+    shapes = [(name.encode(), shape[0], 1) for name, shape in SHAPES.items()]
+    codes: set[int] = set()
+    for number, data in zip(range(40), typed_imatrices(kind, shapes, SEED + 2), strict=False):
+        damaged.unlink(missing_ok=True)
+        damaged.write_bytes(data)
+        for command in (
+            ("stats", damaged),
+            ("merge", damaged, good, "-o", tmp_path / f"merged-{number}.gguf"),
+            ("convert", damaged, "-o", tmp_path / f"converted-{number}.{'dat' if kind == 'gguf' else 'gguf'}"),
+            ("check", damaged, "--model", tiny_model, "--levels", "Q4_0"),
+        ):
+            done = cli("imatrix", *command)
+            assert "Traceback" not in done.err, (number, command)
+            assert done.code in (0, 6), (number, command, done.err)
+            codes.add(done.code)
+    assert {0, 6} <= codes
 
 
 @pytest.mark.parametrize("nasty", [b"\x1b[2J", "\u202e".encode(), b"\n"], ids=["escape", "right to left", "newline"])
@@ -248,4 +283,4 @@ def test_no_name_commands_the_terminal(tmp_path: Path, nasty: bytes) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))

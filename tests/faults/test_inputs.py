@@ -9,9 +9,10 @@ import struct
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand, started
-from in_process import CommandLine
-from llama_tools import levels_in
+
+from support.command_line import RunCommand, started
+from support.in_process import CommandLine
+from support.llama_tools import levels_in
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from llama_tools import levels_in
     [
         (b"", "it is empty"),
         (b" \n\t\n", "it is empty"),
-        (b"text\0with a hole" * 100, "it is a binary file (it holds NUL bytes)"),
+        (b"text\0with a hole" * 100, "it is a binary file (it contains NUL bytes)"),
         ("Ein schöner Tag".encode("latin-1") * 100, "byte 7 is not valid UTF-8"),
         (None, "No such file or directory"),
     ],
@@ -120,7 +121,7 @@ def test_weights_that_do_not_fit_the_metadata_are_named(
     model.write_bytes(data[:at] + struct.pack("<I", 384) + data[at + 4 :])
     done = cli("run", model, "--engine", engine, "-f", tiny_text, "-c", "64", "-b", "64", "--levels", "Q8_0")
     assert done.code == 6, done.err
-    assert re.search(r"blk\.0\.ffn_\w+\.weight has the shape [\d, ]+, and the model's own metadata asks for [\d, ]+", done.err)
+    assert re.search(r"blk\.0\.ffn_\w+\.weight has the shape [\d, ]+, but the model's own metadata requires [\d, ]+", done.err)
     assert "config.json that fits its weights" in done.err
 
 
@@ -141,5 +142,5 @@ def test_chat_messages_as_text_are_warned_of_with_the_command_that_renders_them(
     (tmp_path / "chat.jsonl").write_text(message * 400)
     done = cli("run", tiny_model, "-f", "chat.jsonl", "--levels", "Q8_0", "--dry-run")
     assert done.code == 0, done.err
-    assert "Warning: chat.jsonl holds JSON lines, each a chat message, and the model would see their syntax" in done.err
+    assert "Warning: chat.jsonl contains JSON lines, each a chat message, and the model would see their syntax" in done.err
     assert f"imatrix-runner calibration build chat.jsonl -o chat.txt --model {tiny_model}" in done.err.replace("\n", "")

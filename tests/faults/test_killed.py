@@ -6,22 +6,20 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from children import is_running
-from command_line import Ran, Running, run_command, started, wait_gone
-from llama_tools import digest, leftovers, levels_in
-from tiny_models import write_hf_directory
 
 from imatrix_runner.imatrix.formats import read
+from support.children import is_running
+from support.command_line import PROGRAM, Ran, Running, each_tenth, run_command, started, wait_gone
+from support.llama_tools import digest, leftovers, levels_in
+from support.tiny_models import write_hf_directory
 
 KILLS = 20
-DIE_AT = (sys.executable, str(Path(__file__).with_name("die_at.py")))
 LEVELS = "Q4_0,Q4_K_M,Q3_K_M,IQ4_XS"
 RANGES = ("-c", "64", "-b", "512", "--chunks", "24", "--output-frequency", "8")
 ENGINES = ("binaries", "embedded")
@@ -72,7 +70,7 @@ def test_killed_at_twenty_random_moments(demo_run: Undisturbed, tmp_path: Path) 
     seconds, kills, finished = demo_run.seconds, 0, 0
     fresh = True
     while moments:
-        with started(*demo_run.arguments, cwd=tmp_path) as running:
+        with started(*demo_run.arguments, cwd=tmp_path, program=each_tenth(kills)) as running:
             began = time.monotonic()
             end = began + moments[-1] * seconds
             while time.monotonic() < end and running.process.poll() is None:
@@ -100,7 +98,7 @@ def die_and_go_on(folder: Path, *arguments: str | Path) -> int:
     report have their names together) always one later, until it gets through; returns how often it died."""
     for turn in range(60):
         count = turn % 2 + 1 if turn < 24 else turn - 22
-        died = run_command(str(count), *arguments, cwd=folder, program=DIE_AT)
+        died = run_command(*arguments, cwd=folder, dies_after=count)
         if died.code == 0:
             return turn
         assert died.code == -signal.SIGKILL, f"in turn {turn}: {died.err}"
@@ -177,7 +175,7 @@ def _end_alone(running: Running) -> list[psutil.Process]:
 
 def _told_of_orphans(again: Ran, orphans: list[psutil.Process]) -> None:
     assert again.code == 0, again.err
-    assert f"An earlier run was killed; {len(orphans)} of its programs still ran and were ended." in again.err
+    assert f"An earlier run was killed; {len(orphans)} of its programs were still running and were ended." in again.err
     wait_gone(orphans)
 
 
@@ -259,7 +257,7 @@ def test_an_ignored_hangup_stays_ignored(tiny_model: Path, tiny_imatrix: Path, t
     arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "IQ3_S")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # children inherit it
     try:
-        with started(*arguments, cwd=tmp_path) as running:
+        with started(*arguments, cwd=tmp_path, program=PROGRAM) as running:
             running.wait_for(lambda: _partial(tmp_path / "work" / "tiny", "IQ3_S"))
             os.kill(running.pid, signal.SIGHUP)
             done = running.finish()

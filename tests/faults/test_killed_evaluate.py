@@ -6,22 +6,20 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from children import is_running
-from command_line import Ran, run_command, started
-from evaluations import Place, held_out_text
-from llama_tools import leftovers, levels_in
-from mounts import mounted
 
-from imatrix_runner.workflow.status import list_workspaces
+from imatrix_runner.app.status import list_workspaces
+from support.children import is_running
+from support.command_line import Ran, run_command, started
+from support.evaluations import Place, held_out_text
+from support.llama_tools import leftovers, levels_in
+from support.mounts import mounted
 
-DIE_AT = (sys.executable, str(Path(__file__).with_name("die_at.py")))
 LEVELS = ("Q8_0", "Q3_K_M")
 CHUNKS = 12
 COMPUTE = ("-c", "256", "-b", "512", "-ub", "256", "-t", "1")
@@ -62,7 +60,7 @@ def made(demo_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def quiet(made: Slow, tmp_path_factory: pytest.TempPathFactory) -> tuple[Slow, float]:
-    """What comes of it when nobody disturbs it, twins included, and how long that takes."""
+    """What comes of it when nobody disturbs it, baselines included, and how long that takes."""
     place = copy(made, tmp_path_factory.mktemp("quiet") / "work")
     began = time.monotonic()
     finish(place, "--ab")
@@ -84,7 +82,7 @@ def finish(place: Slow, *further: str) -> Ran:
     done = run_command(*place.arguments(*further), cwd=place.work)
     assert done.code == 0, done.err
     assert place.clean()
-    assert not place.workspace.twins.exists()
+    assert not place.workspace.baselines.exists()
     return done
 
 
@@ -109,8 +107,8 @@ MOMENTS: dict[str, Callable[[Slow], object]] = {
     "the reference grows": lambda place: 0 < place.chunks_of("source") < CHUNKS,
     "the first level is compared": lambda place: 0 < place.chunks_of("Q8_0") < CHUNKS,
     "the second level is compared": lambda place: 0 < place.chunks_of("Q3_K_M") < CHUNKS,
-    "twins are made": lambda place: any(place.workspace.twins.rglob("*.gguf")),
-    "a twin is compared": lambda place: 0 < place.chunks_of("Q3_K_M-without-imatrix") < CHUNKS,
+    "baselines are made": lambda place: any(place.workspace.baselines.rglob("*.gguf")),
+    "a baseline is compared": lambda place: 0 < place.chunks_of("Q3_K_M-without-imatrix") < CHUNKS,
 }
 
 
@@ -142,7 +140,7 @@ def test_killed_between_renames(place: Slow, quiet: tuple[Slow, float]) -> None:
     """Also where a random moment seldom falls: between a record and the next, among the report's files."""
     further = ("--ab", "--levels", "Q3_K_M")
     for turn, count in enumerate((1, 2, 1, 2, *range(3, 20))):
-        died = run_command(str(count), *place.arguments(*further), cwd=place.work, program=DIE_AT)
+        died = run_command(*place.arguments(*further), cwd=place.work, dies_after=count)
         if died.code == 0:
             break
         assert died.code == -signal.SIGKILL, f"in turn {turn}: {died.err}"

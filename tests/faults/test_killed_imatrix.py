@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import run_command, started
-from llama_tools import digest, leftovers
+
+from support.command_line import each_tenth, run_command, started
+from support.llama_tools import digest, leftovers
 
 KILLS = 50
-OPTIONS = ("-c", "128", "-b", "256", "--output-frequency", "6", "--save-frequency", "60", "--chunks", "160")
+OPTIONS = ("-c", "32", "-b", "64", "-t", "1", "--output-frequency", "6", "--save-frequency", "60", "--chunks", "160")
+"""Batches of two small chunks: a kill falls as often among batches, checkpoints and snapshots as with large ones."""
 
 
 def _files(workspace: Path) -> dict[str, str]:
@@ -40,7 +42,7 @@ def test_fifty_random_kills_change_no_byte(demo_model: Path, tmp_path: Path) -> 
     checkpoint = workspace / ".imatrix-parts" / "checkpoint.gguf"
     kills = through = continued = 0
     while kills < KILLS:
-        with started(*arguments, cwd=tmp_path) as running:
+        with started(*arguments, cwd=tmp_path, program=each_tenth(kills)) as running:
             if chooser.random() < 1 / 3:
                 end, saves = time.monotonic() + chooser.uniform(0.05, 0.5) * seconds, None
             else:
@@ -82,13 +84,13 @@ def _stamp(path: Path) -> int | None:
         ("SIGABRT", "killed by SIGABRT"),
         ("SIGSEGV", "killed by SIGSEGV"),
         ("SIGKILL", "killed by SIGKILL"),
-        ("SIGSTOP", "it neither wrote nor computed anything and was ended"),
+        ("SIGSTOP", "it wrote no output and used no CPU time, and was ended"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_costs_an_error_and_no_work(name: str, why: str, demo_model: Path, tmp_path: Path) -> None:
     """As a failed assertion of llama.cpp, a crash, the kernel's OOM killer or a driver that hangs would end it."""
-    arguments = ("imatrix", "generate", demo_model, "-c", "256", "-b", "512", "--engine", "embedded", "--output-frequency", "8")
-    arguments += ("--timeout", "2", "--chunks", "80")
+    arguments = ("imatrix", "generate", demo_model, "-c", "128", "-b", "256", "--engine", "embedded", "--output-frequency", "8")
+    arguments += ("--timeout", "2", "--chunks", "80", "-t", "1")
     checkpoint = tmp_path / "work" / "demo-model" / ".imatrix-parts" / "checkpoint.gguf"
     with started(*arguments, cwd=tmp_path) as running:
         running.wait_for(checkpoint.exists)
@@ -107,8 +109,8 @@ def test_a_worker_that_dies_or_hangs_costs_an_error_and_no_work(name: str, why: 
 
 
 def test_ctrl_c_finishes_the_batch_and_the_next_run_has_it(demo_model: Path, tmp_path: Path) -> None:
-    arguments = ("imatrix", "generate", demo_model, "-c", "512", "--chunks", "60", "--output-frequency", "1000")
-    arguments += ("--engine", "embedded")
+    arguments = ("imatrix", "generate", demo_model, "-c", "256", "-b", "1024", "--chunks", "60", "--output-frequency", "1000")
+    arguments += ("--engine", "embedded", "-t", "1")
     quiet = tmp_path / "quiet"
     quiet.mkdir()
     assert run_command(*arguments, cwd=quiet).code == 0

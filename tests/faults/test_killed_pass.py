@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from children import is_running
-from command_line import Ran, run_command, started, wait_gone
-from llama_tools import BareTools, digest, leftovers, levels_in
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.embedded import ledger
+from imatrix_runner.engines.worker.quantize import ledger
 from imatrix_runner.models.gguf_file import read_header
+from support.children import is_running
+from support.command_line import Ran, each_tenth, run_command, started, wait_gone
+from support.llama_tools import BareTools, leftovers, levels_in
+from support.oracles import quantized
+from support.tiny_models import write_llama_gguf
 
 KILLS = 30
 LEVELS = ("Q4_K_M", "Q5_1", "Q4_1", "Q3_K_M", "Q6_K")
@@ -54,18 +55,18 @@ def large(tools: BareTools, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("large")
     model = write_llama_gguf(folder / "large-BF16.gguf", hidden=512, layers=6, ff=1536, vocab=4096)
     imatrix = folder / "imatrix.gguf"
-    tools.imatrix(model, tiny_text, imatrix, "-c", "128", "--chunks", "2")
-    files = {name: tools.quantize(model, folder / "bare" / f"{name}.gguf", name, imatrix=imatrix) for name in LEVELS}
+    tools.imatrix(model, Path(tiny_text.name), imatrix, "-c", "128", "--chunks", "2", folder=tiny_text.parent)
+    made = {name: quantized(tools, model, name, imatrix=imatrix).files[0] for name in LEVELS}
     arguments = ("quantize", model, "--imatrix", imatrix, "--levels", ",".join(LEVELS), "-t", "1", "--engine", "embedded")
-    pairs = set().union(*map(pairs_of, files.values())) - pairs_of(model)
-    return Pass(model, arguments, {name: digest(file) for name, file in files.items()}, pairs)
+    pairs = {(name, kind.upper()) for file in made.values() for name, kind, _, _ in file.tensors} - pairs_of(model)
+    return Pass(model, arguments, {name: file.digest for name, file in made.items()}, pairs)
 
 
 def pairs_of(file: Path) -> Pairs:
     return {(tensor.name, tensor.type_name.upper()) for tensor in read_header(file).tensors}
 
 
-def recorded(workspace: Path) -> list[ledger.Entry]:
+def recorded(workspace: Path) -> list[ledger.LedgerEntry]:
     """What the ledgers of half levels say is on the disk."""
     found = [ledger.read(path) for path in (workspace / ".partial").glob("*/ledger.jsonl")]
     return [entry for content in found if content is not None for entry in content[1].values()]
@@ -91,7 +92,7 @@ def test_thirty_random_kills_change_no_byte(large: Pass, tmp_path: Path) -> None
     workspace = tmp_path / "work" / "large"
     kills = through = continued = 0
     while kills < KILLS:
-        with started(*large.arguments, cwd=tmp_path) as running:
+        with started(*large.arguments, cwd=tmp_path, program=each_tenth(kills)) as running:
             if chooser.random() < 1 / 3:
                 end, saves = time.monotonic() + chooser.uniform(0.1, 0.9) * seconds, None
             else:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from imatrix_runner.advise.memory import context_memory
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.events import ignore
+from imatrix_runner.imatrix.plan_generation import active_params, matrix_bytes, projection_share
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.models.kind import (
     require_calibratable,
@@ -21,12 +23,10 @@ from imatrix_runner.models.kind import (
     require_vocabulary,
     vocabulary_size,
 )
+from imatrix_runner.models.model import Model, open_gguf
 from imatrix_runner.models.origin import origin_of_gguf
-from imatrix_runner.models.sources import Model, open_gguf
-from imatrix_runner.quantize.memory import context_memory
 from imatrix_runner.report.document import ReportModel
-from imatrix_runner.workflow.imatrix import active_params, matrix_bytes, projection_share
-from imatrix_runner.workflow.report_source import _with_metadata
+from imatrix_runner.report.facts.gather_model import _with_metadata
 
 KEYS = (
     *("general.architecture", "general.name", "general.type", "general.file_type", "general.alignment", "general.url"),

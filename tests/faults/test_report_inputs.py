@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import run_command
-from llama_tools import digest
-from tiny_models import write_llama_gguf
-from workspaces import Heard, copy, measure, report_files, reported, run_here, timeless, unreported
 
+from imatrix_runner.app import report as report_flow
+from imatrix_runner.chat.prompt_format import prompt_format
 from imatrix_runner.errors import InvalidDataError, NoSpaceError
 from imatrix_runner.journal import Journal, outputs_intact
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import Runner
-from imatrix_runner.report.stored import read_report
-from imatrix_runner.workflow import report as report_flow
-from imatrix_runner.workflow.prompt_format import prompt_format
-from imatrix_runner.workflow.report_source import base_models
+from imatrix_runner.report.document import read_report
+from imatrix_runner.report.facts.gather_model import base_models
 from imatrix_runner.workspace import Workspace
+from support.command_line import run_command
+from support.llama_tools import digest
+from support.tiny_models import write_llama_gguf
+from support.workspaces import Heard, copy, measure, report_files, reported, run_here, timeless, unreported
 
-DIE_AT = (sys.executable, str(Path(__file__).with_name("die_at.py")))
 HUB = "https://huggingface.co/"
 LEVELS = {"Q8_0": 0.001, "Q4_0": 0.05}
 
@@ -109,7 +107,7 @@ def test_a_full_disk_leaves_the_old_report(own: Workspace, monkeypatch: pytest.M
 def test_killed_between_two_files_the_next_time_makes_them_all(made: Workspace, own: Workspace, moment: int) -> None:
     report_files(own)
     measure(own, {"Q4_0": 0.06})
-    ran = run_command(str(moment), "report", own.root, cwd=own.root.parent, program=DIE_AT)
+    ran = run_command("report", own.root, cwd=own.root.parent, dies_after=moment)
     assert ran.code in (-9, 0)
     assert (ran.code == -9) == (moment <= 5)  # the journal, then the four files
     files = report_files(own)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand
-from llama_tools import WORK_ONLY, BareTools, digest, fake_tools, leftovers, levels_in
+
+from support.command_line import RunCommand
+from support.llama_tools import WORK_ONLY, BareTools, digest, fake_tools, leftovers, levels_in
+from support.oracles import quantized
 
 IOSTREAM = "llama_model_quantize: failed to quantize: basic_ios::clear: iostream error"
 
@@ -14,7 +16,7 @@ IOSTREAM = "llama_model_quantize: failed to quantize: basic_ios::clear: iostream
 @pytest.mark.parametrize(
     ("fault", "kind", "why"),
     [
-        pytest.param("sleep 1000", "engine", "it neither wrote nor computed anything and was ended", id="hangs"),
+        pytest.param("sleep 1000", "engine", "it wrote no output and used no CPU time, and was ended", id="hangs"),
         pytest.param(
             "kill -KILL $$",
             "engine",
@@ -29,7 +31,7 @@ IOSTREAM = "llama_model_quantize: failed to quantize: basic_ios::clear: iostream
         pytest.param(
             'shift 2; exec "$real" "$@"', "invalid-data", "it was made with no imatrix entries instead of 14", id="blind"
         ),
-        pytest.param('exec "$real" --pure "$@"', "invalid-data", "planned was", id="another mixture"),
+        pytest.param('exec "$real" --pure "$@"', "invalid-data", "planned:", id="another mixture"),
     ],
 )
 def test_a_faulty_level_fails_alone(
@@ -52,7 +54,7 @@ def test_a_faulty_level_fails_alone(
     assert why in bad["error"]["why"]
     assert (good["level"], good["status"]) == ("Q5_K_M", "done")
     workspace = tmp_path / "work" / "tiny"
-    bare = digest(tools.quantize(tiny_model, tmp_path / "bare.gguf", "Q5_K_M", imatrix=tiny_imatrix))
+    (bare,) = quantized(tools, tiny_model, "Q5_K_M", imatrix=tiny_imatrix).digests
     assert levels_in(workspace) == {"Q5_K_M": bare}
     assert leftovers(workspace) == []
 
@@ -65,7 +67,7 @@ def test_the_same_command_heals_once_the_tools_work(
     arguments = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", "Q4_0,Q5_K_M", "--engine", "binaries")
     failed = runner(*arguments, "--llama-cpp", fake)
     assert failed.code == 100
-    assert "Q4_0: llama-quantize failed on Q4_0; killed by SIGABRT (it gave up by itself); GGML_ASSERT(x) failed" in failed.out
+    assert "Q4_0: llama-quantize failed on Q4_0; killed by SIGABRT (the program aborted); GGML_ASSERT(x) failed" in failed.out
     assert f"Full log: {tmp_path / 'work' / 'tiny' / 'logs' / 'level-Q4_0.log'}" in failed.out
     status = runner("status", "--json").document["workspaces"][0]
     assert (status["state"], status["detail"]) == ("resumable", "missing: Q4_0")

@@ -12,26 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import python
-from in_process import CommandLine
-from reports import sample_report
-from tiny_architectures import ARCHITECTURES, write_architecture
-from tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
-from imatrix_runner.engines.base import CollectOptions
-from imatrix_runner.engines.embedded.find import find
+from imatrix_runner.advise.memory import context_memory
+from imatrix_runner.app.advise import Advice, AdviseRequest, advise
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.requests import EnvironmentRequest, LevelsRequest, SourceRequest
+from imatrix_runner.engines.embedded.bindings import find
+from imatrix_runner.engines.jobs import CollectOptions
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, UsageError
+from imatrix_runner.evaluate.measurements import Measured, content_of
 from imatrix_runner.events import Event, Finished, Started, ignore
 from imatrix_runner.files import Stamp
-from imatrix_runner.journal import Journal, Output, Record
+from imatrix_runner.journal import Journal, StepOutput, StepRecord
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.models.sources import open_gguf
-from imatrix_runner.quantize.memory import context_memory
+from imatrix_runner.models.model import open_gguf
+from imatrix_runner.steps import LEVEL_INPUT
 from imatrix_runner.toolchain.store import cache_dir
-from imatrix_runner.workflow.advise import Advice, AdviseRequest, advise
-from imatrix_runner.workflow.context import Context
-from imatrix_runner.workflow.measured import LEVEL_INPUT, Measured, as_facts, content_of
-from imatrix_runner.workflow.request import EnvironmentRequest, LevelsRequest, SourceRequest
+from support.children import python
+from support.in_process import CommandLine
+from support.reports import sample_report
+from support.tiny_architectures import ARCHITECTURES, write_architecture
+from support.tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
 ALLOCATE = """
     import os, sys
@@ -80,7 +81,7 @@ def ask(requested: Callable[..., AdviseRequest]) -> Ask:
 
 
 def kinds(advice: Advice) -> set[str]:
-    return {judgement.kind for judgement in advice.text.judgements}
+    return {finding.kind for finding in advice.text.findings}
 
 
 @pytest.mark.parametrize("n_ctx", [512, 4096])
@@ -294,10 +295,10 @@ class TestTheModel:
         assert level.measured is not None
         assert report.evaluation is not None
         journal = Journal(tmp_path / "work" / "tiny" / "journal.json")
-        made = Record.now({}, [Output("tiny-Q4_K_M.gguf", Stamp(1, 1, 1), "0" * 64)], "made", 1.0)
+        made = StepRecord.now({}, [StepOutput("tiny-Q4_K_M.gguf", Stamp(1, 1, 1), "0" * 64)], "made", 1.0)
         journal.record("level-Q4_K_M", made)
-        facts = as_facts(Measured(level.measured, level.measured.ratio, report.evaluation))
-        journal.record("evaluate Q4_K_M", Record.now({LEVEL_INPUT: content_of(made)}, [], "measured", 1.0, facts=facts))
+        facts = Measured(level.measured, level.measured.ratio, report.evaluation)
+        journal.record("evaluate Q4_K_M", StepRecord.now({LEVEL_INPUT: content_of(made)}, [], "measured", 1.0, facts=facts))
         assert ask(tiny_model).measured == ("Q4_K_M",)
 
     def test_a_level_that_cannot_be_made_is_no_recommendation(self, ask: Ask, tmp_path: Path) -> None:

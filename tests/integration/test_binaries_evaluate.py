@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_tools import BareTools
-from perplexity_tools import PATIENT, perplexity_that
 
-from imatrix_runner.engines.base import ChunkRange, CollectOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.embedded.bindings import find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import find
-from imatrix_runner.engines.embedded.scored import read_scored
-from imatrix_runner.engines.logits_file import is_whole, read_head, read_tokens
-from imatrix_runner.engines.measures import Divergence, Estimate, JudgeJob, ReferJob
-from imatrix_runner.evaluate.statistics import summarise
+from imatrix_runner.engines.files.logits import is_whole, read_head, read_tokens
+from imatrix_runner.engines.files.token_scores import read_token_scores
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
+from imatrix_runner.engines.measures import Divergence, Estimate, MeasureJob, ReferenceJob
+from imatrix_runner.evaluate.kld_statistics import summarise
 from imatrix_runner.events import Event, Progress, ignore
 from imatrix_runner.process import Runner
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
 from imatrix_runner.toolchain.store import cache_dir
+from support.llama_tools import BareTools
+from support.perplexity_tools import PATIENT, perplexity_that
 
 CHUNKS = 8
 OPTIONS = CollectOptions(threads=1)
@@ -45,19 +45,19 @@ def embedded() -> EmbeddedEngine:
 
 
 @pytest.fixture(scope="module")
-def refer_job(demo_model: Path, folder: Path) -> ReferJob:
+def refer_job(demo_model: Path, folder: Path) -> ReferenceJob:
     text, out = resource(HELD_OUT_TEXT), folder / "reference.logits"
-    return ReferJob("refer", demo_model, text, ChunkRange(0, CHUNKS), out, OPTIONS, "of this", folder / "refer.log")
+    return ReferenceJob("refer", demo_model, text, ChunkRange(0, CHUNKS), out, OPTIONS, "of this", folder / "refer.log")
 
 
 @pytest.fixture(scope="module")
-def base(patient: BinariesEngine, refer_job: ReferJob) -> Path:
-    patient.refer(refer_job, ignore)
+def base(patient: BinariesEngine, refer_job: ReferenceJob) -> Path:
+    patient.make_reference(refer_job, ignore)
     return refer_job.out
 
 
-def judge_job(model: Path, base: Path, out: Path) -> JudgeJob:
-    return JudgeJob("judge", model, base, out, OPTIONS, "of that", None)
+def judge_job(model: Path, base: Path, out: Path) -> MeasureJob:
+    return MeasureJob("judge", model, base, out, OPTIONS, "of that", None)
 
 
 def summary_of(found: Divergence) -> dict[str, Estimate]:
@@ -65,11 +65,11 @@ def summary_of(found: Divergence) -> dict[str, Estimate]:
 
 
 def test_the_reference_is_the_embedded_engine_s_but_for_the_last_bit(
-    patient: BinariesEngine, embedded: EmbeddedEngine, refer_job: ReferJob, folder: Path
+    patient: BinariesEngine, embedded: EmbeddedEngine, refer_job: ReferenceJob, folder: Path
 ) -> None:
     events: list[Event] = []
-    patient.refer(refer_job, events.append)
-    embedded.refer(replace(refer_job, out=folder / "ours.logits"), ignore)
+    patient.make_reference(refer_job, events.append)
+    embedded.make_reference(replace(refer_job, out=folder / "ours.logits"), ignore)
     theirs, ours = read_head(refer_job.out), read_head(folder / "ours.logits")
     assert theirs == ours
     assert is_whole(refer_job.out, theirs, "of this")
@@ -84,10 +84,10 @@ def test_the_reference_is_the_embedded_engine_s_but_for_the_last_bit(
     assert all(event.note.startswith("PPL ") for event in told)
 
 
-def test_a_reference_of_something_else_is_written_anew(patient: BinariesEngine, base: Path, refer_job: ReferJob) -> None:
+def test_a_reference_of_something_else_is_written_anew(patient: BinariesEngine, base: Path, refer_job: ReferenceJob) -> None:
     other = replace(refer_job, out=base.with_name("other.logits"))
-    patient.refer(other, ignore)
-    patient.refer(replace(other, chunks=ChunkRange(0, 2), fingerprint="of something else"), ignore)
+    patient.make_reference(other, ignore)
+    patient.make_reference(replace(other, chunks=ChunkRange(0, 2), fingerprint="of something else"), ignore)
     head = read_head(other.out)
     assert head.n_chunks == 2
     assert is_whole(other.out, head, "of something else")
@@ -106,9 +106,9 @@ def test_the_figures_are_the_embedded_engine_s_as_far_as_they_are_printed(
 ) -> None:
     job = judge_job(tools.quantize(demo_model, folder / f"{level}.gguf", level), base, folder / f"{level}.scored")
     events: list[Event] = []
-    theirs = patient.judge(job, events.append)
-    embedded.judge(job, ignore)
-    ours = summarise(read_scored(job.out, job.fingerprint, OPTIONS.n_ctx).reshape(-1))
+    theirs = patient.measure_level(job, events.append)
+    embedded.measure_level(job, ignore)
+    ours = summarise(read_token_scores(job.out, job.fingerprint, OPTIONS.n_ctx).reshape(-1))
     assert theirs.n_tokens == ours.n_tokens == CHUNKS * 255
     shares = ("dp", "dp_rms", "same_top")  # printed as percents with three digits, all else with six
     for name, estimate in summary_of(theirs).items():
@@ -124,19 +124,19 @@ def test_the_figures_are_the_embedded_engine_s_as_far_as_they_are_printed(
 
 
 def test_the_source_does_not_differ_from_itself(patient: BinariesEngine, demo_model: Path, base: Path, folder: Path) -> None:
-    found = patient.judge(judge_job(demo_model, base, folder / "itself"), ignore)
+    found = patient.measure_level(judge_job(demo_model, base, folder / "itself"), ignore)
     assert abs(found.kld.value) < 1e-5
     assert found.same_top.value > 0.999
     assert all(math.isfinite(each.value) and math.isfinite(each.error) for each in summary_of(found).values())
 
 
 def test_so_many_chunks_of_a_reference_are_those_of_one_that_has_no_more(
-    patient: BinariesEngine, demo_model: Path, base: Path, refer_job: ReferJob, tools: BareTools, folder: Path
+    patient: BinariesEngine, demo_model: Path, base: Path, refer_job: ReferenceJob, tools: BareTools, folder: Path
 ) -> None:
     level = tools.quantize(demo_model, folder / "limited.gguf", "Q3_K_M")
     short = replace(refer_job, out=folder / "short.logits", chunks=ChunkRange(0, 4))
-    patient.refer(short, ignore)
+    patient.make_reference(short, ignore)
     job = judge_job(level, base, folder / "limited.scored")
-    assert patient.judge(replace(job, limit=4), ignore) == patient.judge(replace(job, base=short.out), ignore)
-    assert patient.judge(replace(job, limit=CHUNKS + 1), ignore).n_tokens == CHUNKS * 255
+    assert patient.measure_level(replace(job, limit=4), ignore) == patient.measure_level(replace(job, base=short.out), ignore)
+    assert patient.measure_level(replace(job, limit=CHUNKS + 1), ignore).n_tokens == CHUNKS * 255
     assert not list(folder.glob(".*"))

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Ran, RunCommand, clean_environment
-from dialogues import TEMPLATE, dialogues, write_jsonl
-from hub_server import HubServer, be_quick_and_anonymous
-from in_process import CommandLine
-from llama_tools import BareTools
-from tiny_models import sample_text, write_hf_directory
 
-from imatrix_runner.calibration.templates import load_template
+from imatrix_runner.chat.templates import load_template
+from imatrix_runner.engines.embedded.bindings import find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import find
 from imatrix_runner.models.gguf_file import long_array, read_header
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.store import cache_dir
+from support.command_line import PROGRAM, Ran, RunCommand, clean_environment
+from support.dialogues import TEMPLATE, dialogues, write_jsonl
+from support.hub_server import HubServer, be_quick_and_anonymous
+from support.in_process import CommandLine
+from support.llama_tools import BareTools
+from support.tiny_models import sample_text, write_hf_directory
 
 VOCABULARIES = ("qwen2", "phi-3", "gemma-4", "command-r")
 """GGUFs that carry the templates they were published with: without BOS, SentencePiece, and two that add BOS."""
@@ -49,7 +49,7 @@ def manifest_of(text: Path) -> dict[str, Any]:
     return read
 
 
-def pieces(text: Path) -> list[str]:
+def blocks(text: Path) -> list[str]:
     """The documents of a built text, cut out where its manifest says they are."""
     data = text.read_bytes()
     return [data[offset : offset + size].decode() for offset, size, _ in manifest_of(text)["documents"]]
@@ -80,7 +80,7 @@ def test_the_tokens_of_a_built_text_are_those_of_the_tokenizer_s_own_renderings(
     assert manifest["parse_special"] is True
     assert manifest["template"]["sha256"] == load_template(model).sha256
 
-    found = pieces(tmp_path / "out.txt")
+    found = blocks(tmp_path / "out.txt")
     bos = special["bos_token"] if manifest["tokens"] and adds_bos(model) else ""
     if bos and not found[0].startswith(bos):
         found[0] = bos + found[0]  # llama.cpp puts it there
@@ -149,9 +149,9 @@ def test_weights_decide_the_shares_and_documents_stay_whole(cli: CommandLine, ll
     assert shares == pytest.approx([0.75, 0.25], abs=0.03)
     lines = [line for name in "ab" for line in (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     kept = {json.loads(line)["text"].strip() for line in lines}
-    cut = [piece for piece in pieces(tmp_path / "out.txt") if piece not in kept]
+    cut = [block for block in blocks(tmp_path / "out.txt") if block not in kept]
     assert len(cut) == sum(source["cut"] for source in ran.document["sources"]) <= 1
-    assert all(any(text.startswith(piece) for text in kept) for piece in cut)
+    assert all(any(text.startswith(block) for text in kept) for block in cut)
 
 
 def test_the_same_inputs_and_seed_give_the_same_bytes_and_another_seed_others(
@@ -161,7 +161,7 @@ def test_the_same_inputs_and_seed_give_the_same_bytes_and_another_seed_others(
 
     def made(name: str, seed: int, hash_seed: str) -> tuple[bytes, dict[str, Any]]:
         command = ("calibration", "build", "d.jsonl", "code", "-o", f"{name}.txt", "--model", chat_model, "--tokens", "6000")
-        ran = runner(*command, "--seed", str(seed), env={"PYTHONHASHSEED": hash_seed})
+        ran = runner(*command, "--seed", str(seed), env={"PYTHONHASHSEED": hash_seed}, program=PROGRAM)
         assert ran.code == 0, ran.err
         return (tmp_path / f"{name}.txt").read_bytes(), manifest_of(tmp_path / f"{name}.txt") | {"text": ""}
 
@@ -214,14 +214,14 @@ def test_without_a_model_plain_text_is_built_and_dialogues_are_refused(cli: Comm
     assert not (tmp_path / "chat.txt").exists()
     write_jsonl(tmp_path / "n.jsonl", [{"messages": [], "data": {"note": sample_text(200, seed=n)}} for n in range(4)])
     build(cli, "n.jsonl", "-o", "field.txt", "--field", "data.note")
-    assert sorted(pieces(tmp_path / "field.txt")) == sorted(sample_text(200, seed=n).strip() for n in range(4))
+    assert sorted(blocks(tmp_path / "field.txt")) == sorted(sample_text(200, seed=n).strip() for n in range(4))
 
 
 def test_order_is_kept_without_shuffling(cli: CommandLine, tmp_path: Path) -> None:
     texts = [f"{number}. {sample_text(200, seed=number)}" for number in range(20)]
     write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in texts])
     build(cli, "t.jsonl", "-o", "out.txt", "--no-shuffle")
-    assert pieces(tmp_path / "out.txt") == [text.strip() for text in texts]
+    assert blocks(tmp_path / "out.txt") == [text.strip() for text in texts]
 
 
 def test_stdin_is_a_source(runner: RunCommand, tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_a_folder_of_code_is_a_source(cli: CommandLine, tmp_path: Path) -> None:
         (folder / "pkg" / f"m{number}.py").write_text(f"# {sample_text(300, seed=number)}\nx = {number}\n", encoding="utf-8")
     (folder / "logo.png").write_bytes(b"\x89PNG\0\0")
     ran = build(cli, folder, "-o", "out.txt")
-    assert "project: passed over 1 binary" in ran.err
-    assert sorted(piece[-5:] for piece in pieces(tmp_path / "out.txt")) == [f"x = {number}" for number in range(6)]
+    assert "project: skipped 1 binary" in ran.err
+    assert sorted(block[-5:] for block in blocks(tmp_path / "out.txt")) == [f"x = {number}" for number in range(6)]
 
 
 def test_a_hub_s_model_lends_its_tokenizer_and_template(
@@ -333,7 +333,7 @@ def test_generation_parses_a_built_text_and_names_it_in_the_matrix(
 
     unparsed = runner(*command, "-o", "b.gguf", "--no-parse-special")
     assert unparsed.code == 0, unparsed.err
-    assert "are read letter by letter" in unparsed.err
+    assert "are tokenised letter by letter" in unparsed.err
     assert unparsed.document["collected"]["tokens"] > collected["tokens"]
 
 

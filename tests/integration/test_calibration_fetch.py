@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,18 +15,18 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from command_line import run_command
-from hub_server import HubServer, Trouble, be_quick_and_anonymous
-from in_process import CommandLine
 
-from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, RunnerError, UsageError
+from imatrix_runner.calibration.public import download_set
+from imatrix_runner.calibration.public.sets import FetchedSet, fetch_set, list_sets
+from imatrix_runner.context.context import Context
+from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, RunnerError, ToolchainError, UsageError
 from imatrix_runner.events import Event, Notice, Progress
+from imatrix_runner.extras import Extra
 from imatrix_runner.signals import Stop
-from imatrix_runner.workflow import calibration_downloads
-from imatrix_runner.workflow.calibration_sets import FetchedSet, fetch_set, list_sets
-from imatrix_runner.workflow.context import Context
+from support.command_line import run_command
+from support.hub_server import HubServer, Trouble, be_quick_and_anonymous
+from support.in_process import CommandLine
 
-DIE_AT = (sys.executable, str(Path(__file__).parent.parent / "faults" / "die_at.py"))
 V3 = "/bartowski1182/eb213dccb3571f863da82e99418f81e8/raw/calibration_datav3.txt"
 CODE = "/turboderp-org/exllamav3/master/exllamav3/conversion/standard_cal_data/code.utf8"
 TEXT = "Ein Satz, der zählt.\n".encode() * 20_000
@@ -236,7 +235,7 @@ def test_a_login_page_is_no_text(site: Site, page: bytes, headers: dict[str, str
     site.pages[V3], site.statuses[V3] = page, (200, headers)
     error = refusal("bartowski-v3")
     assert isinstance(error, DownloadError)
-    assert error.what == "A web page came instead of bartowski-v3"
+    assert error.what == "Received a web page instead of bartowski-v3"
     assert "127.0.0.1" in error.why
 
 
@@ -252,7 +251,7 @@ def test_a_login_page_is_no_text(site: Site, page: bytes, headers: dict[str, str
 def test_what_is_no_text_is_refused(site: Site, data: bytes, why: str) -> None:
     site.pages[V3] = data
     error = refusal("bartowski-v3")
-    assert error.what == "bartowski-v3 is no text"
+    assert error.what == "bartowski-v3 is not a text"
     assert why in error.why
 
 
@@ -271,11 +270,11 @@ def test_a_length_that_never_comes_leaves_nothing(site: Site) -> None:
 
 @pytest.mark.parametrize("announce", [True, False])
 def test_more_than_the_limit_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch, announce: bool) -> None:
-    monkeypatch.setattr(calibration_downloads, "MOST_BYTES", len(TEXT) - 1)
+    monkeypatch.setattr(download_set, "MOST_BYTES", len(TEXT) - 1)
     site.pages[V3], site.announce = TEXT, announce
     error = refusal("bartowski-v3")
     assert error.what == "bartowski-v3 is too large"
-    monkeypatch.setattr(calibration_downloads, "MOST_BYTES", len(TEXT))
+    monkeypatch.setattr(download_set, "MOST_BYTES", len(TEXT))
     assert fetch("bartowski-v3").n_bytes == len(TEXT)
 
 
@@ -313,7 +312,7 @@ def test_a_damaged_text_is_fetched_again_and_told_of(site: Site) -> None:
         assert fetched.replaced is None  # upstream did not change
         assert path.read_bytes() == TEXT
         (warned,) = listener.warned
-        assert warned == f"{path} " + ("is gone." if damage is None else warned.removeprefix(f"{path} "))
+        assert warned == f"{path} " + ("is missing." if damage is None else warned.removeprefix(f"{path} "))
         assert "SHA-256" in warned or damage is None
     path.write_bytes(b"X")
     with pytest.raises(DownloadError, match="not in the cache"):
@@ -329,7 +328,7 @@ def test_a_damaged_record_is_made_again(site: Site, damage: bytes) -> None:
     assert [listed.fetched for listed in list_sets() if listed.set.name == "bartowski-v3"] == [()]
     listener = Listener()
     assert fetch("bartowski-v3", listener).record.sha256 == fetched.sha256
-    assert "cannot be trusted" in listener.warned[0]
+    assert "cannot be checked" in listener.warned[0]
     assert fetch("bartowski-v3").was_cached
 
 
@@ -360,7 +359,7 @@ def test_offline_gives_only_what_was_fetched(site: Site, monkeypatch: pytest.Mon
     site.pages[V3] = TEXT
     error = refusal("bartowski-v3", offline=True)
     assert error.what == "bartowski-v3 is not in the cache"
-    assert error.todo == "Fetch it once without: imatrix-runner calibration fetch bartowski-v3"
+    assert error.todo == "Fetch it once online: imatrix-runner calibration fetch bartowski-v3"
     assert site.asked == []
     fetch("bartowski-v3")
     assert fetch("bartowski-v3", offline=True, force=True).was_cached
@@ -379,7 +378,7 @@ def test_a_kill_between_text_and_record_leaves_nothing_believed(site: Site, tmp_
         site.pages[V3] = TEXT + b"More.\n"
     env = {"IMATRIX_RUNNER_CACHE": str(tmp_path / "cache"), "IMATRIX_RUNNER_CALIBRATION_URL": site.url}
     words = ("calibration", "fetch", "bartowski-v3", *(["--force"] if forced else []))
-    ran = run_command(str(renames), *words, cwd=tmp_path, env=env, program=DIE_AT)
+    ran = run_command(*words, cwd=tmp_path, env=env, dies_after=renames)
     assert ran.code == -9
     asked = len(site.asked)
     listener = Listener()
@@ -416,8 +415,17 @@ def test_an_open_set_is_listed_by_the_hub(hub: HubServer) -> None:
     hub.requests.clear()
     assert fetch("froggeric:ptb.train.txt").was_cached
     error = refusal("froggeric:technical", offline=True)
-    assert "of this set there is froggeric:ptb.train" in error.why
+    assert "the cache has froggeric:ptb.train" in error.why
     assert hub.requests == []
+
+
+def test_a_text_in_parquet_needs_the_extra_before_it_is_downloaded(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(EADDARIO, {"combined_en_small.parquet": parquet(content=["One."])}, card={"license": "mit"})
+    monkeypatch.setattr("imatrix_runner.calibration.public.download_set.CALIBRATION", Extra("calibration", ("no_such_module",)))
+    error = refusal("eaddario:combined_en_small")
+    assert isinstance(error, ToolchainError)
+    assert error.todo == 'Install them with: pip install "imatrix-runner[calibration]"'
+    assert "combined_en_small.parquet" not in hub.downloads()
 
 
 def test_a_table_becomes_one_text(hub: HubServer) -> None:
@@ -444,7 +452,7 @@ def test_wikitext_is_its_own_lines(hub: HubServer) -> None:
     fetched = fetch("wikitext-2:test")
     assert (fetched.path.name, fetched.path.read_text()) == ("wiki.test.raw", " \n = Title = \n \n A sentence . \n")
     assert fetched.licence == "CC BY-SA 3.0 and GFDL"
-    assert refusal("wikitext-2:train").why == "it was there when the list of sets was made"
+    assert refusal("wikitext-2:train").why == "it existed when this program's list of sets was made"
 
 
 def test_a_table_without_texts_or_too_large(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +464,7 @@ def test_a_table_without_texts_or_too_large(hub: HubServer, monkeypatch: pytest.
     hub.add(EADDARIO, files)
     assert isinstance(refusal("eaddario:code_tiny"), InvalidDataError)
     assert isinstance(refusal("eaddario:math_tiny"), InvalidDataError)
-    monkeypatch.setattr(calibration_downloads, "MOST_BYTES", 4000)
+    monkeypatch.setattr(download_set, "MOST_BYTES", 4000)
     assert refusal("eaddario:tools_tiny").what == "eaddario:tools_tiny is too large"
     assert "tools_tiny.parquet" not in hub.downloads()
 
@@ -470,7 +478,7 @@ def test_trouble_with_the_hub_leaves_nothing(hub: HubServer, trouble: Trouble) -
 
 def test_a_login_page_of_the_right_length_is_no_text(hub: HubServer) -> None:
     hub.add("datasets/froggeric/imatrix", {"groups_merged.txt": b"<html><body>Log in.</body></html>"})
-    assert refusal("groups-merged").what == "A web page came instead of groups-merged"
+    assert refusal("groups-merged").what == "Received a web page instead of groups-merged"
 
 
 def test_a_private_or_missing_repository_is_told(hub: HubServer) -> None:

@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 import tokenizers
-from command_line import RunCommand
-from in_process import CommandLine
-from tiny_models import sample_text
 
-from imatrix_runner.calibration import pieces
-from imatrix_runner.calibration.manifest import DocumentPlace, Manifest, SourceFacts, manifest_path
+from imatrix_runner.app import calibration_inspect as module
+from imatrix_runner.app.calibration_inspect import Inspected, InspectRequest, inspect
 from imatrix_runner.calibration.tokenisers import HuggingFaceTokeniser
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.engine_choice import Machine
+from imatrix_runner.documents import blocks
+from imatrix_runner.documents.manifest import DocumentPlace, Manifest, SourceFacts, manifest_path
+from imatrix_runner.engines.embedded.bindings import Bindings
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import Bindings
 from imatrix_runner.events import Event, Finished, Progress, Started, ignore
 from imatrix_runner.files import write_json
 from imatrix_runner.process import Runner
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
-from imatrix_runner.workflow import calibration_inspect as module
-from imatrix_runner.workflow.calibration_inspect import Inspected, InspectRequest, inspect
-from imatrix_runner.workflow.choice import Machine
-from imatrix_runner.workflow.context import Context
+from support.command_line import RunCommand
+from support.in_process import CommandLine
+from support.tiny_models import sample_text
 
 CHAT = "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nGood day to you.<|im_end|>\n"
 
@@ -46,7 +46,7 @@ def inspected(file: Path, **options: Any) -> Inspected:
 
 
 def kinds(found: Inspected) -> dict[str, str]:
-    return {judgement.kind: judgement.severity for judgement in found.judgements}
+    return {finding.kind: finding.severity for finding in found.findings}
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm"])
@@ -98,7 +98,7 @@ def test_long_texts_are_counted_in_pieces(
     shipped: Path, llama_models: Path, counter: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vocabulary = llama_models / "ggml-vocab-gpt-2.gguf"
-    monkeypatch.setattr(pieces, "_BLOCK", 40_000)
+    monkeypatch.setattr(blocks, "_BLOCK", 40_000)
     monkeypatch.setattr(module, "_GGUF_BATCH", 120_000)
     tokens = inspected(shipped, model=str(vocabulary)).inspection.tokens
     whole = counter.count_tokens(vocabulary, shipped, parse_special=False, log=None)
@@ -250,7 +250,7 @@ def test_the_document_has_a_shape_that_others_rely_on(cli: CommandLine, shipped:
         *("name", "verdict", "share", "n_shingles", "longest", "example", "n_compared", "identical"),
     }
     assert document["held_out"]["verdict"] == "void"
-    assert [set(judgement) for judgement in document["judgements"]] == [
+    assert [set(finding) for finding in document["judgements"]] == [
         {"severity", "kind", "figure", "text", "todo"} for _ in document["judgements"]
     ]
     assert document["judgements"][0]["kind"] == "held-out-void"
@@ -261,7 +261,7 @@ def test_the_document_has_a_shape_that_others_rely_on(cli: CommandLine, shipped:
     }
 
 
-def test_people_read_figures_first_and_judgements_last(cli: CommandLine, tmp_path: Path) -> None:
+def test_people_read_figures_first_and_findings_last(cli: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "small.txt").write_text(sample_text(3000) * 3)
     ran = cli("calibration", "inspect", "small.txt")
     assert ran.code == 0
@@ -271,14 +271,14 @@ def test_people_read_figures_first_and_judgements_last(cli: CommandLine, tmp_pat
     assert any(line.startswith("Language ") and "Script" in line for line in lines)
     first = next(number for number, line in enumerate(lines) if line.startswith("Warning"))
     assert first > max(number for number, line in enumerate(lines) if line.startswith("English"))
-    assert not any("Nothing speaks against it" in line for line in lines)
+    assert not any("No problems found" in line for line in lines)
     assert ran.err == ""
 
 
 def test_the_shipped_text_gets_no_warning(cli: CommandLine, shipped: Path, llama_models: Path) -> None:
     ran = cli("calibration", "inspect", shipped, "--model", llama_models / "ggml-vocab-llama-bpe.gguf")
     assert ran.code == 0
-    assert "Nothing speaks against it." in ran.out
+    assert "No problems found." in ran.out
     assert "Warning" not in ran.out
 
 
@@ -329,7 +329,7 @@ def test_long_work_tells_how_far_it_is_and_short_work_does_not(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(sample_text(40_000))
-    monkeypatch.setattr(pieces, "_BLOCK", 4000)
+    monkeypatch.setattr(blocks, "_BLOCK", 4000)
     monkeypatch.setattr(module, "_GGUF_BATCH", 25_000)
     model = str(llama_models / "ggml-vocab-gpt-2.gguf")
     events: list[Event] = []
@@ -351,7 +351,7 @@ def test_a_stop_ends_it_between_pieces(tmp_path: Path, monkeypatch: pytest.Monke
 
     text = tmp_path / "text.txt"
     text.write_text(sample_text(40_000))
-    monkeypatch.setattr(pieces, "_BLOCK", 4000)
+    monkeypatch.setattr(blocks, "_BLOCK", 4000)
     context = Context(ignore)
     context.stop.request()
     with pytest.raises(InterruptedRunError):

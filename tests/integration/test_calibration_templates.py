@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import write_hf_directory, write_llama_gguf
 
-from imatrix_runner.calibration.conversations import content_of
-from imatrix_runner.calibration.documents import Conversation
-from imatrix_runner.calibration.rendering import DATE, Unrendered, render
-from imatrix_runner.calibration.templates import ChatTemplate, load_template
+from imatrix_runner.chat.rendering import DATE, Unrendered, render
+from imatrix_runner.chat.templates import ChatTemplate, load_template
+from imatrix_runner.documents.conversations import content_of
+from imatrix_runner.documents.documents import Conversation
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import Runner
+from support.tiny_models import write_hf_directory, write_llama_gguf
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -219,9 +219,9 @@ def test_a_text_that_no_file_can_hold_is_refused() -> None:
     source = "{% for m in messages %}{{ m.content }}{% endfor %}"
     chats = [Conversation(({"role": "user", "content": content},)) for content in (" \n", "a\0b", "a\ud83d", "fine")]
     assert [getattr(each, "why", each) for each in texts(source, *chats)] == [
-        "what the template makes of it is empty",
-        "what the template makes of it holds NUL characters",
-        "what the template makes of it holds half a surrogate pair, which is no character",
+        "the template's output for it is empty",
+        "the template's output for it contains NUL characters",
+        "the template's output for it contains half a surrogate pair, which is not a character",
         "fine",
     ]
 
@@ -245,7 +245,7 @@ def test_progress_is_told_up_to_the_end() -> None:
 def test_the_child_loads_little() -> None:
     """It starts anew after every conversation that ended it, and answers before anything heavy would be loaded."""
     code = (
-        "import sys, imatrix_runner.calibration.render_worker as w; w._environment(__import__('datetime').datetime.now());"
+        "import sys, imatrix_runner.chat.render_worker as w; w._environment(__import__('datetime').datetime.now());"
         "print(*sorted(name for name in ('numpy', 'msgspec', 'psutil', 'click', 'rich', 'tokenizers') if name in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -272,7 +272,7 @@ def test_a_gguf_with_variants_of_its_template(llama_models: Path) -> None:
     plain, called = render(loaded, (CHATS["plain"], Conversation(tuple(PLAIN), (offered,))), Runner())
     assert str(plain).startswith("<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>How 'high' <is> it?")
     assert "weather" in str(called)
-    with pytest.raises(UsageError, match="no chat template called 'none'") as caught:
+    with pytest.raises(UsageError, match="no chat template named 'none'") as caught:
         load_template(model, name="none")
     assert caught.value.why == "it has: default, rag, tool_use"
 
@@ -341,7 +341,7 @@ def test_the_places_of_a_hugging_face_directory(tmp_path: Path) -> None:
     (more / "rag.jinja").write_text("6 messages", encoding="utf-8")
     assert load_template(tmp_path).with_tools == "5 messages"
     assert load_template(tmp_path, name="rag").source == "6 messages"
-    with pytest.raises(UsageError, match="no chat template called"):
+    with pytest.raises(UsageError, match="no chat template named"):
         load_template(tmp_path, name="../additional_chat_templates/rag")
 
 
@@ -362,7 +362,7 @@ def test_no_template_is_an_error_and_no_guess(kind: str, llama_models: Path, tmp
         model = llama_models / "ggml-vocab-gpt-2.gguf"
     elif kind == "folder of ggufs":
         write_llama_gguf(tmp_path / "m.gguf", layers=1)
-        todo = "Name the GGUF file in it."
+        todo = "Give the GGUF file in it."
     else:
         write_hf_directory(tmp_path, layers=1)
         file = tmp_path / "tokenizer_config.json" if kind == "json" else None

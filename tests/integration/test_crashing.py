@@ -10,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from crashing import Where, crashes, crashing_library
-from evaluations import held_out_text
-from in_process import CommandLine
 
-from imatrix_runner.engines.embedded import find as find_module
+from imatrix_runner.engines.embedded import bindings as find_module
+from imatrix_runner.engines.embedded.bindings import LIBRARY_VARIABLE, Bindings, UnusableBindings, find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import LIBRARY_VARIABLE, Bindings, Unusable, find
 from imatrix_runner.journal import Journal
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.program_proof import ProgramProof, prove_programs
 from imatrix_runner.toolchain.repacking import REPACKS, Repacking
+from support.crashing import Where, crashes, crashing_library
+from support.evaluations import held_out_text
+from support.in_process import CommandLine
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
@@ -77,7 +77,7 @@ class TestLibrary:
         self, toolchain: Toolchain, cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         crash(monkeypatch, library, "quantised", signal.SIGABRT)
-        with pytest.raises(Unusable, match=r"killed by SIGABRT .*GGML_ASSERT\(tiles\) failed"):
+        with pytest.raises(UnusableBindings, match=r"killed by SIGABRT .*GGML_ASSERT\(tiles\) failed"):
             found(toolchain, cache, library)
         assert not (cache / "bindings").exists()
 
@@ -114,7 +114,7 @@ class TestPrograms:
     def test_programs_from_before_the_first_architecture_are_tried_with_another(
         self, toolchain: Toolchain, cache: Path, library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        from llama_tools import fake_tools
+        from support.llama_tools import fake_tools
 
         crash(monkeypatch, library, "repacked", signal.SIGILL)
         old = fake_tools(toolchain, tmp_path / "old", llama_imatrix='case "$*" in *jamba*) exit 1;; esac')
@@ -204,7 +204,7 @@ def test_a_matrix_of_a_quantised_model_is_collected_without_repacking(
     ("name", "why"),
     [
         ("SIGSEGV", "killed by SIGSEGV (segmentation fault). llama.cpp itself failed."),
-        ("SIGABRT", "killed by SIGABRT (it gave up by itself); kernels.cpp:42: GGML_ASSERT(tiles) failed. llama.cpp itself"),
+        ("SIGABRT", "killed by SIGABRT (the program aborted); kernels.cpp:42: GGML_ASSERT(tiles) failed. llama.cpp itself"),
     ],
 )
 def test_a_crash_that_no_proof_saw_is_explained_once_for_all_levels(

@@ -10,14 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from answers import OPTIONS, PREDICT, ask, job, pieces_of_text, set_number
-from llama_tools import BareTools
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import CollectOptions
-from imatrix_runner.engines.embedded.completions import read_completions
+from imatrix_runner.engines.embedded.bindings import LIBRARY_VARIABLE, find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import LIBRARY_VARIABLE, find
+from imatrix_runner.engines.files.completions import read_completions
+from imatrix_runner.engines.jobs import CollectOptions
 from imatrix_runner.engines.measures import Prompt
 from imatrix_runner.errors import InterruptedRunError
 from imatrix_runner.events import Event, Progress
@@ -25,6 +22,9 @@ from imatrix_runner.process import Runner, child_environment
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
 from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.store import cache_dir
+from support.answers import OPTIONS, PREDICT, ask, job, pieces_of_text, set_number
+from support.llama_tools import BareTools
+from support.tiny_models import write_llama_gguf
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_tools import BareTools
-from tiny_architectures import ARCHITECTURES, write_architecture
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, DryRun, Piece, QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.embedded.bindings import Bindings, find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine, worker_command
-from imatrix_runner.engines.embedded.find import Bindings, find
-from imatrix_runner.engines.embedded.protocol import Probe
+from imatrix_runner.engines.jobs import (
+    ChunkRange,
+    CollectedRange,
+    CollectJob,
+    CollectOptions,
+    DryRun,
+    QuantizeJob,
+    QuantizeOptions,
+)
+from imatrix_runner.engines.protocol import ProbeJob
 from imatrix_runner.errors import EngineError, InterruptedRunError, InvalidDataError
 from imatrix_runner.events import Event, Progress, ignore
 from imatrix_runner.imatrix.formats import read
@@ -29,6 +34,9 @@ from imatrix_runner.process import Runner, child_environment
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.store import cache_dir
+from support.llama_tools import BareTools
+from support.tiny_architectures import ARCHITECTURES, write_architecture
+from support.tiny_models import write_llama_gguf
 
 TOLERANCE = 5e-5
 """llama-imatrix sums in float32, one by one; ours is the more exact."""
@@ -50,10 +58,10 @@ def engine(bindings: Bindings) -> EmbeddedEngine:
 class Heard:
     """What an engine told: its pieces and its events."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[CollectedRange] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
-    def take(self, piece: Piece) -> bool:
+    def take(self, piece: CollectedRange) -> bool:
         self.pieces.append(piece)
         return True
 
@@ -94,7 +102,7 @@ def same_as_theirs(
     options: CollectOptions,
     count: int,
     *flags: str,
-) -> tuple[float, dict[int, str], Piece]:
+) -> tuple[float, dict[int, str], CollectedRange]:
     """Chunks 0 .. count-1 by both; the difference, what llama-imatrix printed, and our piece."""
     heard = collected(engine, job(model, text, folder / "ours", options, (0, count)))
     ppl = () if options.ppl else ("--no-ppl",)
@@ -199,7 +207,7 @@ def test_perplexity_on_the_way_changes_no_sum(
 
 
 def test_enough_ends_the_worker_early(engine: EmbeddedEngine, tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
-    heard: list[Piece] = []
+    heard: list[CollectedRange] = []
     wanted = job(tiny_model, tiny_text, tmp_path / "out", FEW, (0, 16), (16, 16), (32, 8))
     engine.collect(wanted, ignore, lambda piece: heard.append(piece) or False)
     assert [piece.chunks for piece in heard] == [ChunkRange(0, 16)]
@@ -273,7 +281,7 @@ def spoiled(path: Path, tensor: str, number: float, rows: slice = slice(None)) -
 
 
 LOGITS = "its logits in chunk 1 are NaN or infinite"
-HOLDS = ": its tensor {} holds such numbers"
+HOLDS = ": its tensor {} contains such numbers"
 INPUTS = "the activations that blk.1.ffn_down.weight meets in chunk 1 are NaN or infinite"
 
 
@@ -318,7 +326,7 @@ def test_the_first_chunk_with_nan_is_named(engine: EmbeddedEngine, tiny_text: Pa
         engine.collect(job(model, tiny_text, tmp_path / "out", replace(FEW, n_batch=512), (0, 40)), ignore, lambda piece: True)
     numbers = [int(each) for each in re.findall(r"chunk (\d+)", caught.value.why)]
     assert numbers == [place // 128 + 1]
-    assert caught.value.why.endswith("its tensor token_embd.weight holds such numbers")
+    assert caught.value.why.endswith("its tensor token_embd.weight contains such numbers")
 
 
 def test_a_text_that_became_shorter_is_refused(engine: EmbeddedEngine, tiny_model: Path, tmp_path: Path) -> None:
@@ -368,7 +376,7 @@ def test_a_name_that_is_not_utf_8_is_refused_in_words(engine: EmbeddedEngine, ti
 
 def in_worker(bindings: Bindings, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process like a worker's: native code stays out of the tests' own."""
-    command = worker_command(Probe(Path()), bindings.library)
+    command = worker_command(ProbeJob(Path()), bindings.library)
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=command.cwd,
@@ -383,16 +391,16 @@ def in_worker(bindings: Bindings, script: str, *arguments: str) -> subprocess.Co
 
 MOVED = """
 import ctypes
-from imatrix_runner.engines.embedded import layout
-from imatrix_runner.engines.embedded.library import load
-from imatrix_runner.engines.embedded.refusal import Refusal
-fields = list(layout.Tensor._fields_)
+from imatrix_runner.engines.worker import tensor_layout
+from imatrix_runner.engines.worker.library import load
+from imatrix_runner.engines.worker.refusal import Refusal
+fields = list(tensor_layout.Tensor._fields_)
 {change}
-layout.Tensor = type("Tensor", (ctypes.Structure,), {{"_fields_": fields}})
+tensor_layout.Tensor = type("Tensor", (ctypes.Structure,), {{"_fields_": fields}})
 try:
-    layout.check_layout(load())
+    tensor_layout.check_layout(load())
 except Refusal as refusal:
-    print(refusal.answer.exit_code, refusal.answer.why)
+    print(refusal.reply.exit_code, refusal.reply.why)
 """
 
 
@@ -408,28 +416,29 @@ except Refusal as refusal:
 def test_a_library_that_lays_tensors_out_differently_is_refused(change: str, named: str, bindings: Bindings) -> None:
     done = in_worker(bindings, MOVED.format(change=change))
     assert done.stdout.startswith("3 "), done.stderr[-500:]
-    assert "lays tensors out in another way" in done.stdout
+    assert "has a different tensor layout" in done.stdout
     assert named in done.stdout
 
 
 NOT_HOST = """
 import sys
 from pathlib import Path
-from imatrix_runner.engines.base import CollectOptions
-from imatrix_runner.engines.embedded import activations, collecting, device, library, protocol
+from imatrix_runner.engines.jobs import ChunkRange, CollectJob, CollectOptions
+from imatrix_runner.engines.worker import library
+from imatrix_runner.engines.worker.collect import activations, collect_job
 mode, model, text, folder = sys.argv[1:]
 activations.Reader.on_host = lambda self, tensor: False
-squares, reduced = device.DeviceSums.squares, []
+squares, reduced = activations.DeviceSums.squares, []
 def counted(self, tensor):
     reduced.append(squares(self, tensor) if mode == "reduce" else None)
     return reduced[-1]
-device.DeviceSums.squares = counted
+activations.DeviceSums.squares = counted
 # ggml's own CPU buffers do not say which device they belong to; a GPU's do.
 load = library.load()
 load._declared["ggml_backend_buft_get_device"] = lambda kind: load.ggml("ggml_backend_dev_get")(0)
 options = CollectOptions(n_ctx=128, threads=2, ppl=False)
-request = protocol.Collect("s", Path(model), Path(text), ((0, 16),), Path(folder), options, "x")
-collecting.collect(request, lambda answer: None)
+job = CollectJob("s", Path(model), Path(text), (ChunkRange(0, 16),), Path(folder), options, "x", None)
+collect_job.collect(job, lambda answer: None)
 print(len(reduced), sum(value is not None for value in reduced))
 """
 
@@ -444,7 +453,7 @@ def test_activations_in_device_memory(
     model = write_architecture(architecture, tmp_path / "model.gguf")
     host = collected(engine, job(model, tiny_text, tmp_path / "host", FEW, (0, 16)))
     (tmp_path / "device").mkdir()
-    command = worker_command(Probe(tmp_path), bindings.library)
+    command = worker_command(ProbeJob(tmp_path), bindings.library)
     with subprocess.Popen(
         [sys.executable, "-c", NOT_HOST, mode, str(model), str(tiny_text), str(tmp_path / "device")],
         cwd=command.cwd,
@@ -467,11 +476,10 @@ def test_activations_in_device_memory(
 
 def test_a_dead_parent_ends_the_worker(bindings: Bindings, demo_model: Path, tmp_path: Path) -> None:
     """Its stdin ends with the parent: the worker finishes its batch, leaves what it has and goes."""
-    from imatrix_runner.engines.embedded.protocol import Collect
 
     text = resource(CALIBRATION_TEXT)
-    request = Collect("s", demo_model, text, ((0, 80),), tmp_path, replace(FEW, n_ctx=512), "x")
-    command = worker_command(request, bindings.library)
+    asked = CollectJob("s", demo_model, text, (ChunkRange(0, 80),), tmp_path, replace(FEW, n_ctx=512), "x", None)
+    command = worker_command(asked, bindings.library)
     child = subprocess.Popen(
         command.argv,
         cwd=command.cwd,

@@ -14,24 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import clean_environment
-from divergence import save_logits
-from llama_tools import BareTools
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import ChunkRange, CollectOptions
+from imatrix_runner.engines.embedded.bindings import find, worker_command
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import find, worker_command
-from imatrix_runner.engines.embedded.protocol import Judge, Refer
-from imatrix_runner.engines.embedded.scored import read_scored
-from imatrix_runner.engines.logits_file import read_head, read_tokens
-from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, JudgeJob, ReferJob
+from imatrix_runner.engines.files.logits import read_head, read_tokens
+from imatrix_runner.engines.files.token_scores import read_token_scores
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
+from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, MeasureJob, ReferenceJob
 from imatrix_runner.errors import EngineError, InvalidDataError
-from imatrix_runner.evaluate.statistics import summarise
+from imatrix_runner.evaluate.kld_statistics import summarise
 from imatrix_runner.events import ignore
 from imatrix_runner.process import Runner, child_environment
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
 from imatrix_runner.toolchain.store import cache_dir
+from support.command_line import clean_environment
+from support.divergence import save_logits
+from support.llama_tools import BareTools
+from support.tiny_models import write_llama_gguf
 
 CHUNKS = 16
 LEVELS = ("Q8_0", "Q4_K_M", "Q2_K")
@@ -51,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(engine: EmbeddedEngine, demo_model: Path, folder: Path) -> Path:
     """Ours."""
-    return refer(engine, demo_model, folder / "ours.base")
+    return make_reference(engine, demo_model, folder / "ours.base")
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +67,14 @@ def levels(tools: BareTools, demo_model: Path, folder: Path) -> dict[str, Path]:
     return {level: tools.quantize(demo_model, folder / f"{level}.gguf", level) for level in LEVELS}
 
 
-def refer(engine: EmbeddedEngine, model: Path, out: Path, count: int = CHUNKS, fingerprint: str = "base") -> Path:
+def make_reference(engine: EmbeddedEngine, model: Path, out: Path, count: int = CHUNKS, fingerprint: str = "base") -> Path:
     text = resource(HELD_OUT_TEXT)
-    engine.refer(ReferJob("refer", model, text, ChunkRange(0, count), out, OPTIONS, fingerprint, None), ignore)
+    engine.make_reference(ReferenceJob("refer", model, text, ChunkRange(0, count), out, OPTIONS, fingerprint, None), ignore)
     return out
 
 
-def judge(engine: EmbeddedEngine, model: Path, base: Path, out: Path) -> Path:
-    engine.judge(JudgeJob("judge", model, base, out, OPTIONS, "level", None), ignore)
+def measure_level(engine: EmbeddedEngine, model: Path, base: Path, out: Path) -> Path:
+    engine.measure_level(MeasureJob("judge", model, base, out, OPTIONS, "level", None), ignore)
     return out
 
 
@@ -127,7 +126,9 @@ def test_every_figure_is_the_one_that_llama_perplexity_prints(
     level: str, engine: EmbeddedEngine, tools: BareTools, base: Path, levels: dict[str, Path], folder: Path
 ) -> None:
     """Both read the reference that we wrote."""
-    found = summarise(read_scored(judge(engine, levels[level], base, folder / f"{level}.scored"), "level", 512).ravel())
+    found = summarise(
+        read_token_scores(measure_level(engine, levels[level], base, folder / f"{level}.scored"), "level", 512).ravel()
+    )
     said = ask_theirs(tools, levels[level], base)
     estimates = {
         "Mean PPL(Q)": found.ppl,
@@ -157,7 +158,9 @@ def test_every_figure_is_the_one_that_llama_perplexity_prints(
 
 
 def test_the_source_does_not_differ_from_itself(engine: EmbeddedEngine, demo_model: Path, base: Path, folder: Path) -> None:
-    found = summarise(read_scored(judge(engine, demo_model, base, folder / "itself.scored"), "level", 512).ravel())
+    found = summarise(
+        read_token_scores(measure_level(engine, demo_model, base, folder / "itself.scored"), "level", 512).ravel()
+    )
     assert found.n_tokens == CHUNKS * 255
     assert abs(found.kld.value) < 1e-6
     assert found.same_top.value > 0.999
@@ -168,13 +171,13 @@ def test_the_source_does_not_differ_from_itself(engine: EmbeddedEngine, demo_mod
 def test_a_killed_comparison_goes_on_to_the_same_bytes(
     engine: EmbeddedEngine, base: Path, levels: dict[str, Path], folder: Path
 ) -> None:
-    whole = judge(engine, levels["Q4_K_M"], base, folder / "whole.scored").read_bytes()
+    whole = measure_level(engine, levels["Q4_K_M"], base, folder / "whole.scored").read_bytes()
     out = folder / "killed.scored"
-    request = Judge("judge", levels["Q4_K_M"], base, out, 0, None, OPTIONS, "level")
+    asked = MeasureJob("judge", levels["Q4_K_M"], base, out, OPTIONS, "level", None)
     for least in (1, 5, 9):
-        kill_once(request, lambda least=least: chunks_in(out) >= least)  # type: ignore[misc]
+        kill_once(asked, lambda least=least: chunks_in(out) >= least)  # type: ignore[misc]
     assert 1 <= chunks_in(out) <= CHUNKS
-    assert judge(engine, levels["Q4_K_M"], base, out).read_bytes() == whole
+    assert measure_level(engine, levels["Q4_K_M"], base, out).read_bytes() == whole
 
 
 def chunks_in(path: Path) -> int:
@@ -185,9 +188,9 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def kill_once(request: Refer | Judge, reached: Callable[[], bool]) -> None:
+def kill_once(asked: ReferenceJob | MeasureJob, reached: Callable[[], bool]) -> None:
     """Let a worker work until that is reached, or to its end."""
-    command = worker_command(request, find(os.environ, cache_dir()).library)
+    command = worker_command(asked, find(os.environ, cache_dir()).library)
     child = subprocess.Popen(
         list(command.argv),
         env=child_environment(command.env),
@@ -209,13 +212,13 @@ def test_a_killed_reference_goes_on_to_the_same_bytes(
 ) -> None:
     """Killed within a batch, whose rows come by slices of its four chunks: the file then has holes."""
     out, head = folder / "killed.base", read_head(base)
-    request = Refer("refer", demo_model, resource(HELD_OUT_TEXT), out, 0, CHUNKS, OPTIONS, "base", None)
+    asked = ReferenceJob("refer", demo_model, resource(HELD_OUT_TEXT), ChunkRange(0, CHUNKS), out, OPTIONS, "base", None)
     left = []
     for least in (0, 3, 6, 9, 12):
-        kill_once(request, lambda least=least: size_of(out) > head.rows_at + least * head.chunk_bytes)  # type: ignore[misc]
+        kill_once(asked, lambda least=least: size_of(out) > head.rows_at + least * head.chunk_bytes)  # type: ignore[misc]
         left.append(size_of(out))
     assert any((size - head.rows_at) % (4 * head.chunk_bytes) for size in left)
-    assert refer(engine, demo_model, out).read_bytes() == base.read_bytes()
+    assert make_reference(engine, demo_model, out).read_bytes() == base.read_bytes()
 
 
 def test_an_unfinished_reference_is_continued_and_another_one_s_is_not(
@@ -223,15 +226,15 @@ def test_an_unfinished_reference_is_continued_and_another_one_s_is_not(
 ) -> None:
     whole = base.read_bytes()
     torn = folder / "torn.base"
-    refer(engine, demo_model, torn)
+    make_reference(engine, demo_model, torn)
     head = read_head(torn)
     with torn.open("r+b") as handle:
         handle.truncate(head.rows_at + 7 * head.chunk_bytes + 100)
         handle.seek(head.rows_at)
         handle.write(b"\1\2")  # proves that what is there is kept
-    refer(engine, demo_model, torn)
+    make_reference(engine, demo_model, torn)
     assert torn.read_bytes() == whole[: head.rows_at] + b"\1\2" + whole[head.rows_at + 2 :]
-    refer(engine, demo_model, torn, fingerprint="another")
+    make_reference(engine, demo_model, torn, fingerprint="another")
     assert torn.read_bytes() == whole
 
 
@@ -241,13 +244,13 @@ def test_a_truncated_reference_is_refused(engine: EmbeddedEngine, demo_model: Pa
     with pytest.raises(InvalidDataError, match="cannot be compared with"):
         read_head(torn)
     with pytest.raises(InvalidDataError, match="cannot be compared with"):
-        judge(engine, demo_model, torn, folder / "torn.scored")
+        measure_level(engine, demo_model, torn, folder / "torn.scored")
 
 
 def test_a_level_of_another_vocabulary_is_refused(engine: EmbeddedEngine, base: Path, folder: Path) -> None:
     other = write_llama_gguf(folder / "other.gguf", vocab=600)
     with pytest.raises(InvalidDataError, match="vocabulary of"):
-        judge(engine, other, base, folder / "other.scored")
+        measure_level(engine, other, base, folder / "other.scored")
 
 
 def test_references_of_parts_of_the_text_give_what_one_of_the_whole_gives(
@@ -257,9 +260,11 @@ def test_references_of_parts_of_the_text_give_what_one_of_the_whole_gives(
     out, text = folder / "halves.scored", resource(HELD_OUT_TEXT)
     for first in (0, 8):
         half = folder / "half.base"
-        engine.refer(ReferJob("refer", demo_model, text, ChunkRange(first, 8), half, OPTIONS, f"half {first}", None), ignore)
-        engine.judge(JudgeJob("judge", levels["Q2_K"], half, out, OPTIONS, "level", None, first), ignore)
-    whole = judge(engine, levels["Q2_K"], base, folder / "at-once.scored")
+        engine.make_reference(
+            ReferenceJob("refer", demo_model, text, ChunkRange(first, 8), half, OPTIONS, f"half {first}", None), ignore
+        )
+        engine.measure_level(MeasureJob("judge", levels["Q2_K"], half, out, OPTIONS, "level", None, first), ignore)
+    whole = measure_level(engine, levels["Q2_K"], base, folder / "at-once.scored")
     assert out.read_bytes() == whole.read_bytes()
 
 
@@ -267,8 +272,8 @@ def test_a_limit_compares_so_many_chunks_and_a_gap_is_refused(
     engine: EmbeddedEngine, base: Path, levels: dict[str, Path], folder: Path
 ) -> None:
     out = folder / "limited.scored"
-    job = JudgeJob("judge", levels["Q8_0"], base, out, OPTIONS, "level", None, limit=5)
-    engine.judge(job, ignore)
-    assert read_scored(out, "level", 512).shape == (5, OPTIONS.scored_tokens)
+    job = MeasureJob("judge", levels["Q8_0"], base, out, OPTIONS, "level", None, limit=5)
+    engine.measure_level(job, ignore)
+    assert read_token_scores(out, "level", 512).shape == (5, OPTIONS.scored_tokens)
     with pytest.raises(EngineError, match="was compared with 5 chunks only"):
-        engine.judge(replace(job, first=8), ignore)
+        engine.measure_level(replace(job, first=8), ignore)

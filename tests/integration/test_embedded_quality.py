@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import RunCommand
-from divergence import divergence, save_logits
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
-from llama_tools import BareTools
-from tiny_architectures import write_architecture
 
+from imatrix_runner.engines.jobs import QuantizeJob, QuantizeOptions
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
+from support.command_line import RunCommand
+from support.divergence import divergence, save_logits
+from support.llama_library import quantize_in_one_process
+from support.llama_tools import BareTools
+from support.tiny_architectures import write_architecture
 
 LEVELS = ("IQ2_XS", "Q4_K_M")
 CHUNKS = ("-c", "128", "--chunks", "32")
@@ -57,12 +59,13 @@ def both(runner: RunCommand, tools: BareTools, model: Path, text: Path, folder: 
     ran = runner(*command, "-t", "1", "--engine", "embedded")
     assert ran.code == 0, ran.err
     tools.imatrix(model, text, folder / "theirs" / "imatrix.gguf", "--no-ppl", "-t", "1", "-fit", "off", *CHUNKS)
-    levels: dict[str, Level] = {}
-    for level in LEVELS:
-        files = [folder / kind / f"{level}.gguf" for kind in ("ours", "theirs")]
-        for file in files:
-            tools.quantize(model, file, level, imatrix=file.with_name("imatrix.gguf"))
-        levels[level] = Level(*files)
+    levels = {level: Level(folder / "ours" / f"{level}.gguf", folder / "theirs" / f"{level}.gguf") for level in LEVELS}
+    jobs = [
+        QuantizeJob("", model, file, level, QuantizeOptions(), file.with_name("imatrix.gguf"), 1, None)
+        for level, made in levels.items()
+        for file in (made.ours, made.theirs)
+    ]
+    quantize_in_one_process(tools.toolchain, jobs, folder / "jobs.json")
     return levels
 
 

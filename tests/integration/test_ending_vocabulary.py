@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from in_process import CommandLine
-from llama_tools import digest
 
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
+from support.in_process import CommandLine
+from support.llama_tools import digest
 
 KEY = b"tokenizer.ggml.add_eos_token"
 SHORT = ("-c", "128", "--chunks", "8", "--levels", "Q4_0", "--text")

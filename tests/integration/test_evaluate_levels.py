@@ -8,8 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Ran, run_command
-from evaluations import (
+
+from imatrix_runner.app.evaluate import EvaluateResult, evaluate
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.requests import EnvironmentRequest, EvaluateRequest, LevelsRequest, MeasureRequest, SourceRequest
+from imatrix_runner.documents.corpus import open_corpus
+from imatrix_runner.engines.embedded.bindings import find
+from imatrix_runner.engines.embedded.engine import EmbeddedEngine
+from imatrix_runner.engines.files.token_scores import read_token_scores
+from imatrix_runner.engines.jobs import ChunkRange
+from imatrix_runner.engines.measures import Divergence, Estimate, MeasureJob, ReferenceJob
+from imatrix_runner.evaluate.disk_budget import Extent
+from imatrix_runner.evaluate.kld_statistics import summarise
+from imatrix_runner.events import ignore
+from imatrix_runner.imatrix.obtain import calibration_facts
+from imatrix_runner.mixes.mix_recipe import METADATA_KEY
+from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.process import Runner
+from imatrix_runner.report.document import read_report
+from imatrix_runner.toolchain.store import cache_dir
+from support.command_line import Ran, run_command
+from support.evaluations import (
     CHUNKS,
     COMPUTE,
     CONTEXT,
@@ -22,34 +41,10 @@ from evaluations import (
     make_levels,
     ran_since,
 )
-from in_process import CommandLine
-from llama_tools import BareTools, digest, fake_tools, levels_in
-from perplexity_tools import PATIENT, perplexity_that
-from tiny_models import write_llama_gguf
-
-from imatrix_runner.calibration.corpus import open_corpus
-from imatrix_runner.engines.base import ChunkRange
-from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import find
-from imatrix_runner.engines.embedded.scored import read_scored
-from imatrix_runner.engines.measures import Divergence, Estimate, JudgeJob, ReferJob
-from imatrix_runner.evaluate.passes import Extent
-from imatrix_runner.evaluate.statistics import summarise
-from imatrix_runner.events import ignore
-from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.process import Runner
-from imatrix_runner.report.stored import read_report
-from imatrix_runner.toolchain.store import cache_dir
-from imatrix_runner.workflow.context import Context
-from imatrix_runner.workflow.evaluate import EvaluateResult, evaluate
-from imatrix_runner.workflow.imatrix import calibration_facts
-from imatrix_runner.workflow.request import (
-    EnvironmentRequest,
-    EvaluateRequest,
-    LevelsRequest,
-    MeasureRequest,
-    SourceRequest,
-)
+from support.in_process import CommandLine
+from support.llama_tools import BareTools, digest, fake_tools, levels_in
+from support.perplexity_tools import PATIENT, perplexity_that
+from support.tiny_models import write_llama_gguf
 
 EACH = {"reference": 1, **dict.fromkeys(LEVELS, 1)}
 SCORED = {f"{name}.scored" for name in (*LEVELS, "source")}
@@ -88,9 +83,9 @@ def watched(place: Place, **changes: object) -> tuple[EvaluateResult, Watch]:
 
 @pytest.fixture(scope="module")
 def paired(measured: tuple[Place, Ran], tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, EvaluateResult, Watch]:
-    """And compared with their twins, watched."""
+    """And compared with their baselines, watched."""
     place = measured[0].copy(tmp_path_factory.mktemp("paired") / "work")
-    return place, *watched(place, twins=True)
+    return place, *watched(place, baselines=True)
 
 
 @pytest.fixture
@@ -112,14 +107,16 @@ def compared(paired: tuple[Place, EvaluateResult, Watch], tmp_path: Path) -> Pla
 def base(engine: EmbeddedEngine, made: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source's log-probabilities of the eight chunks, by the engine alone."""
     out = tmp_path_factory.mktemp("base") / "tiny.logits"
-    engine.refer(ReferJob("refer", made.model, made.text, ChunkRange(0, CHUNKS), out, OPTIONS, "base", None), ignore)
+    engine.make_reference(
+        ReferenceJob("refer", made.model, made.text, ChunkRange(0, CHUNKS), out, OPTIONS, "base", None), ignore
+    )
     return out
 
 
-def judged(engine: EmbeddedEngine, model: Path, base: Path, out: Path) -> Divergence:
+def measured_directly(engine: EmbeddedEngine, model: Path, base: Path, out: Path) -> Divergence:
     """The engine's own figures of a file."""
-    engine.judge(JudgeJob("judge", model, base, out, OPTIONS, "level", None), ignore)
-    return summarise(read_scored(out, "level", CONTEXT).reshape(-1))
+    engine.measure_level(MeasureJob("judge", model, base, out, OPTIONS, "level", None), ignore)
+    return summarise(read_token_scores(out, "level", CONTEXT).reshape(-1))
 
 
 def test_the_figures_are_the_engine_s(measured: tuple[Place, Ran], engine: EmbeddedEngine, base: Path, tmp_path: Path) -> None:
@@ -127,7 +124,7 @@ def test_the_figures_are_the_engine_s(measured: tuple[Place, Ran], engine: Embed
     found = place.divergences()
     assert found.keys() == set(LEVELS)
     for name in LEVELS:
-        assert found[name] == judged(engine, place.workspace.level_file(name), base, tmp_path / name)
+        assert found[name] == measured_directly(engine, place.workspace.level_file(name), base, tmp_path / name)
     assert told.document["measured"]["levels"]["Q4_K_M"]["kld"]["value"] == found["Q4_K_M"].kld.value
     assert found["Q8_0"].kld.value < found["Q4_K_M"].kld.value < found["IQ2_XS"].kld.value
 
@@ -138,12 +135,14 @@ def test_the_perplexity_ratio_is_to_what_the_source_itself_computes(
     """The reference's file holds no log-probability more than 16 below the greatest; the ratio is not to know of that."""
     place, _ = measured
     source, exact = tmp_path / "again.logits", tmp_path / "source"
-    job = ReferJob("refer", place.model, place.text, ChunkRange(0, CHUNKS), source, OPTIONS, "base", None, (exact, "itself"))
-    engine.refer(job, ignore)
-    truth = read_scored(exact, "itself", CONTEXT)["nll"].astype(np.float64)
+    job = ReferenceJob(
+        "refer", place.model, place.text, ChunkRange(0, CHUNKS), source, OPTIONS, "base", None, (exact, "itself")
+    )
+    engine.make_reference(job, ignore)
+    truth = read_token_scores(exact, "itself", CONTEXT)["nll"].astype(np.float64)
     for name, figures in place.figures().items():
-        judged(engine, place.workspace.level_file(name), base, tmp_path / name)
-        mine = read_scored(tmp_path / name, "level", CONTEXT)["nll"].astype(np.float64)
+        measured_directly(engine, place.workspace.level_file(name), base, tmp_path / name)
+        mine = read_token_scores(tmp_path / name, "level", CONTEXT)["nll"].astype(np.float64)
         assert figures.evaluation.ppl.value == pytest.approx(np.exp(truth.mean()), rel=1e-12)
         assert figures.ppl_ratio.value == pytest.approx(np.exp(mine.mean() - truth.mean()), rel=1e-9)
         assert figures.evaluation.n_tokens == CHUNKS * 31 == mine.size
@@ -151,7 +150,7 @@ def test_the_perplexity_ratio_is_to_what_the_source_itself_computes(
 
 def test_only_scored_tokens_stay(measured: tuple[Place, Ran]) -> None:
     assert measured[0].files() == SCORED
-    assert not measured[0].workspace.twins.exists()
+    assert not measured[0].workspace.baselines.exists()
 
 
 def test_the_same_command_again_computes_nothing(known: Place, cli: CommandLine) -> None:
@@ -181,10 +180,10 @@ def test_a_level_made_again_is_measured_again_alone(known: Place, cli: CommandLi
     now = known.divergences()
     assert now["Q4_K_M"] != figures["Q4_K_M"]
     assert {name: now[name] for name in ("Q8_0", "IQ2_XS")} == {name: figures[name] for name in ("Q8_0", "IQ2_XS")}
-    twins = known.evaluate(cli, "--ab", "--dry-run", "--json").document["plan"]
-    why = twins["without_twin"]["Q4_K_M"]  # a twin would differ from it by --pure too
+    baselines = known.evaluate(cli, "--ab", "--dry-run", "--json").document["plan"]
+    why = baselines["without_twin"]["Q4_K_M"]  # a twin would differ from it by --pure too
     assert why.startswith("was made otherwise (options: Q4_K_M --pure -> Q4_K_M)")
-    assert twins["twins"] == ["Q8_0"]
+    assert baselines["twins"] == ["Q8_0"]
 
 
 def test_more_chunks_continue_and_fewer_cost_nothing(known: Place, made: Place, cli: CommandLine, tmp_path: Path) -> None:
@@ -240,7 +239,7 @@ def test_little_room_means_several_passes_and_exactly_the_same_figures(bare: Pla
     extent = extent_of(bare, len(LEVELS))
     limit = extent.kept_bytes + extent.further_bytes + extent.reference_bytes(4) + 100
     result, watch = watched(bare, max_disk=limit)
-    fit = result.plan.yardstick.fit
+    fit = result.plan.held_out.fit
     assert (fit.chunks, fit.n_passes) == (4, 2)
     assert 0.9 * fit.n_bytes < watch.most <= fit.n_bytes <= limit
     assert bare.facts() == measured[0].facts()
@@ -292,7 +291,7 @@ def test_log_probabilities_of_llama_perplexity_s_own_give_the_same_figures(
 
 
 def bare_base(tools: BareTools, place: Place, folder: Path) -> Path:
-    from divergence import save_logits
+    from support.divergence import save_logits
 
     return save_logits(tools, place.model, place.text, folder / "tiny.logits", n_ctx=CONTEXT)
 
@@ -314,12 +313,12 @@ def patched(base: Path, copy: Path, at: int, data: bytes) -> Path:
     [
         ("missing", "cannot be compared with", "No such file"),
         ("empty", "cannot be compared with", "does not begin with _logits_"),
-        ("truncated", "cannot be compared with", "the run that wrote it was ended"),
-        ("another vocabulary", "is not of tiny", "a vocabulary of 300 tokens, and the model has 494"),
+        ("truncated", "cannot be compared with", "the run that wrote it was interrupted"),
+        ("another vocabulary", "was not written from tiny", "its vocabulary has 300 tokens, the model's 494"),
         ("another model", "was written by another model than tiny", "nats apart"),
-        ("strange tokens", "cannot be compared with", "tokens that its vocabulary of 494 has not"),
-        ("no numbers", "cannot be compared with", "log-probabilities of its chunk 0 are no numbers"),
-        ("absurd numbers", "cannot be compared with", "log-probabilities of its chunk 0 are no numbers"),
+        ("strange tokens", "cannot be compared with", "tokens outside its vocabulary of 494"),
+        ("no numbers", "cannot be compared with", "its chunk 0 has log-probabilities that are NaN or infinite"),
+        ("absurd numbers", "cannot be compared with", "its chunk 0 has log-probabilities that are NaN or infinite"),
     ],
 )
 def test_log_probabilities_that_are_not_this_model_s_are_refused(
@@ -335,8 +334,8 @@ def test_log_probabilities_that_are_not_this_model_s_are_refused(
         case "another vocabulary" | "another model":
             vocab = 300 if "vocabulary" in fault else 512
             other = write_llama_gguf(tmp_path / "other.gguf", seed=1, vocab=vocab, fluent=True)
-            job = ReferJob("refer", other, bare.text, ChunkRange(0, CHUNKS), given, OPTIONS, "other", None)
-            engine.refer(job, ignore)
+            job = ReferenceJob("refer", other, bare.text, ChunkRange(0, CHUNKS), given, OPTIONS, "other", None)
+            engine.make_reference(job, ignore)
         case "strange tokens":
             patched(base, given, 20 + 4 * 70, (494).to_bytes(4, "little"))
         case "no numbers":
@@ -361,7 +360,7 @@ def test_levels_of_the_same_tensors_are_measured_once_and_shown_once(tiny_text: 
     place = make_levels(tmp_path, model, tiny_text, levels=("Q8_0", "Q3_K_S", "Q2_K", "IQ4_XS", "IQ4_NL"))
     done = place.evaluate(cli, "--ab")
     assert done.code == 0, done.err
-    assert "IQ4_XS holds the same tensors as IQ4_NL, and has its figures." in done.err
+    assert "IQ4_XS holds the same tensors as IQ4_NL, and gets its figures." in done.err
     measured = [name for name in place.runs() if name in ("Q8_0", "Q3_K_S", "Q2_K", "IQ4_XS", "IQ4_NL")]
     report = read_report(place.root / "report.json")
     rows = {level.name: level.others for level in report.rows}
@@ -484,7 +483,7 @@ def test_the_text_of_the_calibration_is_refused(bare: Place, tiny_text: Path, cl
     done = replace(bare, text=tiny_text).evaluate(cli)
     assert done.code == 6
     assert "words.txt cannot say how good the levels are." in done.err
-    assert "100% of it stands in words.txt, which the imatrix was collected from" in done.err
+    assert "100% of it also occurs in words.txt, from which the imatrix was collected" in done.err
     assert bare.runs() == {}
 
 
@@ -499,7 +498,7 @@ def test_a_text_that_shares_passages_with_the_calibration(
     assert done.code == code
     if code == 0:
         assert 0.01 < done.document["plan"]["overlap"] < 0.2
-        assert "% of mixed.txt stands in words.txt too, for example: " in done.err
+        assert "% of mixed.txt also occurs in words.txt, for example: " in done.err
     else:
         assert "cannot say how good the levels are" in done.err
 
@@ -509,7 +508,7 @@ def test_a_calibration_text_named_by_a_short_path_is_found_from_elsewhere(
 ) -> None:
     (tmp_path / "mine.txt").write_text("Some words.", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert calibration_facts(open_corpus(Path("mine.txt")))["path"] == str(tmp_path / "mine.txt")
+    assert calibration_facts(open_corpus(Path("mine.txt"))).path == str(tmp_path / "mine.txt")
 
 
 # --- nothing to measure
@@ -566,7 +565,7 @@ def test_a_level_that_computes_no_numbers_is_named_and_the_others_are_measured(
     assert failed.keys() == {"Q4_K_M"}
     assert failed["Q4_K_M"]["what"] == "tiny-Q4_K_M.gguf produced NaN or infinite numbers"
     assert failed["Q4_K_M"]["why"] == why
-    assert "make it again" in failed["Q4_K_M"]["do"]
+    assert "create it again" in failed["Q4_K_M"]["do"]
     assert done.document["measured"]["levels"].keys() == {"Q8_0", "IQ2_XS"}
     assert known.divergences() == {name: figures for name, figures in measured[0].divergences().items() if name != "Q4_K_M"}
     plain = known.evaluate(cli)
@@ -587,37 +586,39 @@ def test_a_source_that_computes_no_numbers_is_named(bare: Place, cli: CommandLin
     assert bare.figures() == {}
 
 
-# --- twins
+# --- baselines
 
 
-def test_twins_are_made_measured_and_removed(paired: tuple[Place, EvaluateResult, Watch], measured: tuple[Place, Ran]) -> None:
+def test_baselines_are_made_measured_and_removed(
+    paired: tuple[Place, EvaluateResult, Watch], measured: tuple[Place, Ran]
+) -> None:
     place, result, watch = paired
-    assert list(result.plan.twins) == ["Q8_0", "Q4_K_M"]
+    assert list(result.plan.baselines) == ["Q8_0", "Q4_K_M"]
     assert result.plan.alone.keys() == {"IQ2_XS"}
     assert result.plan.alone["IQ2_XS"].startswith("cannot be made without an imatrix: ")
     assert [pair.level for pair in result.comparisons] == ["Q8_0", "Q4_K_M"]
-    assert not place.workspace.twins.exists()
+    assert not place.workspace.baselines.exists()
     assert place.files() == SCORED | {"Q8_0-without-imatrix.scored", "Q4_K_M-without-imatrix.scored"}
     assert levels_in(place.root) == levels_in(measured[0].root)
     assert {name: place.figures()[name] for name in LEVELS} == measured[0].figures()
-    assert watch.most_twins == 2
-    assert watch.most <= result.plan.yardstick.fit.n_bytes
+    assert watch.most_baselines == 2
+    assert watch.most <= result.plan.held_out.fit.n_bytes
 
 
-def test_a_twin_s_figures_are_those_of_llama_quantize_s_file_without_imatrix(
+def test_a_baseline_s_figures_are_those_of_llama_quantize_s_file_without_imatrix(
     paired: tuple[Place, EvaluateResult, Watch], tools: BareTools, engine: EmbeddedEngine, base: Path, tmp_path: Path
 ) -> None:
     place = paired[0]
     for name, pair in place.pairs().items():
         bare = tools.quantize(place.model, tmp_path / f"{name}.gguf", name)
-        assert pair.without == judged(engine, bare, base, tmp_path / name)
+        assert pair.without == measured_directly(engine, bare, base, tmp_path / name)
         assert pair.with_imatrix == place.divergences()[name]
         assert pair.kld.value == pytest.approx(pair.with_imatrix.kld.value - pair.without.kld.value, abs=1e-12)
     same = place.pairs()["Q8_0"]  # which makes no use of one
     assert (same.saved, same.ppl, same.verdict, same.sure) == (Estimate(0.0, 0.0), Estimate(0.0, 0.0), "not needed", False)
 
 
-def test_twins_are_not_made_a_second_time(compared: Place, cli: CommandLine) -> None:
+def test_baselines_are_not_made_a_second_time(compared: Place, cli: CommandLine) -> None:
     before, pairs = compared.runs(), compared.pairs()
     again = compared.evaluate(cli, "--ab", "--json")
     assert again.code == 0, again.err
@@ -636,15 +637,15 @@ def test_twins_are_not_made_a_second_time(compared: Place, cli: CommandLine) -> 
     assert ran_since(before, compared) == {}
 
 
-def test_with_little_room_there_is_one_twin_at_a_time(known: Place, paired: tuple[Place, EvaluateResult, Watch]) -> None:
+def test_with_little_room_there_is_one_baseline_at_a_time(known: Place, paired: tuple[Place, EvaluateResult, Watch]) -> None:
     extent = extent_of(known, len(LEVELS) + 2)
     largest = known.workspace.level_file("Q8_0").stat().st_size
     limit = extent.kept_bytes + extent.further_bytes + extent.reference_bytes(CHUNKS) + largest + 1000
-    result, watch = watched(known, twins=True, max_disk=limit)
-    assert watch.most_twins == 1
-    assert watch.most <= result.plan.yardstick.fit.n_bytes <= limit
+    result, watch = watched(known, baselines=True, max_disk=limit)
+    assert watch.most_baselines == 1
+    assert watch.most <= result.plan.held_out.fit.n_bytes <= limit
     assert known.pairs() == paired[0].pairs()
-    assert not known.workspace.twins.exists()
+    assert not known.workspace.baselines.exists()
 
 
 def test_levels_made_with_options_are_compared_by_the_run_that_knows_them(
@@ -660,16 +661,20 @@ def test_levels_made_with_options_are_compared_by_the_run_that_knows_them(
     assert told.document["plan"]["without_twin"]["Q4_0"].startswith("was made otherwise (options: Q4_0 --tensor-type-file")
 
 
-def test_levels_without_imatrix_or_unknown_here_have_no_twin(bare: Place, cli: CommandLine) -> None:
+def test_levels_without_imatrix_or_unknown_here_have_no_baseline(bare: Place, cli: CommandLine) -> None:
     plain = cli("quantize", bare.model, "--imatrix", "none", "--levels", "Q4_1", "-q", "--work-dir", bare.work)
     assert plain.code == 0, plain.err
     journal = bare.journal
     journal.record("level-FORK_2", journal["level-Q8_0"])
-    done = bare.evaluate(cli, "--ab", "--levels", "Q4_1,FORK_2", "--dry-run", "--json")
+    mix = journal["level-Q4_K_M"]
+    marked = {**mix.inputs, "options": f"Q4_K_M --override-kv {METADATA_KEY}=str:types by measured sensitivity"}
+    journal.record("level-MIX-4.94bpw-Q4_K_M", replace(mix, inputs=marked))
+    done = bare.evaluate(cli, "--ab", "--levels", "Q4_1,FORK_2,MIX-4.94bpw-Q4_K_M", "--dry-run", "--json")
     assert done.code == 0, done.err
     assert done.document["plan"]["without_twin"] == {
         "Q4_1": "was made without an imatrix itself",
-        "FORK_2": "has no twin: the llama.cpp in use does not offer it",
+        "FORK_2": "has no baseline: the llama.cpp in use does not offer it",
+        "MIX-4.94bpw-Q4_K_M": "has no baseline: its types were chosen with the imatrix",
     }
 
 

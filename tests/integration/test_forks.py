@@ -6,11 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand
-from forks import OWN, legacy_fork, rename_type
-from llama_tools import BareTools, digest, leftovers, levels_in
 
 from imatrix_runner.imatrix.formats import read
+from imatrix_runner.toolchain.probe import Toolchain
+from support.caches import proven_cache
+from support.command_line import RunCommand
+from support.forks import OWN, legacy_fork, rename_type
+from support.llama_tools import BareTools, digest, fake_tools, leftovers, levels_in
 
 LEVELS = f"{OWN},Q4_K_M"
 
@@ -20,6 +22,30 @@ def bare_levels(tools: BareTools, model: Path, imatrix: Path, folder: Path) -> d
     own = rename_type(tools.quantize(model, folder / "own.gguf", "IQ4_NL", imatrix=imatrix))
     plain = tools.quantize(model, folder / "plain.gguf", "Q4_K_M", imatrix=imatrix)
     return {OWN: digest(own), "Q4_K_M": digest(plain)}
+
+
+def test_the_imatrix_formats_of_a_fork_are_shown(runner: RunCommand, tools: BareTools, tmp_path: Path) -> None:
+    fork = legacy_fork(tools.toolchain, tmp_path / "fork")
+    located = runner("tools", "locate", "--llama-cpp", fork, "--json").document
+    assert located["toolchain"]["imatrix"] == {"reads": "dat", "writes": "dat"}
+    shown = runner("doctor", "--offline", "--llama-cpp", fork)
+    assert "llama-quantize reads the legacy .dat, llama-imatrix writes the legacy .dat" in " ".join(shown.out.split())
+
+
+def test_programs_that_use_no_imatrix_at_all_are_warned_about(runner: RunCommand, toolchain: Toolchain, tmp_path: Path) -> None:
+    refuses = 'case " $* " in *" --imatrix "*) exit 1;; esac\n'
+    folder = fake_tools(toolchain, tmp_path / "deaf", llama_quantize=refuses)
+    located = runner("tools", "locate", "--llama-cpp", folder, "--json").document
+    assert located["toolchain"]["imatrix"] == {"reads": None, "writes": "gguf"}
+    checks = {
+        check["name"]: check for check in runner("doctor", "--offline", "--llama-cpp", folder, "--json").document["checks"]
+    }
+    assert checks["imatrix"] == {
+        "name": "imatrix",
+        "verdict": "warn",
+        "detail": "llama-quantize reads neither of the known formats, llama-imatrix writes GGUF",
+        "do": "imatrix-runner tools build",
+    }
 
 
 @pytest.mark.parametrize("plans", [True, False], ids=["--dry-run", "no --dry-run"])
@@ -51,7 +77,7 @@ def test_beside_the_library_the_fork_makes_its_own_type(
     env = {
         "PATH": f"{fork}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path / "home"),
-        "IMATRIX_RUNNER_CACHE": str(tmp_path / "cache"),
+        "IMATRIX_RUNNER_CACHE": str(proven_cache(tmp_path / "cache")),
         "IMATRIX_RUNNER_LLAMA_CPP": "",
         "LLAMA_CPP_LIB_PATH": str(tools.toolchain.directory),
     }
@@ -93,12 +119,12 @@ def test_what_another_engine_cannot_measure_or_check_is_said(
     made = ("quantize", tiny_model, "--imatrix", tiny_imatrix, "--levels", LEVELS, "--verify", "full", "--llama-cpp", fork)
     done = runner(*made)
     assert done.code == 0, done.err
-    assert f"Warning: {OWN}: its rows are not checked, because only its maker knows their types (TYPE_139)." in done.err
+    assert f"Warning: {OWN}: its rows are not checked: only the engine that made them knows their types (TYPE_139)." in done.err
     measure = ("evaluate", tiny_model, "--text", tiny_text, "-c", "128", "--chunks", "4", "--json")
     done = runner(*measure, "--engine", "embedded")
     assert done.code == 100, done.err
     measured = done.document["measured"]
     assert list(measured["levels"]) == ["Q4_K_M"]
     error = measured["failed"][OWN]
-    assert "does not know the tensor types of a fork or an old release (TYPE_139)" in error["why"]
+    assert "tensor types of a fork or an old release, which llama-cpp-python does not know (TYPE_139)" in error["why"]
     assert "evaluate MODEL --llama-cpp DIRECTORY" in error["do"]

@@ -9,14 +9,14 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hub_server import HubServer, Trouble, be_quick_and_anonymous
 
 from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError
 from imatrix_runner.events import Event, Finished, Notice, Progress
 from imatrix_runner.models.hub import FetchedDataset, Hub, fetch_dataset, parse_dataset
-from imatrix_runner.models.hub.choice import RepoFile
-from imatrix_runner.models.hub.tables import DatasetId, choose_table, converted_tables, named_tables
+from imatrix_runner.models.hub.choose_files import RepoFile
+from imatrix_runner.models.hub.dataset_tables import DatasetId, choose_table, converted_tables, named_tables
 from imatrix_runner.signals import Stop
+from support.hub_server import HubServer, Trouble, be_quick_and_anonymous
 
 TOKEN = "hf_" + "secret" * 5
 CONVERTED = "refs/convert/parquet"
@@ -271,16 +271,16 @@ def test_gated_private_and_missing_are_told_apart(server: HubServer, tmp_path: P
         assert refusal(server, f"org/{name}", tmp_path).what == f"org/{name} does not exist or is private"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert fetch(server, "org/private", tmp_path).split == "train"
-    assert refusal(server, "org/missing", tmp_path).what == "There is no repository org/missing"
+    assert refusal(server, "org/missing", tmp_path).what == "No repository org/missing found"
     revision = refusal(server, "org/private@v9", tmp_path)
-    assert (revision.what, revision.todo) == ("org/private has no revision v9", "Leave the revision out: org/private")
+    assert (revision.what, revision.todo) == ("org/private has no revision v9", "Omit the revision: org/private")
 
 
 @pytest.mark.parametrize(
     ("trouble", "said"),
     [
         (Trouble(status=500), "failed to answer"),
-        (Trouble(html=True), "does not answer as a hub does"),
+        (Trouble(html=True), "does not answer like a hub"),
         (Trouble(get_length=3), "wrong length"),
         (Trouble(cut_after=2), "wrong length|was cut"),
     ],

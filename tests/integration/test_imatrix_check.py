@@ -13,19 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Ran, RunCommand
-from in_process import CommandLine
-from llama_tools import BareTools, digest, times
-from tiny_models import sample_text, write_llama_gguf
 
+from imatrix_runner.app.run import run as run_workflow
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.requests import EnvironmentRequest, ImatrixRequest, LevelsRequest, RunRequest, SourceRequest
 from imatrix_runner.events import ignore
 from imatrix_runner.imatrix.formats import read, write_gguf
-from imatrix_runner.imatrix.matrix import Entry, Matrix, held
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry, held
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.quantize.weights import NEVER_WEIGHED
-from imatrix_runner.workflow.context import Context
-from imatrix_runner.workflow.request import EnvironmentRequest, ImatrixRequest, LevelsRequest, RunRequest, SourceRequest
-from imatrix_runner.workflow.run import run as run_workflow
+from imatrix_runner.quantize.usable_imatrix import NEVER_WEIGHED
+from support.command_line import Ran, RunCommand
+from support.in_process import CommandLine
+from support.llama_tools import BareTools, digest, times
+from support.oracles import quantized
+from support.tiny_models import sample_text, write_llama_gguf
 
 LAYERS, EXPERTS = 3, 4
 BARE = 0  # the block without data comes first: llama-quantize meets it before it computes the tables of the IQ types
@@ -55,7 +56,7 @@ def mixture(tools: BareTools, tmp_path_factory: pytest.TempPathFactory) -> Mixtu
     text = folder / "text.txt"
     text.write_text(sample_text(9000), encoding="utf-8")
     whole = folder / "whole" / "imatrix.gguf"
-    tools.imatrix(model, text, whole, "-c", "64", "--chunks", "12", "--no-ppl")
+    tools.imatrix(model, Path(text.name), whole, "-c", "64", "--chunks", "12", "--no-ppl", folder=folder)
     matrix = held(read(whole).matrix)
     flawed = folder / "flawed" / "imatrix.gguf"
     entries = {name: value for name, value in matrix.entries.items() if not name.startswith(f"blk.{BARE}.")}
@@ -68,10 +69,10 @@ def mixture(tools: BareTools, tmp_path_factory: pytest.TempPathFactory) -> Mixtu
     return Mixture(model, whole, flawed)
 
 
-def with_counts(entry: Entry, counts: list[int]) -> Entry:
+def with_counts(entry: MatrixEntry, counts: list[int]) -> MatrixEntry:
     """The entry as if its experts had seen so many tokens."""
     new = np.array(counts, np.int64)
-    return Entry(np.where(new[:, None] > 0, entry.sums, 0), new)
+    return MatrixEntry(np.where(new[:, None] > 0, entry.sums, 0), new)
 
 
 def of_block(model: Path, block: int) -> set[str]:
@@ -145,23 +146,22 @@ class Happened:
     without: set[str]
 
 
-def really(tools: BareTools, model: Path, matrix: Path, folder: Path) -> Mapping[str, Happened]:
+def really(tools: BareTools, model: Path, matrix: Path) -> Mapping[str, Happened]:
     """Every type llama-quantize offers, for real."""
     types = [kind.name for kind in tools.toolchain.types if not kind.alias_of]
     assert len(types) == 36
 
     def one(name: str) -> Happened:
-        code, said = tools.try_quantize(model, folder / f"{name}.gguf", name, imatrix=matrix)
-        (folder / f"{name}.gguf").unlink(missing_ok=True)
-        stopped = REFUSED.search(said)
-        return Happened(code, (stopped[1] or stopped[2]) if stopped else None, set(WITHOUT.findall(said)) - {*NEVER_WEIGHED})
+        theirs = quantized(tools, model, name, imatrix=matrix)
+        stopped, without = REFUSED.search(theirs.said), set(WITHOUT.findall(theirs.said)) - {*NEVER_WEIGHED}
+        return Happened(theirs.code, (stopped[1] or stopped[2]) if stopped else None, without)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(types, pool.map(one, types), strict=True))
 
 
 UNWEIGHED = ("F16", "F32", "Q8_0", "MXFP4_MOE", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
-"""Levels whose types are rounded without a look at the weights: what the matrix lacks costs them nothing."""
+"""Levels whose types do not use the weights in rounding: missing data costs them nothing."""
 
 
 def prediction_is_right(document: dict[str, Any], happened: Mapping[str, Happened]) -> None:
@@ -183,7 +183,7 @@ def prediction_is_right(document: dict[str, Any], happened: Mapping[str, Happene
 
 def test_every_type_does_what_was_foretold(mixture: Mixture, tools: BareTools, cli: CommandLine, tmp_path: Path) -> None:
     """The issue's Show: untouched experts, a missing block; all 36 types, for real."""
-    happened = really(tools, mixture.model, mixture.flawed, tmp_path)
+    happened = really(tools, mixture.model, mixture.flawed)
     document = check(cli, mixture.flawed, mixture.model, ",".join(happened))
     prediction_is_right(document, happened)
     levels = verdicts(document)
@@ -194,7 +194,7 @@ def test_every_type_does_what_was_foretold(mixture: Mixture, tools: BareTools, c
     for name, level in levels.items():
         if level["verdict"] == "fails":
             assert re.fullmatch(
-                rf"blk\.{BARE}\.\S+ becomes \S+( \(and \d+ more tensors likewise\))?, which cannot do without .*",
+                rf"blk\.{BARE}\.\S+ becomes \S+( \(and \d+ more tensors likewise\))?, which requires .*",
                 level["reason"],
             ), name
         elif name in ("COPY", "BF16"):
@@ -210,7 +210,7 @@ def test_a_wrong_size_is_foretold_for_every_type(mixture: Mixture, tools: BareTo
     """Two experts fewer: an error wherever the tensor changes its type."""
     name = "blk.0.ffn_up_exps.weight"
     whole = held(read(mixture.whole).matrix)
-    fewer = Entry(whole.entries[name].sums[:2], whole.entries[name].counts[:2])
+    fewer = MatrixEntry(whole.entries[name].sums[:2], whole.entries[name].counts[:2])
     matrix = tmp_path / "imatrix.gguf"
     write_gguf(replace(whole, entries={**whole.entries, name: fewer}), matrix)
     types = "Q4_K_M,IQ4_NL,Q8_0,F16,F32,COPY,BF16,Q2_K"
@@ -218,9 +218,9 @@ def test_a_wrong_size_is_foretold_for_every_type(mixture: Mixture, tools: BareTo
     assert findings(document)["size"]["text"] == f"{name} has 512 values, the model needs 1024: another number of experts"
     assert not document["usable"]
     for level, verdict in verdicts(document).items():
-        code, said = tools.try_quantize(mixture.model, tmp_path / "o.gguf", level, imatrix=matrix)
-        assert (code != 0) == (verdict["verdict"] == "fails"), level
-        assert (name in "".join(verdict["failures"])) == ("is different from tensor size" in said), level
+        theirs = quantized(tools, mixture.model, level, imatrix=matrix)
+        assert (theirs.code != 0) == (verdict["verdict"] == "fails"), level
+        assert (name in "".join(verdict["failures"])) == ("is different from tensor size" in theirs.said), level
     assert document["exit_code"] == 6
 
 
@@ -241,8 +241,8 @@ def test_impossible_numbers(
     assert not document["usable"]
     assert document["exit_code"] == 6
     for level, verdict in verdicts(document).items():
-        code, _ = tools.try_quantize(mixture.model, tmp_path / "o.gguf", level, imatrix=matrix)
-        assert (code != 0) == (verdict["verdict"] == "fails") == (kind != "negative")
+        theirs = quantized(tools, mixture.model, level, imatrix=matrix)
+        assert (theirs.code != 0) == (verdict["verdict"] == "fails") == (kind != "negative")
     done = cli("quantize", mixture.model, "--imatrix", matrix, "--levels", "Q4_K_M")
     assert done.code == 6
     assert DEAD in done.err
@@ -265,7 +265,7 @@ def test_a_layer_for_prediction_has_no_data(tools: BareTools, cli: CommandLine, 
     trunk = write_llama_gguf(tmp_path / "trunk-BF16.gguf", layers=2)
     (tmp_path / "t.txt").write_text(sample_text(4000), encoding="utf-8")
     matrix = tmp_path / "imatrix.gguf"
-    tools.imatrix(trunk, tmp_path / "t.txt", matrix, "-c", "64", "--chunks", "4", "--no-ppl")
+    tools.imatrix(trunk, Path("t.txt"), matrix, "-c", "64", "--chunks", "4", "--no-ppl", folder=tmp_path)
     extra = {"blk.2.attn_q.weight": (256, 256), "blk.2.nextn.eh_proj.weight": (256, 512)}
     model = write_llama_gguf(tmp_path / "mtp-BF16.gguf", layers=2, extra=extra)
     document = check(cli, matrix, model, "Q4_K_M,IQ2_XXS")
@@ -273,18 +273,28 @@ def test_a_layer_for_prediction_has_no_data(tools: BareTools, cli: CommandLine, 
     assert finding["text"] == "block 2 without any data: MTP / NextN layers are never run while collecting"
     assert finding["tensors"] == sorted(extra)
     assert [level["verdict"] for level in document["levels"]] == ["weaker", "fails"]
-    code, said = tools.try_quantize(model, tmp_path / "o.gguf", "Q4_K_M", imatrix=matrix)
-    assert code == 0
-    assert set(WITHOUT.findall(said)) - {*NEVER_WEIGHED} == set(extra)
+    theirs = quantized(tools, model, "Q4_K_M", imatrix=matrix)
+    assert theirs.code == 0
+    assert set(WITHOUT.findall(theirs.said)) - {*NEVER_WEIGHED} == set(extra)
 
 
 def test_another_model_is_refused(mixture: Mixture, cli: CommandLine, tmp_path: Path) -> None:
     write_gguf(
-        Matrix({"blk.0.ssm_in.weight": Entry(np.ones((1, 4)), np.ones(1, np.int64))}, 64, 1, ("a",)), tmp_path / "i.gguf"
+        Matrix({"blk.0.ssm_in.weight": MatrixEntry(np.ones((1, 4)), np.ones(1, np.int64))}, 64, 1, ("a",)), tmp_path / "i.gguf"
     )
     document = check(cli, tmp_path / "i.gguf", mixture.model, "Q8_0")
-    assert "not one of its entries names a tensor of this model" in findings(document)["other-model"]["text"]
+    assert "none of its entries names a tensor of this model" in findings(document)["other-model"]["text"]
     assert (document["usable"], document["exit_code"]) == (False, 6)
+
+
+def test_a_mix_is_refused(mixture: Mixture, cli: CommandLine) -> None:
+    """Its types follow from the imatrix: there is nothing to check before they are chosen."""
+    ran = cli("imatrix", "check", mixture.flawed, "--model", mixture.model, "--levels", "Q8_0,MIX@4GiB")
+    assert (ran.code, ran.out) == (2, "")
+    what, why, todo = ran.err.splitlines()
+    assert what == "Error: MIX@4GiB cannot be checked."
+    assert why.startswith("  Why: ")
+    assert todo.startswith("  Do:  ")
 
 
 class TestUncovered:
@@ -327,8 +337,8 @@ class TestUncovered:
             assert set(pinned) == {name for name in uncovered if f"^{re.escape(name)}$=q4_k" in options}
             assert {types[name] for name in pinned} <= {"Q4_K"}
             pins = [word for option in options for word in ("--tensor-type", option)]
-            bare = tools.quantize(mixture.model, tmp_path / "bare" / f"{level}.gguf", level, *pins, imatrix=mixture.flawed)
-            assert digest(written) == digest(bare), level
+            bare = quantized(tools, mixture.model, level, *pins, imatrix=mixture.flawed)
+            assert [digest(written)] == bare.digests, level
         # Of those in IQ2_XXS llama.cpp makes attn_v Q4_K by itself.
         assert set(planned["IQ2_XXS"][1]) == uncovered - {"blk.0.attn_v.weight"}
         assert planned["Q6_K"][1] == ()
@@ -380,7 +390,7 @@ class TestUncovered:
         entries = {}
         for tensor in read_header(model).tensors:
             if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-                entries[tensor.name] = Entry(np.ones((1, tensor.shape[0])), np.full(1, 640))
+                entries[tensor.name] = MatrixEntry(np.ones((1, tensor.shape[0])), np.full(1, 640))
         lacking = [f"blk.{layer}.ffn_down.weight" for layer in (1, 3)]
         for name in lacking:
             del entries[name]

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Ran
-from hub_server import HubServer, Trouble, be_quick_and_anonymous
-from tiny_models import write_hf_directory, write_llama_gguf
 
+from imatrix_runner.context.context import Context
 from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, UsageError, WorkspaceLockedError
 from imatrix_runner.events import Event, Notice, Progress, ignore
 from imatrix_runner.files import sha256
 from imatrix_runner.imatrix.formats import read, write_gguf
-from imatrix_runner.imatrix.matrix import Entry, Matrix
-from imatrix_runner.models.sources import HubId, LocalFile, Model, open_gguf
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
+from imatrix_runner.imatrix.published.fetch_matrix import Obtained, Placed, fetch_published, find_published, obtain_published
+from imatrix_runner.imatrix.published.find_matrix import Findings, PublishedRequest
+from imatrix_runner.models.model import HubId, LocalFile, Model, open_gguf
 from imatrix_runner.signals import Stop
-from imatrix_runner.workflow.context import Context
-from imatrix_runner.workflow.find_published import Findings, PublishedRequest
-from imatrix_runner.workflow.published import Obtained, Placed, fetch_published, find_published, obtain_published
 from imatrix_runner.workspace import Workspace, hold
+from support.command_line import Ran
+from support.hub_server import HubServer, Trouble, be_quick_and_anonymous
+from support.tiny_models import write_hf_directory, write_llama_gguf
 
 TOKEN = "hf_" + "secret" * 5
 BASE = "Qwen/Qwen3-0.6B"
@@ -66,7 +66,7 @@ def matrix(local: Path) -> Matrix:
     weights = [tensor for tensor in open_gguf(local, allow_requantize=False).tensors if len(tensor.shape) > 1]
     random = np.random.default_rng(1)
     entries = {
-        tensor.name: Entry(random.random((1, tensor.shape[0])).astype(np.float32).astype(np.float64), np.array([1280]))
+        tensor.name: MatrixEntry(random.random((1, tensor.shape[0])).astype(np.float32).astype(np.float64), np.array([1280]))
         for tensor in weights
         if tensor.name.startswith("blk.")
     }
@@ -100,7 +100,7 @@ def of_another_model(matrix: Matrix) -> bytes:
 
 
 def too_wide(matrix: Matrix) -> bytes:
-    wide = {name: Entry(np.tile(entry.sums, 2), entry.counts) for name, entry in matrix.entries.items()}
+    wide = {name: MatrixEntry(np.tile(entry.sums, 2), entry.counts) for name, entry in matrix.entries.items()}
     return legacy(Matrix(wide, 0, 10, ()))
 
 
@@ -254,7 +254,7 @@ def test_the_base_model_is_said_and_doubt_too(hub: HubServer, gguf: bytes, local
     silent = write_llama_gguf(tmp_path / "silent.gguf", layers=1)
     directory = write_hf_directory(tmp_path / "Qwen3-0.6B", layers=1)
     for nameless in (silent, directory):
-        with pytest.raises(UsageError, match="Nobody can tell") as caught:
+        with pytest.raises(UsageError, match="belongs to is unknown") as caught:
             find(nameless)
         assert "--base-model ORG/NAME" in caught.value.todo
     (directory / "README.md").write_text(f"---\nbase_model: {BASE}\n---\n")
@@ -311,12 +311,12 @@ def test_none_of_several_can_be_used(hub: HubServer, local: Path, matrix: Matrix
     error = refusal(local)
     assert error.what == "None of the 2 published imatrices can be used"
     assert "model weights" in error.why
-    assert "not one of its entries" in error.why
+    assert "none of its entries" in error.why
     assert "imatrix generate" in error.todo
 
 
 def test_nan_is_refused(hub: HubServer, matrix: Matrix) -> None:
-    bad = {name: Entry(entry.sums * np.nan, entry.counts) for name, entry in matrix.entries.items()}
+    bad = {name: MatrixEntry(entry.sums * np.nan, entry.counts) for name, entry in matrix.entries.items()}
     hub.add(BARTOWSKI, {"imatrix.dat": legacy(Matrix(bad, 0, 10, ()))})
     assert "NaN" in refusal().why
 
@@ -389,7 +389,7 @@ def test_a_repository_that_does_not_exist(offered: HubServer) -> None:
 
 def test_a_file_that_is_gone(offered: HubServer) -> None:
     offered.trouble = Trouble(gone={"Qwen_Qwen3-0.6B-imatrix.gguf"})
-    assert "is gone" in refusal().what
+    assert "is missing" in refusal().what
     offered.trouble.bare_404 = True
     assert refusal().exit_code == 4
 
@@ -404,7 +404,7 @@ def test_asked_to_slow_down(offered: HubServer, where: str) -> None:
 def test_a_pause_too_long_to_wait_for_is_told_at_once(offered: HubServer, where: str) -> None:
     offered.trouble = Trouble(status=429, retry_after=3600, status_for=where)
     error = refusal()
-    assert "asks us to slow down" in error.what
+    assert "limits the rate of requests" in error.what
     assert "1:00:00" in error.todo
     assert len([request for request in offered.requests if where in f"{request.method} {request.path}"]) == 1
 
@@ -440,7 +440,7 @@ def test_cut_for_ever(offered: HubServer) -> None:
 
 def test_wrong_lengths(offered: HubServer, gguf: bytes) -> None:
     offered.trouble = Trouble(head_length=len(gguf) + 7)
-    assert "two lengths" in refusal().what
+    assert "contradictory sizes" in refusal().what
     offered.trouble = Trouble(get_length=len(gguf) + 7)
     assert "wrong length" in refusal().what
     offered.trouble = Trouble(get_length=len(gguf) - 7)
@@ -462,7 +462,7 @@ def test_a_web_page_instead(offered: HubServer) -> None:
     offered.trouble = Trouble(html_files=True)
     assert "HF_ENDPOINT" in refusal().todo
     offered.trouble = Trouble(html=True)
-    assert "does not answer as a hub does" in refusal().what
+    assert "does not answer like a hub" in refusal().what
 
 
 def test_no_token_travels_to_another_origin(offered: HubServer, gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,7 +477,7 @@ def test_no_token_travels_to_another_origin(offered: HubServer, gguf: bytes, mon
         assert all(request.headers["authorization"] == f"Bearer {TOKEN}" for request in offered.requests)
         storage.requests.clear()
         offered.trouble = Trouble(next_page=f"{storage.endpoint}/api/models?cursor=2")
-        with pytest.raises(DownloadError, match="does not answer as a hub does"):
+        with pytest.raises(DownloadError, match="does not answer like a hub"):
             find()
         assert storage.requests == []
 

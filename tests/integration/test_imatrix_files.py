@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import CommandLine
-from llama_tools import BareTools, digest
-from tiny_models import sample_text, write_llama_gguf
-from values import entry, matrix, same_matrix
 
 from imatrix_runner.imatrix.formats import read, write
 from imatrix_runner.imatrix.matrix import Matrix
 from imatrix_runner.models.gguf_file import read_header
+from support.in_process import CommandLine
+from support.llama_tools import BareTools, digest
+from support.tiny_models import sample_text, write_llama_gguf
+from support.values import entry, matrix, same_matrix
 
 CONTEXT, CHUNKS = 64, 5
 QUERY, EXPERTS = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"
@@ -106,7 +106,7 @@ class TestMerge:
         assert done.out.startswith("Wrote both.gguf: GGUF, ")
         assert "10 chunks of 64 tokens, a.txt" in done.out
         assert done.err.splitlines() == [
-            "Note: a.dat (legacy) counted in chunks of 64 tokens, as the others tell.",
+            "Note: a.dat (legacy) counted in chunks of 64 tokens, as in the others.",
             f"Note: the same dataset counts more than once: {a.with_suffix('.txt')}.",
         ]
         document = cli("imatrix", "merge", a, old, "-o", "json.dat", "--json").document
@@ -175,7 +175,7 @@ class TestConvert:
         assert (tmp_path / "ours.dat").read_bytes() == theirs.read_bytes()
         assert done.err.splitlines() == [
             "Note: counts per expert of 1 tensors are lost: a legacy file holds one.",
-            "Note: 1 experts without data in 1 tensors become 1, the same weight all over.",
+            "Note: 1 experts without data in 1 tensors become 1, an equal weight for all columns.",
             "Note: 1 entries without any data are left out, the first is blk.0.ffn_gate_exps.weight.",
             "Note: of 2 dataset names only the last is kept.",
         ]
@@ -260,7 +260,7 @@ class TestConvert:
         assert "512 assumed (--chunk-size says another)" in done.err
         assert read(tmp_path / "a.gguf").matrix.chunk_size == 512
         done = cli("imatrix", "convert", gguf, "-o", "b.dat", "--chunk-size", "512")
-        assert "the file tells its chunk size, 64; --chunk-size 512 is not used" in done.err
+        assert "the file states its chunk size, 64; --chunk-size 512 is not used" in done.err
         assert cli("imatrix", "convert", gguf, "-o", "c.gguf", "--chunk-size", "0").code == 2
 
     def test_the_format_follows_the_name_or_the_option_never_the_input_s_name(

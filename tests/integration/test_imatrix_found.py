@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand
-from llama_tools import BareTools, digest, levels_in
-from tiny_models import write_llama_gguf
 
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.models.gguf_file import read_header
+from support.command_line import RunCommand
+from support.llama_tools import BareTools, digest, levels_in
+from support.tiny_models import write_llama_gguf
 
 DESCRIBED = "GGUF, 14 entries, 20 chunks of 128 tokens, words.txt"
 
@@ -125,10 +125,10 @@ def _prose(_good: Path, bad: Path) -> None:
     ("spoil", "why"),
     [
         (_nan, "holds NaN or infinite values"),
-        (_other_names, "not one of its entries names a tensor of this model"),
+        (_other_names, "none of its entries names a tensor of this model"),
         (_zeros, "the file is empty or filled with zeros"),
         (_empty, "the file is empty or filled with zeros"),
-        (_cut, "a complete one has 18752 bytes"),
+        (_cut, "a complete one has 18720 bytes"),
         (_prose, "neither a GGUF nor a"),
     ],
 )

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Ran, RunCommand, run_command, started
-from llama_tools import BareTools, digest, leftovers
-from tiny_models import sample_text, write_llama_gguf
 
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.imatrix.matrix import Matrix
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
+from support.command_line import Ran, RunCommand, run_command, started
+from support.llama_tools import BareTools, digest, leftovers
+from support.tiny_models import sample_text, write_llama_gguf
 
 CLOSE = 5e-5
 """Relative difference of sums: float32 accumulated in one run against float32 per range, then float64."""

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import clean_environment
-from llama_tools import BareTools
-from tiny_models import sample_text, write_llama_gguf
-from values import entry, matrix
 
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.imatrix.matrix import Matrix
 from imatrix_runner.imatrix.statistics import LayerStatistics, Statistics, TensorStatistics, statistics
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.toolchain.probe import Toolchain
+from support.command_line import clean_environment
+from support.llama_tools import BareTools
+from support.tiny_models import sample_text, write_llama_gguf
+from support.values import entry, matrix
 
 CONTEXT = 128
 _TRIES = 300

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from in_process import CommandLine
-from tiny_models import write_llama_gguf
 
 from imatrix_runner.toolchain.probe import Toolchain
+from support.in_process import CommandLine
+from support.tiny_models import write_llama_gguf
 
 SHORT = ("-c", "128", "--dry-run", "--levels", "Q4_K_M")
 
@@ -73,6 +73,23 @@ def test_how_to_collect_matters_only_where_something_is_collected(
     (text,) = warnings(cli, "run", tiny_model, *SHORT, "--imatrix", tiny_imatrix, "--parse-special")
     assert text == "--parse-special has no effect: imatrix.gguf is used as it is (given with --imatrix)"
     assert warnings(cli, "run", tiny_model, *SHORT, "--imatrix", tiny_imatrix) == []
+
+
+def test_mixes_are_measured_on_the_text_whatever_the_imatrix(
+    cli: CommandLine, tiny_model: Path, tiny_imatrix: Path, tiny_text: Path
+) -> None:
+    arguments = ("run", tiny_model, "-f", tiny_text, "--parse-special", "-c", "128", "--dry-run", "--imatrix")
+    assert warnings(cli, *arguments, "none", "--like", "Q4_K_M") == []
+    assert warnings(cli, *arguments, tiny_imatrix, "--size", "900KiB") == []
+    (text,) = warnings(cli, *arguments, "none", "--levels", "MIX@kld:0.5", "--chunks", "5")
+    assert text == "--chunks has no effect: no imatrix is used (not wanted (--imatrix none))"
+
+
+def test_a_missing_text_of_a_mix_is_noticed_before_the_model_is_opened(cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "broken-BF16.gguf").write_bytes(b"GGUF")
+    done = cli("run", tmp_path / "broken-BF16.gguf", "--imatrix", "none", "--like", "Q4_K_M", "-f", "nowhere.txt")
+    assert done.code == 6, done.err
+    assert "nowhere.txt: No such file or directory" in done.err
 
 
 def test_an_output_tensor_that_is_not_there(cli: CommandLine, tmp_path: Path, tiny_text: Path) -> None:

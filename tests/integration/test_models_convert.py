@@ -10,17 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import DType, sample_text, write_hf_directory, write_llama_gguf
 
 from imatrix_runner.errors import EngineError, InterruptedRunError, InvalidDataError, NoSpaceError, ToolchainError
 from imatrix_runner.events import Event, Finished, Progress, Saved
+from imatrix_runner.extras import Extra
 from imatrix_runner.models.convert import OutType, convert
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.models.model import open_gguf
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.locate import locate
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
+from support.tiny_models import DType, sample_text, write_hf_directory, write_llama_gguf
 
 STAND_IN = """
 import shutil, sys, time
@@ -64,7 +65,7 @@ def run(directory: Path, tmp_path: Path, events: list[Event]) -> Convert:
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    monkeypatch.setattr("imatrix_runner.models.convert._PACKAGES", ())
+    monkeypatch.setattr("imatrix_runner.models.convert.CONVERT", Extra("convert", ()))
     gguf = write_llama_gguf(tmp_path / "made.gguf", layers=1)
 
     def write(script: str) -> Path:
@@ -158,7 +159,7 @@ def test_no_token_reaches_the_converter(
 def test_models_with_code_need_trust(run: Convert, stand_in: Callable[[str], Path], directory: Path, tmp_path: Path) -> None:
     (directory / "modeling_tiny.py").write_text("raise SystemExit")
     converter = stand_in(COPY + "import os; print('offline:', os.environ.get('HF_HUB_OFFLINE'))\n")
-    with pytest.raises(InvalidDataError, match="brings its own code"):
+    with pytest.raises(InvalidDataError, match="contains its own code"):
         run(converter)
     run(converter, trust=True)
     (directory / "modeling_tiny.py").unlink()
@@ -175,7 +176,7 @@ def test_space_and_tools_are_checked_first(
     monkeypatch.setattr("imatrix_runner.files.free_bytes", lambda _path: 1 << 20)
     with pytest.raises(NoSpaceError, match="conversion of tiny"):
         run(converter)
-    monkeypatch.setattr("imatrix_runner.models.convert._PACKAGES", ("no_such_package",))
+    monkeypatch.setattr("imatrix_runner.models.convert.CONVERT", Extra("convert", ("no_such_package",)))
     with pytest.raises(ToolchainError, match="no_such_package") as caught:
         run(converter)
     assert "imatrix-runner[convert]" in caught.value.todo

@@ -7,14 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_models import sample_text, write_llama_gguf
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.gguf_file import expected_file_size, read_header
-from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.models.model import open_gguf
 from imatrix_runner.toolchain.locate import locate
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
+from support.tiny_models import sample_text, write_llama_gguf
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import RunCommand, clean_environment
-from in_process import CommandLine
-from llama_tools import levels_in
 
-from imatrix_runner.engines.embedded import engine
-from imatrix_runner.engines.embedded.compiled import Native, NoNative, compile_kernels
+from imatrix_runner.engines.embedded import engine, native_build
+from imatrix_runner.engines.embedded.native_build import NoNative, compile_kernels
+from imatrix_runner.engines.jobs import Native
 from imatrix_runner.toolchain.probe import Toolchain
+from support.command_line import RunCommand, clean_environment
+from support.in_process import CommandLine
+from support.llama_tools import levels_in
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
@@ -28,14 +29,13 @@ pytestmark = [
 INSTALL = """
 import json, sys
 from pathlib import Path
-from imatrix_runner.engines.embedded import engine
-from imatrix_runner.engines.embedded.compiled import Native
-from imatrix_runner.engines.embedded.fast import Fast
-from imatrix_runner.engines.embedded.kernels import Kernels
-from imatrix_runner.engines.embedded.library import load
+from imatrix_runner.engines.jobs import Native
+from imatrix_runner.engines.worker.library import load
+from imatrix_runner.engines.worker.quantize.ggml_rows import Kernels
+from imatrix_runner.engines.worker.quantize.native_kernels import NativeKernels
 library, proofs, *names = sys.argv[1:]
 kernels = Kernels(load())
-fast = Fast(Native(Path(library), Path(proofs)), kernels)
+fast = NativeKernels(Native(Path(library), Path(proofs)), kernels)
 answers = {}
 for name in names:
     kind, _, without = name.partition("_unweighted")
@@ -47,24 +47,23 @@ COMPARE = """
 import ctypes, json, sys
 import numpy as np
 from pathlib import Path
-from imatrix_runner.engines.embedded import fast
-from imatrix_runner.engines.embedded import engine
-from imatrix_runner.engines.embedded.compiled import Native
-from imatrix_runner.engines.embedded.kernels import Kernels
-from imatrix_runner.engines.embedded.library import load
+from imatrix_runner.engines.jobs import Native
+from imatrix_runner.engines.worker.library import load
+from imatrix_runner.engines.worker.quantize import native_kernels
+from imatrix_runner.engines.worker.quantize.ggml_rows import Kernels
 library, proofs, seed, *names = sys.argv[1:]
 random = np.random.default_rng(int(seed))
 differing = {}
 for name in names:
     ggml, ours = Kernels(load()), Kernels(load())
     kind, weighted = ggml.type(name.removesuffix("_unweighted")), not name.endswith("_unweighted")
-    own = fast.Fast(Native(Path(library), Path(proofs)), ours)
+    own = native_kernels.NativeKernels(Native(Path(library), Path(proofs)), ours)
     assert own._tables(kind), name
     function = own._library["quantize_" + name]  # not installed: on a machine without vectors it may be slower than ggml's
-    function.argtypes, function.restype = fast._SIGNATURE, ctypes.c_size_t
+    function.argtypes, function.restype = native_kernels._SIGNATURE, ctypes.c_size_t
     ours.replace(kind, function, weighted=weighted)
     ggml.prepare(kind)
-    differing[name] = 0
+    differing.setdefault(name, 0)
     for n_rows, n_blocks in ((1, 1), (3, 5), (17, 2), (1, 40), (33, 3)):
         n = 256 * n_blocks
         rows = random.standard_t(3, (n_rows, n)).astype(np.float32) * np.float32(10.0 ** random.uniform(-8, 3))
@@ -114,8 +113,8 @@ def test_every_kernel_gives_ggmls_bytes(native: Native, toolchain: Toolchain) ->
     names = _kernels(native)
     weighted = {"q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs"}
     assert weighted <= {*names}
-    for seed in range(3):
-        assert _run(COMPARE, toolchain, native.library, native.proofs, seed, *names) == dict.fromkeys(names, 0)
+    # Three times in one process, as ggml's tables take seconds in each.
+    assert _run(COMPARE, toolchain, native.library, native.proofs, 0, *3 * names) == dict.fromkeys(names, 0)
 
 
 def test_a_proof_is_remembered(native: Native, toolchain: Toolchain, tmp_path: Path) -> None:
@@ -130,12 +129,13 @@ def test_a_proof_is_remembered(native: Native, toolchain: Toolchain, tmp_path: P
 
 def test_a_kernel_with_other_bytes_gives_way_to_ggmls(toolchain: Toolchain, tmp_path: Path) -> None:
     """One bit of one block in ten thousand."""
-    source = Path(compile_kernels.__code__.co_filename).parent / "native"
+    source = Path(native_build.__file__).parent.parent / "worker" / "quantize" / "native"
     folder = shutil.copytree(source, tmp_path / "native")
     file = folder / "kquants.c"
     text = file.read_text(encoding="utf-8")
     wrong = text.replace(
-        "fit->l[i] = choose(kept, fit->l[i], near);", "fit->l[i] = choose(kept, fit->l[i], near ^ (i == 77 & near == 2));"
+        "fit->l[i] = select_int(kept, fit->l[i], near);",
+        "fit->l[i] = select_int(kept, fit->l[i], near ^ (i == 77 & near == 2));",
     )
     assert wrong != text
     file.write_text(wrong, encoding="utf-8")
@@ -204,7 +204,7 @@ def test_compiled_once_and_again_for_another_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "why"),
-    [("echo 'x.c:1: error: it is broken' >&2; exit 1", "it is broken"), ("exit 3", "it failed without a word")],
+    [("echo 'x.c:1: error: it is broken' >&2; exit 1", "it is broken"), ("exit 3", "it failed without output")],
 )
 def test_a_compiler_that_fails_leaves_ggmls_kernels(script: str, why: str, tmp_path: Path) -> None:
     compiler = tmp_path / "broken-cc"
@@ -218,7 +218,7 @@ def test_a_compiler_that_fails_leaves_ggmls_kernels(script: str, why: str, tmp_p
 
 def test_without_a_compiler(tmp_path: Path) -> None:
     made = compile_kernels(tmp_path, "one", {**os.environ, "CC": "no-such-compiler"})
-    assert made == NoNative("there is no C compiler (no-such-compiler)")
+    assert made == NoNative("no C compiler found (no-such-compiler)")
 
 
 def test_levels_are_the_same_with_and_without(tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import RunCommand, clean_environment
-from llama_tools import digest, leftovers, levels_in
-from old_llama import build_old_tools
-from tiny_models import sample_text
 
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.toolchain.capabilities import Capabilities, capabilities
 from imatrix_runner.toolchain.probe import Toolchain
+from support.command_line import RunCommand, clean_environment
+from support.llama_tools import digest, leftovers, levels_in
+from support.old_llama import build_old_tools
+from support.tiny_models import sample_text
 
 LEVELS = ("Q4_K_M", "IQ2_XS", "Q4_0_4_4")
 """A mixture, a type that needs the imatrix, and one that llama.cpp has dropped since: its size is not known here."""

@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from in_process import CommandLine
-from llama_tools import digest
-from tiny_models import write_hf_directory, write_llama_gguf
 
-from imatrix_runner.models.sources import parse_source
-from imatrix_runner.workflow.ownership import find_workspace
+from imatrix_runner.context.ownership import find_workspace
+from imatrix_runner.models.model import parse_source
+from support.in_process import CommandLine
+from support.llama_tools import digest
+from support.tiny_models import write_hf_directory, write_llama_gguf
 
 LEVELS = ("--imatrix", "none", "--levels", "Q8_0")
 
@@ -66,7 +66,7 @@ def test_force_takes_the_workspace_over_and_counts_nothing_of_before(cli: Comman
     second = model(tmp_path / "y" / "m-BF16.gguf", seed=1)
     taken = cli("run", second, *LEVELS, "--force")
     assert taken.code == 0, taken.err
-    assert f"becomes that of {second}" in taken.err
+    assert f"now belongs to {second}" in taken.err
     assert "Q4_0" in next(line for line in taken.err.splitlines() if "made from another source" in line)
     (entry,) = cli("status", "--json").document["workspaces"]
     assert (entry["levels_done"], entry["levels_wanted"], entry["state"]) == (1, 1, "done")
@@ -81,7 +81,7 @@ def test_a_new_version_at_the_same_place_continues(cli: CommandLine, first: Path
     model(first, seed=1)
     ran = cli("evaluate", first)
     assert ran.code == 2
-    assert "or from an earlier version of this one" in ran.err
+    assert "or an earlier version of this one" in ran.err
     assert states(cli, first) == (tmp_path / "work" / "m", "todo")
     assert states(cli, first) == (tmp_path / "work" / "m", "up-to-date")
 
@@ -183,11 +183,11 @@ def test_a_hub_id_and_its_folder_in_the_cache_are_one_source(tmp_path: Path) -> 
 
 def test_a_checkpoint_is_known_by_its_weights(tmp_path: Path) -> None:
     """Wherever it lies, whatever its files' times; a card that is edited makes no other model."""
+    from imatrix_runner.context.ownership import claim, place_of
+    from imatrix_runner.context.source_hashes import Hasher, checkpoint_content
     from imatrix_runner.events import ignore
     from imatrix_runner.journal import Journal
     from imatrix_runner.signals import Stop
-    from imatrix_runner.workflow.contents import Hasher, checkpoint_content
-    from imatrix_runner.workflow.ownership import claim, place_of
 
     work, directory = tmp_path / "work", write_hf_directory(tmp_path / "x" / "name", layers=1)
     root = begun(work, "name")

@@ -15,20 +15,21 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from command_line import PROGRAM, Ran, RunCommand, clean_environment
-from llama_tools import BareTools, digest, fake_tools, leftovers, levels_in
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import CheckJob
-from imatrix_runner.engines.embedded import ledger
+from imatrix_runner.engines.embedded.bindings import find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import find
+from imatrix_runner.engines.jobs import CheckJob
+from imatrix_runner.engines.worker.quantize import ledger
 from imatrix_runner.events import ignore
 from imatrix_runner.files import stamp
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
+from support.command_line import PROGRAM, Ran, RunCommand, clean_environment
+from support.llama_tools import BareTools, digest, fake_tools, leftovers, levels_in
+from support.oracles import quantized
+from support.tiny_models import write_llama_gguf
 
 TWO = ("Q4_K_M", "Q6_K")
 VARIANTS = {"Q4_K_L": ("Q4_K_M", "--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")}
@@ -91,9 +92,8 @@ class Levels:
         written = levels_in(self.workspace)
         for level in levels:
             ftype, *pinned = VARIANTS.get(level, (level,))
-            out = self.folder / "bare" / f"{level}.gguf"
-            bare = self.tools.quantize(self.model, out, ftype, *pinned, *options, imatrix=imatrix or self.imatrix)
-            assert written[level] == digest(bare), level
+            bare = quantized(self.tools, self.model, ftype, *pinned, *options, imatrix=imatrix or self.imatrix)
+            assert [written[level]] == bare.digests, level
         assert leftovers(self.workspace) == []
 
     def interrupt(self, **recorded: int) -> None:
@@ -159,7 +159,7 @@ def _invert(path: Path, offset: int) -> None:
         handle.write(bytes([byte ^ 0xFF]))
 
 
-def entries_of(path: Path) -> dict[str, ledger.Entry]:
+def entries_of(path: Path) -> dict[str, ledger.LedgerEntry]:
     found = ledger.read(path)
     assert found is not None
     return found[1]
@@ -428,7 +428,7 @@ class TestReadAgain:
         told = levels.make("Q4_K_M", options=("--verify", "full"), code=100)
         (level,) = told.document["levels"]
         assert level["error"]["what"] == "The Q4_K_M file is damaged"
-        assert level["error"]["why"] == "blk.0.ffn_up.weight: its bytes are not those that were written"
+        assert level["error"]["why"] == "blk.0.ffn_up.weight: its bytes differ from those that were written"
         assert not levels.file("Q4_K_M").exists()
         levels.make("Q4_K_M", options=("--verify", "full"))
         levels.is_bare("Q4_K_M")

@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from llama_tools import BareTools
-from recipes import make
-from tiny_architectures import write_architecture
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import DryRun, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.jobs import DryRun, QuantizeOptions
+from imatrix_runner.engines.levels import resolve_levels
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.imatrix.expected import expect
-from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.models.model import open_gguf
 from imatrix_runner.process import Runner
-from imatrix_runner.quantize.levels import resolve_levels
 from imatrix_runner.quantize.recipe import make_recipe
+from imatrix_runner.quantize.usable_imatrix import expected_weights
 from imatrix_runner.quantize.verify import verify_output
-from imatrix_runner.quantize.weights import expected_weights
 from imatrix_runner.toolchain.probe import Toolchain
+from support.llama_tools import BareTools
+from support.recipes import make
+from support.tiny_architectures import write_architecture
+from support.tiny_models import write_llama_gguf
 
 LEVEL = "Q2_K_S"
 """It needs data for nearly all its tensors, and takes no tables that are slow to make."""

@@ -10,21 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reports
-from browser import Browser, browser
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from imatrix_runner.report.colours import palette
 from imatrix_runner.report.document import Report
-from imatrix_runner.report.page import render_html
-from imatrix_runner.report.tables import level_table
+from imatrix_runner.report.views.colours import palette
+from imatrix_runner.report.views.page import render_html
+from imatrix_runner.report.views.report_tables import level_table
+from support import reports
+from support.browser import Browser, browser
 
 pytestmark = pytest.mark.browser
 
 DENSE = replace(reports.sample_report(), domain=(reports.domain(), reports.domain("IQ2_M")))
 MOE = reports.moe_report()
+MIXED = reports.mixed_report()
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>"
 
 
@@ -43,7 +44,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         levels=tuple(replace(level, name=HOSTILE + level.name) for level in DENSE.levels),
         steps=(reports.ReportStep(HOSTILE, 1.0, HOSTILE, HOSTILE),),
     )
-    made: dict[str, Report] = {"dense": DENSE, "moe": MOE, "bare": reports.bare_report(), "evil": evil}
+    made: dict[str, Report] = {"dense": DENSE, "moe": MOE, "mixed": MIXED, "bare": reports.bare_report(), "evil": evil}
     for name, report in made.items():
         (folder / f"{name}.html").write_text(render_html(report), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in made}
@@ -56,7 +57,7 @@ def dense(window: Browser, pages: dict[str, Path]) -> Browser:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("name", ["dense", "moe", "bare", "evil"])
+@pytest.mark.parametrize("name", ["dense", "moe", "mixed", "bare", "evil"])
 def test_loads_in_silence_and_asks_nobody_for_anything(window: Browser, pages: dict[str, Path], name: str, dark: bool) -> None:
     window.open(pages[name], dark=dark)
     for radio in window.all("[name=heat]"):
@@ -96,7 +97,7 @@ def test_charts_have_as_many_marks_as_there_are_points(dense: Browser, window: B
     assert DENSE.imatrix is not None
     assert marks(dense, "pareto", "points_marks") == len(DENSE.levels) + len(DENSE.comparisons)
     assert marks(dense, "pareto", "front_marks") == 1
-    assert marks(dense, "pareto", "twins_marks") == len(DENSE.comparisons)
+    assert marks(dense, "pareto", "baselines_marks") == len(DENSE.comparisons)
     assert marks(dense, "saved", "bars_marks") == len(DENSE.comparisons)
     assert marks(dense, "heat-total", "cells_marks") == len(DENSE.imatrix.tensors)
     points = len(dense.all("[data-chart=curve] .mark-symbol.role-mark path"))
@@ -105,6 +106,10 @@ def test_charts_have_as_many_marks_as_there_are_points(dense: Browser, window: B
     assert marks(window, "coverage", "medians_marks") == 16
     assert marks(window, "coverage", "untouched_marks") == 1
     assert marks(window, "heat-total", "lacking_marks") == 1
+    window.open(pages["mixed"])
+    assert MIXED.costs is not None
+    assert marks(window, "costs", "cells_marks") == sum(tensor.measured for tensor in MIXED.costs.tensors)
+    assert marks(window, "costs", "lacking_marks") == len(reports.KINDS)
 
 
 def test_charts_are_svg_with_a_description(dense: Browser) -> None:
@@ -239,7 +244,7 @@ def test_dark_and_light_follow_the_screen_at_once_and_charts_with_them(dense: Br
 
 
 @pytest.mark.parametrize("width", [360, 1600])
-@pytest.mark.parametrize("name", ["dense", "moe", "bare", "evil"])
+@pytest.mark.parametrize("name", ["dense", "moe", "mixed", "bare", "evil"])
 def test_nothing_is_wider_than_the_screen(window: Browser, pages: dict[str, Path], name: str, width: int) -> None:
     window.open(pages[name], width=width)
     assert window.run("return document.documentElement.scrollWidth") == width

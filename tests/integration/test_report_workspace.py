@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import RunCommand
-from dialogues import TEMPLATE
-from hub_server import HubServer
-from reports import hashed
-from tiny_models import write_llama_gguf
-from workspaces import (
+
+from imatrix_runner.app.report import remember_target
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.files import Stamp, joint_sha256, sha256, stamp
+from imatrix_runner.imatrix.formats import read, write_gguf
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
+from imatrix_runner.imatrix.statistics import statistics
+from imatrix_runner.journal import Journal
+from imatrix_runner.models.model import open_gguf
+from imatrix_runner.report.document import encode_report, read_report
+from imatrix_runner.report.facts.gather_model import find_source
+from imatrix_runner.workspace import Workspace
+from support.command_line import RunCommand
+from support.dialogues import TEMPLATE
+from support.hub_server import HubServer
+from support.reports import hashed
+from support.tiny_models import write_llama_gguf
+from support.workspaces import (
     KLDS,
     LEVELS,
     Heard,
@@ -27,18 +40,6 @@ from workspaces import (
     timeless,
     unreported,
 )
-
-from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.files import Stamp, joint_sha256, sha256, stamp
-from imatrix_runner.imatrix.formats import read, write_gguf
-from imatrix_runner.imatrix.matrix import Entry, Matrix
-from imatrix_runner.imatrix.statistics import statistics
-from imatrix_runner.journal import Journal
-from imatrix_runner.models.sources import open_gguf
-from imatrix_runner.report.stored import encode_report, read_report
-from imatrix_runner.workflow.report import remember_target
-from imatrix_runner.workflow.report_source import find_source
-from imatrix_runner.workspace import Workspace
 
 RUN = ("--levels", ",".join(LEVELS), "-c", "128", "--chunks", "20")
 METADATA = {
@@ -143,6 +144,29 @@ def test_every_step_is_told_in_order_with_its_command(made: Workspace) -> None:
         "llama-imatrix -m tiny-BF16.gguf -f words.txt -o imatrix.gguf -c 128 --chunks 20 -b 2048 -ub 512"
     )
     assert commands["Q4_K_M"] == "llama-quantize --imatrix imatrix.gguf tiny-BF16.gguf tiny-Q4_K_M.gguf Q4_K_M"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_arguments_for_llama_imatrix_are_told_word_for_word(
+    kept: bool, tiny_model: Path, tiny_text: Path, runner: RunCommand, tmp_path: Path
+) -> None:
+    """Of a workspace of an earlier program, which kept no command of the imatrix, as far as its text of options tells."""
+    extra = ("--", "--override-kv", "general.name=str:a b")
+    options = ("--levels", "Q8_0", "-c", "128", "--chunks", "4", "-f", tiny_text, "--engine", "binaries")
+    done = runner("run", tiny_model, *options, *extra)
+    assert done.code == 0, done.err
+    workspace = Workspace(tmp_path / "work" / "tiny", "tiny")
+    if not kept:
+        journal = json.loads(workspace.journal.read_text(encoding="utf-8"))
+        journal["steps"]["imatrix"]["command"] = ""
+        workspace.journal.write_text(json.dumps(journal), encoding="utf-8")
+    report = reported(workspace)
+    assert report.command.endswith("--engine binaries -- --override-kv 'general.name=str:a b'")
+    (command,) = [step.command for step in report.steps if step.what == "imatrix"]
+    line = f"llama-imatrix -m {tiny_model.name} -f {tiny_text.name} -o imatrix.gguf -c 128 --chunks 4 -b 2048 -ub 512 "
+    assert command == line + ("--override-kv 'general.name=str:a b'" if kept else "--override-kv general.name=str:a b")
+    words = shlex.split(command)
+    assert (words[-1] == "general.name=str:a b") is kept
 
 
 def test_a_report_tells_nothing_of_folders(made: Workspace, source: Path, tiny_text: Path) -> None:
@@ -313,7 +337,7 @@ def test_figures_of_another_text_are_not_mixed_in(own: Workspace) -> None:
     assert report.evaluation is not None
     assert report.evaluation.text == "other.txt"
     assert report.comparisons == ()  # its level was measured again since
-    assert heard.told("warning", "Q8_0", "measured otherwise")
+    assert heard.told("warning", "Q8_0", "measured on another text or reference")
 
 
 def test_a_split_source_is_found_by_what_its_shards_were(tmp_path: Path) -> None:
@@ -348,7 +372,9 @@ def test_an_imatrix_alone_is_reported_with_its_experts(tiny_text: Path, tmp_path
 def test_a_hubs_model_and_a_published_imatrix_are_told_with_repository_and_commit(runner: RunCommand, tmp_path: Path) -> None:
     model = write_llama_gguf(tmp_path / "Tiny-BF16.gguf", layers=1)
     names = {tensor.name: tensor.shape[0] for tensor in open_gguf(model, allow_requantize=False).tensors}
-    entries = {name: Entry(np.ones((1, n)), np.array([512])) for name, n in names.items() if name.startswith("blk.") and n > 1}
+    entries = {
+        name: MatrixEntry(np.ones((1, n)), np.array([512])) for name, n in names.items() if name.startswith("blk.") and n > 1
+    }
     entries = {name: each for name, each in entries.items() if "norm" not in name}
     write_gguf(Matrix(entries, 512, 64, ("theirs.txt",)), tmp_path / "published.gguf")
     with HubServer() as hub:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand
-from in_process import CommandLine
-from llama_tools import BareTools, digest, levels_in
-from tiny_models import write_llama_gguf
 
 from imatrix_runner.models.gguf_file import read_header
+from support.command_line import RunCommand
+from support.in_process import CommandLine
+from support.llama_tools import BareTools, digest, levels_in
+from support.oracles import quantized
+from support.tiny_models import write_llama_gguf
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_variants_are_two_overrides_and_explicit_options_win(
 
     def bare(ftype: str, output: str) -> str:
         types = ("--token-embedding-type", "q8_0", "--output-tensor-type", output)
-        return digest(tools.quantize(tiny_model, tmp_path / "bare.gguf", ftype, *types, imatrix=tiny_imatrix))
+        return quantized(tools, tiny_model, ftype, *types, imatrix=tiny_imatrix).digests[0]
 
     assert levels_in(tmp_path / "work" / "tiny") == {name: bare(ftype, "q8_0") for name, ftype in levels.items()}
     assert runner(*arguments, "--output-tensor-type", "q6_k").code == 0
@@ -73,7 +74,7 @@ def test_every_alias_and_plain_type_is_a_level(tiny_model: Path, runner: RunComm
     """Without an imatrix; aliases are files of the full name; F16 is a conversion."""
     done = runner("run", tiny_model, "--imatrix", "none", "--levels", "q4_k,Q3_K,F16,TQ2_0,MXFP4_MOE")
     assert done.code == 0, done.err
-    expected = {name: digest(tools.quantize(tiny_model, tmp_path / name, name)) for name in ("Q4_K_M", "Q3_K_M", "F16")}
+    expected = {name: quantized(tools, tiny_model, name).digests[0] for name in ("Q4_K_M", "Q3_K_M", "F16")}
     written = levels_in(tmp_path / "work" / "tiny")
     assert written.keys() == {*expected, "TQ2_0", "MXFP4_MOE"}
     assert {name: written[name] for name in expected} == expected
@@ -124,7 +125,7 @@ def test_a_mixture_of_experts_with_its_imatrix(tiny_text: Path, runner: RunComma
     assert runner(*arguments).code == 0
     workspace = tmp_path / "work" / "moe"
     imatrix = workspace / "imatrix.gguf"
-    bare = {name: digest(tools.quantize(model, tmp_path / name, name, imatrix=imatrix)) for name in ("Q4_K_M", "IQ3_XXS")}
+    bare = {name: quantized(tools, model, name, imatrix=imatrix).digests[0] for name in ("Q4_K_M", "IQ3_XXS")}
     assert levels_in(workspace) == bare
 
 

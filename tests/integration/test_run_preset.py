@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command_line import Ran, run_command
-from llama_tools import BareTools, digest, leftovers, levels_in, times
 
+from imatrix_runner.engines.levels import preset_levels
 from imatrix_runner.files import stamp
 from imatrix_runner.journal import Journal
-from imatrix_runner.quantize.levels import preset_levels
+from support.command_line import Ran, run_command
+from support.llama_tools import BareTools, digest, leftovers, levels_in, times
+from support.oracles import quantized
 
 EIGHT_BITS = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0")
 VARIANTS = {
@@ -54,17 +55,15 @@ def preset(request: pytest.FixtureRequest, demo_model: Path, tmp_path_factory: p
     return Preset(folder, folder / "work" / "demo-model", first, arguments, engine)
 
 
-def test_writes_26_files_byte_for_byte_those_of_llama_quantize(
-    preset: Preset, tools: BareTools, demo_model: Path, tmp_path: Path
-) -> None:
+def test_writes_26_files_byte_for_byte_those_of_llama_quantize(preset: Preset, tools: BareTools, demo_model: Path) -> None:
     levels, missing = preset_levels("bartowski", tools.toolchain.types)
     assert len(levels) == 26
     assert not missing
 
     def bare(name: str) -> tuple[str, str]:
         ftype, *options = VARIANTS.get(name, (name,))
-        out = tools.quantize(demo_model, tmp_path / f"{name}.gguf", ftype, *options, imatrix=preset.workspace / "imatrix.gguf")
-        return name, digest(out)
+        (made,) = quantized(tools, demo_model, ftype, *options, imatrix=preset.workspace / "imatrix.gguf").digests
+        return name, made
 
     with ThreadPoolExecutor(2) as pool:
         expected = dict(pool.map(bare, [level.name for level in levels]))
@@ -132,17 +131,28 @@ def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     by_name = {level["level"]: level for level in document["levels"]}
     q4 = by_name["Q4_K_M"]
     assert q4.keys() == {
-        *("level", "status", "files", "bytes", "bits_per_weight", "seconds", "share", "without_weights", "error"),
+        *(
+            "level",
+            "status",
+            "files",
+            "bytes",
+            "bits_per_weight",
+            "seconds",
+            "share",
+            "without_weights",
+            "copied_from",
+            "error",
+        ),
     }
     assert q4["status"] == "skipped"
     assert q4["error"] is None
     assert [Path(file).stat().st_size for file in q4["files"]] == [q4["bytes"]]
     plan = document["plan"]
-    assert plan.keys() == {"workspace", "imatrix", "levels", "notes", "measure", "new_bytes", "free_bytes"}
+    assert plan.keys() == {"workspace", "imatrix", "levels", "mixing", "notes", "measure", "new_bytes", "free_bytes"}
     assert plan["new_bytes"] == 0
     assert plan["levels"][0].keys() == {
         *("level", "ftype", "state", "reason", "remedy", "files", "bytes", "bits_per_weight", "needs_imatrix", "fallbacks"),
-        *("fallback_share", "without_weights", "unseen", "pinned"),
+        *("fallback_share", "without_weights", "unseen", "pinned", "predicted_kld"),
     }
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import Ran, RunCommand
-from hub_server import HubServer
-from tiny_models import write_llama_gguf
 
 from imatrix_runner.imatrix.formats import read, write_gguf
-from imatrix_runner.imatrix.matrix import Entry, Matrix
-from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
+from imatrix_runner.models.model import open_gguf
+from support.command_line import Ran, RunCommand
+from support.hub_server import HubServer
+from support.tiny_models import write_llama_gguf
 
 REPO = "tiny-org/Tiny-Llama"
 PUBLISHED = "bartowski/tiny-org_Tiny-Llama-GGUF"
@@ -31,7 +31,7 @@ def matrix(model: Path) -> Matrix:
     random = np.random.default_rng(3)
     names = {tensor.name: tensor.shape[0] for tensor in open_gguf(model, allow_requantize=False).tensors}
     entries = {
-        name: Entry(random.random((1, columns)), np.array([64 * 512]))
+        name: MatrixEntry(random.random((1, columns)), np.array([64 * 512]))
         for name, columns in names.items()
         if name.startswith("blk.") and "norm" not in name
     }
@@ -87,7 +87,7 @@ def test_auto_generates_when_the_published_one_does_not_fit(
     on_hub: RunCommand, hub: HubServer, matrix: Matrix, tmp_path: Path
 ) -> None:
     name = next(iter(matrix.entries))
-    wide = Entry(np.tile(matrix.entries[name].sums, 2), matrix.entries[name].counts)
+    wide = MatrixEntry(np.tile(matrix.entries[name].sums, 2), matrix.entries[name].counts)
     publish(hub, replace(matrix, entries={**matrix.entries, name: wide}), tmp_path)
     ran = on_hub(REPO, "-c", "64", "--chunks", "8")
     assert ran.code == 0, ran.err

@@ -10,14 +10,14 @@ from math import prod
 from pathlib import Path
 
 import pytest
-from command_line import Ran, RunCommand
-from hub_server import HubServer, Trouble
-from in_process import CommandLine
-from tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
-from imatrix_runner.models.convert import missing_packages
+from imatrix_runner.context.source_hashes import stamped_fingerprint
+from imatrix_runner.extras import CONVERT
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.workflow.contents import stamped_fingerprint
+from support.command_line import Ran, RunCommand
+from support.hub_server import HubServer, Trouble
+from support.in_process import CommandLine
+from support.tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
 TOKEN = "hf_" + "0123456789" * 3
 REPO = "tiny-org/Tiny-Llama"
@@ -126,7 +126,7 @@ def test_a_dry_run_of_a_hub_id_says_why_it_cannot(fetch: RunCommand, hub: HubSer
 
 
 @pytest.mark.convert
-@pytest.mark.skipif(bool(missing_packages()), reason="the convert extra is not installed")
+@pytest.mark.skipif(bool(CONVERT.missing()), reason="the convert extra is not installed")
 def test_a_hugging_face_directory_becomes_q4_k_m(runner: RunCommand, tmp_path: Path) -> None:
     """One in the hub's cache, whose own name is a commit."""
     directory = tmp_path / "models--org--tiny-hf" / "snapshots" / ("c0ffee" * 6 + "c0de")
@@ -159,7 +159,7 @@ def test_a_hugging_face_directory_becomes_q4_k_m(runner: RunCommand, tmp_path: P
 
 
 @pytest.mark.convert
-@pytest.mark.skipif(bool(missing_packages()), reason="the convert extra is not installed")
+@pytest.mark.skipif(bool(CONVERT.missing()), reason="the convert extra is not installed")
 def test_a_directory_with_code_is_refused_unless_trusted(runner: RunCommand, tmp_path: Path) -> None:
     directory = tmp_path / "tiny-hf"
     write_hf_directory(directory)
@@ -210,7 +210,7 @@ def test_a_quantised_checkpoint_is_refused_before_it_is_converted(cli: CommandLi
 
 
 @pytest.mark.convert
-@pytest.mark.skipif(bool(missing_packages()), reason="the convert extra is not installed")
+@pytest.mark.skipif(bool(CONVERT.missing()), reason="the convert extra is not installed")
 def test_a_quantised_checkpoint_that_is_allowed_is_named_wherever_its_levels_are(cli: CommandLine, tmp_path: Path) -> None:
     directory = publish_in_fp8(tmp_path / "tiny-fp8")
     ran = cli("run", directory, "--levels", "Q8_0", "--imatrix", "none", "--allow-requantize", "--json")

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from in_process import CommandLine
-from tiny_models import paragraphs
 
 from imatrix_runner.journal import Journal
-from imatrix_runner.report.stored import read_report
+from imatrix_runner.report.document import read_report
+from support.in_process import CommandLine
+from support.tiny_models import paragraphs
 
 LEVELS = ("--levels", "Q4_K_M", "-c", "128", "--chunks", "8", "-t", "1")
 
@@ -107,14 +107,61 @@ def test_a_half_finished_matrix_of_the_whole_text_goes_on_with_it(
     assert not (tmp_path / "work" / "tiny" / "texts").exists()
 
 
-def test_a_dry_run_writes_no_text_and_a_short_one_stays_whole(
-    tiny_model: Path, own_text: Path, tiny_text: Path, cli: CommandLine, tmp_path: Path
+def test_a_dry_run_counts_the_parts_and_writes_no_text(
+    tiny_model: Path, own_text: Path, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan is the one that the same command then has, chunk for chunk; nothing of it is left anywhere."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    levels = ("--levels", "Q4_K_M", "-c", "128", "-t", "1")
+    command = ("run", tiny_model, "-f", own_text, *levels, "--evaluate", "--work-dir", tmp_path / "work", "--json")
+    dry = cli(*command, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert "% of domain.txt (" in dry.err
+    assert "will be set aside to measure on." in dry.err.replace("\n", " ")
+    assert not list(tmp_path.rglob("*.txt"))
+    assert list((tmp_path / "temporary").iterdir()) == []
+    plan = dry.document["plan"]
+    whole = cli("imatrix", "generate", tiny_model, "-f", own_text, "-c", "128", "--dry-run", "--json").document["plan"]
+    assert 0.8 < plan["imatrix"]["chunks"] / whole["imatrix"]["chunks"] < 0.95
+    wet = cli(*command)
+    assert wet.code == 0, wet.err
+    assert {key: plan[key] for key in ("imatrix", "measure")} == {
+        key: wet.document["plan"][key] for key in ("imatrix", "measure")
+    }
+    again = cli(*command, "--dry-run")
+    assert "is set aside to measure on: " in again.err.replace("\n", " ")
+    assert again.document["plan"]["imatrix"]["action"] == "up-to-date"
+
+
+def test_a_dry_run_counts_the_whole_text_where_all_of_it_is_in_use(
+    tiny_model: Path, own_text: Path, cli: CommandLine, tmp_path: Path
 ) -> None:
     work = ("--work-dir", tmp_path / "work")
+    assert cli("run", tiny_model, "-f", own_text, *LEVELS, *work).code == 0
     done = cli("run", tiny_model, "-f", own_text, *LEVELS, "--evaluate", "--dry-run", *work)
     assert done.code == 0, done.err
-    assert "Part of domain.txt will be set aside" in done.err
-    assert not list(tmp_path.rglob("*.txt"))
-    done = cli("run", tiny_model, "-f", tiny_text, *LEVELS, "--evaluate", *work)
-    assert "words.txt (" in done.err
-    assert "too short to set a part aside" in done.err.replace("\n", " ")
+    assert "was made from all of domain.txt" in done.err
+    assert "set aside" not in done.err
+
+
+def test_the_command_that_renders_raw_records_names_the_user_s_file(
+    tiny_model: Path, own_text: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    records = tmp_path / "records.jsonl"
+    passages = own_text.read_text(encoding="utf-8").split("\n\n")
+    records.write_text("\n\n".join(json.dumps({"text": passage}) for passage in passages), encoding="utf-8")
+    command = ("run", tiny_model, "-f", records, *LEVELS, "--evaluate", "--work-dir", tmp_path / "work")
+    for further in (("--dry-run",), ()):
+        done = cli(*command, *further)
+        assert done.code == 0, done.err
+        assert "set aside to measure on" in done.err.replace("\n", " ")
+        assert f"calibration build {records} " in done.err
+
+
+def test_a_short_text_stays_whole(tiny_model: Path, tiny_text: Path, cli: CommandLine, tmp_path: Path) -> None:
+    work = ("--work-dir", tmp_path / "work")
+    for further in (("--dry-run",), ()):
+        done = cli("run", tiny_model, "-f", tiny_text, *LEVELS, "--evaluate", *work, *further)
+        assert "words.txt (" in done.err
+        assert "too short to set a part aside" in done.err.replace("\n", " ")

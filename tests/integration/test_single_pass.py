@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from llama_tools import BareTools, digest
-from passes import NEED_WEIGHTS, NO_OPTIONS, REQUANTIZE, SLOW, Passes, engine_of, in_one_worker
-from tiny_models import DType, write_llama_gguf
 
-from imatrix_runner.engines.base import QuantizeOptions
-from imatrix_runner.engines.embedded.protocol import Passed, Quantize, Written
+from imatrix_runner.engines.jobs import PassedLevel, PassJob, QuantizeOptions
+from imatrix_runner.engines.llama_cpp.flags import quantize_options
+from imatrix_runner.engines.protocol import Passed
 from imatrix_runner.toolchain.probe import Toolchain
+from support.llama_tools import BareTools
+from support.oracles import library_digests, quantized
+from support.passes import NEED_WEIGHTS, NO_OPTIONS, REQUANTIZE, SLOW, Made, Passes, engine_of, in_one_worker
+from support.tiny_models import DType, write_llama_gguf
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 
@@ -43,6 +44,29 @@ def allowed(source: str) -> QuantizeOptions:
     return REQUANTIZE if source in QUANTISED else NO_OPTIONS
 
 
+def _made(job: PassJob, passed: Iterator[Passed]) -> Made:
+    """What a worker reported of one pass; ``passed`` goes on with the next one's."""
+    levels: dict[str, PassedLevel] = {}
+    for reply in passed:
+        if reply.level is not None:
+            levels[reply.level.name] = reply.level
+        if reply.figures is not None:
+            return Made(job, levels, reply.figures)
+    raise AssertionError("the pass did not come to its end")
+
+
+@pytest.fixture(scope="module")
+def slow(
+    sources: dict[str, Path], passes: Passes, tiny_imatrix: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Made]:
+    """A pass of these types for every source, in one worker: their tables are computed once."""
+    folder = tmp_path_factory.mktemp("slow")
+    jobs = [passes.plan(path, SLOW, folder / source, allowed(source), tiny_imatrix) for source, path in sources.items()]
+    replies = in_one_worker(passes.tools.toolchain, map(passes.for_worker, jobs), folder / "ours.json")
+    passed = iter([reply for reply in replies if isinstance(reply, Passed)])
+    return {source: _made(job, passed) for source, job in zip(sources, jobs, strict=True)}
+
+
 class TestTypes:
     """All in one pass of one process."""
 
@@ -56,32 +80,24 @@ class TestTypes:
         assert len(names) >= (29 if weighed else 27)
         imatrix = tiny_imatrix if weighed else None
         made = passes.make(sources[source], names, tmp_path, allowed(source), imatrix)
-        passes.same(made, tmp_path / "bare")
-        again = passes.make(sources[source], names, tmp_path / "ggml", allowed(source), imatrix, own_kernels=False)
+        passes.same(made)
+        again = passes.make(sources[source], names, tmp_path / "ggml", allowed(source), imatrix, native_kernels=False)
         assert again.digests == made.digests
         computed = {cost.type for cost in made.figures.types}
         assert {"q2_K", "q3_K", "q5_1", "iq3_s", "q1_0", "q2_0", "tq1_0"} <= computed
         assert ("f16" in computed) == (source != "f16")
 
-    def test_slow_types_from_every_source(
-        self, toolchain: Toolchain, sources: dict[str, Path], passes: Passes, tiny_imatrix: Path, tmp_path: Path
-    ) -> None:
-        """Their tables are computed once for us and once for llama.cpp's own ``llama_model_quantize``, whose files
-        test_embedded_quantize.py compares with those of the program."""
-        jobs = [passes.plan(path, SLOW, tmp_path / source, allowed(source), tiny_imatrix) for source, path in sources.items()]
-        ours = list(map(passes.request, jobs))
-        theirs = [replace(level.job, out=level.job.out.with_name("theirs")) for job in jobs for level in job.levels]
-        for job in theirs:
-            job.out.parent.mkdir(parents=True)
-        asked = [Quantize("", job.source, job.out, job.ftype, job.options, job.imatrix, 1, False) for job in theirs]
-        with ThreadPoolExecutor(2) as pool:
-            other = pool.submit(in_one_worker, toolchain, asked, tmp_path / "theirs.json")
-            answers = in_one_worker(toolchain, ours, tmp_path / "ours.json")
-        passed = [answer.level for answer in answers if isinstance(answer, Passed) and answer.level is not None]
-        assert not [level for level in passed if level.why]
-        assert len(passed) == sum(isinstance(answer, Written) for answer in other.result()) == len(SLOW) * len(jobs)
-        outs = [level.job.out for job in jobs for level in job.levels]
-        assert list(map(digest, outs)) == [digest(job.out) for job in theirs]
+    def test_slow_types_from_every_source(self, slow: dict[str, Made], passes: Passes) -> None:
+        """As llama.cpp's own ``llama_model_quantize`` makes them."""
+        assert not any(made.spoiled for made in slow.values())
+        jobs = [level.job for made in slow.values() for level in made.job.levels]
+        assert len(jobs) == len(SLOW) * len(slow)
+        ours = [digests for made in slow.values() for digests in made.digests.values()]
+        assert ours == [[theirs] for theirs in library_digests(passes.tools, jobs)]
+
+    def test_slow_types_are_the_program_s(self, slow: dict[str, Made], passes: Passes) -> None:
+        passes.same(slow["bf16"])
+        assert {*slow["bf16"].levels["IQ2_XXS"].without_weights} == {"output.weight", "token_embd.weight"}
 
     @pytest.mark.parametrize(
         "name", ["Q4_1", "Q5_K_M", "Q3_K_S", "Q2_K", "Q6_K", "IQ3_S", "IQ4_NL", "MXFP4_MOE", "Q1_0", "Q2_0"]
@@ -90,7 +106,7 @@ class TestTypes:
         """Every way to widen; what is of the wanted type already is taken as it is."""
         source = passes.tools.quantize(tiny_model, tmp_path / "source.gguf", name, "--pure")
         made = passes.make(source, [*FEW, name], tmp_path, REQUANTIZE, tiny_imatrix)
-        passes.same(made, tmp_path / "bare")
+        passes.same(made)
 
 
 OPTIONS = {
@@ -124,7 +140,8 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def deep_imatrix(tools: BareTools, deep_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("deep-imatrix") / "imatrix.gguf"
-    tools.imatrix(deep_model, tiny_text, path, "-c", "128", "--chunks", "4", "--process-output")
+    words = Path(tiny_text.name)
+    tools.imatrix(deep_model, words, path, "-c", "128", "--chunks", "4", "--process-output", folder=tiny_text.parent)
     return path
 
 
@@ -136,18 +153,15 @@ class TestOptions:
         self, options: QuantizeOptions, passes: Passes, deep_model: Path, deep_imatrix: Path, tmp_path: Path
     ) -> None:
         made = passes.make(deep_model, ("Q4_K_M", "Q3_K_L", "Q5_0", "F16", "COPY"), tmp_path, options, deep_imatrix)
-        passes.same(made, tmp_path / "bare")
+        passes.same(made)
 
-    def test_none_of_these_is_without_effect(
-        self, toolchain: Toolchain, deep_model: Path, deep_imatrix: Path, tmp_path: Path
-    ) -> None:
+    def test_none_of_these_is_without_effect(self, tools: BareTools, deep_model: Path, deep_imatrix: Path) -> None:
         """So that the test above means something; on a buffer's size the bytes must not depend."""
         given = {"none": NO_OPTIONS, **OPTIONS}
-        outs = {name: tmp_path / f"{number}.gguf" for number, name in enumerate(given)}
-        asked = [Quantize("", deep_model, outs[name], "Q4_K_M", given[name], deep_imatrix, 2, False) for name in given]
-        in_one_worker(toolchain, asked, tmp_path / "asked.json")
-        outs["split of one"] = tmp_path / f"{outs['split of one'].stem}-00001-of-00001.gguf"
-        found = {name: digest(out) for name, out in outs.items()}
+        found = {
+            name: quantized(tools, deep_model, "Q4_K_M", *quantize_options(options), imatrix=deep_imatrix).digests[0]
+            for name, options in given.items()
+        }
         assert {name for name in OPTIONS if found[name] == found["none"]} == {"buffer"}
         assert len(set(found.values())) == len(OPTIONS)
 
@@ -155,7 +169,7 @@ class TestOptions:
         types = tmp_path / "types.txt"
         types.write_text("ffn_down=q8_0\tATTN_V=q6_k\r\n\n attn_k=f32 ", encoding="utf-8")
         options = QuantizeOptions(tensor_type_file=types, tensor_types=("ffn_down=q5_k",))
-        passes.same(passes.make(deep_model, ["Q4_K_M", "IQ4_XS"], tmp_path, options, deep_imatrix), tmp_path / "bare")
+        passes.same(passes.make(deep_model, ["Q4_K_M", "IQ4_XS"], tmp_path, options, deep_imatrix))
 
     @pytest.mark.parametrize(
         "override",
@@ -184,7 +198,7 @@ class TestOptions:
     )  # fmt: skip
     def test_one_override(self, override: str, passes: Passes, deep_model: Path, deep_imatrix: Path, tmp_path: Path) -> None:
         options = QuantizeOptions(override_kv=(override,))
-        passes.same(passes.make(deep_model, ["Q4_0", "COPY"], tmp_path, options, deep_imatrix), tmp_path / "bare")
+        passes.same(passes.make(deep_model, ["Q4_0", "COPY"], tmp_path, options, deep_imatrix))
 
     def test_all_at_once(self, passes: Passes, deep_model: Path, deep_imatrix: Path, tmp_path: Path) -> None:
         options = QuantizeOptions(
@@ -196,4 +210,4 @@ class TestOptions:
             keep_split=True,
             override_kv=("general.name=str:a", "my.key=bool:true", "general.name=str:b", "llama.block_count=int:4"),
         )
-        passes.same(passes.make(deep_model, FEW, tmp_path, options, deep_imatrix), tmp_path / "bare")
+        passes.same(passes.make(deep_model, FEW, tmp_path, options, deep_imatrix))

@@ -7,16 +7,16 @@ import math
 from pathlib import Path
 
 import pytest
-from command_line import RunCommand
-from llama_tools import BareTools, digest, leftovers, levels_in
-from passes import NEED_WEIGHTS, NO_OPTIONS, SLOW, Passes, engine_of, set_floats, write_imatrix
-from tiny_models import DType, write_llama_gguf
 
-from imatrix_runner.engines.base import QuantizeOptions
+from imatrix_runner.engines.jobs import QuantizeOptions
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.imatrix.formats import read, write_gguf
-from imatrix_runner.imatrix.matrix import Entry, Matrix
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
 from imatrix_runner.toolchain.probe import Toolchain
+from support.command_line import RunCommand
+from support.llama_tools import BareTools, digest, leftovers, levels_in
+from support.passes import NEED_WEIGHTS, NO_OPTIONS, SLOW, Passes, engine_of, set_floats, write_imatrix
+from support.tiny_models import DType, write_llama_gguf
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 
@@ -44,33 +44,33 @@ class TestSource:
         model = set_floats(small(tmp_path / "m.gguf", dtype), "blk.1.ffn_up.weight", [number], first=60_001)
         made = passes.make(model, ("Q8_0", "Q4_K_M", "F16", "BF16", "F32", "COPY"), tmp_path)
         assert made.spoiled == dict.fromkeys(made.levels, ("blk.1.ffn_up.weight", SOURCE))
-        assert passes.refused(made, tmp_path / "bare").keys() == made.levels.keys()
+        assert passes.refused(made).keys() == made.levels.keys()
 
     def test_in_a_tensor_that_is_only_copied(self, passes: Passes, tmp_path: Path) -> None:
         model = set_floats(small(tmp_path / "m.gguf", "bf16"), "blk.0.attn_norm.weight", [NAN], first=255)
         made = passes.make(model, ("Q8_0", "COPY"), tmp_path)
         assert made.spoiled == dict.fromkeys(made.levels, ("blk.0.attn_norm.weight", SOURCE))
-        assert passes.refused(made, tmp_path / "bare").keys() == made.levels.keys()
+        assert passes.refused(made).keys() == made.levels.keys()
 
     def test_in_a_layer_that_is_pruned(self, passes: Passes, tmp_path: Path) -> None:
         model = set_floats(small(tmp_path / "m.gguf"), "blk.1.ffn_up.weight", [NAN])
         made = passes.make(model, ("Q8_0", "Q4_K_M", "COPY"), tmp_path, QuantizeOptions(prune_layers="1"))
-        passes.same(made, tmp_path / "bare")
+        passes.same(made)
 
 
 class TestResult:
     """Numbers that are too large for a type's scales."""
 
-    @pytest.mark.parametrize("own_kernels", [True, False], ids=["own kernels", "ggml"])
+    @pytest.mark.parametrize("native_kernels", [True, False], ids=["native kernels", "ggml"])
     @pytest.mark.parametrize("weighed", [False, True], ids=["no imatrix", "imatrix"])
     @pytest.mark.parametrize("number", [7e4, 2e6, 1e38], ids=str)
-    def test_too_large(self, number: float, weighed: bool, own_kernels: bool, passes: Passes, tmp_path: Path) -> None:
+    def test_too_large(self, number: float, weighed: bool, native_kernels: bool, passes: Passes, tmp_path: Path) -> None:
         """Each type has its own limit; what is within stays as it is."""
         model = set_floats(small(tmp_path / "m.gguf"), "blk.1.attn_q.weight", [number], first=9999)
         imatrix = write_imatrix(tmp_path / "imatrix.gguf", model) if weighed else None
         names = passes.names(*SLOW, *NEED_WEIGHTS, *(ABORTING if number == 1e38 else ()))
-        made = passes.make(model, names, tmp_path, imatrix=imatrix, own_kernels=own_kernels)
-        refused = passes.refused(made, tmp_path / "bare")
+        made = passes.make(model, names, tmp_path, imatrix=imatrix, native_kernels=native_kernels)
+        refused = passes.refused(made)
         assert made.spoiled.keys() == refused.keys()
         assert {tensor for tensor, _ in made.spoiled.values()} == {"blk.1.attn_q.weight"}
         assert all("it has NaN or infinite numbers" in why for _, why in made.spoiled.values())
@@ -128,14 +128,14 @@ class TestImatrix:
         model = small(tmp_path / "m.gguf")
         imatrix = set_floats(write_imatrix(tmp_path / "i.gguf", model), "blk.1.attn_k.weight.in_sum2", [NAN])
         options = QuantizeOptions(exclude_weights=("blk.1.attn_k",))
-        passes.same(passes.make(model, ("Q8_0", "Q4_K_M"), tmp_path, options, imatrix), tmp_path / "bare")
+        passes.same(passes.make(model, ("Q8_0", "Q4_K_M"), tmp_path, options, imatrix))
 
     def test_an_entry_of_another_size(self, passes: Passes, tmp_path: Path) -> None:
         """It spoils levels that change the tensor, whether or not they would look at the weights."""
         model = small(tmp_path / "m.gguf")
         imatrix = self._with_half_of("blk.1.attn_k.weight", model, tmp_path / "i.gguf")
         made = passes.make(model, ("Q8_0", "Q4_K_M", "F16", "F32", "COPY"), tmp_path, imatrix=imatrix)
-        refused = passes.refused(made, tmp_path / "bare")
+        refused = passes.refused(made)
         assert refused.keys() == made.spoiled.keys() == {"Q8_0", "Q4_K_M", "F16"}
         for name, (tensor, why) in made.spoiled.items():
             assert tensor == "blk.1.attn_k.weight"
@@ -145,23 +145,34 @@ class TestImatrix:
     def test_embeddings_of_another_size_have_none(self, passes: Passes, tmp_path: Path) -> None:
         model = small(tmp_path / "m.gguf")
         imatrix = self._with_half_of("token_embd.weight", model, tmp_path / "i.gguf")
-        passes.same(passes.make(model, ("Q8_0", "Q4_K_M", "Q2_K"), tmp_path, NO_OPTIONS, imatrix), tmp_path / "bare")
+        passes.same(passes.make(model, ("Q8_0", "Q4_K_M", "Q2_K"), tmp_path, NO_OPTIONS, imatrix))
 
     def _with_half_of(self, name: str, model: Path, path: Path) -> Path:
         matrix = read(write_imatrix(path, model)).matrix
         entries = {key: matrix.entries[key] for key in matrix.entries}
-        entries[name] = Entry(entries[name].sums[:, ::2], entries[name].counts)
+        entries[name] = MatrixEntry(entries[name].sums[:, ::2], entries[name].counts)
         write_gguf(Matrix(entries, 512, 7, ("random.txt",)), path)
         return path
 
-    def test_weights_that_are_missing(self, passes: Passes, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("excluded", [False, True], ids=["not collected", "excluded"])
+    def test_weights_that_are_missing(self, excluded: bool, passes: Passes, tmp_path: Path) -> None:
         """In the pass itself, where a plan let it through: before ggml would abort the process."""
-        model = small(tmp_path / "m.gguf")
-        imatrix = write_imatrix(tmp_path / "i.gguf", model, without=("blk.1.attn_q",))
-        made = passes.make(model, ("IQ2_XXS", "Q4_K_M", "Q2_K"), tmp_path, imatrix=imatrix)
+        model, name = small(tmp_path / "m.gguf"), ("blk.1.attn_q",)
+        imatrix = write_imatrix(tmp_path / "i.gguf", model, without=() if excluded else name)
+        options = QuantizeOptions(exclude_weights=name if excluded else ())
+        made = passes.make(model, ("IQ2_XXS", "Q4_K_M", "Q2_K"), tmp_path, options, imatrix)
         words = "Missing importance matrix for tensor blk.1.attn_q.weight in a very low-bit quantization"
         assert made.spoiled == {"IQ2_XXS": ("blk.1.attn_q.weight", words)}
-        assert words in passes.refused(made, tmp_path / "bare")["IQ2_XXS"]
+        assert words in passes.refused(made)["IQ2_XXS"]
+
+    def test_missing_where_llama_cpp_does_not_look(self, passes: Passes, tmp_path: Path) -> None:
+        """A low-bit type for the embeddings: llama-quantize is ended by an assertion."""
+        model = small(tmp_path / "m.gguf")
+        imatrix = write_imatrix(tmp_path / "i.gguf", model, without=("token_embd",))
+        made = passes.make(model, ("Q4_0", "Q8_0"), tmp_path, QuantizeOptions(token_embedding_type="iq2_xxs"), imatrix)
+        words = "Missing importance matrix for tensor token_embd.weight in a very low-bit quantization"
+        assert made.spoiled == dict.fromkeys(("Q4_0", "Q8_0"), ("token_embd.weight", words))
+        assert passes.refused(made).keys() == made.levels.keys()
 
     def test_missing_in_the_command(self, runner: RunCommand, passes: Passes, tmp_path: Path) -> None:
         model = small(tmp_path / "m.gguf")
@@ -176,6 +187,6 @@ class TestImatrix:
 def test_a_quantised_source_without_permission(passes: Passes, tmp_path: Path) -> None:
     model = passes.tools.quantize(small(tmp_path / "m.gguf"), tmp_path / "small.gguf", "Q8_0")
     made = passes.make(model, ("Q4_K_M", "F16", "COPY"), tmp_path)
-    refused = passes.refused(made, tmp_path / "bare")
+    refused = passes.refused(made)
     assert made.spoiled.keys() == refused.keys() == {"Q4_K_M", "F16"}
     assert all(why == "requantizing from type q8_0 is disabled" for _, why in made.spoiled.values())

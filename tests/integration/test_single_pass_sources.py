@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_tools import BareTools
-from passes import REQUANTIZE, Passes, change_keys, engine_of, set_floats, write_imatrix
-from tiny_architectures import ARCHITECTURES, write_architecture
-from tiny_models import DType, write_llama_gguf
 
-from imatrix_runner.engines.base import QuantizeOptions
+from imatrix_runner.engines.jobs import QuantizeOptions
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.toolchain.probe import Toolchain
+from support.llama_tools import BareTools
+from support.passes import REQUANTIZE, Made, Passes, change_keys, engine_of, set_floats, write_imatrix
+from support.tiny_architectures import ARCHITECTURES, write_architecture
+from support.tiny_models import DType, write_llama_gguf
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 
@@ -40,9 +40,7 @@ def test_an_architecture(name: str, weighed: bool, passes: Passes, tmp_path: Pat
     """Dense, mixtures, recurrent and hybrid ones, with 3-D tensors of experts and odd little ones that stay as they are."""
     model = write_architecture(name, tmp_path / "model.gguf", dtype="BF16")
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", model) if weighed else None
-    passes.same(
-        passes.make(model, ("Q8_0", "Q4_K_M", "IQ3_S", "Q2_K", "MXFP4_MOE"), tmp_path, imatrix=imatrix), tmp_path / "bare"
-    )
+    passes.same(passes.make(model, ("Q8_0", "Q4_K_M", "IQ3_S", "Q2_K", "MXFP4_MOE"), tmp_path, imatrix=imatrix))
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +55,18 @@ def moe_imatrix(moe_model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def moe_bare(moe_model: Path, moe_imatrix: Path, passes: Passes, tmp_path_factory: pytest.TempPathFactory) -> Digests:
-    folder = tmp_path_factory.mktemp("bare")
-    return passes.bare(passes.make(moe_model, SEARCHED, folder / "ours", imatrix=moe_imatrix), folder)
+    return passes.bare(passes.plan(moe_model, SEARCHED, tmp_path_factory.mktemp("bare"), imatrix=moe_imatrix))
 
 
 class TestExperts:
     """3-D tensors: every expert has weights of its own, and slabs do not care where one ends."""
 
-    @pytest.mark.parametrize("own_kernels", [True, False], ids=["own kernels", "ggml"])
+    @pytest.mark.parametrize("native_kernels", [True, False], ids=["native kernels", "ggml"])
     @pytest.mark.parametrize("rows", [1, 100, 600])
     def test_slabs_of(
         self,
         rows: int,
-        own_kernels: bool,
+        native_kernels: bool,
         moe_model: Path,
         moe_imatrix: Path,
         passes: Passes,
@@ -77,7 +74,7 @@ class TestExperts:
         tmp_path: Path,
     ) -> None:
         """256 rows make an expert: slabs within one, across a border, across two."""
-        plan = passes.plan(moe_model, SEARCHED, tmp_path / "made", imatrix=moe_imatrix, own_kernels=own_kernels)
+        plan = passes.plan(moe_model, SEARCHED, tmp_path / "made", imatrix=moe_imatrix, native_kernels=native_kernels)
         for threads in (1, 2, 5):
             made = passes.run(replace(plan, threads=threads, buffer_bytes=12 * threads * rows * 256))
             assert made.spoiled == {}
@@ -111,12 +108,12 @@ def test_shapes(shape: str, dtype: DType, weighed: bool, passes: Passes, tmp_pat
     model = write_llama_gguf(tmp_path / "m.gguf", layers=1, vocab=300, dtype=dtype, **SHAPES[shape])  # type: ignore[arg-type]
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", model) if weighed else None
     made = passes.make(model, SOME, tmp_path, imatrix=imatrix)
-    passes.same(made, tmp_path / "bare")
+    passes.same(made)
 
 
-@pytest.mark.parametrize("own_kernels", [True, False], ids=["own kernels", "ggml"])
+@pytest.mark.parametrize("native_kernels", [True, False], ids=["native kernels", "ggml"])
 @pytest.mark.parametrize("weighed", [False, True], ids=["no imatrix", "imatrix"])
-def test_numbers_of_every_kind(own_kernels: bool, weighed: bool, passes: Passes, tmp_path: Path) -> None:
+def test_numbers_of_every_kind(native_kernels: bool, weighed: bool, passes: Passes, tmp_path: Path) -> None:
     """Zeros of either sign, numbers without a normal form, outliers, steps, blocks that are all one number."""
     model = write_llama_gguf(tmp_path / "m.gguf", layers=1, dtype="f32")
     draw = np.random.default_rng(3)
@@ -136,8 +133,8 @@ def test_numbers_of_every_kind(own_kernels: bool, weighed: bool, passes: Passes,
     names = (
         passes.names("IQ1_S", "IQ1_M", "IQ2_S", "IQ2_M", "IQ2_XS") if weighed else ("Q8_0", *SEARCHED, "Q4_0", "TQ2_0", "Q1_0")
     )
-    made = passes.make(model, names, tmp_path, imatrix=imatrix, own_kernels=own_kernels)
-    passes.same(made, tmp_path / "bare")
+    made = passes.make(model, names, tmp_path, imatrix=imatrix, native_kernels=native_kernels)
+    passes.same(made)
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +166,13 @@ class TestShards:
         imatrix = write_imatrix(tmp_path / "imatrix.gguf", whole)
         made = passes.make(shards[0], ("Q4_K_M", "Q5_0", "Q8_0", "F32", "COPY"), tmp_path, options, imatrix)
         assert len(made.files("Q4_K_M")) == (3 if options.keep_split else 1)
-        passes.same(made, tmp_path / "bare")
+        passes.same(made)
 
     def test_a_file_for_every_tensor(self, whole: Path, tools: BareTools, passes: Passes, tmp_path: Path) -> None:
         shards = tools.split(whole, tmp_path / "shards" / "m", 1)
         made = passes.make(shards[0], ("Q4_K_M", "IQ4_NL"), tmp_path, QuantizeOptions(keep_split=True))
         assert len(made.files("Q4_K_M")) == len(shards) == len(read_header(whole).tensors)
-        passes.same(made, tmp_path / "bare")
+        passes.same(made)
 
 
 def entry(key: str, kind: int, value: bytes) -> bytes:
@@ -205,7 +202,7 @@ class TestMetadata:
     def test_of_every_type_and_much_of_it(self, passes: Passes, tmp_path: Path) -> None:
         model = change_keys(write_llama_gguf(tmp_path / "m.gguf", layers=1), raw=[*odd_entries()])
         assert model.stat().st_size > 2_500_000
-        passes.same(passes.make(model, ("Q4_0", "Q5_K_S", "COPY"), tmp_path), tmp_path / "bare")
+        passes.same(passes.make(model, ("Q4_0", "Q5_K_S", "COPY"), tmp_path))
 
     @pytest.mark.parametrize("alignment", [8, 64, 4096])
     def test_alignment(self, alignment: int, passes: Passes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,18 +210,18 @@ class TestMetadata:
         monkeypatch.setattr("gguf.gguf_writer.GGUF_DEFAULT_ALIGNMENT", alignment)
         model = write_llama_gguf(tmp_path / "m.gguf", layers=1, odd=True, metadata={"general.alignment": alignment})
         assert read_header(model).alignment == alignment
-        passes.same(passes.make(model, ("Q4_0", "Q5_K_S", "COPY"), tmp_path), tmp_path / "bare")
+        passes.same(passes.make(model, ("Q4_0", "Q5_K_S", "COPY"), tmp_path))
 
     @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
     def test_no_file_type(self, dtype: DType, passes: Passes, tmp_path: Path) -> None:
         """COPY then writes the type that llama.cpp guesses."""
         model = change_keys(write_llama_gguf(tmp_path / "m.gguf", layers=1, dtype=dtype), without=["general.file_type"])
-        passes.same(passes.make(model, ("Q4_0", "Q5_K_S", "COPY"), tmp_path), tmp_path / "bare")
+        passes.same(passes.make(model, ("Q4_0", "Q5_K_S", "COPY"), tmp_path))
 
     @pytest.mark.parametrize("name", ["Q8_0", "Q3_K_M", "IQ4_NL", "MXFP4_MOE"])
     def test_no_file_type_of_a_quantised_source(self, name: str, passes: Passes, tiny_model: Path, tmp_path: Path) -> None:
         model = change_keys(passes.tools.quantize(tiny_model, tmp_path / "m.gguf", name), without=["general.file_type"])
-        passes.same(passes.make(model, ("Q4_0", "COPY"), tmp_path, REQUANTIZE), tmp_path / "bare")
+        passes.same(passes.make(model, ("Q4_0", "COPY"), tmp_path, REQUANTIZE))
 
     def test_a_source_that_was_quantised_with_an_imatrix(
         self, passes: Passes, tiny_model: Path, tiny_imatrix: Path, tmp_path: Path
@@ -233,4 +230,69 @@ class TestMetadata:
         model = passes.tools.quantize(tiny_model, tmp_path / "m.gguf", "Q6_K", imatrix=tiny_imatrix)
         for imatrix in (None, write_imatrix(tmp_path / "other.gguf", tiny_model)):
             made = passes.make(model, ("Q4_0", "Q5_K_S", "COPY"), tmp_path / str(imatrix is None), REQUANTIZE, imatrix)
-            passes.same(made, tmp_path / "bare")
+            passes.same(made)
+
+
+@pytest.fixture(scope="module")
+def legacy(tools: BareTools, tiny_imatrix: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's imatrix in the legacy format."""
+    return tools.merge([tiny_imatrix], tmp_path_factory.mktemp("legacy") / "imatrix.dat", "-c", "128", "--output-format", "dat")
+
+
+class TestImatrices:
+    """Values and metadata are read as llama-quantize reads them, whatever the file is like."""
+
+    LEVELS = ("Q4_K_M", "Q4_0", "IQ4_NL")
+
+    def _same(self, imatrix: Path, like: Path, model: Path, passes: Passes, folder: Path) -> Made:
+        """``like``: an imatrix that is as it should be, to plan with."""
+        made = passes.run(passes.given(passes.plan(model, self.LEVELS, folder, imatrix=like), imatrix))
+        passes.same(made)
+        return made
+
+    def test_legacy(self, legacy: Path, tiny_model: Path, tiny_imatrix: Path, passes: Passes, tmp_path: Path) -> None:
+        made = self._same(legacy, tiny_imatrix, tiny_model, passes, tmp_path)
+        assert read_header(made.files("Q4_0")[0]).metadata["quantize.imatrix.chunks_count"] == 20
+
+    @pytest.mark.parametrize("cut", [1, 8, 30], ids="without the last {} bytes".format)
+    def test_legacy_with_a_trailer_that_is_cut(
+        self, cut: int, legacy: Path, tiny_model: Path, tiny_imatrix: Path, passes: Passes, tmp_path: Path
+    ) -> None:
+        """Chunks and dataset may be missing; what is there of them counts."""
+        data = legacy.read_bytes()
+        trailer = len(data) - data.rindex(b"words.txt") + 8
+        short = tmp_path / "short.dat"
+        short.write_bytes(data[: len(data) - trailer + {1: 2, 8: 6, 30: trailer - 1}[cut]])
+        self._same(short, tiny_imatrix, tiny_model, passes, tmp_path)
+
+    def test_legacy_with_odd_names(self, tiny_model: Path, tiny_imatrix: Path, passes: Passes, tmp_path: Path) -> None:
+        """They end at a NUL, and of two entries with one name the later counts; 0 calls divide nothing."""
+        imatrix = tmp_path / "odd.dat"
+        name, random = b"blk.0.attn_q.weight", np.random.default_rng(1)
+        entries = [(name, 3), (name + b"\0tail", 7), (b"", 1), (b"blk.0.attn_k.weight", 0), (b"blk.0.attn_v.weight", 16777217)]
+        values = [(key, calls, random.random(256, np.float32).tobytes()) for key, calls in entries]
+        parts = [struct.pack("<i", len(key)) + key + struct.pack("<ii", calls, 256) + data for key, calls, data in values]
+        imatrix.write_bytes(struct.pack("<i", len(parts)) + b"".join(parts) + struct.pack("<ii", 5, 4) + b"a\0bc")
+        made = self._same(imatrix, tiny_imatrix, tiny_model, passes, tmp_path)
+        assert read_header(made.files("Q4_0")[0]).metadata["quantize.imatrix.entries_count"] == 4
+
+    def test_counts_of_experts(self, moe_model: Path, moe_imatrix: Path, passes: Passes, tmp_path: Path) -> None:
+        """One saw nothing, one counts as 0, and one is rounded up."""
+        imatrix = Path(shutil.copy(moe_imatrix, tmp_path / "i.gguf"))
+        set_floats(imatrix, "blk.0.ffn_down_exps.weight.counts", [0.0, 0.49, 2.5, 7.0])
+        self._same(imatrix, moe_imatrix, moe_model, passes, tmp_path)
+
+    def test_names_are_cut_and_kept_as_bytes(
+        self, tools: BareTools, tiny_model: Path, tiny_text: Path, tiny_imatrix: Path, passes: Passes, tmp_path: Path
+    ) -> None:
+        """A long dataset that is no UTF-8, and a file name whose 127th byte is half a letter."""
+        text = tmp_path / ("d" * 90) / ("t" * 90) / "words.txt"
+        text.parent.mkdir(parents=True)
+        shutil.copy(tiny_text, text)
+        imatrix = tmp_path / f"x{'ä' * 80}.gguf"
+        tools.imatrix(tiny_model, text, imatrix, "-c", "128", "--chunks", "1")
+        data = imatrix.read_bytes()
+        start = data.index(str(text).encode())
+        imatrix.write_bytes(data[:start] + b"/t\xff\xfe" + data[start + 4 :])
+        made = self._same(imatrix, tiny_imatrix, tiny_model, passes, tmp_path)
+        assert b"/t\xff\xfe" in made.files("Q4_0")[0].read_bytes()

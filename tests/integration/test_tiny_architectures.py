@@ -1,4 +1,4 @@
-"""The tiny models of tests/tiny_architectures.py: llama-imatrix takes all of them and measures what each one is there for."""
+"""The tiny models of :mod:`support.tiny_architectures`: llama-imatrix takes them all and measures what each is there for."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_tools import BareTools, digest
-from tiny_architectures import ARCHITECTURES, DType, write_architecture
 
 from imatrix_runner.imatrix.expected import expect, uncollected
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.imatrix.matrix import Matrix
-from imatrix_runner.models.sources import Model, open_gguf
+from imatrix_runner.models.model import Model, open_gguf
+from support.llama_tools import BareTools, digest
+from support.tiny_architectures import ARCHITECTURES, DType, write_architecture
 
 Measure = Callable[[str, DType], tuple[Model, Matrix]]
 

@@ -34,7 +34,7 @@ from imatrix_runner.toolchain.amx import WITHOUT_AMX, AmxBuild
 from imatrix_runner.toolchain.build import BuildRequest, build
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import TOOLS
-from imatrix_runner.toolchain.store import RECORD, Record, Store
+from imatrix_runner.toolchain.store import RECORD, BuildRecord, Store
 
 pytestmark = pytest.mark.skipif(
     not all(shutil.which(tool) for tool in ("cmake", "cc", "ninja", "make", "git")),
@@ -106,7 +106,7 @@ def test_what_the_compiler_builds_wrong_is_left_out(tmp_path: Path, monkeypatch:
     events: list[Event] = []
     made = build(BuildRequest(source=tree, cache=tmp_path / "cache", jobs=2), Runner(), events.append)
     assert info("AMX is left out of the build: of llama.cpp.") in events
-    record = read_json(made.directory.parent / RECORD, Record)
+    record = read_json(made.directory.parent / RECORD, BuildRecord)
     assert "-DCMAKE_C_FLAGS=-DWITH=1 -mamx-int8 -mno-amx-tile -mno-amx-int8 -msse2" in record.flags
 
 
@@ -184,7 +184,7 @@ def test_a_build_from_a_checkout(tmp_path: Path) -> None:
     assert made.converter == made.directory.parent / "converter" / "convert_hf_to_gguf.py"
     assert (made.directory.parent / "converter" / "gguf-py" / "gguf" / "__init__.py").is_file()
     assert not (made.directory.parent / "converter" / "gguf-py" / "tests").exists()
-    record = read_json(made.directory.parent / RECORD, Record)
+    record = read_json(made.directory.parent / RECORD, BuildRecord)
     assert (record.kind, record.backend, record.source) == ("directory", "cpu", str(tree))
     assert made.commit == record.commit  # two states of one checkout are never taken for each other
     assert made.commit.startswith("tree-")
@@ -344,7 +344,7 @@ def test_a_tag_by_git(tmp_path: Path) -> None:
     request = BuildRequest(ref="b77", url=tree.as_uri(), cache=tmp_path / "cache", jobs=2)
     made = build(request, Runner(), lambda event: None)
     assert made.commit == head[:9]
-    record = read_json(made.directory.parent / RECORD, Record)
+    record = read_json(made.directory.parent / RECORD, BuildRecord)
     assert (record.kind, record.version, record.key) == ("git", "b77", f"b77-{head[:9]}-cpu")
     assert "-DLLAMA_BUILD_NUMBER=77" in record.flags
     assert list(Store(request.cache).sources.iterdir()) == []
@@ -378,7 +378,7 @@ def test_a_source_distribution_by_pip(tmp_path: Path, monkeypatch: pytest.Monkey
     made = build(request, Runner(), lambda event: None)
     assert made.identity() == "llama.cpp 0.5.0-dev commit 0c1e57098"
     assert made.directory.parent.name == "9.9.9-0c1e57098-cpu"
-    assert len(read_json(made.directory.parent / RECORD, Record).sha256) == 64
+    assert len(read_json(made.directory.parent / RECORD, BuildRecord).sha256) == 64
     assert sorted(path.name for path in Store(request.cache).downloads.iterdir()) == [
         f"{top.name}.tar.gz",
         f"{top.name}.tar.gz.sha256",

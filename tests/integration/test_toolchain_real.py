@@ -29,7 +29,7 @@ from imatrix_runner.toolchain import release as releases
 from imatrix_runner.toolchain.locate import locate, require
 from imatrix_runner.toolchain.probe import TOOLS, Rejected, Toolchain, probe
 from imatrix_runner.toolchain.release import InstallRequest, asset_name, install
-from imatrix_runner.toolchain.store import RECORD, Record
+from imatrix_runner.toolchain.store import RECORD, BuildRecord
 
 TAG = "b4242"
 
@@ -190,7 +190,7 @@ def test_the_latest_release_is_installed_once(
     made = install(request, Runner(), events.append, env={"GITHUB_TOKEN": "secret"})
     assert made.identity() == toolchain.identity()
     assert made.directory == request.cache / "toolchains" / f"release-{TAG}-cpu" / "bin"
-    record = read_json(made.directory.parent / RECORD, Record)
+    record = read_json(made.directory.parent / RECORD, BuildRecord)
     assert (record.kind, record.version, record.sha256) == ("release", TAG, hashlib.sha256(archive).hexdigest())
     assert [type(event) for event in events if not isinstance(event, Progress)] == [Started, Saved, Notice, Finished]
     progress = [event for event in events if isinstance(event, Progress)]

@@ -6,15 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
-from command_line import Ran, RunCommand
-from libraries import copy_libraries
-from llama_tools import BareTools, digest, fake_tools, leftovers, levels_in
-from tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
-from imatrix_runner.engines.embedded.find import find
-from imatrix_runner.models.convert import missing_packages
+from imatrix_runner.engines.embedded.bindings import find
+from imatrix_runner.extras import CONVERT
 from imatrix_runner.toolchain.hardware import likes_bf16
 from imatrix_runner.toolchain.probe import Toolchain
+from support.command_line import Ran, RunCommand
+from support.libraries import copy_libraries
+from support.llama_tools import BareTools, fake_tools, leftovers, levels_in
+from support.oracles import quantized
+from support.tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
 LEVELS = {"Q4_K_M": "Q4_K_M", "IQ2_XS": "IQ2_XS", "Q4_K_L": "Q4_K_M"}
 SHORT = ("-c", "128", "--chunks", "12")
@@ -75,8 +76,8 @@ class TestTheMainJob:
         assert leftovers(workspace) == []
         for level, ftype in LEVELS.items():
             eight = ("--token-embedding-type", "q8_0", "--output-tensor-type", "q8_0") if level.endswith("_L") else ()
-            out = tmp_path / "bare" / f"{level}.gguf"
-            assert written[level] == digest(tools.quantize(tiny_model, out, ftype, *eight, imatrix=workspace / "imatrix.gguf"))
+            bare = quantized(tools, tiny_model, ftype, *eight, imatrix=workspace / "imatrix.gguf")
+            assert [written[level]] == bare.digests
         again = alone(*arguments)
         assert [level["status"] for level in again.document["levels"]] == ["skipped"] * 3
 
@@ -99,7 +100,7 @@ class TestTheMainJob:
         assert ran.code == 0
         checks = {check["name"]: check for check in ran.document["checks"]}
         assert checks["Engine"]["verdict"] == checks["llama.cpp"]["verdict"] == "ok"
-        assert checks["Engine"]["detail"] == "embedded: llama-cpp-python computes here"
+        assert checks["Engine"]["detail"] == "embedded: llama-cpp-python works here"
         assert "--engine binaries" in checks["llama.cpp"]["detail"]
         assert "tools build" in checks["Conversion"]["do"]
         assert "LLAMA_CPP_LIB_PATH" in ran.document["variables"]
@@ -119,7 +120,7 @@ class TestTheMainJob:
         assert "tools build" in ran.err
 
     @pytest.mark.convert
-    @pytest.mark.skipif(bool(missing_packages()), reason="the convert extra is not installed")
+    @pytest.mark.skipif(bool(CONVERT.missing()), reason="the convert extra is not installed")
     def test_what_was_converted_before_is_used(self, runner: RunCommand, alone: RunCommand, tmp_path: Path) -> None:
         """The programs were there once: the GGUF they made is as good as before."""
         write_hf_directory(tmp_path / "tiny-hf")
@@ -176,7 +177,7 @@ class TestTheChoice:
         env = {"LLAMA_CPP_LIB_PATH": str(tmp_path)}
         ran = alone("run", tiny_model, "--levels", "Q8_0", env=env)
         assert ran.code == 3
-        assert "Error: There is nothing here that could compute." in ran.err
+        assert "Error: No usable engine found." in ran.err
         assert "pip install llama-cpp-python" in ran.err
         assert "imatrix-runner tools build" in ran.err
         assert not (tmp_path / "work").exists()
@@ -206,7 +207,7 @@ class TestTheChoice:
         assert "tools build" in ran.err
 
     def test_a_type_of_a_fork(self, alone: RunCommand, toolchain: Toolchain, tiny_model: Path, tmp_path: Path) -> None:
-        """Only with programs that offer it, and only that level through them (see test_levels_beside)."""
+        """Only with programs that offer it, and only that level through them (see test_levels_of_two_engines)."""
         script = 'case " $* " in *" --help "*) "$real" --help; echo "  77  or  Q3_K_HIFI :  3.90G"; exit 1;; esac'
         fork = fake_tools(toolchain, tmp_path / "fork", llama_quantize=script)
         env = {"PATH": f"{fork}{os.pathsep}{os.environ['PATH']}"}

@@ -9,24 +9,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from answers import OPTIONS
-from command_line import run_command
-from dialogues import TEMPLATE
 
+from imatrix_runner.context.context import Session, settle
+from imatrix_runner.context.engine_choice import EngineNeeds
+from imatrix_runner.context.open_model import Frozen, freeze
+from imatrix_runner.context.requests import EnvironmentRequest
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.errors import InvalidDataError, RunnerError, UsageError
-from imatrix_runner.evaluate.answers import SHOWN, DomainResult
+from imatrix_runner.evaluate.answer_agreement import SHOWN, DomainResult
+from imatrix_runner.evaluate.measurements import answered, content_of, levels_made
+from imatrix_runner.evaluate.prompt_answers import DomainRequest, answer_levels
 from imatrix_runner.events import Event, Finished, Notice, Progress, Started, ignore
 from imatrix_runner.journal import Journal
-from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.models.model import open_gguf
 from imatrix_runner.process import Runner
-from imatrix_runner.workflow.answers import DomainRequest, answer_levels
-from imatrix_runner.workflow.choice import Needs
-from imatrix_runner.workflow.context import Session, settle
-from imatrix_runner.workflow.measured import answered, content_of, levels_made
-from imatrix_runner.workflow.request import EnvironmentRequest
-from imatrix_runner.workflow.source import Frozen, freeze
 from imatrix_runner.workspace import Workspace
+from support.answers import OPTIONS
+from support.command_line import run_command
+from support.dialogues import TEMPLATE
 
 LEVELS = ("Q8_0", "Q2_K")
 ASKED = [{"prompt": f"def {name}("} for name in ("main", "get", "__init__", "read", "parse", "close", "run", "test_it", "walk")]
@@ -74,7 +74,7 @@ def make(model: Path, folder: Path) -> Path:
 
 def bench(model: Path, root: Path) -> Bench:
     workspace = Workspace(root, root.name)
-    machine, choice = settle(EnvironmentRequest(root.parent), Needs(), ignore)
+    machine, choice = settle(EnvironmentRequest(root.parent), EngineNeeds(), ignore)
     runner, events = Runner(), list[Event]()
     session = Session(workspace, Journal(workspace.journal), machine, choice.make(runner), runner, events.append, False)
     prompts = root.parent / "prompts.jsonl"
@@ -178,7 +178,7 @@ def test_a_chat_model_is_asked_in_its_own_format(chat_model: Path, tmp_path: Pat
 
 
 def test_the_binaries_engine_is_refused(demo: Bench) -> None:
-    _, choice = settle(EnvironmentRequest(engine="binaries"), Needs(), ignore)
+    _, choice = settle(EnvironmentRequest(engine="binaries"), EngineNeeds(), ignore)
     demo.session = replace(demo.session, engine=choice.make(Runner()))
     assert not isinstance(demo.session.engine, EmbeddedEngine)
     with pytest.raises(UsageError, match="embedded engine"):

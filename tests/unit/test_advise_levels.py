@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from imatrix_runner.quantize.benefit import KLDS, PPL_ERRORS, benefit, closeness, computing_types
-from imatrix_runner.quantize.memory import Budget, Fit, Place
-from imatrix_runner.workflow.recommend import POOR, Candidate, recommend
+from imatrix_runner.advise.memory import Budget, MemoryFit, Place
+from imatrix_runner.advise.recommend import POOR, LevelCandidate, recommend
+from imatrix_runner.quantize.imatrix_benefit import KLDS, PPL_ERRORS, benefit, closeness, computing_types
 
 GIB = 1 << 30
 
@@ -87,8 +87,8 @@ class TestTheNeedOfAnImatrix:
         )
 
 
-def candidate(level: str, n_bytes: int, place: Place = "RAM", n_gpu_layers: int = 0) -> Candidate:
-    return Candidate(level, n_bytes, Fit(place, n_bytes + GIB, n_gpu_layers, 33, f"{level} in {place}"))
+def candidate(level: str, n_bytes: int, place: Place = "RAM", n_gpu_layers: int = 0) -> LevelCandidate:
+    return LevelCandidate(level, n_bytes, MemoryFit(place, n_bytes + GIB, n_gpu_layers, 33, f"{level} in {place}"))
 
 
 class TestRecommendations:
@@ -119,7 +119,7 @@ class TestRecommendations:
     def test_a_poor_one_is_called_so(self) -> None:
         (found,) = recommend([candidate("IQ1_M", GIB, "GPU")], Budget(0, (4 * GIB,)))
         assert found.poor
-        assert "Poor all the same" in found.reason
+        assert "Still poor" in found.reason
         assert {level for level in KLDS if (closeness(level) or 0) > POOR} == {"IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
 
     def test_a_smaller_one_at_the_bend(self) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.models.sources import Model, open_gguf
-from imatrix_runner.quantize.memory import SPARE_BYTES, Budget, ContextMemory, context_memory, fit
+from imatrix_runner.advise.memory import SPARE_BYTES, Budget, ContextMemory, context_memory, fit
+from imatrix_runner.models.model import Model, open_gguf
 from imatrix_runner.quantize.recipe import RecipeTensor
+from support.tiny_models import write_llama_gguf
 
 GIB = 1 << 30
 NO_CONTEXT = ContextMemory(512, (0, 0, 0, 0), "exact")

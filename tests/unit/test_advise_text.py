@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from imatrix_runner.calibration.inspection import LanguageShare
-from imatrix_runner.engines.base import ChunkRange
+from imatrix_runner.advise.text_suitability import Suitability, suits, tokens_per_expert
+from imatrix_runner.advise.timing_probe import Timing, ranges
+from imatrix_runner.calibration.inspect.inspection import LanguageShare
+from imatrix_runner.engines.jobs import ChunkRange
 from imatrix_runner.toolchain.hardware import Gpu, parse_gpus
-from imatrix_runner.workflow.adequacy import Suitability, suits, tokens_per_expert
-from imatrix_runner.workflow.probe import Timing, ranges
 
 ENGLISH = LanguageShare("en", "English", 600, 0.6)
 CODE = LanguageShare("code", "code or data", 300, 0.3)

@@ -1,4 +1,4 @@
-"""A source of which only a part is held at first: what is held may turn out to be too little."""
+"""A source of which only a part is held at first is read again if that part proves too little."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_models import sample_text, write_hf_directory
 
-from imatrix_runner.calibration import build
-from imatrix_runner.calibration.build import Builder, BuildOptions, Near, OpenedSource, Render, Rendered
-from imatrix_runner.calibration.documents import BadRecord, Record
-from imatrix_runner.calibration.duplicates import NearDuplicates
+from imatrix_runner.calibration.build import build_text
+from imatrix_runner.calibration.build.build_text import Builder, BuildOptions, Near, OpenedSource, Render, Rendered
+from imatrix_runner.calibration.build.duplicates import NearDuplicates
 from imatrix_runner.calibration.tokenisers import HuggingFaceTokeniser
+from imatrix_runner.documents.documents import BadRecord, DocumentRecord
 from imatrix_runner.events import ignore
 from imatrix_runner.signals import Stop
+from support.tiny_models import sample_text, write_hf_directory
 
 
 def source(texts: list[str], reads: list[int]) -> OpenedSource:
-    def records(_on_bytes: Callable[[int], None]) -> Iterator[Record | BadRecord]:
+    def records(_on_bytes: Callable[[int], None]) -> Iterator[DocumentRecord | BadRecord]:
         reads.append(len(texts))
-        return (Record(text, f"line {number}") for number, text in enumerate(texts))
+        return (DocumentRecord(text, f"line {number}") for number, text in enumerate(texts))
 
     return OpenedSource("texts", "file", "ours", "", 1, records)
 
@@ -36,8 +36,8 @@ def no_dialogues(*_: object) -> Rendered:
 
 @pytest.fixture
 def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[OpenedSource, int], Builder]:
-    """So little is held at first that a budget of 1,000 tokens needs just that."""
-    monkeypatch.setattr(build, "_LEAST_HELD", 1)
+    """Hold so little at first that it barely covers a budget of 1,000 tokens."""
+    monkeypatch.setattr(build_text, "_LEAST_HELD", 1)
     tokeniser = HuggingFaceTokeniser(write_hf_directory(tmp_path / "hf"))
     render: Render = no_dialogues
 

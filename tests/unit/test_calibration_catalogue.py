@@ -1,4 +1,4 @@
-"""The catalogue of public sets, and Parquet made into one text."""
+"""The catalogue of public sets, and the conversion of Parquet to text."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from imatrix_runner.calibration.catalogue import (
+from imatrix_runner.calibration.public.catalogue import (
     SETS,
     HubSource,
     SetText,
-    Wanted,
+    WantedSet,
     WebSource,
     choose_text,
     find_set,
     listed_texts,
     set_names,
 )
-from imatrix_runner.calibration.parquet_text import parquet_to_text
+from imatrix_runner.calibration.public.download_set import parquet_to_text
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, UsageError
 from imatrix_runner.models.hub import parse_dataset
 from imatrix_runner.signals import Stop
@@ -61,17 +61,17 @@ def test_a_set_is_found_by_its_name_and_one_of_its_texts() -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("bartowski-v2", "is bartowski-v"),
-        ("Bartowski", "is bartowski-v"),
-        ("xyz", "there are bartowski-v3, "),
-        ("", "there are "),
+        ("bartowski-v2", "did you mean bartowski-v"),
+        ("Bartowski", "did you mean bartowski-v"),
+        ("xyz", "the sets are bartowski-v3, "),
+        ("", "the sets are "),
     ],
 )
 def test_an_unknown_set_is_told_with_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         find_set(name)
     assert caught.value.why.startswith(hint)
-    assert caught.value.todo == "See them all with: imatrix-runner calibration list"
+    assert caught.value.todo == "List them with: imatrix-runner calibration list"
 
 
 @pytest.mark.parametrize("text", ["", "../c4", "a/b", ".hidden", "c4\x1b[2J", "x" * 200])
@@ -84,10 +84,10 @@ def test_several_texts_must_be_chosen_from() -> None:
     wanted = find_set("wikitext-2")
     with pytest.raises(UsageError) as caught:
         choose_text(wanted, wanted.set.texts)
-    assert (caught.value.what, caught.value.why) == ("wikitext-2 is several texts", "train, validation, test")
+    assert (caught.value.what, caught.value.why) == ("wikitext-2 has several texts", "train, validation, test")
     assert caught.value.todo == "Name one of them, for example: wikitext-2:train"
     with pytest.raises(UsageError) as caught:
-        choose_text(Wanted(wanted.set, "trian"), wanted.set.texts)
+        choose_text(WantedSet(wanted.set, "trian"), wanted.set.texts)
     assert caught.value.todo == "Name one that it has, for example: wikitext-2:train"
 
 
@@ -114,8 +114,8 @@ def test_an_open_set_has_what_its_repository_lists() -> None:
     ]
     tables = listed_texts(find_set("eaddario").set, [("tools_micro.parquet", 7), ("notes.txt", 7)])
     assert tables == (SetText("tools_micro", "tools_micro.parquet", "tools_micro.txt"),)
-    with pytest.raises(UsageError, match="froggeric is several texts"):
-        choose_text(Wanted(chosen), found[:1])
+    with pytest.raises(UsageError, match="froggeric has several texts"):
+        choose_text(WantedSet(chosen), found[:1])
 
 
 # Parquet
@@ -149,7 +149,7 @@ def test_the_column_is_text_or_content_or_the_only_one_of_texts(tmp_path: Path) 
     assert text_of(table(tmp_path / "a.parquet", title=["t"], text=["x"]))[0] == "x\n"
     assert text_of(table(tmp_path / "b.parquet", prompt=["x"], n=[1]))[0] == "x\n"
     for path in (table(tmp_path / "c.parquet", a=["x"], b=["y"]), table(tmp_path / "d.parquet", text=[1])):
-        with pytest.raises(InvalidDataError, match="makes no text"):
+        with pytest.raises(InvalidDataError, match="cannot be converted to text"):
             text_of(path)
 
 
@@ -160,7 +160,7 @@ def test_what_is_no_parquet_is_told(tmp_path: Path, damage: str) -> None:
     path.write_bytes({"cut": data[: len(data) // 2], "other": b"<!DOCTYPE html>", "empty": b""}[damage])
     with pytest.raises(InvalidDataError) as caught:
         text_of(path)
-    assert caught.value.what == "a.parquet makes no text"
+    assert caught.value.what == "a.parquet cannot be converted to text"
     assert "cannot be read as Parquet" in caught.value.why
 
 

@@ -1,4 +1,4 @@
-"""Which form a record has, and what is taken of it."""
+"""The format of a record is recognised, and its text or conversation extracted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imatrix_runner.calibration.conversations import MAX_DEPTH, Unfit, content_of, text_flaw
-from imatrix_runner.calibration.documents import Conversation
+from imatrix_runner.documents.conversations import MAX_DEPTH, Unfit, content_of, text_flaw
+from imatrix_runner.documents.documents import Conversation
 
 ASK, TELL = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 PAIR = (ASK, TELL)
@@ -168,7 +168,7 @@ def test_arguments_of_a_call_become_an_object(arguments: Any, expected: Any) -> 
 def test_no_calls_are_not_mentioned(calls: Any) -> None:
     record = {"messages": [{**TELL, "tool_calls": calls}]}
     if calls in ("null", ""):
-        assert why(record) == "the tool calls of message 1 are no list of objects"
+        assert why(record) == "the tool calls of message 1 are not a list of objects"
     else:
         assert messages_of(record) == (TELL,)
 
@@ -198,8 +198,8 @@ def test_parts_of_a_content_are_joined() -> None:
     parts = [{"type": "text", "text": "Wh"}, "y", {"text": ""}, {"type": "input_text", "text": "?"}]
     assert messages_of({"messages": [{"role": "user", "content": parts}]}) == (ASK,)
     record = {"messages": [{"role": "user", "content": [*parts, {"type": "image_url", "image_url": {"url": "http://x"}}]}]}
-    assert why(record) == "message 1 holds a part of the type image_url that is no text"
-    assert why({"messages": [ASK, {"role": "user", "content": [7]}]}) == "message 2 holds a part that is no text"
+    assert why(record) == "message 1 has a part of the type image_url that is not text"
+    assert why({"messages": [ASK, {"role": "user", "content": [7]}]}) == "message 2 has a part that is not text"
 
 
 def test_a_tool_may_answer_with_an_object() -> None:
@@ -222,23 +222,23 @@ def test_a_tool_may_answer_with_an_object() -> None:
         ({"messages": [{"role": "user", "content": None, "tool_calls": [{}]}]}, "message 1 (user) has no content"),
         ({"messages": [{"role": "user", "content": 7}]}, "the content of message 1 is a number, not a text"),
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "the content of message 1 is an object, not a text"),
-        ({"messages": [{**TELL, "tool_calls": ["x"]}]}, "the tool calls of message 1 are no list of objects"),
-        ({"messages": [ASK], "tools": "weather"}, "`tools` is no list of functions"),
-        ({"messages": [ASK], "tools": [1]}, "`tools` is no list of functions"),
+        ({"messages": [{**TELL, "tool_calls": ["x"]}]}, "the tool calls of message 1 are not a list of objects"),
+        ({"messages": [ASK], "tools": "weather"}, "`tools` is not a list of functions"),
+        ({"messages": [ASK], "tools": [1]}, "`tools` is not a list of functions"),
         ({"conversations": []}, "`conversations` is an empty conversation"),
         ({"prompt": "Why?", "response": " "}, "`response` is empty"),
         ({"prompt": "", "response": "Because."}, "`prompt` is empty"),
         ({"question": "Why?", "answer": {"text": ["a"]}}, "`answer` is an object, neither a text nor messages"),
         ({"prompt": [], "response": "Because."}, "`prompt` is an empty conversation"),
         ({"text": 7}, "`text` is a number, not a text"),
-        ({"text": "a\0b"}, "`text` holds NUL characters"),
-        ({"text": "\ud83d"}, "`text` holds half a surrogate pair, which is no character"),
-        ({}, "it has no field of a known form; it is empty"),
+        ({"text": "a\0b"}, "`text` contains NUL characters"),
+        ({"text": "\ud83d"}, "`text` contains half a surrogate pair, which is not a character"),
+        ({}, "it has no known field; it is empty"),
         (7, "the record is a number, not an object"),
         (None, "the record is null, not an object"),
         (True, "the record is true or false, not an object"),
         ([], "the record is an empty conversation"),
-        (b"x", "the record is no JSON value, not an object"),
+        (b"x", "the record is not a JSON value, not an object"),
     ],
 )
 def test_what_is_unfit_and_why(record: Any, expected: str) -> None:
@@ -255,7 +255,7 @@ def test_a_record_of_no_known_form_names_its_fields() -> None:
     found = content_of(record)
     assert isinstance(found, Unfit)
     listed = ", ".join(f"field{number}" for number in range(7))
-    assert found.why == f"it has no field of a known form; it has: {listed}, \ufffd]0;{'x' * 36} and 2 more"
+    assert found.why == f"it has no known field; it has: {listed}, \ufffd]0;{'x' * 36} and 2 more"
     assert "--field NAME" in found.todo
 
 

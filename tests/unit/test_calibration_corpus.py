@@ -1,4 +1,4 @@
-"""A calibration text is checked before anything is spent on it."""
+"""A calibration text is checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from imatrix_runner.calibration import corpus as module
-from imatrix_runner.calibration.corpus import Corpus, open_corpus, raw_warnings, stage
-from imatrix_runner.calibration.raw_text import SINGLE_MESSAGES, WITH_MESSAGES
+from imatrix_runner.documents import corpus as module
+from imatrix_runner.documents.corpus import Corpus, open_corpus, raw_warnings, stage
+from imatrix_runner.documents.raw_text import SINGLE_MESSAGES, WITH_MESSAGES
 from imatrix_runner.errors import InvalidDataError
 
 TEXT = "Zwölf Boxkämpfer, 十二 → 🥊\n".encode()
@@ -49,7 +49,7 @@ def test_a_text_is_known_by_name_size_and_content(tmp_path: Path) -> None:
         ),
         ("Zwölf".encode("utf-32"), "it is UTF-32", "iconv -f UTF-32"),
         (b"%PDF-1.7\n", "it is a PDF", "pdftotext"),
-        (b"PK\x03\x04" + bytes(30), "office document", "pandoc -t plain"),
+        (b"PK\x03\x04" + bytes(30), "document that is one", "pandoc -t plain"),
         (b"\xd0\xcf\x11\xe0" + bytes(30), "old office document", "catdoc"),
         (b"{\\rtf1\\ansi Hello}", "RTF", "unrtf"),
         (b"\x1f\x8b\x08\0", "compressed with gzip", "gunzip --keep"),
@@ -100,11 +100,11 @@ def test_records_of_a_data_set_are_noticed(name: str, data: str, records: str, t
     path.write_bytes(data.encode())
     corpus = open_corpus(path)
     assert corpus.records == records
-    told = raw_warnings(corpus, Path("/m/my model.gguf"), has_template=True)
-    assert len(told) == (1 if records or corpus.crlf else 0)
+    shown = raw_warnings(corpus, Path("/m/my model.gguf"), has_template=True)
+    assert len(shown) == (1 if records or corpus.crlf else 0)
     if records:
         out = "d.txt" if name != "d.txt" else "d-built.txt"
-        assert told[0].endswith(f"calibration build {path} -o {out} --model '/m/my model.gguf'")
+        assert shown[0].endswith(f"calibration build {path} -o {out} --model '/m/my model.gguf'")
 
 
 def test_without_a_chat_template_the_texts_are_offered(tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_without_a_chat_template_the_texts_are_offered(tmp_path: Path) -> None:
         ('{"text": "Hi"}', " --model m.gguf"),
     ):
         path.write_text(f"{line}\n{line}\n")
-        (told,) = raw_warnings(open_corpus(path), Path("m.gguf"), has_template=False)
-        assert told.endswith(further)
+        (shown,) = raw_warnings(open_corpus(path), Path("m.gguf"), has_template=False)
+        assert shown.endswith(further)
 
 
 def test_line_ends_of_windows_are_noticed(tmp_path: Path) -> None:
-    (told,) = raw_warnings(open_corpus(write(tmp_path, b"a\r\nb\r\n")), Path("m.gguf"), has_template=True)
-    assert "CRLF" in told
+    (shown,) = raw_warnings(open_corpus(write(tmp_path, b"a\r\nb\r\n")), Path("m.gguf"), has_template=True)
+    assert "CRLF" in shown
 
 
 def test_a_missing_text_is_named(tmp_path: Path) -> None:

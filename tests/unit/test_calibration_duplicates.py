@@ -1,4 +1,4 @@
-"""Texts that come again, exactly or nearly, are found; different ones are not."""
+"""Exact and near duplicates are found; different texts are not."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import random
 from pathlib import Path
 
 import pytest
-from tiny_models import sample_text
 
-from imatrix_runner.calibration import duplicates as module
-from imatrix_runner.calibration.duplicates import NearDuplicates, Repeats, likeness
+from imatrix_runner.calibration.build import duplicates as module
+from imatrix_runner.calibration.build.duplicates import NearDuplicates, Repeats, likeness
 from imatrix_runner.calibration.parts import part_documents, shipped_parts
 from imatrix_runner.calibration.shingles import character_shingles
+from support.tiny_models import sample_text
 
 
 @pytest.fixture(scope="module")
 def prose() -> list[str]:
-    """Different paragraphs of more than 300 characters."""
+    """Distinct paragraphs of more than 300 characters."""
     texts = [text for part in shipped_parts() for text, _ in part_documents(part.text)]
     return [text[:2000] for text in texts if len(text) > 300][:120]
 
 
 def jaccard(one: str, other: str) -> float:
-    """The slow way, by sets of strings."""
+    """The Jaccard similarity, computed the slow way, by sets of strings."""
     plain = [" ".join(text.casefold().split()) for text in (one, other)]
     sets = [{text[start : start + 9] for start in range(len(text) - 8)} for text in plain]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
 def edited(text: str, n: int, chooser: random.Random) -> str:
-    """With ``n`` words changed."""
+    """The text with ``n`` words changed."""
     words = text.split()
     for place in chooser.sample(range(len(words)), min(n, len(words))):
         words[place] = f"<{chooser.randrange(10**6)}>"

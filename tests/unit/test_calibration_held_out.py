@@ -1,13 +1,13 @@
-"""A text is cut in two by whole passages, alike every time, and neither part is too short."""
+"""A text is split into two by whole passages, always in the same way, and neither part is too short."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import paragraphs
 
-from imatrix_runner.calibration.held_out import LEAST_BYTES, MOST_SHARE, split_text
-from imatrix_runner.calibration.passages import passages
+from imatrix_runner.documents.passages import passages
+from imatrix_runner.documents.split_text import LEAST_BYTES, MOST_SHARE, split_text
+from support.tiny_models import paragraphs
 
 TEXT = paragraphs(150_000)
 

@@ -1,4 +1,4 @@
-"""Every figure about a text is the one that counting by hand gives, however the file is read."""
+"""Every figure about a text equals that of a simple count, whatever the block size."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import zlib
 from pathlib import Path
 
 import pytest
-from tiny_models import sample_text
 
-from imatrix_runner.calibration import inspection as module
-from imatrix_runner.calibration import pieces
-from imatrix_runner.calibration.inspection import TextFacts, inspect_text
+from imatrix_runner.calibration.inspect import inspection as module
+from imatrix_runner.calibration.inspect.inspection import TextFacts, inspect_text
+from imatrix_runner.documents import blocks
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
+from support.tiny_models import sample_text
 
 
 def inspected(folder: Path, text: str | bytes, **options: object) -> TextFacts:
@@ -26,8 +26,8 @@ def inspected(folder: Path, text: str | bytes, **options: object) -> TextFacts:
 
 @pytest.fixture(params=[64, 1000, 1 << 20])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes read at a time; the figures must not depend on it."""
-    monkeypatch.setattr(pieces, "_BLOCK", request.param)
+    """Number of bytes read at a time; the figures must not depend on it."""
+    monkeypatch.setattr(blocks, "_BLOCK", request.param)
     return int(request.param)
 
 
@@ -48,12 +48,12 @@ def test_sizes_are_those_of_the_text(tmp_path: Path, block: int) -> None:
 def test_facts_of_the_shipped_text_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     path = resource(CALIBRATION_TEXT)
     whole = inspect_text(path)
-    monkeypatch.setattr(pieces, "_BLOCK", 5000)
-    heard: list[int] = []
-    assert inspect_text(path, on_bytes=heard.append) == whole
-    assert len(heard) > 30
-    assert heard == sorted(heard)
-    assert heard[-1] == path.stat().st_size
+    monkeypatch.setattr(blocks, "_BLOCK", 5000)
+    progress: list[int] = []
+    assert inspect_text(path, on_bytes=progress.append) == whole
+    assert len(progress) > 30
+    assert progress == sorted(progress)
+    assert progress[-1] == path.stat().st_size
 
 
 def test_the_shipped_text_is_what_it_claims() -> None:
@@ -171,7 +171,7 @@ def test_damage_is_counted(tmp_path: Path, block: int) -> None:
         (b"text\n" * 300 + b"\0", r"binary file \(NUL at byte 1500\)"),
         ("Straße\n".encode("latin-1"), r"byte 4 \(line 1\) is not valid UTF-8"),
         (b"good line\n" * 200 + b"bad \xff line", r"byte 2004 \(line 201\) is not valid UTF-8"),
-        ("text".encode("utf-16"), "begins like UTF-16"),
+        ("text".encode("utf-16"), "is UTF-16"),
         ("Ende: ü".encode()[:-1], r"byte 6 \(line 1\) is not valid UTF-8"),
     ],
 )
@@ -184,13 +184,13 @@ def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes, why: str, block
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_a_folder_a_pipe_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, why in (("", "it is a folder"), ("pipe", "not an ordinary file"), ("none.txt", "No such file")):
+    for name, why in (("", "it is a folder"), ("pipe", "not a regular file"), ("none.txt", "No such file")):
         with pytest.raises(InvalidDataError, match=why):
             inspect_text(tmp_path / name)
 
 
 def test_a_text_beyond_all_reason_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "MAX_BYTES", 10)
+    monkeypatch.setattr(blocks, "MAX_BYTES", 10)
     with pytest.raises(InvalidDataError, match="larger than"):
         inspected(tmp_path, "eleven bytes")
 

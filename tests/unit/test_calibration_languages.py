@@ -1,4 +1,4 @@
-"""Scripts and languages of a text are told, code is not taken for a language, and little is not guessed from."""
+"""Scripts and languages are identified, code is not taken for a language, and short passages are not guessed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from imatrix_runner.calibration.languages import CODE, SHORT, language_name, language_of, looks_like_code, scripts
-from imatrix_runner.calibration.parts import Part, shipped_parts
+from imatrix_runner.calibration.inspect.languages import CODE, SHORT, language_name, language_of, looks_like_code, scripts
+from imatrix_runner.calibration.parts import TextPart, shipped_parts
 from imatrix_runner.calibration.shingles import codepoints
 
 # How the passages of the shipped text's part "languages" name themselves.
@@ -38,36 +38,36 @@ NAMED = {
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, Part]:
+def parts() -> dict[str, TextPart]:
     return {part.name: part for part in shipped_parts()}
 
 
-def passages(part: Part) -> list[str]:
+def passages(part: TextPart) -> list[str]:
     return [text for text in re.split(r"\n[ \t]*\n", part.text) if text.strip()]
 
 
 def code_share(texts: list[str]) -> float:
-    """By bytes."""
+    """The share by bytes."""
     return sum(len(text.encode()) for text in texts if looks_like_code(text)) / sum(len(text.encode()) for text in texts)
 
 
-def fenced(part: Part) -> list[str]:
-    """What stands between fences, without them."""
+def fenced(part: TextPart) -> list[str]:
+    """The text inside fences, without them."""
     return re.findall(r"^```\w+\n(.*?)^```$", part.text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["science-prose", "fiction", "dialogue-roleplay", "question-answer"])
-def test_prose_is_hardly_ever_taken_for_code(parts: dict[str, Part], name: str) -> None:
+def test_prose_is_hardly_ever_taken_for_code(parts: dict[str, TextPart], name: str) -> None:
     assert code_share([text for text in passages(parts[name]) if len(text) >= 12]) < 0.03
 
 
-def test_most_code_is_recognised_without_its_fences(parts: dict[str, Part]) -> None:
+def test_most_code_is_recognised_without_its_fences(parts: dict[str, TextPart]) -> None:
     blocks = fenced(parts["code"])
     assert len(blocks) >= 10
     assert code_share(blocks) > 0.9
 
 
-def test_most_data_is_recognised(parts: dict[str, Part]) -> None:
+def test_most_data_is_recognised(parts: dict[str, TextPart]) -> None:
     assert code_share(passages(parts["structured-data"])) > 0.75
 
 
@@ -86,7 +86,7 @@ def test_code_and_data_are_no_language(text: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "code"), NAMED.items())
-def test_the_shipped_languages_are_told(parts: dict[str, Part], name: str, code: str) -> None:
+def test_the_shipped_languages_are_told(parts: dict[str, TextPart], name: str, code: str) -> None:
     texts = [text for text in passages(parts["languages"]) if text.startswith(name)]
     assert texts
     assert {language_of(text) for text in texts} == {code}

@@ -1,4 +1,4 @@
-"""The manifest beside a text: read back as written, never mistaken for another program's, never trusted blindly."""
+"""The manifest next to a text is read back as written, told apart from other programs' files, and validated."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from imatrix_runner.calibration.corpus import open_corpus
-from imatrix_runner.calibration.manifest import (
+from imatrix_runner.documents.corpus import open_corpus
+from imatrix_runner.documents.manifest import (
     DocumentPlace,
     Manifest,
     SourceFacts,
@@ -49,7 +49,7 @@ def write_text(folder: Path, content: str = "Some words of a text.\n") -> tuple[
 
 
 def test_a_manifest_without_a_held_out_text_keeps_its_fingerprint(tmp_path: Path) -> None:
-    """Matrices name it: one that was made before there were held-out texts must still be that text's."""
+    """An imatrix names it: one made before held-out texts existed must still match its text."""
     _, built = write_text(tmp_path)
     fields = {name: getattr(built, name) for name in built.__struct_fields__ if name != "held_out_sha256"}
     old = msgspec.defstruct("Manifest", [(name, object) for name in fields], frozen=True)(**{**fields, "text": ""})

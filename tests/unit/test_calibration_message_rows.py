@@ -1,4 +1,4 @@
-"""Single chat messages, one a line, become the dialogues they belong to."""
+"""Single chat messages, one per line, are joined into dialogues."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from imatrix_runner.calibration.conversations import content_of
-from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
-from imatrix_runner.calibration.message_rows import LONGEST
-from imatrix_runner.calibration.records import read_source
+from imatrix_runner.documents.conversations import content_of
+from imatrix_runner.documents.documents import BadRecord, Conversation, DocumentRecord
+from imatrix_runner.documents.message_rows import LONGEST
+from imatrix_runner.documents.records import read_source
 
 CALLING = {"role": "assistant", "content": None, "tool_calls": [{"name": "x"}]}
 
@@ -22,7 +22,7 @@ def said(role: str, **more: Any) -> dict[str, Any]:
 
 
 def dialogues(path: Path, *rows: dict[str, Any], field: str = "") -> list[str]:
-    """The roles of every dialogue, or a text, or why a row is bad."""
+    """The roles of every dialogue, or the text of a row, or why it is bad."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     found = []
     for document in read_source(path, partial(content_of, field=field)):
@@ -68,7 +68,7 @@ def test_a_list_of_messages_in_a_json_document(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     path.write_text(json.dumps([said("user"), said("assistant")]))
     (document,) = read_source(path, content_of)
-    assert isinstance(document, Record)
+    assert isinstance(document, DocumentRecord)
     assert document.where == f"{path}, item 1"
     assert isinstance(document.content, Conversation)
 

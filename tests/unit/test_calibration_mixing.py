@@ -1,4 +1,4 @@
-"""Which documents are chosen: the same ones for the same seed, fairly by weight, and no more than asked for."""
+"""Documents are chosen reproducibly by seed, in proportion to weights, and within the budget."""
 
 from __future__ import annotations
 
@@ -9,22 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imatrix_runner.calibration.documents import Conversation, Record
-from imatrix_runner.calibration.mixing import (
-    Document,
-    Reservoir,
-    balanced_budget,
-    choose,
-    fair_shares,
-    shuffled,
-)
-from imatrix_runner.calibration.packing import lay_out
+from imatrix_runner.calibration.build.composing import lay_out
+from imatrix_runner.calibration.build.mixing import Document, Reservoir, balanced_budget, choose, fair_shares, shuffled
+from imatrix_runner.documents.documents import Conversation, DocumentRecord
 
 
 def reservoir(texts: Sequence[str], seed: int | None, limit: int | None) -> Reservoir:
     made = Reservoir(seed, limit)
     for number, text in enumerate(texts):
-        made.add(Record(text, f"line {number}"))
+        made.add(DocumentRecord(text, f"line {number}"))
     return made
 
 
@@ -77,7 +70,7 @@ def test_equal_documents_are_held_once_however_they_are_padded() -> None:
 def test_conversations_are_equal_by_all_of_their_content() -> None:
     made = Reservoir(1, None)
     for content, tools in (("a", ()), ("a", ()), ("b", ()), ("a", ({"name": "f"},))):
-        made.add(Record(Conversation(({"role": "user", "content": content},), tools), "somewhere"))
+        made.add(DocumentRecord(Conversation(({"role": "user", "content": content},), tools), "somewhere"))
     assert (made.duplicates, len(made.in_order())) == (1, 3)
 
 

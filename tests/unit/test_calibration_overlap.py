@@ -1,4 +1,4 @@
-"""What two texts share is counted by stretches of 13 words, or 40 characters where no spaces are written."""
+"""The overlap of two texts is measured by sequences of 13 words, or 40 characters in scripts without spaces."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imatrix_runner.calibration import overlap as module
-from imatrix_runner.calibration import pieces
-from imatrix_runner.calibration.overlap import Overlap, overlap, overlap_files, verdict
+from imatrix_runner.calibration.inspect import overlap as module
+from imatrix_runner.calibration.inspect.overlap import Overlap, overlap, overlap_files, verdict
 from imatrix_runner.calibration.shingles import overlap_shingles, units
+from imatrix_runner.documents import blocks
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 
@@ -25,7 +25,7 @@ def words(first: int, last: int) -> str:
 
 
 def by_hand(calibration: str, held_out: str) -> float:
-    """The share for words between spaces, the slow way."""
+    """The share for words separated by spaces, computed the slow way."""
 
     def stretches(text: str) -> list[tuple[str, ...]]:
         found = re.findall(r"\w+", text.lower())
@@ -116,7 +116,7 @@ def test_how_a_text_is_cut_into_pieces_does_not_matter() -> None:
 
 
 def test_files_are_compared_like_strings_across_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "_BLOCK", 1000)
+    monkeypatch.setattr(blocks, "_BLOCK", 1000)
     ours, theirs = tmp_path / "ours.txt", tmp_path / "theirs.txt"
     ours.write_text(words(0, 3000), encoding="utf-8")
     theirs.write_text("ünlike " * 50 + words(2000, 2600) + " other" * 300, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Texts are cut where a reader would pause, and nothing is lost; a shipped part falls into its documents."""
+"""Texts are cut at natural boundaries without loss; a shipped part is split into its documents."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imatrix_runner.calibration.parts import Part, parse_parts, part_documents, part_records, shipped_parts
-from imatrix_runner.calibration.passages import LINE, PASSAGE, SECTION, WHOLE, code, passages
-from imatrix_runner.calibration.records import Cut
+from imatrix_runner.calibration.parts import TextPart, parse_parts, part_documents, part_records, shipped_parts
+from imatrix_runner.documents.passages import LINE, PASSAGE, SECTION, WHOLE, code, passages
+from imatrix_runner.documents.records import Cut
 from imatrix_runner.errors import UsageError
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 
@@ -22,8 +22,8 @@ def paragraph(n_bytes: int, mark: str = "") -> str:
     return mark + (WORDS + "\n") * max(1, n_bytes // (len(WORDS) + 1))
 
 
-def texts(*pieces: str) -> list[str]:
-    return [text for text, _ in passages(pieces)]
+def texts(*blocks: str) -> list[str]:
+    return [text for text, _ in passages(blocks)]
 
 
 def without_breaks(text: str) -> str:
@@ -55,11 +55,11 @@ DOCUMENTS = st.lists(st.tuples(LINES, st.integers(1, 120)), max_size=60).map(
 def test_nothing_is_lost_but_blank_lines_however_the_text_arrives(cut: Cut, text: str, cuts: list[int]) -> None:
     places = sorted({0, len(text), *(min(place, len(text)) for place in cuts)})
     found = list(cut(text[start:end] for start, end in pairwise(places)))
-    assert "".join(without_breaks(piece) for piece, _ in found) == without_breaks(text)
+    assert "".join(without_breaks(block) for block, _ in found) == without_breaks(text)
     assert found == list(cut([text]))
     lines = text.split("\n")
-    for piece, number in found:
-        first = piece.split("\n", 1)[0]
+    for block, number in found:
+        first = block.split("\n", 1)[0]
         assert first.strip()
         assert lines[number - 1] == first  # no line here is long enough to be cut inside
 
@@ -189,7 +189,11 @@ LABELLED = "A licence.\n\n=== part: one ===\n\nFirst.\n\n=== part: two words ===
 
 
 def test_labels_part_a_text() -> None:
-    assert parse_parts(LABELLED) == (Part("one", "First.", 5), Part("two words", "Second.", 8), Part("none", "", 12))
+    assert parse_parts(LABELLED) == (
+        TextPart("one", "First.", 5),
+        TextPart("two words", "Second.", 8),
+        TextPart("none", "", 12),
+    )
 
 
 @pytest.mark.parametrize("text", ["", "no labels", "=== part: ===\nx", "  === part: x ===\ny", "=== part: \x1b[2J ===\nx"])
@@ -235,7 +239,7 @@ def test_dialogue_is_parted_into_scenes() -> None:
 
 
 def test_an_unknown_part_is_named_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match="no shipped part 'ficton'") as caught:
+    with pytest.raises(UsageError, match="No shipped part 'ficton'") as caught:
         part_records("ficton")
     assert caught.value.why == "did you mean fiction?"
     with pytest.raises(UsageError) as caught:

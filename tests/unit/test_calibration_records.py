@@ -1,4 +1,4 @@
-"""Every kind of source becomes the documents it holds, each with its place."""
+"""Every kind of source is read as documents, each with its place."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imatrix_runner.calibration.csv_rows import csv_rows
-from imatrix_runner.calibration.documents import BadRecord, Conversation, Record
-from imatrix_runner.calibration.json_rows import json_rows
-from imatrix_runner.calibration.records import read_source, source_bytes, source_files, spool_stdin
-from imatrix_runner.calibration.rows import Row
+from imatrix_runner.documents.csv_rows import csv_rows
+from imatrix_runner.documents.documents import BadRecord, Conversation, DocumentRecord, Row
+from imatrix_runner.documents.json_rows import json_rows
+from imatrix_runner.documents.records import read_source, source_bytes, source_files, spool_stdin
 from imatrix_runner.errors import InvalidDataError, UsageError
 
 HELLO = [{"role": "user", "content": "Grüß dich"}, {"role": "assistant", "content": "Hello! 🥊"}]
@@ -44,14 +43,14 @@ def interpret(row: Mapping[str, Any]) -> str | Conversation | Unfit:
     return text if isinstance(text, str) else Unfit("it has no field `text`", "Name one with --field.")
 
 
-def read(path: Path, **options: Any) -> list[Record | BadRecord]:
+def read(path: Path, **options: Any) -> list[DocumentRecord | BadRecord]:
     return list(read_source(path, interpret, **options))
 
 
 def contents(path: Path) -> list[Any]:
     found = read(path)
-    assert all(isinstance(each, Record) for each in found), found
-    return [each.content for each in found if isinstance(each, Record)]
+    assert all(isinstance(each, DocumentRecord) for each in found), found
+    return [each.content for each in found if isinstance(each, DocumentRecord)]
 
 
 def places(path: Path) -> list[str]:
@@ -109,7 +108,7 @@ def test_a_crlf_between_two_blocks_is_one_line_end(tmp_path: Path) -> None:
 
 def test_another_name_is_shown(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", '{"text": "x"}\n')
-    assert read(path, name="org/set") == [Record("x", "org/set, line 1")]
+    assert read(path, name="org/set") == [DocumentRecord("x", "org/set, line 1")]
 
 
 # -- JSON ---------------------------------------------------------------------------------------------------------------
@@ -130,11 +129,11 @@ def test_json_lines(tmp_path: Path) -> None:
         ('["text"]', "it is array, not object"),
         ('"text"', "it is str, not object"),
         ('{"text": "x"} {"text": "y"}', "it is not valid JSON (column 15)"),
-        ('{"text": "half \\ud83d of it"}', "it holds half of a surrogate pair, which is no character"),
+        ('{"text": "half \\ud83d of it"}', "it holds half of a surrogate pair, which is not a character"),
         (b'{"text": "Stra\xdfe"}', "it is not valid UTF-8 (byte 14)"),
         (b'{"text": "a\0b"}', "it is not valid JSON (column 12)"),
-        ('{"text": "a\\u0000b"}', "it holds NUL characters"),
-        ('{"messages": [{"role": "user", "content": ["a", {"b\\u0000": 1}]}]}', "it holds NUL characters"),
+        ('{"text": "a\\u0000b"}', "it contains NUL characters"),
+        ('{"messages": [{"role": "user", "content": ["a", {"b\\u0000": 1}]}]}', "it contains NUL characters"),
         ('{"title": "x"}', "it has no field `text`"),
     ],
 )
@@ -147,7 +146,7 @@ def test_a_broken_line_costs_itself_and_is_named(line: str | bytes, why: str, tm
     assert bad.where == f"{path}, line 8001"
     assert bad.why.endswith(why)
     assert bad.todo.endswith(".")
-    assert [each.content for each in found if isinstance(each, Record)] == ["before"] * 8000 + ["after"]
+    assert [each.content for each in found if isinstance(each, DocumentRecord)] == ["before"] * 8000 + ["after"]
 
 
 DOCUMENTS = [
@@ -178,7 +177,7 @@ def test_json_lines_that_are_a_list_are_read_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_conversation_is_not_taken_for_a_list_of_records(indent: int | None, tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", json.dumps({"messages": HELLO}, indent=indent))
-    assert read(path) == [Record(Conversation(tuple(HELLO)), str(path))]
+    assert read(path) == [DocumentRecord(Conversation(tuple(HELLO)), str(path))]
 
 
 def test_an_object_that_is_no_record_says_what_it_lacks(tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_two_lists_in_one_object_are_one_too_many(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", json.dumps({"train": [{"text": "x"}], "test": [{"text": "y"}]}))
     with pytest.raises(InvalidDataError) as caught:
         read(path)
-    assert caught.value.why == "it holds several lists of objects: 'train' and 'test'"
+    assert caught.value.why == "it has several lists of objects: 'train' and 'test'"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +210,7 @@ def test_two_lists_in_one_object_are_one_too_many(tmp_path: Path) -> None:
 def test_broken_json_says_where_and_ends(document: str, place: str, why: str, tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", document)
     *before, last = read(path)
-    assert all(isinstance(each, Record) for each in before)
+    assert all(isinstance(each, DocumentRecord) for each in before)
     assert isinstance(last, BadRecord)
     assert last.where == f"{path}, {place}"
     assert why in last.why
@@ -228,7 +227,7 @@ def test_what_is_no_object_in_a_list_is_named(tmp_path: Path) -> None:
 def test_bytes_of_another_encoding_cost_the_records_they_are_in(tmp_path: Path) -> None:
     rows = b'{"text": "good"},\n{"text": "Stra\xdfe"},\n{"text": "fine", "note": "\xdf"},\n{"text": "\\ud800"}'
     found = read(written(tmp_path / "a.json", b"[" + rows + b"]"))
-    assert [isinstance(each, Record) for each in found] == [True, False, True, False]
+    assert [isinstance(each, DocumentRecord) for each in found] == [True, False, True, False]
     assert all("not UTF-8" in each.why for each in found if isinstance(each, BadRecord))
 
 
@@ -309,10 +308,10 @@ def test_a_table_read_in_any_blocks_is_the_table(rows: list[tuple[str, str]], si
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (b"1", "it has 1 fields, and the header line 2"),
-        (b"1,x,y", "it has 3 fields, and the header line 2"),
+        (b"1", "it has 1 fields, and the header line has 2"),
+        (b"1,x,y", "it has 3 fields, and the header line has 2"),
         (b'1,"x"y', "it is not CSV: ',' expected after '\"'"),
-        (b"1,Stra\xdfe", "it holds bytes that are not UTF-8, or half of a surrogate pair"),
+        (b"1,Stra\xdfe", "it contains bytes that are not UTF-8, or half a surrogate pair"),
     ],
 )
 def test_a_broken_row_costs_itself_and_is_named(line: bytes, why: str, tmp_path: Path) -> None:
@@ -322,14 +321,14 @@ def test_a_broken_row_costs_itself_and_is_named(line: bytes, why: str, tmp_path:
     bad = found.pop(1)
     assert isinstance(bad, BadRecord)
     assert bad.why == why
-    assert [each.content for each in found if isinstance(each, Record)] == ["be\nfore", "after"]
+    assert [each.content for each in found if isinstance(each, DocumentRecord)] == ["be\nfore", "after"]
 
 
 @pytest.mark.parametrize(
     ("header", "why"),
     [
         ("text,text", "two of its columns are named 'text'"),
-        ("," * 2000, "its first line has 2001 fields, too many for the names of columns"),
+        ("," * 2000, "its first line has 2001 fields, and at most 1000 columns are read"),
         ('"text"x,y', "its header line cannot be read: it is not CSV"),
     ],
 )
@@ -358,7 +357,7 @@ def test_parquet_values_are_pythons(tmp_path: Path) -> None:
     seen: list[Mapping[str, Any]] = []
     path = table(tmp_path / "a.parquet", columns)
     found = list(read_source(path, lambda row: seen.append(row) or interpret(row)))
-    assert [each.content for each in found if isinstance(each, Record)] == [Conversation(tuple(HELLO)), "large"]
+    assert [each.content for each in found if isinstance(each, DocumentRecord)] == [Conversation(tuple(HELLO)), "large"]
     assert seen == [{"messages": HELLO, "text": None}, {"messages": None, "text": "large"}]
 
 
@@ -379,7 +378,7 @@ def test_parquet_strings_that_are_not_utf8_cost_their_rows(tmp_path: Path) -> No
     strings, large = (pa.array([b"good", b"Stra\xdfe", b"fine"]).view(pa.string()), ["a", "b", "x" * 17_000_000])
     path = table(tmp_path / "a.parquet", {"text": strings, "note": large}, compression="zstd")
     found = read(path)
-    assert found[0] == Record("good", f"{path}, row 1")
+    assert found[0] == DocumentRecord("good", f"{path}, row 1")
     assert [(each.where, each.why[:17]) for each in found[1:] if isinstance(each, BadRecord)] == [
         (f"{path}, row 2", "it cannot be read"),
         (f"{path}, row 3", "it is longer than"),
@@ -399,7 +398,7 @@ def test_a_parquet_without_text_is_refused(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", {"when": [datetime(2024, 1, 1)], "n": [1]})
     with pytest.raises(InvalidDataError) as caught:
         read(path)
-    assert caught.value.why == "none of its columns holds text; it has: when, n"
+    assert caught.value.why == "it has no text column; its columns: when, n"
 
 
 # -- compressed, counted, empty -----------------------------------------------------------------------------------------
@@ -420,17 +419,19 @@ def test_a_gz_holds_what_the_file_holds_and_every_byte_is_told(name: str, tmp_pa
     packed = written(tmp_path / f"{name}.gz", gzip.compress(FILES[name]))
     renamed = written(tmp_path / "other" / name, gzip.compress(FILES[name]))
     for path in (plain, packed, renamed):
-        told: list[int] = []
-        assert [each.content for each in read(path, on_bytes=told.append) if isinstance(each, Record)] == contents(plain)
-        assert sum(told) == source_bytes(path) == path.stat().st_size
+        reported: list[int] = []
+        assert [each.content for each in read(path, on_bytes=reported.append) if isinstance(each, DocumentRecord)] == contents(
+            plain
+        )
+        assert sum(reported) == source_bytes(path) == path.stat().st_size
 
 
 def test_every_byte_of_a_parquet_is_told(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", {"text": [f"x{number}" for number in range(1000)]}, row_group_size=70)
-    told: list[int] = []
-    read(path, on_bytes=told.append)
-    assert sum(told) == source_bytes(path) == path.stat().st_size
-    assert len(told) > 14
+    reported: list[int] = []
+    read(path, on_bytes=reported.append)
+    assert sum(reported) == source_bytes(path) == path.stat().st_size
+    assert len(reported) > 14
 
 
 @pytest.mark.parametrize(
@@ -494,16 +495,16 @@ def tree(tmp_path: Path) -> Path:
 def test_a_folder_is_the_documents_people_wrote_in_it(tree: Path) -> None:
     skipped: dict[str, str] = {}
     found = read(tree, on_skipped=lambda path, why: skipped.update({path.relative_to(tree).as_posix(): why}))
-    assert [(each.where, each.content) for each in found if isinstance(each, Record)] == [
+    assert [(each.where, each.content) for each in found if isinstance(each, DocumentRecord)] == [
         (f"{tree}/{name}", TREE[name].decode().strip()) for name in sorted(TREE)
     ]
     assert skipped == PASSED_OVER
 
 
 def test_the_files_of_a_folder_and_their_bytes_are_known_beforehand(tree: Path) -> None:
-    told: list[int] = []
-    read(tree, on_bytes=told.append)
-    assert sum(told) == source_bytes(tree)
+    reported: list[int] = []
+    read(tree, on_bytes=reported.append)
+    assert sum(reported) == source_bytes(tree)
     named = {path.relative_to(tree).as_posix() for path in source_files(tree)}
     assert set(TREE) < named
     assert "large.sql" not in named
@@ -516,10 +517,10 @@ def test_a_long_file_of_a_folder_is_cut(tmp_path: Path) -> None:
     found = read(tmp_path / "f")
     for name, least in (("a.py", 3), ("b.md", 20)):
         lines = (tmp_path / "f" / name).read_text().split("\n")
-        pieces = [each for each in found if each.where.startswith(f"{tmp_path}/f/{name}, line ")]
-        assert len(pieces) >= least
-        for each in pieces:
-            assert isinstance(each, Record)
+        blocks = [each for each in found if each.where.startswith(f"{tmp_path}/f/{name}, line ")]
+        assert len(blocks) >= least
+        for each in blocks:
+            assert isinstance(each, DocumentRecord)
             assert str(each.content).split("\n")[0] == lines[int(each.where.rpartition(" ")[2]) - 1] != ""
 
 
@@ -536,25 +537,25 @@ def test_a_folder_of_nothing_but_data_is_a_data_set(tmp_path: Path) -> None:
     written(root / "large.jsonl", (json.dumps({"text": "x" * 1000}) + "\n") * 2000)
     skipped: dict[str, str] = {}
     found = read(root, on_skipped=lambda path, why: skipped.update({path.name: why}))
-    assert [each.content for each in found if isinstance(each, Record)] == ["four", *["x" * 1000] * 2000, "one", "two"]
+    assert [each.content for each in found if isinstance(each, DocumentRecord)] == ["four", *["x" * 1000] * 2000, "one", "two"]
     assert found[0].where == f"{root}/4.parquet, row 1"
     assert found[-1].where == f"{root}/train/2.csv, line 2"
     assert skipped == {
-        "README.md": "no data",
-        "LICENSE": "no data",
-        "dataset_infos.json": "no data",
+        "README.md": "not data",
+        "LICENSE": "not data",
+        "dataset_infos.json": "not data",
         ".gitattributes": "hidden",
         "3.jsonl": "empty",
     }
     written(root / "one.py", "import os\n")
-    assert "one" not in [each.content for each in read(root) if isinstance(each, Record)]
+    assert "one" not in [each.content for each in read(root) if isinstance(each, DocumentRecord)]
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "f" / "logo.png", b"x")
     with pytest.raises(InvalidDataError) as caught:
         read(tmp_path / "f")
-    assert caught.value.why == "there is no text that someone wrote in it"
+    assert caught.value.why == "it contains no text or source code"
 
 
 # -- stdin --------------------------------------------------------------------------------------------------------------
@@ -582,10 +583,10 @@ def parquet_bytes() -> bytes:
 def test_stdin_is_kept_under_a_name_that_says_what_it_is(
     make: Callable[[], bytes], name: str, expected: list[Any], tmp_path: Path
 ) -> None:
-    told: list[int] = []
-    path = spool_stdin(io.BytesIO(make()), tmp_path, told.append)
+    reported: list[int] = []
+    path = spool_stdin(io.BytesIO(make()), tmp_path, reported.append)
     assert path == tmp_path / name
-    assert sum(told) == len(make())
+    assert sum(reported) == len(make())
     assert contents(path) == expected
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,4 +1,4 @@
-"""The shipped texts are what is said of them."""
+"""The shipped texts have the properties that the documents state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from fontTools import unicodedata as scripts
 
-from imatrix_runner.calibration.duplicates import NearDuplicates
-from imatrix_runner.calibration.overlap import overlap
+from imatrix_runner.calibration.build.duplicates import NearDuplicates
+from imatrix_runner.calibration.inspect.overlap import overlap
 from imatrix_runner.calibration.parts import parse_parts, part_documents, part_records
+from imatrix_runner.engines.embedded.bindings import find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
-from imatrix_runner.engines.embedded.find import find
 from imatrix_runner.process import Runner
 from imatrix_runner.resources import CALIBRATION_TEXT, HELD_OUT_TEXT, resource
 from imatrix_runner.toolchain.store import cache_dir

@@ -1,11 +1,11 @@
-"""Sizes as people type them."""
+"""Sizes and lists of levels as people type them."""
 
 from __future__ import annotations
 
 import click
 import pytest
 
-from imatrix_runner.cli.types import SIZE
+from imatrix_runner.cli.types import SIZE, LevelNames
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,16 @@ def test_sizes(text: str | int, n_bytes: int) -> None:
 
 @pytest.mark.parametrize(("text", "number"), [("8", "8"), (8, "8"), ("24.0", "24.0"), ("1024", "1024"), ("900000", "900000")])
 def test_a_small_number_without_a_unit_is_not_taken_for_bytes(text: str | int, number: str) -> None:
-    with pytest.raises(click.BadParameter, match=f"has no unit and would be bytes; if GiB are meant, write {number}GiB"):
+    with pytest.raises(click.BadParameter, match=f"has no unit and would mean bytes; for GiB, write {number}GiB"):
         SIZE.convert(text, None, None)
 
 
 @pytest.mark.parametrize("text", ["", "0", "0GiB", "lots", "-8GiB", "8,5GiB", "8XB", "1e9", "8 GiB of it", "\u0668GiB ?"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="is no size"):
+    with pytest.raises(click.BadParameter, match="is not a size"):
         SIZE.convert(text, None, None)
+
+
+def test_a_list_of_levels_keeps_the_two_sizes_of_a_mix_together() -> None:
+    text = " Q4_K_M,MIX@ram:64GiB, vram:24GiB,,MIX@4GiB,"
+    assert LevelNames().convert(text, None, None) == ("Q4_K_M", "MIX@ram:64GiB,vram:24GiB", "MIX@4GiB")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imatrix_runner.config import FILE, FileSettings, check_names, find_settings
+from imatrix_runner.cli.settings import FILE, FileSettings, check_names, find_settings
 from imatrix_runner.errors import InvalidDataError, UsageError
 
 KNOWN = ("work_dir", "levels", "jobs", "pure")

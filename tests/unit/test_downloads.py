@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from imatrix_runner import downloads
-from imatrix_runner.downloads import Advice, Fetcher
+from imatrix_runner.downloads import DownloadAdvice, Fetcher
 from imatrix_runner.errors import DownloadError
 from imatrix_runner.signals import Stop
 
-ADVICE = Advice("Later.", "Check the network.", "It is missing.", "It is refused.")
+ADVICE = DownloadAdvice("Later.", "Check the network.", "It is missing.", "It is refused.")
 Write = Callable[[bytes], object]
 
 

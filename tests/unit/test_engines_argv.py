@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from values import fake_toolchain
 
-from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
-from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, quantize_options, tokenize_command
+from imatrix_runner.engines.jobs import ChunkRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.llama_cpp.flags import imatrix_command, quantize_command, quantize_options, tokenize_command
 from imatrix_runner.errors import ToolchainError, UsageError
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.usage import Usage
+from support.values import fake_toolchain
 
 CPU = fake_toolchain()
 GPU = fake_toolchain(devices=("CUDA0: a GPU",), backends=("cpu", "cuda"))

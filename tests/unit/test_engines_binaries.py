@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from llama_tools import BareTools, fake_tools
 
-from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Piece, QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.jobs import ChunkRange, CollectedRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
 from imatrix_runner.errors import InvalidDataError, ToolchainError
 from imatrix_runner.events import Event, Metric, Progress, ignore
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.probe import Toolchain, probe
+from support.llama_tools import BareTools, fake_tools
 
 
 def test_libraries_next_to_the_imatrix_are_not_where_llama_quantize_runs(
@@ -48,10 +48,10 @@ def job(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> CollectJob:
 
 
 def test_every_range_is_a_file_of_its_own(engine: BinariesEngine, job: CollectJob, tools: BareTools, tmp_path: Path) -> None:
-    pieces: list[Piece] = []
+    pieces: list[CollectedRange] = []
     events: list[Event] = []
 
-    def take(piece: Piece) -> bool:
+    def take(piece: CollectedRange) -> bool:
         assert piece.path.exists()
         pieces.append(piece)
         return True
@@ -70,7 +70,7 @@ def test_every_range_is_a_file_of_its_own(engine: BinariesEngine, job: CollectJo
         assert piece.perplexity.error is None
     done = [event.done for event in events if isinstance(event, Progress)]
     assert done == sorted(done)
-    assert done[-1] == 9
+    assert 0 < done[-1] <= 9  # the line of the last chunk may be lost, too
     assert {event.total for event in events if isinstance(event, Progress)} == {9}
 
 
@@ -82,7 +82,7 @@ def test_the_perplexity_told_on_the_way_is_that_of_the_job_so_far(engine: Binari
         if isinstance(event, Metric):
             told.append(event.value)
 
-    def take(piece: Piece) -> bool:
+    def take(piece: CollectedRange) -> bool:
         nonlocal total
         total += piece.perplexity.nll
         tokens.append(piece.perplexity.tokens)
@@ -94,9 +94,9 @@ def test_the_perplexity_told_on_the_way_is_that_of_the_job_so_far(engine: Binari
 
 
 def test_it_stops_when_it_is_told_that_it_is_enough(engine: BinariesEngine, job: CollectJob, tmp_path: Path) -> None:
-    pieces: list[Piece] = []
+    pieces: list[CollectedRange] = []
 
-    def take(piece: Piece) -> bool:
+    def take(piece: CollectedRange) -> bool:
         pieces.append(piece)
         return len(pieces) < 2
 
@@ -107,7 +107,7 @@ def test_it_stops_when_it_is_told_that_it_is_enough(engine: BinariesEngine, job:
 
 
 def test_without_perplexity_none_is_told(engine: BinariesEngine, job: CollectJob) -> None:
-    pieces: list[Piece] = []
+    pieces: list[CollectedRange] = []
     options = replace(job.options, ppl=False)
     engine.collect(replace(job, options=options, ranges=RANGES[:1]), ignore, lambda piece: bool(pieces.append(piece)))
     assert (pieces[0].perplexity.tokens, pieces[0].perplexity.value) == (0, None)
@@ -119,7 +119,7 @@ def test_a_program_that_ends_well_and_wrote_nothing_is_noticed(
     script = 'while [ "$1" != -o ]; do shift; done; exit 0'
     folder = fake_tools(toolchain, tmp_path / "fake", llama_imatrix=script)
     fake = replace(toolchain, tools={name: folder / name for name in toolchain.tools})
-    with pytest.raises(InvalidDataError, match="looking for what llama-imatrix wrote"):
+    with pytest.raises(InvalidDataError, match="moving llama-imatrix's output"):
         BinariesEngine(fake, Runner()).collect(job, ignore, lambda piece: True)
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imatrix_runner.engines.embedded.completions import CompletionsFile, read_completions
-from imatrix_runner.engines.embedded.seating import LEAST_SEATS, MOST_SEATS, MOST_TOKENS, Group, groups
+from imatrix_runner.engines.files.completions import CompletionsFile, read_completions
 from imatrix_runner.engines.measures import Completion
+from imatrix_runner.engines.worker.batching import LEAST_SEQUENCES, MOST_SEQUENCES, MOST_TOKENS, Group, groups
 
 SIZES = st.lists(st.integers(1, 40_000), min_size=1, max_size=60)
 
@@ -21,16 +21,16 @@ def test_every_prompt_has_one_seat_in_a_context_that_holds_it(sizes: list[int]) 
     plan = groups(sizes)
     assert sorted(number for group in plan for number in group.members) == list(range(len(sizes)))
     for group in plan:
-        assert len(group.members) <= group.seats
-        assert LEAST_SEATS <= group.seats <= MOST_SEATS
-        assert group.seats * group.n_ctx <= max(MOST_TOKENS, LEAST_SEATS * group.n_ctx)
+        assert len(group.members) <= group.sequences
+        assert LEAST_SEQUENCES <= group.sequences <= MOST_SEQUENCES
+        assert group.sequences * group.n_ctx <= max(MOST_TOKENS, LEAST_SEQUENCES * group.n_ctx)
         assert all(sizes[number] <= group.n_ctx < max(257, 2 * sizes[number]) for number in group.members)
 
 
 @given(SIZES, SIZES)
 def test_the_shape_a_prompt_is_answered_in_does_not_depend_on_the_others(sizes: list[int], others: list[int]) -> None:
     def shapes(plan: list[Group]) -> dict[int, tuple[int, int]]:
-        return {number: (group.n_ctx, group.seats) for group in plan for number in group.members}
+        return {number: (group.n_ctx, group.sequences) for group in plan for number in group.members}
 
     alone, together = shapes(groups(sizes)), shapes(groups(sizes + others))
     assert all(together[number] == shape for number, shape in alone.items())

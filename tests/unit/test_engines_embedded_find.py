@@ -11,14 +11,14 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from libraries import FAKE_PROOF, copy_libraries, fake_python, link_libraries
 
-from imatrix_runner.engines.embedded import find as find_module
-from imatrix_runner.engines.embedded.find import LIBRARY_VARIABLE, Unusable, find, worker_command
-from imatrix_runner.engines.embedded.protocol import Probe
+from imatrix_runner.engines.embedded import bindings as find_module
+from imatrix_runner.engines.embedded.bindings import LIBRARY_VARIABLE, UnusableBindings, find, worker_command
+from imatrix_runner.engines.protocol import ProbeJob
 from imatrix_runner.files import read_json, write_json
 from imatrix_runner.toolchain.probe import Toolchain
-from imatrix_runner.toolchain.store import RECORD, Record, Store
+from imatrix_runner.toolchain.store import RECORD, BuildRecord, Store
+from support.libraries import FAKE_PROOF, copy_libraries, fake_python, link_libraries
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def managed(
     """A toolchain in the managed cache that holds libraries only."""
     root = Store(cache).toolchains / key
     copy_libraries(toolchain, root / "bin")
-    write_json(root / RECORD, Record(key, kind, "", version, "abc", "cpu", date))
+    write_json(root / RECORD, BuildRecord(key, kind, "", version, "abc", "cpu", date))
     return root / "bin"
 
 
@@ -67,7 +67,7 @@ class TestPlaces:
         assert find({LIBRARY_VARIABLE: "mine"}, cache).library == tmp_path / "mine"
 
     def test_a_named_directory_without_libraries_is_refused(self, tmp_path: Path, cache: Path) -> None:
-        with pytest.raises(Unusable, match="holds no llama library") as caught:
+        with pytest.raises(UnusableBindings, match="holds no llama library") as caught:
             find(named(tmp_path), cache)
         assert f"Unset {LIBRARY_VARIABLE}" in caught.value.todo
         assert caught.value.exit_code == 3
@@ -99,7 +99,7 @@ class TestPlaces:
         assert find({}, cache).directory == good
 
     def test_no_libraries_anywhere_names_both_remedies(self, cache: Path) -> None:
-        with pytest.raises(Unusable, match="installed without its libraries") as caught:
+        with pytest.raises(UnusableBindings, match="installed without its libraries") as caught:
             find({}, cache)
         assert caught.value.installed
         assert "tools build" in caught.value.todo
@@ -107,7 +107,7 @@ class TestPlaces:
 
     def test_no_package_is_told_with_the_interpreter(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(find_module, "DISTRIBUTION", "no-such-distribution")
-        with pytest.raises(Unusable, match="is not installed for") as caught:
+        with pytest.raises(UnusableBindings, match="is not installed for") as caught:
             find({}, cache)
         assert not caught.value.installed
 
@@ -155,7 +155,7 @@ class TestBrokenLibraries:
             ("echo 'garbage'; echo 'ImportError: cannot import name x' >&2; exit 1", "ImportError: cannot import name x"),
             ('echo "libm.so: version \\`GLIBC_2.99\' not found" >&2; exit 1', "built for a newer system"),
             (f"echo '{FAKE_PROOF}'; kill -SEGV $$", "killed by SIGSEGV"),
-            ("exit 0", "not a word"),
+            ("exit 0", "no output"),
             ("sleep 60", "do not answer"),
         ],
         ids=[
@@ -177,7 +177,7 @@ class TestBrokenLibraries:
     ) -> None:
         monkeypatch.setattr(sys, "executable", str(fake_python(tmp_path, script)))
         began = time.monotonic()
-        with pytest.raises(Unusable, match=why) as caught:
+        with pytest.raises(UnusableBindings, match=why) as caught:
             find(named(folder), cache, seconds=2)
         assert str(folder) in caught.value.why
         assert LIBRARY_VARIABLE in caught.value.todo
@@ -189,7 +189,7 @@ class TestBrokenLibraries:
     ) -> None:
         failed = '{"type":"failed","what":"w","why":"it lays tensors out in another way","todo":"t","exit_code":3}'
         monkeypatch.setattr(sys, "executable", str(fake_python(tmp_path, f"echo '{failed}'; exit 3")))
-        with pytest.raises(Unusable, match="it lays tensors out in another way"):
+        with pytest.raises(UnusableBindings, match="it lays tensors out in another way"):
             find(named(folder), cache)
 
     def test_backends_that_are_plug_ins_are_refused(
@@ -197,12 +197,12 @@ class TestBrokenLibraries:
     ) -> None:
         proof = FAKE_PROOF.replace('["cpu"]', "[]")
         monkeypatch.setattr(sys, "executable", str(fake_python(tmp_path, f"echo '{proof}'")))
-        with pytest.raises(Unusable, match="no CPU backend"):
+        with pytest.raises(UnusableBindings, match="no CPU backend"):
             find(named(folder), cache)
 
 
 def test_garbage_named_as_a_library_is_told_by_the_real_worker(folder: Path, cache: Path) -> None:
-    with pytest.raises(Unusable, match="libraries do not load"):
+    with pytest.raises(UnusableBindings, match="libraries do not load"):
         find(named(folder), cache)
 
 
@@ -216,7 +216,7 @@ def test_a_folder_in_the_working_directory_is_not_taken_for_the_bindings(
     monkeypatch.chdir(here)
     libraries = copy_libraries(toolchain, tmp_path / "lib")
     assert find(named(libraries), cache).version == importlib.metadata.version("llama-cpp-python")
-    assert worker_command(Probe(tmp_path), None).cwd == Path(find_module.__file__).parents[3]
+    assert worker_command(ProbeJob(tmp_path), None).cwd == Path(find_module.__file__).parents[3]
 
 
 @SHELL
@@ -263,7 +263,7 @@ class TestMemory:
         find(named(folder), cache)
         (path,) = (cache / "bindings").iterdir()
         memory = read_json(path, find_module._Remembered)
-        write_json(path, msgspec.structs.replace(memory, answer='{"type":"counted","n_tokens":1}'))
+        write_json(path, msgspec.structs.replace(memory, reply='{"type":"counted","n_tokens":1}'))
         assert find(named(folder), cache).version == "0.3.36"
         assert asked.read_text() == "x\nx\n"
 
@@ -298,5 +298,5 @@ def test_a_lost_library_is_noticed(toolchain: Toolchain, tmp_path: Path, cache: 
     folder = copy_libraries(toolchain, tmp_path / "lib")
     find(named(folder), cache)
     shutil.rmtree(folder)
-    with pytest.raises(Unusable, match="holds no llama library"):
+    with pytest.raises(UnusableBindings, match="holds no llama library"):
         find(named(folder), cache)

@@ -12,30 +12,31 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imatrix_runner.engines.base import LEDGER_NAME, Donor, PassLevel, QuantizeJob, QuantizeOptions
-from imatrix_runner.engines.embedded.headers import Layout, Place, SourceTensor
-from imatrix_runner.engines.embedded.kernels import Type
-from imatrix_runner.engines.embedded.ledger import VERSION, Entry, Head, Ledger, read
-from imatrix_runner.engines.embedded.levels import guessed_ftype
-from imatrix_runner.engines.embedded.outputs import MAGIC, Output, file_names
-from imatrix_runner.engines.embedded.slabs import combine, fill, memory
-from imatrix_runner.engines.embedded.workload import Copies, Part, Work, weights_key
+from imatrix_runner.engines.ftypes import guessed_ftype
+from imatrix_runner.engines.jobs import LEDGER_NAME, Donor, PassLevel, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.worker.quantize.ggml_rows import Type
+from imatrix_runner.engines.worker.quantize.gguf_headers import FileLayout, SourceTensor, TensorPlace
+from imatrix_runner.engines.worker.quantize.ledger import VERSION, Ledger, LedgerEntry, LedgerHead, read
+from imatrix_runner.engines.worker.quantize.output_files import LevelOutput, file_names
+from imatrix_runner.engines.worker.quantize.slabs import combine, fill, memory
+from imatrix_runner.engines.worker.quantize.work_list import Copies, TensorWork, Work, weights_key
+from imatrix_runner.models.gguf_file import MAGIC
 
-in_any_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-HEAD = Head(VERSION, "lineage", "fingerprint", 1 << 18)
+in_any_folder = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+HEAD = LedgerHead(VERSION, "lineage", "fingerprint", 1 << 18)
 F32, BF16 = Type(0, "f32", 1, 4, False), Type(30, "bf16", 1, 2, False)
 Q4_K, Q8_0 = Type(12, "q4_K", 256, 144, True), Type(8, "q8_0", 32, 34, True)
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 numbers = st.integers(0, 2**40)
-entries = st.builds(Entry, names, names, names, st.integers(0, 9), numbers, numbers, st.integers(0, 2**32 - 1))
+entries = st.builds(LedgerEntry, names, names, names, st.integers(0, 9), numbers, numbers, st.integers(0, 2**32 - 1))
 
 
-def entry(tensor: str, kind: str = "q4_K", weights: str = "w", *, file: int = 0, offset: int = 64, crc: int = 5) -> Entry:
-    return Entry(tensor, kind, weights, file, offset, 32, crc)
+def entry(tensor: str, kind: str = "q4_K", weights: str = "w", *, file: int = 0, offset: int = 64, crc: int = 5) -> LedgerEntry:
+    return LedgerEntry(tensor, kind, weights, file, offset, 32, crc)
 
 
-def write_ledger(path: Path, found: Sequence[Entry], head: Head = HEAD) -> Path:
+def write_ledger(path: Path, found: Sequence[LedgerEntry], head: LedgerHead = HEAD) -> Path:
     ledger = Ledger(path, head)
     ledger.append(found)
     ledger.close()
@@ -45,7 +46,7 @@ def write_ledger(path: Path, found: Sequence[Entry], head: Head = HEAD) -> Path:
 class TestLedger:
     @given(found=st.lists(entries, max_size=6), data=st.data())
     @in_any_folder
-    def test_torn_anywhere_it_holds_what_was_whole(self, found: list[Entry], data: st.DataObject, tmp_path: Path) -> None:
+    def test_torn_anywhere_it_holds_what_was_whole(self, found: list[LedgerEntry], data: st.DataObject, tmp_path: Path) -> None:
         path = write_ledger(self._fresh(tmp_path), found)
         whole = path.read_bytes()
         cut = data.draw(st.integers(0, len(whole)))
@@ -59,7 +60,9 @@ class TestLedger:
 
     @given(first=st.lists(entries, min_size=1, max_size=4), more=st.lists(entries, max_size=3), data=st.data())
     @in_any_folder
-    def test_after_a_tear_it_goes_on(self, first: list[Entry], more: list[Entry], data: st.DataObject, tmp_path: Path) -> None:
+    def test_after_a_tear_it_goes_on(
+        self, first: list[LedgerEntry], more: list[LedgerEntry], data: st.DataObject, tmp_path: Path
+    ) -> None:
         path = write_ledger(self._fresh(tmp_path), first)
         whole = path.read_bytes()
         start = whole.index(b"\n") + 1
@@ -78,7 +81,9 @@ class TestLedger:
 
     @given(found=st.lists(entries, min_size=2, max_size=4), data=st.data())
     @in_any_folder
-    def test_what_follows_a_strange_line_does_not_count(self, found: list[Entry], data: st.DataObject, tmp_path: Path) -> None:
+    def test_what_follows_a_strange_line_does_not_count(
+        self, found: list[LedgerEntry], data: st.DataObject, tmp_path: Path
+    ) -> None:
         """A page that was never written reads as zeros."""
         path = write_ledger(self._fresh(tmp_path), found)
         lines = path.read_bytes().splitlines(keepends=True)
@@ -90,13 +95,13 @@ class TestLedger:
     @pytest.mark.parametrize(
         "head",
         [
-            Head(VERSION, "another", "fingerprint", 1 << 18),
-            Head(VERSION, "lineage", "another", 1 << 18),
-            Head(VERSION, "lineage", "fingerprint", 7),
+            LedgerHead(VERSION, "another", "fingerprint", 1 << 18),
+            LedgerHead(VERSION, "lineage", "another", 1 << 18),
+            LedgerHead(VERSION, "lineage", "fingerprint", 7),
         ],
         ids=["lineage", "fingerprint", "slab"],
     )
-    def test_of_another_head_it_is_begun_anew(self, head: Head, tmp_path: Path) -> None:
+    def test_of_another_head_it_is_begun_anew(self, head: LedgerHead, tmp_path: Path) -> None:
         path = write_ledger(tmp_path / "l", [entry("a")], head)
         ledger = Ledger(path, HEAD)
         ledger.close()
@@ -104,7 +109,7 @@ class TestLedger:
         assert read(path) == (HEAD, {})
 
     def test_of_another_version_it_is_none(self, tmp_path: Path) -> None:
-        path = write_ledger(tmp_path / "l", [entry("a")], Head(VERSION + 1, "lineage", "fingerprint", 1))
+        path = write_ledger(tmp_path / "l", [entry("a")], LedgerHead(VERSION + 1, "lineage", "fingerprint", 1))
         assert read(path) is None
         assert read(tmp_path / "no such file") is None
 
@@ -118,8 +123,8 @@ def level(out: Path, *, keep_split: bool = False) -> PassLevel:
     return PassLevel("Q8_0", job, (), "fingerprint")
 
 
-LAYOUT = Layout(b"GGUF" + b"header" * 10, 200)
-PLACES = {"a": Place(0, 64, Q8_0, 34), "b": Place(0, 128, Q8_0, 34)}
+LAYOUT = FileLayout(b"GGUF" + b"header" * 10, 200)
+PLACES = {"a": TensorPlace(0, 64, Q8_0, 34), "b": TensorPlace(0, 128, Q8_0, 34)}
 
 
 class TestOutput:
@@ -158,7 +163,7 @@ class TestOutput:
         output.close()
         path, head = output.files[0].path, HEAD
         if change == "head":
-            head = Head(VERSION, "lineage", "another", 1 << 18)
+            head = LedgerHead(VERSION, "lineage", "another", 1 << 18)
         elif change == "size":
             path.write_bytes(path.read_bytes()[:-1])
         elif change == "no file":
@@ -193,12 +198,12 @@ class TestOutput:
         found = file_names(level(Path("/x/m.Q8-Q8_0.gguf"), keep_split=keep_split), count)
         assert found == [Path("/x") / name for name in expected]
 
-    def _open(self, folder: Path, head: Head = HEAD) -> Output:
-        return Output.open(level(folder / "m.gguf"), [LAYOUT], PLACES, head)
+    def _open(self, folder: Path, head: LedgerHead = HEAD) -> LevelOutput:
+        return LevelOutput.open(level(folder / "m.gguf"), [LAYOUT], PLACES, head)
 
 
 class TestCopies:
-    def donor(self, folder: Path, found: Sequence[Entry], head: Head = HEAD) -> Donor:
+    def donor(self, folder: Path, found: Sequence[LedgerEntry], head: LedgerHead = HEAD) -> Donor:
         return Donor((folder / "a.gguf",), write_ledger(folder / "l", found, head))
 
     def test_a_pair_is_told_by_tensor_type_and_weights(self, tmp_path: Path) -> None:
@@ -210,9 +215,9 @@ class TestCopies:
         assert copies.of("u", Q4_K, "w") == []  # in a file that the donor does not have
 
     @pytest.mark.parametrize(
-        "head", [Head(VERSION, "other", "f", 1 << 18), Head(VERSION, "lineage", "f", 1)], ids=["lineage", "slab"]
+        "head", [LedgerHead(VERSION, "other", "f", 1 << 18), LedgerHead(VERSION, "lineage", "f", 1)], ids=["lineage", "slab"]
     )
-    def test_a_donor_of_another_kind_has_nothing_to_give(self, head: Head, tmp_path: Path) -> None:
+    def test_a_donor_of_another_kind_has_nothing_to_give(self, head: LedgerHead, tmp_path: Path) -> None:
         copies = Copies("lineage", 1 << 18)
         copies.add_donor(self.donor(tmp_path, [entry("t")], head))
         copies.add_donor(Donor((), tmp_path / "none"))
@@ -231,7 +236,7 @@ class TestWork:
     @given(st.integers(1, 300), st.integers(1, 50), st.integers(1, 400))
     def test_slabs_cover_every_row_once(self, n_per_row: int, n_rows: int, rows: int) -> None:
         tensor = SourceTensor(0, 0, (n_per_row, n_rows), F32, 4 * n_per_row * n_rows)
-        part = Part(BF16, False, "", [], [])
+        part = TensorWork(BF16, False, "stock", "", [], [])
         work = Work("t", tensor, [part], rows, lambda: np.empty(0, np.float32))
         covered = [row for first in work.slabs for row in range(first, min(first + rows, n_rows))]
         assert covered == list(range(n_rows))
@@ -253,8 +258,8 @@ class TestWork:
 
     def test_what_is_of_the_type_already_or_a_copy_is_not_computed(self) -> None:
         work = Work("t", SourceTensor(0, 0, (8, 4), F32, 128), [], 2, lambda: np.empty(0, np.float32))
-        assert not work.computes(Part(F32, False, "", [], []))
-        assert work.computes(Part(Q8_0, False, "", [], []))
+        assert not work.computes(TensorWork(F32, False, "stock", "", [], []))
+        assert work.computes(TensorWork(Q8_0, False, "stock", "", [], []))
 
     @pytest.mark.parametrize(
         ("shape", "rows", "per_expert"),

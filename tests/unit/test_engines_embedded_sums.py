@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imatrix_runner.engines.base import CollectOptions, Perplexity
-from imatrix_runner.engines.embedded import sums
-from imatrix_runner.engines.embedded.activations import column_squares, expert_squares, fold, slice_squares
-from imatrix_runner.engines.embedded.batches import batches, largest, slices
-from imatrix_runner.engines.embedded.collector import Entry
-from imatrix_runner.engines.embedded.scoring import score
+from imatrix_runner.engines.jobs import CollectOptions, Perplexity
+from imatrix_runner.engines.worker.batching import batches, largest, micro_batches
+from imatrix_runner.engines.worker.collect import sums_file
+from imatrix_runner.engines.worker.collect.activations import column_squares, expert_squares, fold, slice_squares
+from imatrix_runner.engines.worker.collect.graph_callback import CollectedEntry
+from imatrix_runner.engines.worker.evaluate.logit_math import score
 
 sizes = st.integers(1, 5).flatmap(
     lambda times: st.tuples(st.integers(2, 300), st.integers(1, 600)).map(
@@ -31,7 +31,7 @@ def test_every_token_of_every_chunk_is_computed_once(options: CollectOptions, fi
     assert seen == list(range(first, first + count))
     for batch in batches(first, count, options):
         assert len(batch) <= options.chunks_at_once
-        pieces = list(slices(len(batch), options))
+        pieces = list(micro_batches(len(batch), options))
         assert pieces[0].begin == 0
         assert all(one.end == other.begin for one, other in pairwise(pieces))
         assert pieces[-1].end == options.n_ctx
@@ -40,13 +40,13 @@ def test_every_token_of_every_chunk_is_computed_once(options: CollectOptions, fi
 
 
 def test_three_chunks_leave_a_rest_as_in_llama_cpp() -> None:
-    pieces = list(slices(3, CollectOptions()))
+    pieces = list(micro_batches(3, CollectOptions()))
     assert [piece.end - piece.begin for piece in pieces] == [170, 170, 170, 2]
 
 
 def test_a_long_context_is_cut_at_batches_too() -> None:
     options = CollectOptions(n_ctx=1000, n_batch=300, n_ubatch=200)
-    assert [(piece.begin, piece.end) for piece in slices(1, options)] == [
+    assert [(piece.begin, piece.end) for piece in micro_batches(1, options)] == [
         *((0, 200), (200, 300), (300, 500), (500, 600)),
         *((600, 800), (800, 900), (900, 1000)),
     ]
@@ -116,20 +116,20 @@ def test_perplexities_of_parts_join() -> None:
 def test_an_unfinished_range_comes_back_bit_by_bit(tmp_path: Path) -> None:
     draw = np.random.default_rng(3)
     entries = {
-        "blk.0.attn_q.weight": Entry(draw.random((1, 7)), np.array([1536])),
-        "blk.0.ffn_up_exps.weight": Entry(draw.random((4, 5)), np.array([0, 3, 1 << 40, 9])),
+        "blk.0.attn_q.weight": CollectedEntry(draw.random((1, 7)), np.array([1536])),
+        "blk.0.ffn_up_exps.weight": CollectedEntry(draw.random((4, 5)), np.array([0, 3, 1 << 40, 9])),
     }
-    work = sums.Range(8, entries, 1 / 3, 2 / 3, 2040, 12.5)
+    work = sums_file.Range(8, entries, 1 / 3, 2 / 3, 2040, 12.5)
     path = tmp_path / "0.partial"
-    sums.write(path, work, n_ctx=512, dataset="text", fingerprint="this")
-    again = sums.resume(path, "this")
+    sums_file.write(path, work, n_ctx=512, dataset="text", fingerprint="this")
+    again = sums_file.resume(path, "this")
     assert (again.done, again.nll, again.nll2, again.scored, again.seconds) == (8, 1 / 3, 2 / 3, 2040, 12.5)
     for name, entry in entries.items():
         assert np.array_equal(again.entries[name].sums, entry.sums)
         assert np.array_equal(again.entries[name].counts, entry.counts)
-    assert sums.resume(path, "that").done == 0
-    assert sums.resume(tmp_path / "none", "this").done == 0
+    assert sums_file.resume(path, "that").done == 0
+    assert sums_file.resume(tmp_path / "none", "this").done == 0
     whole = path.read_bytes()
     for cut in range(0, len(whole), 97):
         path.write_bytes(whole[:cut])
-        assert sums.resume(path, "this").done == 0
+        assert sums_file.resume(path, "this").done == 0

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from imatrix_runner.engines.embedded.judging import compare_rows, keep_rows
-from imatrix_runner.engines.logits_file import LogitsHead, read_head, read_rows, row_words
+from imatrix_runner.engines.files.logits import LogitsHead, read_head, read_rows, row_words
+from imatrix_runner.engines.worker.evaluate.logit_math import compare_rows, keep_rows
 from imatrix_runner.errors import InvalidDataError
 
 N, VOCAB = 40, 501

@@ -10,16 +10,16 @@ from typing import TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import ChunkRange, CollectJob, CollectOptions, Fallback, QuantizeJob, QuantizeOptions
-from imatrix_runner.engines.binaries.argv import imatrix_command, quantize_command, tokenize_command
-from imatrix_runner.engines.binaries.lines import ImatrixOutput, Lines, QuantizeOutput, parse_token_ids
+from imatrix_runner.engines.jobs import ChunkRange, CollectJob, CollectOptions, Fallback, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.llama_cpp.flags import imatrix_command, quantize_command, tokenize_command
+from imatrix_runner.engines.llama_cpp.output import ImatrixOutput, Lines, QuantizeOutput, parse_token_ids
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.process import Command, Runner, capture
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.toolchain.probe import Toolchain
+from support.tiny_models import write_llama_gguf
 
 CHUNKS = 6
 WEIGHTLESS = "blk.0.attn_k.weight"

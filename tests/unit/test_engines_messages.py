@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from imatrix_runner.engines.binaries import messages
-from imatrix_runner.engines.binaries.messages import KNOWN, Known, explain
+from imatrix_runner.engines.llama_cpp import messages
+from imatrix_runner.engines.llama_cpp.messages import KNOWN, KnownMessage, explain
 from imatrix_runner.errors import (
     EngineError,
     InvalidDataError,
@@ -76,7 +76,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (f"{QUANTIZE}Mismatched '(' and ')' in regular expression", UsageError, "Mismatched '(' and ')'", r"blk\.[0-3]\."),
     (f"{QUANTIZE}Invalid range in bracket expression.", UsageError, "Invalid range", "--tensor-type"),
     (f"{QUANTIZE}The expression contained mismatched ( and ).", UsageError, "mismatched ( and )", "--tensor-type"),
-    ("parse_layer_prune: invalid layer id 'x'", UsageError, "'x' is no layer's number", "--prune-layers"),
+    ("parse_layer_prune: invalid layer id 'x'", UsageError, "'x' is not a layer number", "--prune-layers"),
     ("string_parse_kv_override: malformed KV override 'a', value cannot", UsageError, "'a' is not KEY=TYPE:VALUE", "str:"),
     ("string_parse_kv_override: invalid boolean value for KV override 'a=bool:x'", UsageError, "a=bool:x", "str:"),
     (NOT_FINITE, InvalidDataError, "reach blk.1.ffn_down.weight", "BF16"),
@@ -100,15 +100,20 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (VULKAN, EngineError, "memory", "-ngl"),
     (f"{LOAD}unable to allocate CUDA0 buffer", EngineError, "enough memory", "-ngl"),
     ("ggml_gallocr_reserve_n_impl: failed to allocate CUDA0 buffer of size 1024", EngineError, "enough memory", "-ngl"),
-    (f"{LOAD}unable to allocate CPU_REPACK buffer", EngineError, "machine has not enough memory", "-b 512"),
-    ("alloc_tensor_range: failed to allocate CPU buffer of size 1024", EngineError, "machine has not enough memory", "-b 512"),
+    (f"{LOAD}unable to allocate CPU_REPACK buffer", EngineError, "machine does not have enough memory", "-b 512"),
+    (
+        "alloc_tensor_range: failed to allocate CPU buffer of size 1024",
+        EngineError,
+        "machine does not have enough memory",
+        "-b 512",
+    ),
     (
         "terminate called after throwing an instance of 'std::bad_alloc'",
         EngineError,
-        "machine has not enough memory",
+        "machine does not have enough memory",
         "--jobs 1",
     ),
-    (f"{LOAD}mmap failed: Cannot allocate memory", EngineError, "machine has not enough memory", "--jobs 1"),
+    (f"{LOAD}mmap failed: Cannot allocate memory", EngineError, "machine does not have enough memory", "--jobs 1"),
     (
         "llama-quantize: error while loading shared libraries: libcudart.so.12: cannot open shared object file",
         ToolchainError,
@@ -121,7 +126,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
         "the file ends before blk.0.attn_q.weight",
         "complete",
     ),
-    (WRONG_SHAPE, InvalidDataError, "blk.0.a.weight has the shape 256, 128, 1, 1, and the model's own metadata", "config.json"),
+    (WRONG_SHAPE, InvalidDataError, "blk.0.a.weight has the shape 256, 128, 1, 1, but the model's own metadata", "config.json"),
     (f"{LOAD}missing tensor 'blk.3.ffn_up.weight'", InvalidDataError, "tensor blk.3.ffn_up.weight is missing", "convert"),
     (
         f"{LOAD}check_tensor_dims: tensor 'output_norm.weight' not found",
@@ -132,15 +137,15 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (
         f"{LOAD}done_getting_tensors: wrong number of tensors; expected 292, got 291",
         InvalidDataError,
-        "292 tensors, and these llama.cpp tools know what to do with 291",
+        "292 tensors, but these llama.cpp tools use only 291",
         "tools build",
     ),
     (f"{LOAD}invalid model: tensor 'a.weight' is duplicated", InvalidDataError, "a.weight is in the model twice", "again"),
     (f"{LOAD}{HYPER}key not found in model: llama.context_length", InvalidDataError, "lacks llama.context_length", "convert"),
     (f"{LOAD}{HYPER}array key not found in model: llama.x", InvalidDataError, "lacks llama.x", "convert"),
-    (f"{LOAD}{HYPER}key llama.x has wrong type str but expected type u32", InvalidDataError, "under llama.x", "convert"),
-    (f"{LOAD}{HYPER}key llama.x has wrong array length; expected 4, got 3", InvalidDataError, "under llama.x", "convert"),
-    (f"{LOAD}{HYPER}invalid n_rot: 64, expected 128", InvalidDataError, "64 rotary dimensions, and its heads have 128", ""),
+    (f"{LOAD}{HYPER}key llama.x has wrong type str but expected type u32", InvalidDataError, "for llama.x", "convert"),
+    (f"{LOAD}{HYPER}key llama.x has wrong array length; expected 4, got 3", InvalidDataError, "for llama.x", "convert"),
+    (f"{LOAD}{HYPER}invalid n_rot: 64, expected 128", InvalidDataError, "64 rotary dimensions, but its heads have 128", ""),
     (
         "gguf_init_from_reader: tensor 'blk.0.attn_q.weight' has invalid ggml type 139. should be in [0, 43)",
         ToolchainError,
@@ -160,7 +165,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
         "without its tokenizer (merges)",
         "config.json",
     ),
-    (f"{LOAD}{VOCAB}unknown tokenizer: 'newkind'", ToolchainError, "of the kind newkind", "tools build"),
+    (f"{LOAD}{VOCAB}unknown tokenizer: 'newkind'", ToolchainError, "the tokenizer type newkind", "tools build"),
     (f"{LOAD}LLAMA_SPLIT_MODE_TENSOR not implemented for architecture 'mamba'", UsageError, "mamba", "-sm layer"),
     (
         f"{QUANTIZE}type iq4_k unsupported for integer quantization: no dequantization available",
@@ -172,11 +177,11 @@ PRINTED: list[tuple[str, type[RunnerError], str, str]] = [
     (f"{QUANTIZE}Bad layer 9 for tensor blk.9.x. Must be in [0, 2)", InvalidDataError, "blk.9.x", "convert"),
     ("collect_imatrix: inconsistent size for blk.0.x (256 vs 512)", InvalidDataError, "256 values for blk.0.x", "generate"),
     ("compute_imatrix: there will be not enough tokens left after removing 30 chunks", InvalidDataError, "chunk 30", "--chunk"),
-    ("kl_divergence: inconsistent vocabulary (512 vs 32000)", InvalidDataError, "512 tokens, and this one has 32000", "own"),
+    ("kl_divergence: inconsistent vocabulary (512 vs 32000)", InvalidDataError, "512 tokens, and this model has 32000", "own"),
     (
         "kl_divergence: base.kld does not look like a file containing log-probabilities",
         InvalidDataError,
-        "base.kld holds no log-probabilities",
+        "base.kld is not a file of log-probabilities",
         "Remove",
     ),
     (
@@ -216,14 +221,14 @@ def test_a_message_becomes_cause_and_remedy(printed: str, kind: type[RunnerError
 
 
 def test_every_row_of_the_table_is_triggered_by_a_printed_line() -> None:
-    def first(printed: str) -> Known:
+    def first(printed: str) -> KnownMessage:
         return next(known for known in KNOWN if known.pattern.search(printed))
 
     assert {id(first(printed)) for printed, *_ in PRINTED} == {id(known) for known in KNOWN}
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.pattern.pattern[:30])
-def test_every_template_names_only_groups_that_its_pattern_has(known: Known) -> None:
+def test_every_template_names_only_groups_that_its_pattern_has(known: KnownMessage) -> None:
     for template in (known.why, known.todo):
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
         assert all(0 < int(field) <= known.pattern.groups for field in fields)
@@ -247,7 +252,7 @@ def test_a_known_failure_shows_the_log_too(tmp_path: Path) -> None:
 
 
 def test_a_silent_failure_says_so() -> None:
-    assert explain(failed(), "failed").why == "exit code 1; it said nothing"
+    assert explain(failed(), "failed").why == "exit code 1; it printed nothing"
 
 
 def test_a_killed_child_is_not_explained_by_what_it_said_before() -> None:
@@ -269,9 +274,9 @@ def test_a_crash_is_named_and_nothing_is_guessed(name: str) -> None:
 def test_who_gives_up_is_explained_by_its_last_words() -> None:
     said = ("error in line 1", *("ordinary",) * 9, "ops.cpp:7: GGML_ASSERT(false) failed")
     error = explain(failed(*said, code=-signal.SIGABRT), "failed")
-    assert error.why == "killed by SIGABRT (it gave up by itself); ops.cpp:7: GGML_ASSERT(false) failed"
+    assert error.why == "killed by SIGABRT (the program aborted); ops.cpp:7: GGML_ASSERT(false) failed"
     memory = explain(failed("terminate called after throwing an instance of 'std::bad_alloc'", code=-signal.SIGABRT), "failed")
-    assert memory.why == "the machine has not enough memory"
+    assert memory.why == "the machine does not have enough memory"
 
 
 def test_a_hung_child_points_to_the_time_limit() -> None:

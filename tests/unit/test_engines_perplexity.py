@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from values import fake_toolchain
 
-from imatrix_runner.engines.base import ChunkRange, CollectOptions
-from imatrix_runner.engines.binaries.argv import judge_command, refer_command
 from imatrix_runner.engines.binaries.perplexity import DivergenceOutput
-from imatrix_runner.engines.logits_file import LogitsHead, first_wild_chunk, row_words
-from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Estimate, JudgeJob, ReferJob
+from imatrix_runner.engines.files.logits import LogitsHead, first_invalid_chunk, row_words
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
+from imatrix_runner.engines.llama_cpp.flags import measure_command, reference_command
+from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Estimate, MeasureJob, ReferenceJob
 from imatrix_runner.errors import UsageError
+from support.values import fake_toolchain
 
 # Of llama.cpp 0c1e57098, the demo model's Q4_K_M over 8 chunks of the held-out text; three rows of eight.
 SAID = """0.00 minutes
@@ -73,8 +73,8 @@ TOOLS = fake_toolchain(
     options={"llama-perplexity": frozenset(("-fit", "-c", "-ts", "-sm", "-mg", "-ot", "-fa", "--load-mode"))}
 )
 BASE = Path("/w/reference.logits")
-REFER = ReferJob("refer", Path("/m.gguf"), Path("/t.txt"), ChunkRange(0, 30), BASE, OPTIONS, "of", None)
-JUDGE = JudgeJob("judge", Path("/q.gguf"), BASE, Path("/w/q.scored"), OPTIONS, "of", None)
+REFER = ReferenceJob("refer", Path("/m.gguf"), Path("/t.txt"), ChunkRange(0, 30), BASE, OPTIONS, "of", None)
+JUDGE = MeasureJob("judge", Path("/q.gguf"), BASE, Path("/w/q.scored"), OPTIONS, "of", None)
 
 
 def heard(text: str) -> DivergenceOutput:
@@ -84,7 +84,7 @@ def heard(text: str) -> DivergenceOutput:
 
 
 def test_the_reference_is_written_of_so_many_chunks() -> None:
-    assert list(refer_command(REFER, Path("/w/part"), TOOLS).argv) == [
+    assert list(reference_command(REFER, Path("/w/part"), TOOLS).argv) == [
         *("/tools/llama-perplexity", "-m", "/m.gguf", "-f", "/t.txt", "--kl-divergence-base", "/w/part", "--chunks", "30"),
         *("-c", "512", "-b", "2048", "-ub", "512", "-fit", "off"),
     ]
@@ -105,7 +105,7 @@ def test_a_level_is_compared_with_the_whole_file_and_told_everything_that_change
         mmap=False,
         extra=("--numa", "numactl"),
     )
-    assert list(judge_command(replace(JUDGE, options=options), BASE, TOOLS).argv) == [
+    assert list(measure_command(replace(JUDGE, options=options), BASE, TOOLS).argv) == [
         *("/tools/llama-perplexity", "-m", "/q.gguf", "--kl-divergence", "--kl-divergence-base", str(BASE)),
         *("-c", "256", "-b", "1024", "-ub", "128", "-t", "3", "-ngl", "99", "-fit", "off", "-ts", "3,1", "-sm", "row"),
         *("-mg", "1", "-ot", "exps=CPU", "-fa", "on", "--load-mode", "none", "--numa", "numactl"),
@@ -115,16 +115,16 @@ def test_a_level_is_compared_with_the_whole_file_and_told_everything_that_change
 def test_an_option_that_this_llama_perplexity_lacks_is_refused() -> None:
     older = fake_toolchain(options={"llama-perplexity": frozenset(), "llama-imatrix": frozenset(("-fa",))})
     with pytest.raises(UsageError, match="llama-perplexity has no -fa"):
-        judge_command(replace(JUDGE, options=replace(OPTIONS, flash_attn="on")), BASE, older)
+        measure_command(replace(JUDGE, options=replace(OPTIONS, flash_attn="on")), BASE, older)
 
 
 def test_what_llama_perplexity_cannot_do_is_refused() -> None:
     with pytest.raises(UsageError, match="from its beginning"):
-        refer_command(replace(REFER, chunks=ChunkRange(4, 8)), BASE, TOOLS)
+        reference_command(replace(REFER, chunks=ChunkRange(4, 8)), BASE, TOOLS)
     with pytest.raises(UsageError, match="from its beginning"):
-        judge_command(replace(JUDGE, first=4), BASE, TOOLS)
+        measure_command(replace(JUDGE, first=4), BASE, TOOLS)
     with pytest.raises(UsageError, match="plain text"):
-        refer_command(replace(REFER, options=replace(OPTIONS, parse_special=True)), BASE, TOOLS)
+        reference_command(replace(REFER, options=replace(OPTIONS, parse_special=True)), BASE, TOOLS)
 
 
 LATER = ("95.0%", "90.0%", " 0.1%")
@@ -199,8 +199,8 @@ def test_a_level_without_numbers_is_told_by_its_first_row(ppl: str, kld: str) ->
     output = DivergenceOutput()
     row = "   {}     {} ±   nan       nan ±    nan       {} ±    nan     nan ±  nan %    0.000 ±  0.000 %\n"
     assert output.feed("stdout", row.format(1, "12.0", "0.1") + row.format(2, ppl, kld) + row.format(3, ppl, kld))
-    assert (output.done, output.wild) == (3, 2)
-    assert heard(SAID).wild == 0
+    assert (output.done, output.non_finite_at) == (3, 2)
+    assert heard(SAID).non_finite_at == 0
 
 
 def test_the_first_tensor_without_numbers_is_kept_if_its_line_is_not_lost() -> None:
@@ -240,14 +240,14 @@ def test_the_first_chunk_without_numbers_is_found(tmp_path: Path) -> None:
         path.write_bytes(head.pack() + bytes(4 * 3 * 8) + rows.tobytes())
 
     write()
-    assert first_wild_chunk(path, head) is None
+    assert first_invalid_chunk(path, head) is None
     leading = rows[:, :, :4].copy()
     leading.view("<f4")[0, 0] = (24 / 65535, -24.5)  # a fork keeps tokens that are that much rarer
     rows[:, :, :4] = leading
     write()
-    assert first_wild_chunk(path, head) is None
+    assert first_invalid_chunk(path, head) is None
     leading.view("<f4")[1, 2, 1] = math.nan
     leading.view("<f4")[2, 0, 0] = math.inf
     rows[:, :, :4] = leading
     write()
-    assert first_wild_chunk(path, head) == 1
+    assert first_invalid_chunk(path, head) == 1

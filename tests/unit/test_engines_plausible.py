@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from imatrix_runner.engines.embedded.judging import keep_rows
-from imatrix_runner.engines.logits_file import LogitsHead
-from imatrix_runner.engines.plausible import no_language_model, uniform_guess
+from imatrix_runner.engines.files.logits import LogitsHead
+from imatrix_runner.engines.files.plausible import no_language_model, uniform_guess
+from imatrix_runner.engines.worker.evaluate.logit_math import keep_rows
 
 VOCAB, CONTEXT, CHUNKS = 320, 32, 3
 HEAD = LogitsHead(CONTEXT, VOCAB, CHUNKS)

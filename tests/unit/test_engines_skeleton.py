@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from forks import rename_type
-from tiny_architectures import write_architecture
-from values import entry, matrix
 
-from imatrix_runner.engines.base import QuantizeJob, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.engines.binaries.handover import Handover
 from imatrix_runner.engines.binaries.skeleton import is_yet_to_be_made, make_skeleton
-from imatrix_runner.engines.embedded.weights import read_weights
+from imatrix_runner.engines.files.imatrix_weights import read_weights
+from imatrix_runner.engines.jobs import QuantizeJob, QuantizeOptions
 from imatrix_runner.events import ignore
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.models.gguf_file import read_header
+from support.forks import rename_type
+from support.tiny_architectures import write_architecture
+from support.values import entry, matrix
 
 TYPES = ("Q4_K_M", "IQ3_XXS", "Q2_K_S", "IQ2_M", "Q8_0")
 

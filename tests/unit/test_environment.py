@@ -8,32 +8,34 @@ from pathlib import Path
 
 import psutil
 import pytest
-from children import eventually, python
 
-from imatrix_runner.environment import FURTHER, Needs, child_environment, find_program, search_path
+from imatrix_runner.environment import FURTHER, ChildNeeds, child_environment, find_program, search_path
 from imatrix_runner.process import Command, Runner, capture
+from support.children import eventually, python
 
 SECRETS = (
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "GITHUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *("OPENAI_API_KEY", "NVIDIA_API_KEY", "CUDA_MIRROR_PASSWORD", "CMAKE_UPLOAD_TOKEN", "GGML_SECRET", "SSH_AUTH_SOCK"),
 )
 KEPT = {
-    Needs.NOTHING: ("HOME", "TMPDIR", "LC_ALL", "PYTHONUSERBASE"),
-    Needs.COMPUTE: (
+    ChildNeeds.NOTHING: ("HOME", "TMPDIR", "LC_ALL", "PYTHONUSERBASE"),
+    ChildNeeds.COMPUTE: (
         "ROCR_VISIBLE_DEVICES",
         "VK_ICD_FILENAMES",
         "GGML_VK_VISIBLE_DEVICES",
         "OMP_NUM_THREADS",
         "HSA_ENABLE_SDMA",
     ),
-    Needs.COMPILE: ("CC", "CXXFLAGS", "CMAKE_PREFIX_PATH", "CUDACXX", "SDKROOT"),
-    Needs.NETWORK: ("https_proxy", "NO_PROXY", "SSL_CERT_FILE", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "GIT_SSL_CAINFO"),
-    Needs.HUB: ("HF_HOME", "HF_ENDPOINT"),
+    ChildNeeds.COMPILE: ("CC", "CXXFLAGS", "CMAKE_PREFIX_PATH", "CUDACXX", "SDKROOT"),
+    ChildNeeds.NETWORK: ("https_proxy", "NO_PROXY", "SSL_CERT_FILE", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "GIT_SSL_CAINFO"),
+    ChildNeeds.HUB: ("HF_HOME", "HF_ENDPOINT"),
 }
 
 
-@pytest.mark.parametrize("needs", [*Needs, Needs.COMPUTE | Needs.COMPILE, Needs.NETWORK | Needs.HUB, Needs.NOTHING])
-def test_a_child_gets_what_its_work_needs_and_no_credential(needs: Needs) -> None:
+@pytest.mark.parametrize(
+    "needs", [*ChildNeeds, ChildNeeds.COMPUTE | ChildNeeds.COMPILE, ChildNeeds.NETWORK | ChildNeeds.HUB, ChildNeeds.NOTHING]
+)
+def test_a_child_gets_what_its_work_needs_and_no_credential(needs: ChildNeeds) -> None:
     everything = {name: "/x" for names in (SECRETS, *KEPT.values()) for name in names}
     got = child_environment({"OURS": "1"}, needs, everything)
     expected = {name for group, names in KEPT.items() for name in names if group in needs}
@@ -50,7 +52,7 @@ def test_a_variable_that_is_not_known_here_can_be_named() -> None:
 def test_relative_entries_of_search_paths_reach_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LIBRARY_PATH"):
         monkeypatch.setenv(name, os.pathsep.join(("", ".", "bin", "/usr/bin", "./x", "/bin", "")))
-    got = child_environment(needs=Needs.COMPILE)
+    got = child_environment(needs=ChildNeeds.COMPILE)
     for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "LIBRARY_PATH"):
         assert got[name] == os.pathsep.join(("/usr/bin", "/bin"))
     monkeypatch.setenv("LD_LIBRARY_PATH", os.pathsep)
@@ -112,7 +114,7 @@ def test_a_token_is_not_in_what_the_kernel_shows_of_a_child(monkeypatch: pytest.
             seen.append(place.read_bytes())
             psutil.Process(pid).kill()
 
-    for needs in (*Needs, Needs.NOTHING):
+    for needs in (*ChildNeeds, ChildNeeds.NOTHING):
         Runner(on_child=look).run(Command(python("import time; time.sleep(600)").argv, needs=needs))
-    assert len(seen) == len(Needs) + 1
+    assert len(seen) == len(ChildNeeds) + 1
     assert not any(b"secret" in environment for environment in seen)

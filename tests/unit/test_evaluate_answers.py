@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imatrix_runner.engines.measures import Completion
-from imatrix_runner.evaluate.answers import SHOWN, DomainResult, common_tokens, compare_answers
+from imatrix_runner.evaluate.answer_agreement import SHOWN, DomainResult, common_tokens, compare_answers
 
 IDS = st.lists(st.integers(0, 4), max_size=40)
 

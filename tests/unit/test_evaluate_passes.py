@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from imatrix_runner.engines.logits_file import LogitsHead
+from imatrix_runner.engines.files.logits import LogitsHead
 from imatrix_runner.errors import NoSpaceError
-from imatrix_runner.evaluate.passes import DEFAULT_BYTES, Extent, disk_limit, fit, next_range, waves
+from imatrix_runner.evaluate.disk_budget import DEFAULT_BYTES, Extent, disk_limit, fit, next_range, waves
 
 GIB = 1 << 30
 LLAMA = Extent(n_vocab=32_000, n_ctx=512, n_chunks=100, at_once=4, n_levels=8)
@@ -26,13 +26,13 @@ extents = st.builds(
     given=st.booleans(),
     further_bytes=st.integers(0, 10_000_000),
 )
-twin_sizes = st.lists(st.integers(1, 20 * GIB), max_size=6)
+baseline_sizes = st.lists(st.integers(1, 20 * GIB), max_size=6)
 
 
-def scarce(data: st.DataObject, extent: Extent, twins: list[int]) -> int:
+def scarce(data: st.DataObject, extent: Extent, baselines: list[int]) -> int:
     """A limit somewhere between too little and plenty."""
-    least = extent.kept_bytes + extent.further_bytes + max(twins, default=0)
-    return data.draw(st.integers(max(0, least - 10), least + extent.reference_bytes(extent.n_chunks) + sum(twins) + 10))
+    least = extent.kept_bytes + extent.further_bytes + max(baselines, default=0)
+    return data.draw(st.integers(max(0, least - 10), least + extent.reference_bytes(extent.n_chunks) + sum(baselines) + 10))
 
 
 def test_the_reference_takes_as_much_as_its_file_does() -> None:
@@ -42,20 +42,20 @@ def test_the_reference_takes_as_much_as_its_file_does() -> None:
     assert LLAMA.kept_bytes == 9 * (32 + 100 * (255 * 24 + 4))  # eight levels and the source
 
 
-@given(st.data(), extents, twin_sizes, st.booleans())
+@given(st.data(), extents, baseline_sizes, st.booleans())
 def test_it_never_takes_more_than_it_may_and_says_how_much(
-    data: st.DataObject, extent: Extent, twins: list[int], whole: bool
+    data: st.DataObject, extent: Extent, baselines: list[int], whole: bool
 ) -> None:
-    limit = scarce(data, extent, twins)
+    limit = scarce(data, extent, baselines)
     least = 1 if whole else min(extent.at_once, extent.n_chunks)
-    if taken(extent, least) + max(twins, default=0) > limit:
+    if taken(extent, least) + max(baselines, default=0) > limit:
         with pytest.raises(NoSpaceError):
-            fit(extent, limit, twins, whole=whole)
+            fit(extent, limit, baselines, whole=whole)
         return
-    found = fit(extent, limit, twins, whole=whole)
-    sizes = {str(number): size for number, size in enumerate(twins)}
-    at_most_twins = max((sum(sizes[name] for name in wave) for wave in waves(sizes, found.room)), default=0)
-    assert taken(extent, found.chunks) + at_most_twins <= found.n_bytes <= limit
+    found = fit(extent, limit, baselines, whole=whole)
+    sizes = {str(number): size for number, size in enumerate(baselines)}
+    at_most_baselines = max((sum(sizes[name] for name in wave) for wave in waves(sizes, found.room)), default=0)
+    assert taken(extent, found.chunks) + at_most_baselines <= found.n_bytes <= limit
     assert least <= found.chunks <= extent.n_chunks
     assert found.n_passes == (1 if whole else -(-extent.n_chunks // found.chunks))
 
@@ -120,12 +120,12 @@ def test_what_does_not_fit_is_refused_with_what_it_would_take() -> None:
     with pytest.raises(NoSpaceError) as caught:
         fit(LLAMA, 50 << 20, [700 << 20])
     assert caught.value.why.startswith("4 chunks of 512 tokens take 7")
-    assert "with the largest twin of 700.00 MiB, and 50.00 MiB may be used" in caught.value.why
+    assert "with the largest baseline of 700.00 MiB, and 50.00 MiB may be used" in caught.value.why
     assert "--max-disk" in caught.value.todo
 
 
 @given(st.dictionaries(st.text(max_size=3), st.integers(1, 100), max_size=12), st.integers(0, 200))
-def test_twins_come_in_their_order_as_many_at_a_time_as_fit(sizes: dict[str, int], room: int) -> None:
+def test_baselines_come_in_their_order_as_many_at_a_time_as_fit(sizes: dict[str, int], room: int) -> None:
     found = waves(sizes, room)
     assert [name for wave in found for name in wave] == list(sizes)
     assert all(len(wave) == 1 or sum(sizes[name] for name in wave) <= room for wave in found)

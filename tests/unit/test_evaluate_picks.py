@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reports import divergence
 
-from imatrix_runner.evaluate.picks import FAR, PRECISE, USABLE, Measure, front, recommend, target, unfit
+from imatrix_runner.evaluate.recommendations import FAR, PRECISE, USABLE, Measure, front, recommend, target, unfit
+from support.reports import divergence
 
 measures = st.lists(
     st.builds(

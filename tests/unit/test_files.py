@@ -17,9 +17,11 @@ from imatrix_runner import files
 from imatrix_runner.errors import InvalidDataError, NoSpaceError
 from imatrix_runner.files import (
     atomic_writer,
+    exact_bytes,
     existing_parent,
     human_bytes,
     human_seconds,
+    parse_bytes,
     part_path,
     publish,
     read_json,
@@ -222,6 +224,26 @@ def test_bytes_for_people(count: int, text: str) -> None:
 def test_bytes_for_people_are_right_to_half_a_percent(count: int) -> None:
     number, unit = human_bytes(count).split()
     assert float(number) * 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit) == pytest.approx(count, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (900, "900B"),
+        (4 << 30, "4GiB"),
+        (3 << 29, "1.5GiB"),
+        (500 << 20, "500MiB"),
+        (4402341478, "4.1GiB"),
+        (10**9, "1000000000B"),
+    ],
+)
+def test_exact_bytes(count: int, text: str) -> None:
+    assert exact_bytes(count) == text
+
+
+@given(st.integers(1, 1 << 46))
+def test_exact_bytes_are_read_back(count: int) -> None:
+    assert parse_bytes(exact_bytes(count)) == count
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import EXPERTS, expected, one_chunk
-from values import same_matrix
 
-from imatrix_runner.engines.base import ChunkRange, Perplexity, Piece
+from imatrix_runner.engines.jobs import ChunkRange, CollectedRange, Perplexity
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import publish
 from imatrix_runner.imatrix.checkpoint import Checkpoint, fingerprint, load, prepare, resume
 from imatrix_runner.imatrix.convergence import Point
 from imatrix_runner.imatrix.formats import read, write_gguf
+from support.synthetic import EXPERTS, expected, one_chunk
+from support.values import same_matrix
 
 INPUTS = {"model file": "sha256:" + "a" * 64, "calibration text": "sha256:" + "b" * 64, "chunks": "all from 0"}
 RANGES = (ChunkRange(0, 3), ChunkRange(3, 3), ChunkRange(6, 1))
-PIECE = Piece(RANGES[0], Path("unused"), 1.25, 0.5, Perplexity(1.1, 2.2, 33))
+PIECE = CollectedRange(RANGES[0], Path("unused"), 1.25, 0.5, Perplexity(1.1, 2.2, 33))
 
 
 def saved(path: Path, ranges: tuple[ChunkRange, ...] = RANGES[:2], **changes: object) -> Checkpoint:
@@ -28,7 +28,7 @@ def saved(path: Path, ranges: tuple[ChunkRange, ...] = RANGES[:2], **changes: ob
     checkpoint = Checkpoint(INPUTS)
     for index, chunks in enumerate(ranges):
         point = Point(chunks.end, 0.1 / (index + 3), "blk.0.attn_q", 1 / 3) if index else None
-        checkpoint = checkpoint.with_piece(replace(PIECE, chunks=chunks), expected([chunks]), point)
+        checkpoint = checkpoint.with_range(replace(PIECE, chunks=chunks), expected([chunks]), point)
     checkpoint = replace(checkpoint, **changes)  # type: ignore[arg-type]
     publish(prepare(checkpoint, path), path)
     return checkpoint
@@ -71,7 +71,7 @@ def test_it_may_replace_the_one_it_is_made_of(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.gguf"
     saved(path, RANGES[:1])
     for chunks in RANGES[1:]:
-        following = load(path).with_piece(replace(PIECE, chunks=chunks), expected([chunks]), None)
+        following = load(path).with_range(replace(PIECE, chunks=chunks), expected([chunks]), None)
         publish(prepare(following, path), path)
     matrix = load(path).matrix
     assert matrix is not None
@@ -84,7 +84,7 @@ def test_chunks_are_counted_as_llama_imatrix_counts_them() -> None:
     chunk = one_chunk(0)
     short = replace(chunk.entries[EXPERTS], counts=chunk.entries[EXPERTS].counts * 0)
     lost = replace(chunk, entries={EXPERTS: short})
-    following = Checkpoint(INPUTS).with_piece(PIECE, lost, None)
+    following = Checkpoint(INPUTS).with_range(PIECE, lost, None)
     assert following.matrix is not None
     assert (following.matrix.chunk_count, following.chunks) == (0, 3)
 
@@ -155,7 +155,7 @@ def test_what_is_no_checkpoint_is_told(content: bytes, tmp_path: Path) -> None:
 
 def test_an_ordinary_imatrix_is_no_checkpoint(tmp_path: Path) -> None:
     write_gguf(one_chunk(1), tmp_path / "checkpoint.gguf")
-    assert resume(tmp_path / "checkpoint.gguf", INPUTS, RANGES)[1] == "it is no checkpoint of this program"
+    assert resume(tmp_path / "checkpoint.gguf", INPUTS, RANGES)[1] == "it is not a checkpoint of this program"
 
 
 def test_a_fingerprint_is_of_names_and_values() -> None:

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from llama_tools import BareTools
-from tiny_architectures import write_architecture
-from tiny_models import sample_text
 
-from imatrix_runner.engines.base import CollectOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.jobs import CollectOptions
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.imatrix.chunks import (
     ChunkPlan,
@@ -30,6 +27,9 @@ from imatrix_runner.imatrix.chunks import (
 from imatrix_runner.imatrix.formats import read
 from imatrix_runner.process import Command, Runner
 from imatrix_runner.toolchain.probe import Toolchain
+from support.llama_tools import BareTools
+from support.tiny_architectures import write_architecture
+from support.tiny_models import sample_text
 
 GIB = 1 << 30
 
@@ -240,28 +240,32 @@ def test_the_tail_rule_is_that_of_the_real_program(
 
 
 SIZES = st.tuples(st.integers(10**6, 10**12), st.integers(10**6, 10**12), st.integers(10**4, 10**10))
-ENGINES = st.sampled_from(("binaries", "embedded"))
 
 
-@given(ENGINES, SIZES, st.sampled_from((64, 512, 4096)), st.sampled_from((512, 2048)), st.booleans())
+@given(st.booleans(), SIZES, st.sampled_from((64, 512, 4096)), st.sampled_from((512, 2048)), st.booleans())
 def test_a_range_is_whole_batches_and_never_tiny(
-    engine: str, sizes: tuple[int, int, int], n_ctx: int, n_batch: int, gpu: bool
+    loads: bool, sizes: tuple[int, int, int], n_ctx: int, n_batch: int, gpu: bool
 ) -> None:
     options = CollectOptions(n_ctx=n_ctx, n_batch=n_batch)
-    chunks = range_chunks(engine, *sizes, options, gpu=gpu)
+    n_params, n_bytes, matrix_bytes = sizes
+    given_sizes = (n_params, n_bytes if loads else None, matrix_bytes)
+    chunks = range_chunks(*given_sizes, options, gpu=gpu)
     assert chunks >= 10
     assert chunks % options.chunks_at_once == 0
-    assert chunks == range_chunks(engine, *sizes, options, gpu=gpu)
-    cheap = range_chunks(engine, *sizes, options, gpu=gpu, least=1)
+    assert chunks == range_chunks(*given_sizes, options, gpu=gpu)
+    cheap = range_chunks(*given_sizes, options, gpu=gpu, least=1)
     watched = watched_chunks(cheap, 320 * n_ctx, options)
     assert 320 // 64 <= watched <= whole_batches(320 // 16, options)
     assert watched % options.chunks_at_once == 0
 
 
-@given(ENGINES, SIZES)
-def test_a_range_on_a_gpu_is_never_shorter(engine: str, sizes: tuple[int, int, int]) -> None:
-    options = CollectOptions()
-    assert range_chunks(engine, *sizes, options, gpu=True) >= range_chunks(engine, *sizes, options, gpu=False)
+@given(st.booleans(), SIZES)
+def test_a_range_on_a_gpu_is_never_shorter(loads: bool, sizes: tuple[int, int, int]) -> None:
+    options, (n_params, n_bytes, matrix_bytes) = CollectOptions(), sizes
+    on_gpu, on_cpu = (
+        range_chunks(n_params, n_bytes if loads else None, matrix_bytes, options, gpu=gpu) for gpu in (True, False)
+    )
+    assert on_gpu >= on_cpu
 
 
 @given(SIZES)
@@ -269,20 +273,18 @@ def test_what_need_not_be_loaded_again_can_be_saved_more_often(sizes: tuple[int,
     n_params, n_bytes, matrix_bytes = sizes
     assume(matrix_bytes < n_bytes / 20)  # as it is: a float for a column, where the model has one for every weight
     options = CollectOptions()
-    embedded, binaries = (
-        range_chunks(engine, n_params, n_bytes, matrix_bytes, options, gpu=False) for engine in ("embedded", "binaries")
-    )
-    assert embedded <= binaries
+    kept, loaded = (range_chunks(n_params, to_load, matrix_bytes, options, gpu=False) for to_load in (None, n_bytes))
+    assert kept <= loaded
 
 
 def test_ranges_of_real_models_have_a_sensible_length() -> None:
     options = CollectOptions()
 
     def binaries(n_params: int, n_bytes: int, *, gpu: bool = False) -> int:
-        return range_chunks("binaries", n_params, n_bytes, 1 << 20, options, gpu=gpu)
+        return range_chunks(n_params, n_bytes, 1 << 20, options, gpu=gpu)
 
     def embedded(n_params: int, matrix_bytes: int, *, gpu: bool = False) -> int:
-        return range_chunks("embedded", n_params, 1 << 40, matrix_bytes, options, gpu=gpu)
+        return range_chunks(n_params, None, matrix_bytes, options, gpu=gpu)
 
     seven = binaries(7_000_000_000, 14 * GIB)
     assert binaries(3_000_000, 6 << 20) > 300  # a chunk takes milliseconds: reloading must not dominate

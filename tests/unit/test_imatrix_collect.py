@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from synthetic import EXPERTS, OPTIONS, SyntheticEngine, expected, one_chunk
-from values import same_matrix
 
-from imatrix_runner.calibration.corpus import Corpus, open_corpus
-from imatrix_runner.engines.base import ChunkRange, Engine
+from imatrix_runner.documents.corpus import Corpus, open_corpus
+from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.contract import Engine
+from imatrix_runner.engines.embedded.engine import EmbeddedEngine
+from imatrix_runner.engines.jobs import ChunkRange
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError
 from imatrix_runner.events import Event, Finished, Notice, Progress, Saved
 from imatrix_runner.imatrix import collect as collecting
@@ -24,9 +25,11 @@ from imatrix_runner.imatrix.chunks import ChunkPlan, plan_chunks
 from imatrix_runner.imatrix.collect import CollectRequest, CollectResult, clean_parts, collect
 from imatrix_runner.imatrix.convergence import converged
 from imatrix_runner.imatrix.formats import prepare_gguf, read, write_gguf
-from imatrix_runner.imatrix.matrix import Entry, Matrix
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
 from imatrix_runner.journal import Journal
 from imatrix_runner.workspace import Workspace
+from support.synthetic import EXPERTS, OPTIONS, SyntheticEngine, expected, one_chunk
+from support.values import same_matrix
 
 TOKENS = 40 * OPTIONS.n_ctx + 1
 
@@ -107,7 +110,7 @@ def sums(matrix: Matrix) -> Matrix:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_ranges_are_added_in_order(exact: bool, place: Place) -> None:
-    engine = SyntheticEngine(exact=exact, name="embedded" if exact else "binaries")
+    engine = SyntheticEngine(exact=exact, capabilities=(EmbeddedEngine if exact else BinariesEngine).capabilities)
     result = place.run(engine, plan())
     assert engine.computed == list(plan().ranges)
     if exact:
@@ -212,7 +215,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("rules", RULES)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], max_examples=25)
 @given(st.data())
 def test_killed_anywhere_it_ends_with_the_same_bytes(
     rules: str, make_place: Callable[[], Place], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -280,7 +283,7 @@ def test_a_damaged_checkpoint_is_told_in_one_line_and_thrown_away(
     assert content(place.run(engine, plan()), tmp_path) == undisturbed
     assert engine.computed == list(plan().ranges)
     (told,) = place.notices()
-    assert told.startswith("The unfinished imatrix in the workspace cannot be continued, it starts anew (")
+    assert told.startswith("The unfinished imatrix in the workspace cannot be continued and starts again (")
 
 
 def test_another_text_is_named(place: Place) -> None:
@@ -313,7 +316,7 @@ def test_an_engine_may_leave_its_own_work_and_hears_what_it_is_of(place: Place) 
     assert prints[0] == prints[1] != prints[2]
 
 
-NAN = Entry(one_chunk(0).entries[EXPERTS].sums * float("nan"), one_chunk(0).entries[EXPERTS].counts)
+NAN = MatrixEntry(one_chunk(0).entries[EXPERTS].sums * float("nan"), one_chunk(0).entries[EXPERTS].counts)
 
 
 def with_nan(path: Path) -> None:
@@ -349,7 +352,7 @@ def test_a_weight_used_twice_counts_twice(place: Place) -> None:
 
     def double(path: Path) -> None:
         matrix = read(path, exact=True).matrix
-        entries = {name: Entry(2 * entry.sums, 2 * entry.counts) for name, entry in matrix.entries.items()}
+        entries = {name: MatrixEntry(2 * entry.sums, 2 * entry.counts) for name, entry in matrix.entries.items()}
         prepare_gguf(replace(matrix, entries=entries), path, exact=True).replace(path)
 
     engine.damage = double
@@ -378,8 +381,8 @@ def test_no_space_is_told_with_figures(place: Place) -> None:
 
 def test_an_engine_that_ends_early_or_mixes_up_its_ranges_is_told(place: Place) -> None:
     class Lazy(SyntheticEngine):
-        def collect(self, job: Any, sink: Any, on_piece: Any) -> None:
-            super().collect(replace(job, ranges=self.choose(job.ranges)), sink, on_piece)
+        def collect(self, job: Any, sink: Any, on_range: Any) -> None:
+            super().collect(replace(job, ranges=self.choose(job.ranges)), sink, on_range)
 
         def choose(self, ranges: Sequence[ChunkRange]) -> tuple[ChunkRange, ...]:
             return tuple(ranges[:2])
@@ -391,7 +394,7 @@ def test_an_engine_that_ends_early_or_mixes_up_its_ranges_is_told(place: Place) 
     with pytest.raises(EngineError, match="ended early") as caught:
         place.run(Lazy(), plan())
     assert "8 of 20 chunks are done" in caught.value.why
-    with pytest.raises(EngineError, match="mixed up its ranges"):
+    with pytest.raises(EngineError, match="returned ranges in the wrong order"):
         place.run(Confused(), plan())
 
 

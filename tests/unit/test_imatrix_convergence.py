@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from values import entry, matrix
 
 from imatrix_runner.imatrix.convergence import Point, converged, distance, estimate, point, shares, uncovered
-from imatrix_runner.imatrix.matrix import Entry
+from imatrix_runner.imatrix.matrix import MatrixEntry
+from support.values import entry, matrix
 
 COLUMNS = 2000
 
@@ -24,16 +24,16 @@ class Source:
         self.means = self._random.lognormal(0, 1, COLUMNS) * scale
         self._shape = shape
 
-    def chunks(self, count: int) -> Entry:
+    def chunks(self, count: int) -> MatrixEntry:
         sums = self._random.gamma(self._shape * count, self.means / self._shape)
-        return Entry(sums[None, :], np.array([64 * count], np.int64))
+        return MatrixEntry(sums[None, :], np.array([64 * count], np.int64))
 
-    def truth(self) -> Entry:
-        return Entry(self.means[None, :], np.array([64], np.int64))
+    def truth(self) -> MatrixEntry:
+        return MatrixEntry(self.means[None, :], np.array([64], np.int64))
 
 
-def plus(one: Entry, other: Entry) -> Entry:
-    return Entry(one.sums + other.sums, one.counts + other.counts)
+def plus(one: MatrixEntry, other: MatrixEntry) -> MatrixEntry:
+    return MatrixEntry(one.sums + other.sums, one.counts + other.counts)
 
 
 @pytest.mark.parametrize(("before", "newest"), [(12, 12), (48, 12), (96, 12), (36, 4), (10, 1), (4, 40)])
@@ -70,7 +70,7 @@ REAL = st.floats(0, 1e30, allow_subnormal=False)
 
 
 @st.composite
-def states(draw: st.DrawFn) -> tuple[Entry, Entry]:
+def states(draw: st.DrawFn) -> tuple[MatrixEntry, MatrixEntry]:
     """An entry, and what it became."""
     n_mat, columns = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     rows = st.lists(st.lists(REAL, min_size=columns, max_size=columns), min_size=n_mat, max_size=n_mat)
@@ -80,7 +80,7 @@ def states(draw: st.DrawFn) -> tuple[Entry, Entry]:
 
 
 @given(states())
-def test_a_distance_is_a_share(states: tuple[Entry, Entry]) -> None:
+def test_a_distance_is_a_share(states: tuple[MatrixEntry, MatrixEntry]) -> None:
     before, after = states
     assert 0 <= distance(before, after) <= 1 + 1e-9
     assert distance(after, after) == 0
@@ -88,9 +88,9 @@ def test_a_distance_is_a_share(states: tuple[Entry, Entry]) -> None:
 
 
 @given(states(), st.floats(1e-3, 1e3))
-def test_a_tensors_scale_does_not_matter(states: tuple[Entry, Entry], factor: float) -> None:
+def test_a_tensors_scale_does_not_matter(states: tuple[MatrixEntry, MatrixEntry], factor: float) -> None:
     before, after = states
-    scaled = Entry(after.sums * factor, after.counts)
+    scaled = MatrixEntry(after.sums * factor, after.counts)
     assert distance(before, scaled) == pytest.approx(distance(before, after), abs=1e-9)
 
 

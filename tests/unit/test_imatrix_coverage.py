@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from values import entry, matrix
 
 from imatrix_runner.imatrix.coverage import FEW_TOKENS, Coverage, Finding, examine, wants_weights
-from imatrix_runner.imatrix.matrix import Entry, Matrix
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
+from support.values import entry, matrix
 
 EXPERTS = 4
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -34,24 +34,24 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 QUERY, UP, DOWN = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"
 
 
-def full() -> dict[str, Entry]:
+def full() -> dict[str, MatrixEntry]:
     """Data for all that llama-imatrix collects, without a flaw."""
     entries = {}
     for name, shape in SHAPES.items():
         if name.startswith("blk.") and len(shape) > 1:
             rows = shape[2] if len(shape) > 2 else 1
-            entries[name] = Entry(np.ones((rows, shape[0])), np.full(rows, 2 * FEW_TOKENS))
+            entries[name] = MatrixEntry(np.ones((rows, shape[0])), np.full(rows, 2 * FEW_TOKENS))
     return entries
 
 
-def examined(shapes: Mapping[str, tuple[int, ...]] = SHAPES, /, **changes: Entry | None) -> Coverage:
+def examined(shapes: Mapping[str, tuple[int, ...]] = SHAPES, /, **changes: MatrixEntry | None) -> Coverage:
     """The full matrix with some entries replaced or (None) left out; ``__`` stands for a dot."""
     named = {name.replace("__", "."): value for name, value in changes.items()}
     entries = {name: value for name, value in {**full(), **named}.items() if value is not None}
     return examine(matrix(dict(sorted(entries.items()))), shapes)
 
 
-def changed(name: str, value: Entry | None) -> Coverage:
+def changed(name: str, value: MatrixEntry | None) -> Coverage:
     return examined(**{name.replace(".", "__"): value})
 
 
@@ -77,7 +77,7 @@ def test_a_legacy_matrix_says_less_of_itself() -> None:
     coverage = examine(Matrix(full(), 0, 0, ()), SHAPES)
     assert {finding.kind: finding.text for finding in coverage.findings} == {
         "origin": "0 chunks of unknown size (legacy), dataset unknown",
-        "no-chunks": "it says that it saw no chunk of text",
+        "no-chunks": "its metadata says that it saw no chunk of text",
     }
 
 
@@ -163,7 +163,7 @@ class TestSizes:
         ],
     )
     def test_a_wrong_size_is_an_error_with_a_guess_at_its_cause(
-        self, name: str, shape: tuple[int, ...], value: Entry, why: str
+        self, name: str, shape: tuple[int, ...], value: MatrixEntry, why: str
     ) -> None:
         coverage = examined({**SHAPES, name: shape}, **{name.replace(".", "__"): value})
         finding = next(finding for finding in coverage.findings if finding.kind == "size")
@@ -193,7 +193,7 @@ class TestValues:
         assert not coverage.usable
 
     @pytest.mark.parametrize("value", [entry([1] * 7 + [-1], 200), entry([1] * 8, -200)])
-    def test_negative_numbers(self, value: Entry) -> None:
+    def test_negative_numbers(self, value: MatrixEntry) -> None:
         coverage = changed(QUERY, value)
         assert only(coverage, "negative").tensors == (QUERY,)
         assert not coverage.usable

@@ -10,7 +10,7 @@ import pytest
 
 from imatrix_runner.imatrix.expected import expect, uncollected
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo
-from imatrix_runner.models.sources import Model, Provenance
+from imatrix_runner.models.model import Model, Provenance
 
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down")
 KV = {"attn_k", "attn_v"}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from values import entry, matrix, same_matrix
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.imatrix.matrix import Matrix, add, as_collected, misfits, problems
+from support.values import entry, matrix, same_matrix
 
 QUERY = "blk.0.attn_q.weight"
 
@@ -97,7 +97,7 @@ def test_a_misfit_is_named_with_both_numbers() -> None:
 
 
 def test_a_matrix_without_any_common_name_is_of_another_model() -> None:
-    assert misfits(matrix(), {"blk.0.other.weight": (4, 4)}) == ["not one of its entries names a tensor of this model"]
+    assert misfits(matrix(), {"blk.0.other.weight": (4, 4)}) == ["none of its entries names a tensor of this model"]
 
 
 @pytest.mark.parametrize("name", ["token_embd.weight", "per_layer_token_embd.weight"])

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from values import entry, matrix, same_matrix
 
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.imatrix.formats import MatrixFile, read, write
-from imatrix_runner.imatrix.matrix import Entry, Matrix, held
+from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry, held
 from imatrix_runner.imatrix.merge import Made, convert, merge, parse_weights
-from imatrix_runner.imatrix.stored import StoredEntries
+from imatrix_runner.imatrix.stored_entries import StoredEntries
+from support.values import entry, matrix, same_matrix
 
 QUERY, EXPERTS = "blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"
 
@@ -27,7 +27,7 @@ def gguf(value: Matrix, name: str = "a.gguf") -> MatrixFile:
     return MatrixFile(Path(name), "gguf", value)
 
 
-def legacy(entries: dict[str, Entry], name: str = "old.dat", chunks: int = 5, dataset: str = "old.txt") -> MatrixFile:
+def legacy(entries: dict[str, MatrixEntry], name: str = "old.dat", chunks: int = 5, dataset: str = "old.txt") -> MatrixFile:
     """As :func:`read` gives it: the chunk size unknown, counts in chunks."""
     return MatrixFile(Path(name), "dat", Matrix(entries, 0, chunks, (dataset,)))
 
@@ -105,7 +105,7 @@ class TestSums:
         reads: list[str] = []
         read_entry = StoredEntries.__getitem__
 
-        def counted(self: StoredEntries, name: str) -> Entry:
+        def counted(self: StoredEntries, name: str) -> MatrixEntry:
             reads.append(name)
             return read_entry(self, name)
 
@@ -130,7 +130,7 @@ class TestLegacy:
         total = made.matrix.entries[QUERY]
         assert (total.sums.tolist(), total.counts.tolist()) == ([[65, 130, 195, 260]], [256])
         assert (made.matrix.chunk_size, made.matrix.chunk_count) == (64, 4)
-        assert made.remarks == ("old.dat (legacy) counted in chunks of 64 tokens, as the others tell",)
+        assert made.remarks == ("old.dat (legacy) counted in chunks of 64 tokens, as in the others",)
 
     def test_legacy_files_alone_are_assumed_to_have_the_default_chunks(self) -> None:
         made = merge([legacy({QUERY: entry([3], 2)}), legacy({QUERY: entry([5], 1)}, "new.dat", dataset="new.txt")])
@@ -160,7 +160,7 @@ class TestRefusals:
         error = refusal(gguf(matrix()), gguf(matrix({"blk.0.ssm_in.weight": entry([1], 1)}), "b.gguf"))
         assert (error.what, error.why) == (
             "a.gguf and b.gguf are not of the same model",
-            "they have not one tensor in common",
+            "they have no tensor in common",
         )
 
     def test_other_sizes(self) -> None:
@@ -246,7 +246,7 @@ class TestConvert:
 
     def test_unseen_experts_become_one(self) -> None:
         (_, unseen) = self.to_dat(matrix({EXPERTS: entry([[1], [0], [0]], [5, 0, 0])}))
-        assert unseen == "2 experts without data in 1 tensors become 1, the same weight all over"
+        assert unseen == "2 experts without data in 1 tensors become 1, an equal weight for all columns"
 
     def test_entries_without_data_are_left_out(self) -> None:
         value = matrix({EXPERTS: entry([[0], [0]], [0, 0]), QUERY: entry([1], 11)})
@@ -257,7 +257,7 @@ class TestConvert:
 
     def test_a_legacy_chunk_size_is_assumed_and_said(self) -> None:
         made = convert(legacy({QUERY: entry([3], 2)}), "gguf", None)
-        assert made.remarks == ("the file does not tell its chunk size: 512 assumed (--chunk-size says another)",)
+        assert made.remarks == ("the file does not state its chunk size: 512 assumed (--chunk-size says another)",)
         assert (made.matrix.chunk_size, made.matrix.counts(QUERY).tolist()) == (512, [1024])
 
     def test_a_legacy_chunk_size_can_be_told(self) -> None:
@@ -268,7 +268,7 @@ class TestConvert:
 
     def test_a_chunk_size_that_the_file_tells_wins(self) -> None:
         made = convert(gguf(matrix()), "gguf", 512)
-        assert made.remarks == ("the file tells its chunk size, 64; --chunk-size 512 is not used",)
+        assert made.remarks == ("the file states its chunk size, 64; --chunk-size 512 is not used",)
         assert made.matrix.chunk_size == 64
 
     def test_a_legacy_mixture_keeps_its_single_count(self) -> None:
@@ -320,7 +320,7 @@ def test_what_llama_quantize_would_refuse_is_not_written(tmp_path: Path, bad: fl
     [
         (matrix(chunk_count=1 << 32), "gguf", "counts are larger than the format can hold"),
         (matrix(chunk_count=1 << 31), "dat", "counts are larger than the format can hold"),
-        (matrix({QUERY: entry([1], 0)}), "dat", "not one of its entries counted a token"),
+        (matrix({QUERY: entry([1], 0)}), "dat", "none of its entries counted a token"),
         (matrix({"blk.0." + "x" * 60 + ".weight": entry([1], 1)}), "gguf", "longer than a GGUF imatrix can hold"),
     ],
 )

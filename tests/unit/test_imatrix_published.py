@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from imatrix_runner.errors import UsageError
-from imatrix_runner.imatrix.published import (
+from imatrix_runner.imatrix.published.publishers import (
     MOST_BYTES,
-    Candidate,
+    MatrixCandidate,
+    format_by_name,
     is_named_imatrix,
     made_from_another,
     names_model,
@@ -19,10 +20,9 @@ from imatrix_runner.imatrix.published import (
     places,
     rank,
     refusal,
-    told_format,
 )
+from imatrix_runner.models.model import HubId
 from imatrix_runner.models.origin import Origin, given_origin, origin_of_directory, origin_of_gguf, repository_in
-from imatrix_runner.models.sources import HubId
 
 ORIGIN = Origin("Qwen/Qwen3-0.6B", "test")
 
@@ -62,7 +62,7 @@ def test_every_publisher_has_its_place() -> None:
 def test_published_names_are_known(file: str, told: str) -> None:
     assert is_named_imatrix(file)
     assert refusal(file, 5_000_000, "Qwen3-0.6B") is None
-    assert told_format(file) == told
+    assert format_by_name(file) == told
 
 
 @pytest.mark.parametrize("file", ["imatrix.dataset", "imatrix.log", "README.md", "model-Q4_K_M.gguf", "imatrix/model.gguf"])
@@ -117,8 +117,8 @@ def test_a_namesake_of_another_organisation_is_a_stranger() -> None:
     assert "someone/Qwen3-0.6B" in (made_from_another("p/M-GGUF", "someone/Qwen3-0.6B", (), ORIGIN) or "")
 
 
-def candidate(repo: str, file: str, date: str = "2026-01-01", **more: Any) -> Candidate:
-    return Candidate(repo, "model", "0" * 40, file, 1000, date, told_format(file), **more)
+def candidate(repo: str, file: str, date: str = "2026-01-01", **more: Any) -> MatrixCandidate:
+    return MatrixCandidate(repo, "model", "0" * 40, file, 1000, date, format_by_name(file), **more)
 
 
 def test_ranking() -> None:
@@ -140,7 +140,7 @@ def test_what_from_takes() -> None:
     assert parse_wanted("org/name") == HubId("org/name")
     assert parse_wanted("org/name:deep/imatrix.dat") == HubId("org/name", file="deep/imatrix.dat")
     for wrong in ("org/", "a/b/c", "https://example.org/a/b", "org/../x:f", "org/name@v1"):
-        with pytest.raises(UsageError, match="no repository"):
+        with pytest.raises(UsageError, match="is not a repository of a hub"):
             parse_wanted(wrong)
 
 

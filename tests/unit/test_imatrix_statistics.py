@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from values import entry, matrix
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.imatrix.matrix import Entry
+from imatrix_runner.imatrix.matrix import MatrixEntry
 from imatrix_runner.imatrix.statistics import Statistics, TensorStatistics, locate, statistics
+from support.values import entry, matrix
 
 Q0, Q1, Q2 = (f"blk.{layer}.attn_q.weight" for layer in range(3))
 
 mean_squares = st.lists(st.floats(0, 2.0**40, width=32), min_size=1, max_size=40)
 
 
-def of(entries: Mapping[str, Entry]) -> Statistics:
+def of(entries: Mapping[str, MatrixEntry]) -> Statistics:
     return statistics(matrix(entries))
 
 
@@ -151,13 +151,13 @@ def test_names_tell_layer_and_tensor(name: str, layer: int | None, tensor: str) 
     assert locate(name) == (layer, tensor)
 
 
-class _CountingEntries(Mapping[str, Entry]):
+class _CountingEntries(Mapping[str, MatrixEntry]):
     """Entries that are made when looked up, and remember how often."""
 
     def __init__(self, names: list[str]) -> None:
         self.names, self.asked = names, list[str]()
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> MatrixEntry:
         self.asked.append(name)
         return entry([1, 2, 3], 1)
 

@@ -16,18 +16,29 @@ from hypothesis import strategies as st
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.files import Stamp, stamp
-from imatrix_runner.journal import VERSION, Journal, Output, Record, describe_changes, differences, is_intact, outputs_intact
+from imatrix_runner.journal import (
+    VERSION,
+    Journal,
+    StepOutput,
+    StepRecord,
+    command_line,
+    commands_in,
+    describe_changes,
+    differences,
+    is_intact,
+    outputs_intact,
+)
 
 INPUTS = {"model file": "sha256:1", "options": "Q4_K_M"}
 
 
-def record(outputs: list[Output] | None = None, **inputs: str) -> Record:
-    return Record.now(inputs or INPUTS, outputs or [], "not made yet", 1.5, command="tool -x", facts={"ppl": 2.5})
+def record(outputs: list[StepOutput] | None = None, **inputs: str) -> StepRecord:
+    return StepRecord.now(inputs or INPUTS, outputs or [], "not made yet", 1.5, commands=[("tool", "-x")], facts={"ppl": 2.5})
 
 
-def write(path: Path, content: bytes = b"content") -> Output:
+def write(path: Path, content: bytes = b"content") -> StepOutput:
     path.write_bytes(content)
-    return Output(path.name, stamp(path), "digest")
+    return StepOutput(path.name, stamp(path), "digest")
 
 
 def test_a_record_is_there_after_reopening(tmp_path: Path) -> None:
@@ -111,7 +122,7 @@ class TestStillThere:
         folder.mkdir()
         journal, path = Journal(folder / "journal.json"), folder / "a.gguf"
         path.write_bytes(content)
-        journal.record("a", record([Output(path.name, stamp(path), hashlib.sha256(content).hexdigest())]))
+        journal.record("a", record([StepOutput(path.name, stamp(path), hashlib.sha256(content).hexdigest())]))
         return journal
 
     def test_a_copy_is_known_by_content_and_then_by_stamp(self, tmp_path: Path) -> None:
@@ -124,11 +135,22 @@ class TestStillThere:
         assert copied.still_there("a", save=True)
         assert outputs_intact(Journal(copied.path)["a"], tmp_path / "two")
 
+    def test_of_two_files_of_a_copy_the_unchanged_one_is_known(self, tmp_path: Path) -> None:
+        journal = self.made(tmp_path / "one")
+        (other := tmp_path / "one" / "b.gguf").write_bytes(b"more")
+        digest = hashlib.sha256(b"more").hexdigest()
+        journal.record("a", record([*journal["a"].outputs, StepOutput(other.name, stamp(other), digest)]))
+        shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+        (tmp_path / "two" / "a.gguf").write_bytes(b"WEIGHTS")
+        copied = Journal(tmp_path / "two" / "journal.json")
+        assert not copied.still_there("a", save=True)
+        assert [is_intact(output, tmp_path / "two") for output in copied["a"].outputs] == [False, True]
+
     def test_a_record_without_hash_uses_one_that_was_computed_elsewhere(self, tmp_path: Path) -> None:
         journal = self.made(tmp_path / "one")
         path = tmp_path / "one" / "a.gguf"
         journal.remember_hash(path, stamp(path), journal["a"].outputs[0].sha256)
-        journal.record("a", record([Output("a.gguf", stamp(path))]))
+        journal.record("a", record([StepOutput("a.gguf", stamp(path))]))
         os.utime(path, ns=(1, 1))
         assert journal.still_there("a", save=True)
         assert journal["a"].outputs[0].sha256 == hashlib.sha256(b"weights").hexdigest()
@@ -192,7 +214,7 @@ VALUES = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from("123"))
 
 @given(VALUES, VALUES)
 def test_differences_are_empty_exactly_for_equal_inputs(before: dict[str, str], now: dict[str, str]) -> None:
-    found = differences(Record.now(before, [], "", 0.0), now)
+    found = differences(StepRecord.now(before, [], "", 0.0), now)
     assert (found == []) == (before == now)
     assert len(set(found)) == len(found)
 
@@ -221,7 +243,7 @@ class TestConclude:
     def test_files_get_their_names_and_match_the_record(self, tmp_path: Path) -> None:
         journal, part, final = Journal(tmp_path / "journal.json"), tmp_path / ".part", tmp_path / "a.gguf"
         part.write_bytes(b"new")
-        journal.conclude("a", record([Output(final.name, stamp(part))]), [(part, final)])
+        journal.conclude("a", record([StepOutput(final.name, stamp(part))]), [(part, final)])
         assert final.read_bytes() == b"new"
         assert not part.exists()
         assert outputs_intact(Journal(journal.path)["a"], tmp_path)
@@ -230,7 +252,7 @@ class TestConclude:
         journal, part, final = Journal(tmp_path / "journal.json"), tmp_path / ".part", tmp_path / "a.gguf"
         journal.record("a", record([write(final, b"old")]))
         part.write_bytes(b"new")
-        journal.conclude("a", record([Output(final.name, stamp(part))]), [(part, final)])
+        journal.conclude("a", record([StepOutput(final.name, stamp(part))]), [(part, final)])
         assert final.read_bytes() == b"new"
 
     def test_a_file_of_someone_else_does_not(self, tmp_path: Path) -> None:
@@ -238,6 +260,34 @@ class TestConclude:
         part.write_bytes(b"new")
         final.write_bytes(b"precious")
         with pytest.raises(InvalidDataError, match="in the way"):
-            journal.conclude("a", record([Output(final.name, stamp(part))]), [(part, final)])
+            journal.conclude("a", record([StepOutput(final.name, stamp(part))]), [(part, final)])
         assert final.read_bytes() == b"precious"
         assert journal.get("a") is None
+
+
+@pytest.mark.parametrize(
+    ("commands", "line"),
+    [
+        ((), ""),
+        ((("tool", "-x", ""),), "tool -x ''"),
+        ((("cd", "/my models"), ("tool", "--foo", "a b")), "cd '/my models' && tool --foo 'a b'"),
+        ((("tool", "a && b", "&&", " && "),), "tool 'a && b' '&&' ' && '"),
+    ],
+)
+def test_commands_are_one_line_and_come_back(commands: tuple[tuple[str, ...], ...], line: str) -> None:
+    assert command_line(commands) == line
+    assert commands_in(line) == commands
+    assert StepRecord.now({}, [], "", 1.0, commands=commands).commands == commands
+
+
+WORDS = st.text(st.sampled_from("a&\"' \\$;\n") | st.characters(codec="utf-8"), max_size=8)
+
+
+@given(st.lists(st.lists(WORDS, min_size=1, max_size=4).map(tuple), max_size=3).map(tuple))
+def test_every_word_comes_back_as_it_was(commands: tuple[tuple[str, ...], ...]) -> None:
+    assert commands_in(command_line(commands)) == commands
+
+
+@pytest.mark.parametrize("line", ["tool 'unclosed", "tool && other 'unclosed", "tool \\"])
+def test_a_line_that_no_shell_would_take_has_no_commands(line: str) -> None:
+    assert commands_in(line) == ()

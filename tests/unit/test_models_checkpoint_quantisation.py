@@ -1,4 +1,4 @@
-"""Checkpoints that are published in a quantised form are recognised by their weights, and named by their configuration."""
+"""Quantised checkpoints are recognised by their weights and labelled by their configuration."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import write_hf_directory, write_packed
 
 from imatrix_runner.models.checkpoint_quantisation import checkpoint_quantisation
 from imatrix_runner.models.safetensors_file import check_safetensors
+from support.tiny_models import write_hf_directory, write_packed
 
 BF16 = {"model.embed_tokens.weight": ("BF16", (64, 32)), "model.norm.weight": ("BF16", (32,))}
 UP = "model.layers.0.mlp.up_proj"
@@ -28,7 +28,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def found(path: Path, tensors: Tensors, **files: Any) -> tuple[str, bool] | None:
-    """The label, and whether the converter keeps the blocks. ``files``: JSON by stem; ``config`` is always there."""
+    """The label, and whether the converter keeps the blocks. ``files``: JSON by stem; ``config`` is always present."""
     path.mkdir()
     for stem, content in {"config": {}, **files}.items():
         (path / f"{stem}.json").write_text(json.dumps(content), encoding="utf-8")
@@ -79,7 +79,7 @@ def test_blocks_that_the_converter_copies_are_for_the_plan(tmp_path: Path) -> No
     [{}, {"model.layers.0.attn.bias": ("BOOL", (1, 1, 64, 64))}, {"embeddings.position_ids": ("I64", (1, 512))}],
 )
 def test_an_original_is_not_taken_for_quantised(tmp_path: Path, tensors: Tensors) -> None:
-    """Masks and positions are integer matrices, too."""
+    """Masks and positions are integer matrices as well."""
     assert found(tmp_path / "m", tensors) is None
 
 

@@ -1,4 +1,4 @@
-"""The converter's last words, as its sources and the packages below it raise them, become cause and remedy."""
+"""Error messages of the converter and the packages below it are translated to cause and advice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str, str]] = [
     (
         "ValueError: /m contains custom code. Please pass the argument `trust_remote_code=True` to allow it.",
         InvalidDataError,
-        "brings its own code",
+        "contains its own code",
         "Python code",
         "--trust-remote-code",
     ),
@@ -30,30 +30,36 @@ PRINTED: list[tuple[str, type[RunnerError], str, str, str]] = [
         InvalidDataError,
         "is quantised in a form",
         "does not know 'awq'",
-        "made from",
+        "original model",
     ),
     (
         "NotImplementedError: Quant format 'marlin-24' for method 'compressed-tensors' is not yet supported",
         InvalidDataError,
         "is quantised in a form",
         "'marlin-24'",
-        "made from",
+        "original model",
     ),
     (
         "NotImplementedError: Can't handle multiple config groups for compressed-tensors yet",
         InvalidDataError,
         "is quantised in a form",
         "config groups",
-        "made from",
+        "original model",
     ),
     (
         "ERROR:hf-to-gguf:Model FooForCausalLM is not supported",
         EngineError,
-        "that architecture",
+        "model's architecture",
         "FooForCausalLM",
         "tools build",
     ),
-    ("ValueError: Failed to detect model architecture", InvalidDataError, "what it is", "no architectures", "config.json"),
+    (
+        "ValueError: Failed to detect model architecture",
+        InvalidDataError,
+        "architecture is unknown",
+        "no architectures",
+        "config.json",
+    ),
     (
         "ValueError: Missing or incomplete model files: ['model-00002-of-00002.safetensors']",
         InvalidDataError,
@@ -64,7 +70,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str, str]] = [
     (
         "ValueError: Mismatch between weight map and model parts for tensor names:",
         InvalidDataError,
-        "not those of the index",
+        "do not match the index",
         "different tensors",
         "one revision",
     ),
@@ -103,7 +109,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str, str]] = [
         "    assert max(tokenizer.vocab.values()) < vocab_size\nAssertionError",
         InvalidDataError,
         "more tokens than the model",
-        "embeddings were not resized",
+        "without resizing the embeddings",
         "resize",
     ),
     (
@@ -120,7 +126,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str, str]] = [
         "'x'",
         "repository",
     ),
-    ("numpy.core._exceptions.MemoryError: Unable to allocate 1 GiB", EngineError, "not enough memory", "1 GiB", "memory"),
+    ("numpy.core._exceptions.MemoryError: Unable to allocate 1 GiB", EngineError, "not have enough memory", "1 GiB", "memory"),
     (
         "json.decoder.JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
         InvalidDataError,
@@ -128,7 +134,7 @@ PRINTED: list[tuple[str, type[RunnerError], str, str, str]] = [
         "line 1",
         ".json",
     ),
-    ("KeyError: 'rope_theta'", InvalidDataError, "lacks something", "'rope_theta'", "config.json"),
+    ("KeyError: 'rope_theta'", InvalidDataError, "is incomplete", "'rope_theta'", "config.json"),
 ]
 
 

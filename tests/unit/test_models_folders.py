@@ -1,4 +1,4 @@
-"""Folders as people give them: what each is taken for, and what is advised. One entry at least for every row of the table."""
+"""Folders given as a model are recognised, with advice. Every row of the table has at least one entry."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import write_hf_directory, write_packed
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.folder_survey import Folder, survey
-from imatrix_runner.models.folders import KINDS, check_folder, diagnose
-from imatrix_runner.models.sources import model_name, parse_source
+from imatrix_runner.models.model import model_name, parse_source
+from imatrix_runner.models.model_folders import KINDS, check_folder, diagnose
+from support.tiny_models import write_hf_directory, write_packed
 
 LLAMA: Mapping[str, Any] = {"architectures": ["LlamaForCausalLM"]}
 CHECKPOINT = ("config.json", "model.safetensors", "tokenizer.json")
@@ -41,7 +41,7 @@ def quantised(dtypes: Mapping[str, str] | None = None, **announced: Any) -> Fold
 
 # A folder, and what "what", "why" and "do" must name.
 SEEN: list[tuple[Folder, str, str, str]] = [
-    (folder(*CHECKPOINT, pointers=("model.safetensors",)), "Git LFS pointers", "model.safetensors only names", "git lfs pull"),
+    (folder(*CHECKPOINT, pointers=("model.safetensors",)), "Git LFS pointers", "model.safetensors only refers", "git lfs pull"),
     (folder("config.json", "model.safetensors.part"), "unfinished download", "model.safetensors.part", "finish"),
     (folder(*CHECKPOINT, "model.safetensors.aria2"), "unfinished download", "model.safetensors.aria2", "finish"),
     (folder("m.gguf.crdownload"), "unfinished download", "m.gguf.crdownload", "finish"),
@@ -130,8 +130,8 @@ SEEN: list[tuple[Folder, str, str, str]] = [
     (folder("a-Q2_K.gguf", "a-Q8_0.gguf"), "full precision", "a-Q2_K.gguf", "run /m/a-Q8_0.gguf --allow-requantize"),
     (folder("a-Q2_K.gguf", base="org/base"), "full precision", "a-Q2_K.gguf", "run org/base"),
     (folder("mmproj-F16.gguf", "m.imatrix.gguf"), "no language model", "mmproj-F16.gguf", "language model's own GGUF"),
-    (folder("m.gguf.part1of2", "m.gguf.part2of2"), "in pieces", "m.gguf.part1of2", "cat "),
-    (folder("m.gguf-split-a"), "in pieces", "m.gguf-split-a", "cat "),
+    (folder("m.gguf.part1of2", "m.gguf.part2of2"), "in parts", "m.gguf.part1of2", "cat "),
+    (folder("m.gguf-split-a"), "in parts", "m.gguf-split-a", "cat "),
     (folder("consolidated.safetensors", "params.json"), "Mistral's own format", "consolidated.safetensors", "--mistral-format"),
     (folder("config.json", "consolidated-00001-of-00002.safetensors"), "Mistral's own format", "consolidated-00001", ""),
     (folder("consolidated.00.pth", "params.json", "tokenizer.model"), "Meta's original", "consolidated.00.pth", "hub id"),
@@ -143,15 +143,15 @@ SEEN: list[tuple[Folder, str, str, str]] = [
     (folder("config.json", "tf_model.h5", "tokenizer.json"), "TensorFlow or JAX", "tf_model.h5", "safetensors"),
     (folder("config.json", "flax_model.msgpack"), "TensorFlow or JAX", "flax_model.msgpack", "safetensors"),
     (folder("global_step100/mp_rank_00_model_states.pt"), "training checkpoint", "mp_rank_00", "save_pretrained"),
-    (folder("a/config.json", "b/config.json"), "holds some", "only in a, b", "imatrix-runner run /m/a"),
-    (folder("config.json", "pytorch_model.bin", "tokenizer.json"), "PyTorch pickles only", "pytorch_model.bin", "safetensors"),
-    (folder("config.json", "llama.safetensors"), "under the name", "llama.safetensors", "rename"),
+    (folder("a/config.json", "b/config.json"), "contains some", "only in a, b", "imatrix-runner run /m/a"),
+    (folder("config.json", "pytorch_model.bin", "tokenizer.json"), "only PyTorch pickles", "pytorch_model.bin", "safetensors"),
+    (folder("config.json", "llama.safetensors"), "under a name", "llama.safetensors", "rename"),
     (folder("model.zip"), "archive", "model.zip", "Unpack"),
-    (folder("config.json", "tokenizer.json"), "holds no weights", "no model*.safetensors", "Download"),
-    (folder("tokenizer.model"), "tokenizer only", "tokenizer.model", "hub id"),
-    (folder(), "is empty", "not a single file", ""),
+    (folder("config.json", "tokenizer.json"), "has no weights", "no model*.safetensors", "Download"),
+    (folder("tokenizer.model"), "only a tokenizer", "tokenizer.model", "hub id"),
+    (folder(), "is empty", "contains no files", ""),
     (folder("model.safetensors", "tokenizer.json"), "not a Hugging Face", "no config.json", "Download config.json"),
-    (folder(*CHECKPOINT, config={"hidden_size": 8}), "which model it is", "no architectures", "Download"),
+    (folder(*CHECKPOINT, config={"hidden_size": 8}), "not state its architecture", "no architectures", "Download"),
     (
         folder(*CHECKPOINT, config={"architectures": ["WhisperForConditionalGeneration"]}),
         "not a language model",

@@ -1,25 +1,25 @@
-"""Which files of a repository make the model: the rules, on listings as publishers really make them."""
+"""The choice of a repository's files, on listings like those of real publishers."""
 
 from __future__ import annotations
 
 import pytest
 
 from imatrix_runner.errors import DownloadError, InvalidDataError
-from imatrix_runner.models.hub.choice import Choice, RepoFile, choose
+from imatrix_runner.models.hub.choose_files import ChosenFiles, RepoFile, choose
 from imatrix_runner.models.hub.listing import plain_files
-from imatrix_runner.models.sources import HubId
+from imatrix_runner.models.model import HubId
 
 CHECKPOINT = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "merges.txt"]
 
 
 def pick(
     names: list[str], hub_id: str = "org/name", file: str | None = None, trust: bool = False, base: str | None = None
-) -> Choice:
+) -> ChosenFiles:
     listing = [RepoFile(name, 10) for name in names]
     return choose(HubId(hub_id, None, file), listing, trust_remote_code=trust, base_model=base)
 
 
-def names_of(choice: Choice) -> list[str]:
+def names_of(choice: ChosenFiles) -> list[str]:
     return [file.name for file in choice.files]
 
 
@@ -88,10 +88,10 @@ def test_an_incomplete_set_is_refused() -> None:
     ("names", "said"),
     [
         (["a-BF16.gguf", "b-BF16.gguf"], "several models"),
-        (["a-Q8_0.gguf", "a-IQ2_M.gguf"], "quantised already"),
+        (["a-Q8_0.gguf", "a-IQ2_M.gguf"], "already quantised"),
         (["config.json", "pytorch_model.bin"], "pickle"),
         (["adapter_config.json", "adapter_model.safetensors"], "adapter"),
-        (["README.md"], "holds no model"),
+        (["README.md"], "has no model"),
         (["mmproj-F16.gguf"], "no model in full precision"),
     ],
 )

@@ -1,20 +1,20 @@
-"""What a model can be used for, told from its header alone."""
+"""What a model can be used for, according to its header alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from tiny_architectures import ARCHITECTURES, write_architecture
-from tiny_models import write_llama_gguf
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.kind import require_calibratable, require_loadable, require_measurable
-from imatrix_runner.models.sources import Model, open_gguf
+from imatrix_runner.models.model import Model, open_gguf
+from support.tiny_architectures import ARCHITECTURES, write_architecture
+from support.tiny_models import write_llama_gguf
 
 
 def edited(path: Path, key: str, value: bytes) -> Model:
-    """The model with a text or a number of its metadata overwritten by as many bytes."""
+    """The model with a string or number of its metadata overwritten by the same number of bytes."""
     data = bytearray(path.read_bytes())
     at = data.index(key.encode()) + len(key) + 4
     kind = int.from_bytes(data[at - 4 : at], "little")
@@ -50,9 +50,9 @@ def test_models_that_predict_text_can_be_used_for_everything(name: str, tmp_path
 def test_other_kinds_of_model_are_not_calibrated(architecture: str, kind: str, tmp_path: Path) -> None:
     model = open_gguf(write_llama_gguf(tmp_path / "m.gguf", layers=1), allow_requantize=False)
     other = Model(**{**vars(model), "architecture": architecture})
-    told, todo = why(other)
-    assert told.startswith(f"it is {kind}")
-    assert f"({architecture})" in told
+    reason, todo = why(other)
+    assert reason.startswith(f"it is {kind}")
+    assert f"({architecture})" in reason
     assert "--imatrix none" in todo
     require_loadable(other)  # it can still be quantised without
 
@@ -65,35 +65,35 @@ def test_an_encoder_is_not_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "calibrated", "told"),
+    ("metadata", "calibrated", "reason"),
     [
-        ({"llama.attention.causal": False}, False, "attention looks both ways"),
-        ({"llama.nextn_predict_layers": 1}, False, "NextN blocks only"),
-        ({"llama.pooling_type": 3}, True, "makes embeddings"),
+        ({"llama.attention.causal": False}, False, "attention is not causal"),
+        ({"llama.nextn_predict_layers": 1}, False, "only MTP / NextN blocks"),
+        ({"llama.pooling_type": 3}, True, "computes embeddings"),
     ],
 )
 def test_metadata_tells_what_an_architecture_s_name_does_not(
-    metadata: dict[str, str | float | bool], calibrated: bool, told: str, tmp_path: Path
+    metadata: dict[str, str | float | bool], calibrated: bool, reason: str, tmp_path: Path
 ) -> None:
     model = open_gguf(write_llama_gguf(tmp_path / "m.gguf", layers=1, metadata=metadata), allow_requantize=False)
     if calibrated:
         require_calibratable(model)
     else:
-        assert told in why(model)[0]
-    with pytest.raises(InvalidDataError, match=told):
+        assert reason in why(model)[0]
+    with pytest.raises(InvalidDataError, match=reason):
         require_measurable(model)
 
 
 def test_a_model_without_vocabulary_has_no_text(tmp_path: Path) -> None:
     path = write_llama_gguf(tmp_path / "m.gguf", layers=1)
-    told, todo = why(edited(path, "tokenizer.ggml.model", b"none"))
-    assert told == "it has no vocabulary (tokenizer.ggml.model is none)"
+    reason, todo = why(edited(path, "tokenizer.ggml.model", b"none"))
+    assert reason == "it has no vocabulary (tokenizer.ggml.model is none)"
     assert "tokenizer files" in todo
 
 
 @pytest.mark.parametrize("rows", [493, 495, 2000])
 def test_vocabulary_and_embeddings_must_agree(rows: int, tmp_path: Path) -> None:
-    """llama-quantize writes every level of such a model, and nothing loads one."""
+    """llama-quantize writes every level of such a model, but nothing can load it."""
     path = write_llama_gguf(tmp_path / "m.gguf", layers=1, rows=rows)
     with pytest.raises(InvalidDataError) as caught:
         require_loadable(open_gguf(path, allow_requantize=False))

@@ -1,4 +1,4 @@
-"""What people type as MODEL that is neither a path nor a hub id, and what they are told."""
+"""Arguments for MODEL that are neither a path nor a hub id, and the advice for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from imatrix_runner.errors import InvalidDataError, UsageError
-from imatrix_runner.models.sources import parse_source
+from imatrix_runner.models.model import parse_source
 
 
 @pytest.mark.parametrize(
@@ -23,14 +23,14 @@ from imatrix_runner.models.sources import parse_source
         ("https://hub.example/a", "web address", "org/name:file.gguf"),
         ("file:///data/my%20model.gguf", "by its path", "run '/data/my model.gguf'"),
         ("org/name:Q4_K_M", "'Q4_K_M' is a tag", "imatrix-runner run org/name"),
-        ("org/name/sub/x.gguf", "behind a colon", "run org/name:sub/x.gguf"),
-        ("llama3:8b", "Ollama's", "--modelfile"),
+        ("org/name/sub/x.gguf", "after a colon", "run org/name:sub/x.gguf"),
+        ("llama3:8b", "Ollama model", "--modelfile"),
         ("'org/name'", "quotation marks", "run org/name"),
         (" org/name\n", "spaces", "run org/name"),
         ("\\\\server\\m.gguf", "Windows path", "org/name"),
         ("C:\\models\\m.gguf", "Windows path", ""),
         ("shards/*.gguf", "pattern", "first shard"),
-        ("Qwen3-0.6B", "no hub id (org/name)", "org/name"),
+        ("Qwen3-0.6B", "not a hub id (org/name)", "org/name"),
         ("  ", "is empty", "org/name"),
     ],
 )
@@ -40,7 +40,7 @@ def test_a_name_that_is_none_is_answered_with_what_was_meant(
     monkeypatch.chdir(tmp_path)
     with pytest.raises((InvalidDataError, UsageError)) as caught:
         parse_source(text)
-    assert "There is no model" in caught.value.what
+    assert "No model" in caught.value.what
     assert why in caught.value.why
     assert todo in caught.value.todo
 

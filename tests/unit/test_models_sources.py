@@ -1,4 +1,4 @@
-"""What a user may call a model, how its folder is named, and what is refused as a model."""
+"""Model arguments, names of workspace folders, and files refused as models."""
 
 from __future__ import annotations
 
@@ -9,21 +9,15 @@ import pytest
 from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import write_hf_directory, write_llama_gguf
 
 from imatrix_runner.errors import InvalidDataError, RunnerError, UsageError
 from imatrix_runner.models.gguf_file import TensorInfo, type_id
 from imatrix_runner.models.gguf_names import shard_names
+from imatrix_runner.models.gguf_skeleton import write_zeros
+from imatrix_runner.models.gguf_writer import NewTensor, text_entry
+from imatrix_runner.models.model import HubId, LocalDirectory, LocalFile, Provenance, model_name, open_gguf, parse_source
 from imatrix_runner.models.native_types import keep_native, native_tensors
-from imatrix_runner.models.sources import (
-    HubId,
-    LocalDirectory,
-    LocalFile,
-    Provenance,
-    model_name,
-    open_gguf,
-    parse_source,
-)
+from support.tiny_models import write_hf_directory, write_llama_gguf
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def header_only(path: Path, *, architecture: str | None = "llama", tensors: bool = True, **text: str) -> Path:
-    """A GGUF with a few keys and perhaps one small tensor."""
+    """A GGUF with a few keys and optionally one small tensor."""
     import numpy as np
 
     writer = GGUFWriter(path, architecture or "")  # an empty name leaves the key out
@@ -48,7 +42,7 @@ def header_only(path: Path, *, architecture: str | None = "llama", tensors: bool
 
 
 def split(directory: Path, count: int, stem: str = "big-F16") -> list[Path]:
-    """A split set, one tensor per shard, numbered and announced as llama-gguf-split does."""
+    """A split set, one tensor per shard, with the names and metadata of llama-gguf-split."""
     import numpy as np
 
     paths = []
@@ -229,7 +223,7 @@ def test_renamed_and_mixed_shards_are_refused(tmp_path: Path) -> None:
     paths = split(tmp_path, 2)
     renamed = tmp_path / "renamed.gguf"
     renamed.write_bytes(paths[0].read_bytes())
-    with pytest.raises(InvalidDataError, match="own name"):
+    with pytest.raises(InvalidDataError, match="name of its shard"):
         open_gguf(renamed, allow_requantize=False)
     paths[1].write_bytes(paths[0].read_bytes())
     with pytest.raises(InvalidDataError, match="does not belong"):
@@ -238,7 +232,7 @@ def test_renamed_and_mixed_shards_are_refused(tmp_path: Path) -> None:
 
 def test_a_shard_name_without_shard_data_is_refused(tmp_path: Path) -> None:
     path = header_only(tmp_path / "m-00001-of-00002.gguf")
-    with pytest.raises(InvalidDataError, match="own name"):
+    with pytest.raises(InvalidDataError, match="name of its shard"):
         open_gguf(path, allow_requantize=False)
 
 
@@ -261,8 +255,8 @@ def test_shard_names() -> None:
         ({"architecture": "clip"}, "projector"),
         ({"general__type": "imatrix", "architecture": None}, "importance matrix"),
         ({"imatrix__datasets": "x"}, "importance matrix"),
-        ({"architecture": None}, "does not say which model"),
-        ({"tensors": False}, "vocabulary only"),
+        ({"architecture": None}, "does not state its architecture"),
+        ({"tensors": False}, "only a vocabulary"),
     ],
 )
 def test_what_is_no_model(tmp_path: Path, details: dict[str, object], said: str) -> None:
@@ -287,13 +281,35 @@ def test_quantised_sources_need_permission(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(InvalidDataError, match="already quantised") as caught:
         open_gguf(path, allow_requantize=False)
-    assert "Q8_0" in caught.value.why
+    assert caught.value.why == "its weights are Q8_0, and quantising again adds another error"
     assert "--allow-requantize" in caught.value.todo
     assert open_gguf(path, allow_requantize=True).is_quantised
 
 
+@pytest.mark.parametrize(
+    ("tensors", "seen"),
+    [
+        ({"output": ("Q8_0", 3), "blk.0.attn_q": ("BF16", 97)}, "3 % of its weights are Q8_0 (output.weight)"),
+        ({"output": ("Q8_0", 1), "blk.0.attn_q": ("BF16", 400)}, "less than 1 % of its weights are Q8_0 (output.weight)"),
+        (
+            {"a": ("Q6_K", 1), "b": ("Q4_K", 2), "c": ("F16", 1)},
+            "75 % of its weights are Q4_K and Q6_K (2 of 3 tensors)",
+        ),
+        ({"a": ("Q6_K", 1), "b": ("Q4_K", 2)}, "its weights are Q4_K and Q6_K"),
+    ],
+)
+def test_what_of_a_model_is_quantised_is_said_as_it_is(tensors: dict[str, tuple[str, int]], seen: str, tmp_path: Path) -> None:
+    """Every row has 256 elements; norms, of one dimension, do not count."""
+    path = tmp_path / "m.gguf"
+    weights = [NewTensor(f"{name}.weight", (256, rows), type_id(kind) or 0) for name, (kind, rows) in tensors.items()]
+    write_zeros(path, [text_entry("general.architecture", "llama")], [*weights, NewTensor("output_norm.weight", (256,), 0)])
+    with pytest.raises(InvalidDataError, match="already quantised") as caught:
+        open_gguf(path, allow_requantize=False)
+    assert caught.value.why == f"{seen}, and quantising again adds another error"
+
+
 def test_the_first_shard_may_be_empty(tmp_path: Path) -> None:
-    """llama-gguf-split --no-tensor-first-split puts all tensors behind a first shard of metadata."""
+    """llama-gguf-split --no-tensor-first-split puts all tensors after a first shard of metadata only."""
     paths = split(tmp_path, 2)
     content = paths[0].read_bytes()
     head = b"GGUF" + struct.pack("<IQ", 3, 0) + content[16:24]
@@ -318,7 +334,7 @@ def test_native_types_are_named_with_the_option_that_keeps_them() -> None:
 
 @pytest.mark.parametrize("blocks", [5000, (1 << 32) - 1])
 def test_a_block_count_that_no_model_has_is_refused(blocks: int, tmp_path: Path) -> None:
-    """Lists of so many layers took the memory of the machine, and llama.cpp seconds before it gave up."""
+    """Loops over that many layers exhausted memory, and kept llama.cpp busy for seconds."""
     data = write_llama_gguf(tmp_path / "m.gguf", layers=1).read_bytes()
     key = b"llama.block_count"
     at = data.index(key) + len(key) + 4

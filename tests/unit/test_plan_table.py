@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from imatrix_runner.cli.columns import Column, by_remark, fitted_table
-from imatrix_runner.cli.tables import print_plan
-from imatrix_runner.engines.base import Fallback
-from imatrix_runner.quantize.levels import Level
-from imatrix_runner.workflow.plan import ImatrixStep, LevelFacts, LevelStep, Plan, State
+from imatrix_runner.cli.views.columns import Column, by_remark, fitted_table
+from imatrix_runner.cli.views.plan_table import print_plan
+from imatrix_runner.engines.jobs import Fallback
+from imatrix_runner.engines.levels import Level
+from imatrix_runner.imatrix.step import ImatrixStep
+from imatrix_runner.quantize.level_facts import LevelFacts
+from imatrix_runner.quantize.plan import LevelStep, Plan, State
 
 FALLBACKS = tuple(Fallback(f"blk.{layer}.ffn_down.weight", "q4_K", "q5_0") for layer in range(3))
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import queue
 import signal
 import subprocess
 import textwrap
+import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import psutil
 import pytest
-from children import eventually, is_running, python
 
 from imatrix_runner import process
 from imatrix_runner.errors import EngineError, InterruptedRunError
@@ -24,6 +28,7 @@ from imatrix_runner.process import (
     relevant_lines,
 )
 from imatrix_runner.signals import Stop
+from support.children import eventually, is_running, python
 
 # Starts a helper that would outlive every test, says its pid, and waits for ever.
 WITH_A_HELPER = """
@@ -171,7 +176,7 @@ def test_a_silent_idle_child_counts_as_hung() -> None:
     assert outcome.hung
     assert not outcome.ok
     assert outcome.tail == ("last words",)
-    assert "neither wrote nor computed" in outcome.ending()
+    assert "used no CPU time" in outcome.ending()
 
 
 def test_a_child_that_closed_its_streams_can_hang_too() -> None:
@@ -179,18 +184,30 @@ def test_a_child_that_closed_its_streams_can_hang_too() -> None:
     assert outcome.hung
 
 
-def test_a_silent_child_whose_helpers_compute_is_not_hung() -> None:
-    """Short-lived helpers, as a build has them: none lives long enough to be seen with much time of its own."""
+def test_a_silent_child_whose_helpers_compute_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short-lived helpers, as a build has them: none lives long enough to be seen with much time of its own. The clock is the
+    time that they used, so that it does not matter how much of the machine other programs hold."""
     script = """
-        import subprocess, sys, time
+        import os, subprocess, sys
         burn = "import time\\nend = time.process_time() + 0.3\\nwhile time.process_time() < end: pass"
-        end = time.monotonic() + 2.5
-        while time.monotonic() < end:
+        while os.times().children_user < 2.5:
             for helper in [subprocess.Popen([sys.executable, "-c", burn]) for _ in range(3)]:
                 helper.wait()
     """
-    outcome = Runner(hang_seconds=1).run(python(script))
-    assert outcome.ok
+    children, used = list[psutil.Process](), [0.0]
+
+    def clock() -> float:
+        with suppress(psutil.Error):
+            used.extend(time.children_user + time.children_system for time in (child.cpu_times() for child in children))
+        return used[-1]
+
+    def on_child(pid: int, alive: bool) -> None:
+        if alive:
+            children.append(psutil.Process(pid))
+
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    assert Runner(hang_seconds=1, on_child=on_child).run(python(script)).ok
+    assert used[-1] > 2
 
 
 def test_without_a_limit_silence_is_no_reason_to_end_a_child() -> None:
@@ -247,6 +264,22 @@ def test_a_grandchild_that_keeps_the_pipes_open_does_not_keep_us() -> None:
     assert outcome.seconds < 60
 
 
+def test_the_last_words_of_a_child_are_heard_after_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the thread that reads them comes late."""
+    pump = process._pump
+
+    def late(name: process.Stream, pipe: IO[bytes], reads: queue.SimpleQueue[tuple[process.Stream, bytes]]) -> None:
+        heard: queue.SimpleQueue[tuple[process.Stream, bytes]] = queue.SimpleQueue()
+        pump(name, pipe, heard)
+        time.sleep(0.45)
+        while not heard.empty():
+            reads.put(heard.get())
+
+    monkeypatch.setattr(process, "_pump", late)
+    monkeypatch.setattr(process, "_POLL_SECONDS", 0.6)
+    assert Runner().run(python("import time; time.sleep(0.3); print('last words')")).tail == ("last words",)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_our_child_before_us(signum: signal.Signals) -> None:
     script = f"""
@@ -295,10 +328,10 @@ def test_capture_of_nothing_is_an_os_error() -> None:
     [
         (0, False, False, "exit code 0"),
         (134, False, False, "exit code 134"),
-        (-signal.SIGABRT, False, False, "killed by SIGABRT (it gave up by itself)"),
+        (-signal.SIGABRT, False, False, "killed by SIGABRT (the program aborted)"),
         (-signal.SIGKILL, False, False, "killed by SIGKILL (by the kernel when memory ran out, or by another program)"),
         (-signal.SIGKILL, False, True, "killed by SIGKILL: the machine ran out of memory"),
-        (-signal.SIGTERM, True, False, "it neither wrote nor computed anything and was ended"),
+        (-signal.SIGTERM, True, False, "it wrote no output and used no CPU time, and was ended"),
         (-200, False, False, "killed by signal 200"),
     ],
 )

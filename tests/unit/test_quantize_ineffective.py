@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import QuantizeOptions
+from imatrix_runner.engines.jobs import QuantizeOptions
+from imatrix_runner.engines.levels import Level
 from imatrix_runner.models.gguf_file import TensorInfo, read_header
-from imatrix_runner.quantize.ineffective import (
-    broad,
-    component,
-    ineffective_options,
-    ineffective_types,
-    nearest,
-    overrides,
-    unmatched,
-)
-from imatrix_runner.quantize.levels import Level
+from imatrix_runner.models.tensor_patterns import broad, component, nearest, overrides, unmatched
+from imatrix_runner.quantize.ineffective_options import ineffective_options, ineffective_types
+from support.tiny_models import write_llama_gguf
 
 NAMES = (
     *("token_embd.weight", "output.weight", "output_norm.weight", "blk.0.attn_q.weight", "blk.0.attn_q_norm.weight"),

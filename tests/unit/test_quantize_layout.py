@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from recipes import make
-from tiny_models import write_llama_gguf
 
-from imatrix_runner.engines.base import QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.jobs import QuantizeOptions
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.quantize.layout import written_shape
+from imatrix_runner.quantize.recipe import written_shape
 from imatrix_runner.quantize.verify import verify_output
+from support.recipes import make
+from support.tiny_models import write_llama_gguf
 
 ODD = "blk.0.odd.weight"
 ALIGNED = QuantizeOptions(override_kv=("general.alignment=int:32",))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from values import quant_types
 
-from imatrix_runner.engines.base import QuantizeOptions
+from imatrix_runner.engines.jobs import QuantizeOptions
+from imatrix_runner.engines.levels import DEFAULT_LEVELS, PRESETS, Level, offered, preset_levels, resolve_levels
 from imatrix_runner.errors import UsageError
-from imatrix_runner.quantize.levels import DEFAULT_LEVELS, PRESETS, Level, offered, preset_levels, resolve_levels
 from imatrix_runner.toolchain.probe import Toolchain
+from support.values import quant_types
 
 TYPES = quant_types("Q4_K_M", "Q3_K_L", "Q3_K_M", "IQ2_XS", "Q8_0", "F16", "COPY", aliases={"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M"})
 
@@ -79,7 +79,7 @@ def test_a_fork_s_type_is_a_level_as_soon_as_its_tools_offer_it() -> None:
 def test_an_unknown_level_suggests_near_ones_and_lists_all() -> None:
     with pytest.raises(UsageError, match="Unknown level 'Q4_KM'") as caught:
         resolve_levels(["Q8_0", "Q4_KM"], TYPES)
-    assert "near names are Q4_K_M" in caught.value.why
+    assert "similar names are Q4_K_M" in caught.value.why
     assert all(name in caught.value.todo for name in ("IQ2_XS", "Q3_K_XL", "F16"))
 
 

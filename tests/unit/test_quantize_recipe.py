@@ -4,69 +4,88 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import pytest
-from recipes import NO_OPTIONS, Made, make, predict
-from tiny_models import write_llama_gguf
-from values import entry, matrix
 
-from imatrix_runner.engines.base import DryRun, Fallback, Quantized, QuantizeOptions
 from imatrix_runner.engines.binaries.engine import BinariesEngine
+from imatrix_runner.engines.jobs import DryRun, Fallback, Quantized, QuantizeOptions
+from imatrix_runner.engines.levels import Level, resolve_levels
 from imatrix_runner.imatrix.expected import ExpectedMatrix, expect
 from imatrix_runner.imatrix.formats import read, write_gguf
 from imatrix_runner.models.gguf_file import read_header, tensor_bytes, type_id
-from imatrix_runner.models.sources import open_gguf
+from imatrix_runner.models.model import open_gguf
 from imatrix_runner.process import Command, Runner
-from imatrix_runner.quantize.levels import Level
-from imatrix_runner.quantize.recipe import buffer_bytes, ignored_tensor_types, make_recipe
-from imatrix_runner.quantize.weights import NEVER_WEIGHED, NO_IMATRIX, expected_weights, usable_weights
+from imatrix_runner.quantize.recipe import Recipe, buffer_bytes, ignored_tensor_types, make_recipe
+from imatrix_runner.quantize.usable_imatrix import NEVER_WEIGHED, NO_IMATRIX, expected_weights, usable_weights
+from support.llama_tools import BareTools
+from support.oracles import File, Oracle, quantized
+from support.recipes import NO_OPTIONS, make, predict
+from support.tiny_models import write_llama_gguf
+from support.values import entry, matrix
 
 # Their tables take seconds each: begun first, they run beside all the others.
 SLOW = ("IQ1_S", "IQ1_M", "IQ2_S", "IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ3_XXS", "IQ3_XS", "IQ3_M", "IQ3_S")
 
 
+@dataclass(frozen=True)
+class Foretold:
+    """A level's recipe, and what llama-quantize made of it."""
+
+    recipe: Recipe
+    oracle: Oracle
+
+    @property
+    def succeeded(self) -> bool:
+        return self.oracle.code == 0
+
+    @property
+    def file(self) -> File:
+        (file,) = self.oracle.files
+        return file
+
+
+EveryType = Mapping[tuple[str, bool], Foretold]
+
+
 @pytest.fixture(scope="module")
-def every_type(
-    engine: BinariesEngine, demo_model: Path, demo_imatrix: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[tuple[str, bool], Made]:
+def every_type(engine: BinariesEngine, tools: BareTools, demo_model: Path, demo_imatrix: Path) -> EveryType:
     """Every type llama-quantize offers, made from the demo model: (type, with an imatrix) -> foretold and made."""
-    folder = tmp_path_factory.mktemp("types")
     types = sorted((kind.name for kind in engine.toolchain.types if not kind.alias_of), key=lambda name: name not in SLOW)
     wanted = [(name, weighed) for weighed in (True, False) for name in types]
 
-    def one(key: tuple[str, bool]) -> Made:
+    def one(key: tuple[str, bool]) -> Foretold:
         name, weighed = key
-        return make(engine, demo_model, name, folder / f"{name}-{weighed}.gguf", demo_imatrix if weighed else None)
+        imatrix = demo_imatrix if weighed else None
+        (level,) = resolve_levels([name], engine.toolchain.types)
+        recipe, _ = predict(engine, demo_model, level, imatrix)
+        return Foretold(recipe, quantized(tools, demo_model, level.ftype, imatrix=imatrix))
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(wanted, pool.map(one, wanted), strict=True))
 
 
-def test_the_verdict_is_right_for_every_type(every_type: Mapping[tuple[str, bool], Made]) -> None:
+def test_the_verdict_is_right_for_every_type(every_type: EveryType) -> None:
     foretold = {key: not made.recipe.failures for key, made in every_type.items()}
     assert foretold == {key: made.succeeded for key, made in every_type.items()}
 
 
-def test_the_size_is_right_to_the_byte_for_every_type(every_type: Mapping[tuple[str, bool], Made]) -> None:
+def test_the_size_is_right_to_the_byte_for_every_type(every_type: EveryType) -> None:
     made = {key: made for key, made in every_type.items() if made.succeeded}
-    assert {key: one.recipe.file_bytes for key, one in made.items()} == {
-        key: one.out.stat().st_size for key, one in made.items()
-    }
+    assert {key: one.recipe.file_bytes for key, one in made.items()} == {key: one.file.size for key, one in made.items()}
     assert len(made) > 60
 
 
-def test_every_tensor_gets_the_type_foretold(every_type: Mapping[tuple[str, bool], Made]) -> None:
+def test_every_tensor_gets_the_type_foretold(every_type: EveryType) -> None:
     for key, made in every_type.items():
         if made.succeeded:
-            written = {
-                tensor.name: (tensor.type_name, tensor.shape, tensor.n_bytes) for tensor in read_header(made.out).tensors
-            }
-            assert {row.name: (row.type, row.shape, row.n_bytes) for row in made.recipe.tensors} == written, key
+            foretold = {(row.name, row.type, row.shape, row.n_bytes) for row in made.recipe.tensors}
+            assert foretold == set(made.file.tensors), key
 
 
-def test_exactly_the_low_types_need_an_imatrix(every_type: Mapping[tuple[str, bool], Made]) -> None:
+def test_exactly_the_low_types_need_an_imatrix(every_type: EveryType) -> None:
     """llama.cpp, src/llama-quant.cpp, tensor_requires_imatrix(); seen in dry runs of every type."""
     expected = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
     for weighed in (True, False):
@@ -75,22 +94,21 @@ def test_exactly_the_low_types_need_an_imatrix(every_type: Mapping[tuple[str, bo
         )
 
 
-def test_a_missing_imatrix_is_the_reason_given(every_type: Mapping[tuple[str, bool], Made]) -> None:
+def test_a_missing_imatrix_is_the_reason_given(every_type: EveryType) -> None:
     assert every_type["IQ2_XS", False].recipe.failures == (NO_IMATRIX,)
     assert every_type["IQ2_XS", True].recipe.failures == ()
 
 
-def test_figures_of_a_recipe(every_type: Mapping[tuple[str, bool], Made]) -> None:
+def test_figures_of_a_recipe(every_type: EveryType) -> None:
     made = every_type["Q8_0", True]
-    header = read_header(made.out)
-    data = sum(tensor.n_bytes or 0 for tensor in header.tensors)
+    data = sum(n_bytes or 0 for _, _, _, n_bytes in made.file.tensors)
     assert made.recipe.data_bytes == data
-    assert made.recipe.n_elements == sum(tensor.n_elements for tensor in header.tensors)
+    assert made.recipe.n_elements == sum(prod(shape) for _, _, shape, _ in made.file.tensors)
     assert made.recipe.bits_per_weight == pytest.approx(8 * data / made.recipe.n_elements)
     assert 8.5 <= made.recipe.bits_per_weight < 8.6
     assert (made.recipe.fallbacks, made.recipe.fallback_share) == ((), 0)
     assert {row.name for row in made.recipe.tensors if not row.changes} == {
-        tensor.name for tensor in header.tensors if tensor.type_name == "F32"
+        name for name, kind, _, _ in made.file.tensors if kind == "F32"
     }
 
 
@@ -175,7 +193,7 @@ def test_a_tensor_that_cannot_do_without_its_weights_is_foretold_to_fail(
     made = make(engine, demo_model, "Q2_K_S", tmp_path / "o.gguf", demo_imatrix, options)
     assert not made.succeeded
     (failure,) = made.recipe.failures
-    assert failure.why.startswith("blk.1.attn_k.weight becomes Q2_K, which cannot do without imatrix data")
+    assert failure.why.startswith("blk.1.attn_k.weight becomes Q2_K, which requires imatrix data")
     assert "--exclude-weights leave it out" in failure.why
     assert "--uncovered q4_k" in failure.todo
 

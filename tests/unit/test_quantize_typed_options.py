@@ -11,8 +11,8 @@ from imatrix_runner.quantize.typed_options import check_override, check_tensor_t
 @pytest.mark.parametrize(
     ("text", "what", "why", "todo"),
     [
-        ("general.name", "names no key and value", "KEY=TYPE:VALUE", "general.name=str:Mine"),
-        ("=str:x", "names no key and value", "KEY=TYPE:VALUE", "general.name=str:Mine"),
+        ("general.name", "has no key and value", "KEY=TYPE:VALUE", "general.name=str:Mine"),
+        ("=str:x", "has no key and value", "KEY=TYPE:VALUE", "general.name=str:Mine"),
         ("general.name=Mine", "has no type", "int, float, bool or str", "--override-kv general.name=str:Mine"),
         ("a.b=string:x", "has no type", "int, float, bool or str", "a.b=str:string:x"),
         ("a.b=bool:yes", "neither true nor false", "", "a.b=bool:true"),

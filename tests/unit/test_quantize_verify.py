@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from forks import OWN, rename_type
-from recipes import Made, make
 
 from imatrix_runner.engines.binaries.engine import BinariesEngine
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.quantize.recipe import Recipe, Weights
+from imatrix_runner.quantize.recipe import Recipe, UsableImatrix
 from imatrix_runner.quantize.verify import verify_output
+from support.forks import OWN, rename_type
+from support.recipes import Made, make
 
 QUERY = "blk.0.attn_q.weight"
 
@@ -23,7 +23,7 @@ def made(engine: BinariesEngine, demo_model: Path, demo_imatrix: Path, tmp_path_
     return make(engine, demo_model, "Q4_K_M", tmp_path_factory.mktemp("verify") / "o.gguf", demo_imatrix)
 
 
-def refusal(path: Path, recipe: Recipe, weights: Weights | None) -> str:
+def refusal(path: Path, recipe: Recipe, weights: UsableImatrix | None) -> str:
     with pytest.raises(InvalidDataError) as caught:
         verify_output([path], recipe, weights)
     return f"{caught.value.what}: {caught.value.why}"
@@ -91,8 +91,8 @@ def test_a_damaged_file_is_refused(made: Made, tmp_path: Path, damage: Callable[
     ("changes", "told"),
     [
         ({"shape": (128, 512)}, f"{QUERY} has the shape (256, 256) instead of (128, 512)"),
-        ({"type": "Q6_K"}, f"{QUERY} is Q4_K of 36864 bytes, planned was Q6_K"),
-        ({"n_bytes": 1}, "planned was Q4_K of 1"),
+        ({"type": "Q6_K"}, f"{QUERY} is Q4_K of 36864 bytes, planned: Q6_K"),
+        ({"n_bytes": 1}, "planned: Q4_K of 1"),
         ({"name": "other"}, "the first that differs is blk.0.attn_q.weight"),
     ],
 )
@@ -132,7 +132,7 @@ def test_a_type_that_only_its_maker_knows_is_checked_by_its_planned_size(
     recipe = replace(made.recipe, tensors=rows)
     size = made.out.stat().st_size
     assert verify_output([made.out], recipe, None) == size
-    assert "planned was IQ4_NL" in refusal(made.out, made.recipe, None)
+    assert "planned: IQ4_NL" in refusal(made.out, made.recipe, None)
     with made.out.open("ab") as file:
         file.write(bytes(32))
     assert "the file has" in refusal(made.out, recipe, None)
@@ -140,5 +140,5 @@ def test_a_type_that_only_its_maker_knows_is_checked_by_its_planned_size(
 
 def test_types_that_were_planned_with_a_skeleton_may_come_out_otherwise(made: Made) -> None:
     recipe = changed(made.recipe, QUERY, type="Q6_K", n_bytes=1)
-    assert "planned was Q6_K" in refusal(made.out, recipe, made.weights)
+    assert "planned: Q6_K" in refusal(made.out, recipe, made.weights)
     assert verify_output([made.out], replace(recipe, certain=False), made.weights) == made.out.stat().st_size

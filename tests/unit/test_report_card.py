@@ -13,16 +13,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from reports import bare_report, comparison, divergence, imatrix, level, moe_report, sample_report
 
-from imatrix_runner.evaluate.picks import Pick
-from imatrix_runner.evaluate.twins import RULE
-from imatrix_runner.models.bounded import printable
+from imatrix_runner.evaluate.ab_verdict import RULE
+from imatrix_runner.evaluate.recommendations import Pick
 from imatrix_runner.models.hub.cards import CardFacts, front_matter
-from imatrix_runner.report.card import render_card
-from imatrix_runner.report.descriptions import describe
 from imatrix_runner.report.document import Report, ReportFile
-from imatrix_runner.report.markdown import MAX_BLOCK, code, fenced, inline, link
+from imatrix_runner.report.views.card import render_card
+from imatrix_runner.report.views.descriptions import describe
+from imatrix_runner.report.views.markdown import MAX_BLOCK, code, fenced, inline, link
+from imatrix_runner.safe_text import printable
+from support.reports import (
+    LOST,
+    WON,
+    bare_report,
+    comparison,
+    divergence,
+    imatrix,
+    level,
+    mixed_report,
+    moe_report,
+    sample_report,
+)
 
 NASTY = (
     "x\" ': y\n---\nlicense: mit\n# head | cell `tick` <script>alert(1)</script> <!-- "
@@ -256,6 +267,7 @@ def test_tensors_without_data_are_told() -> None:
 
 def test_a_published_matrix_names_its_publisher() -> None:
     weights = imatrix(made_here=False, calibration=None, origin="someone/m-GGUF@0f5c1d2:m.imatrix", datasets=("data.txt",))
+    weights = dataclasses.replace(weights, repo="someone/m-GGUF")
     card = render_card(sample_report(imatrix=weights))
     assert "Importance matrix: a published one, 140 chunks of 512 tokens" in card
     assert "It is from [someone/m-GGUF@0f5c1d2:m.imatrix](https://huggingface.co/someone/m-GGUF)" in card
@@ -432,3 +444,45 @@ def test_fallbacks_are_told() -> None:
     assert describe(made)["Q4_K_M"].endswith(
         "1 tensor has another type (50.0 % of the weights): the rows do not divide into this one's blocks."
     )
+
+
+def test_a_mix_is_described_by_its_types_and_not_by_the_level_that_it_is_taken_for() -> None:
+    mixed = mixed_report()
+    said = describe(mixed.levels, mixed.picks)
+    assert "Types by measured sensitivity: 0.61 ± 0.03 of Q4_K_M's KLD on the calibration text." in said[WON]
+    unmeasured = [dataclasses.replace(each, measured=None) for each in mixed.levels]
+    assert describe(unmeasured)[LOST] == "Types by measured sensitivity: 0.93 ± 0.02 of Q3_K_M's KLD on the calibration text."
+
+
+def test_the_card_says_how_mixes_were_chosen_and_how_llama_quantize_makes_them() -> None:
+    mixed = mixed_report()
+    commands = {
+        each.name: f"llama-quantize --tensor-type-file {each.name}.txt model.gguf {each.name}.gguf"
+        for each in mixed.levels
+        if each.mix is not None
+    }
+    made = tuple(dataclasses.replace(each, command=commands.get(each.name, each.command)) for each in mixed.levels)
+    card = render_card(dataclasses.replace(mixed, levels=made))
+    assert "h2 How the types of mixes were chosen" in headings(body_of(card))
+    assert f"* **{WON}**: KLD on other chunks of that text 0.61 ± 0.03 of Q4_K_M, 0.65 in the typical chunk;" in card
+    assert "; on held_out.txt, at its size, 0.62 ± 0.02 of Q4_K_M, 0.66 in the typical chunk; tensors by type: 120 Q4_K" in card
+    assert "(./Ministral-8B-MIX-4.89bpw-Q4_K_M.recipe.json)" in card
+    assert "\n".join(commands.values()) in card
+
+
+def test_a_command_with_an_option_for_every_tensor_is_not_repeated() -> None:
+    mixed = mixed_report()
+    made = tuple(
+        dataclasses.replace(each, mix=dataclasses.replace(each.mix, tensor_types=None)) if each.mix is not None else each
+        for each in mixed.levels
+    )
+    assert "makes the same bytes" not in render_card(dataclasses.replace(mixed, levels=made))
+
+
+def test_mixes_without_iq_types_are_not_called_slow() -> None:
+    """What counts is what is in the file, not the level that it is named for."""
+    (slow,) = [each for each in mixed_report().levels if each.name == LOST]
+    assert slow.mix is not None
+    quick = dataclasses.replace(slow, mix=dataclasses.replace(slow.mix, types={"Q4_K": 226}))
+    for mix, told in ((slow, True), (quick, False)):
+        assert ("IQ levels are slower" in render_card(dataclasses.replace(mixed_report(), levels=(mix,)))) == told

@@ -8,19 +8,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import reports
 import vl_convert
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.report import charts, heat
-from imatrix_runner.report.charts import Spec, log_ticks
-from imatrix_runner.report.colours import COLOURS, RAMP_STEPS, palette, resolved
+from imatrix_runner.files import byte_unit
 from imatrix_runner.report.document import Report
-from imatrix_runner.report.labels import Spot, place
-from imatrix_runner.report.pareto import pareto, unit
-from imatrix_runner.report.picture import render_png
+from imatrix_runner.report.views import charts, heat
+from imatrix_runner.report.views.charts import Spec, log_ticks
+from imatrix_runner.report.views.colours import COLOURS, RAMP_STEPS, palette, resolved
+from imatrix_runner.report.views.costs import cost_heat
+from imatrix_runner.report.views.labels import Spot, place
+from imatrix_runner.report.views.pareto import pareto, render_png
+from support import reports
 
 DENSE, MOE, BARE = reports.sample_report(), reports.moe_report(), reports.bare_report()
+MIXED = reports.mixed_report()
 HOSTILE = '</script><img src=x onerror="alert(1)">\x1b[2J\u202e'
 
 
@@ -40,11 +42,12 @@ def all_charts(report: Report) -> dict[str, Spec | None]:
         "saved": charts.saved(report),
         "curve": charts.curve(report),
         "coverage": heat.coverage(report),
+        "costs": cost_heat(report),
         **{figure.key: heat.heat_map(report, figure.key) for figure in heat.FIGURES},
     }
 
 
-def test_every_measured_level_and_every_twin_is_a_point_with_its_own_figures() -> None:
+def test_every_measured_level_and_every_baseline_is_a_point_with_its_own_figures() -> None:
     points = values(pareto(DENSE), "points")
     levels = {each["level"]: each for each in points if each["role"] != "without imatrix"}
     assert set(levels) == set(reports.LEVELS)
@@ -52,8 +55,8 @@ def test_every_measured_level_and_every_twin_is_a_point_with_its_own_figures() -
         assert level.measured is not None
         assert levels[level.name]["kld"] == level.measured.kld.value
         assert levels[level.name]["x"] * 2**30 == pytest.approx(level.n_bytes)
-    twins = {each["level"]: each["kld"] for each in points if each["role"] == "without imatrix"}
-    assert twins == {each.level: each.without.kld.value for each in DENSE.comparisons}
+    baselines = {each["level"]: each["kld"] for each in points if each["role"] == "without imatrix"}
+    assert baselines == {each.level: each.without.kld.value for each in DENSE.comparisons}
 
 
 def test_recommended_levels_stand_out_and_are_named_wide_and_narrow() -> None:
@@ -64,7 +67,7 @@ def test_recommended_levels_stand_out_and_are_named_wide_and_narrow() -> None:
     assert dict(zip(colours["domain"], colours["range"], strict=True)) == {
         "recommended": "var(--accent)",
         "other levels": "var(--other)",
-        "without imatrix": "var(--twin)",
+        "without imatrix": "var(--baseline)",
     }
     assert all(each["wide"]["shown"] and each["narrow"]["shown"] for each in picked)
 
@@ -82,7 +85,7 @@ def test_a_level_without_any_divergence_is_named_in_words_instead() -> None:
     chart = pareto(replace(DENSE, levels=(exact, *DENSE.levels[1:])))
     assert "BF16" not in [each["level"] for each in values(chart, "points")]
     assert chart is not None
-    assert "BF16, whose KLD is 0" in chart["description"]
+    assert "BF16, with a KLD of 0" in chart["description"]
 
 
 def test_levels_that_are_all_the_same_as_the_source_are_drawn_too() -> None:
@@ -102,7 +105,7 @@ def test_one_measured_level_alone_is_a_chart() -> None:
 
 @pytest.mark.parametrize(("n_bytes", "name"), [(900, "B"), (3_000_000, "MiB"), (5 * 2**30, "GiB"), (3 * 2**40, "TiB")])
 def test_sizes_have_the_unit_of_the_largest(n_bytes: int, name: str) -> None:
-    found, scale = unit(n_bytes)
+    found, scale = byte_unit(n_bytes)
     assert found == name
     assert 1 <= n_bytes / scale < 1024
 
@@ -194,7 +197,27 @@ def test_what_the_report_lacks_has_no_chart() -> None:
         render_png(BARE)
 
 
-@pytest.mark.parametrize("report", [DENSE, MOE], ids=["dense", "moe"])
+def test_costs_are_coloured_by_their_logarithm_and_what_was_not_measured_is_crossed_out() -> None:
+    assert MIXED.costs is not None
+    chart = cost_heat(MIXED)
+    cells = {(each["layer"], each["kind"]): each for each in values(chart, "cells")}
+    measured = [each for each in MIXED.costs.tensors if each.measured]
+    assert len(cells) == len(measured)
+    for each in measured:
+        assert 10 ** cells[heat.layer_name(each.layer), each.kind]["value"] == pytest.approx(each.cost)
+    last = str(reports.N_LAYERS - 1)
+    assert {(each["layer"], each["kind"]) for each in values(chart, "lacking")} == {(last, kind) for kind in reports.KINDS}
+
+
+def test_the_costs_are_told_in_words_with_the_most_fragile_layer() -> None:
+    chart = cost_heat(MIXED)
+    assert chart is not None
+    assert "to 0.00210 (ffn_down of layer 0)" in chart["description"]
+    assert "Layer 0 has 25 % of the cost of all layers." in chart["description"]
+    assert "Crossed out: 7 tensors" in chart["description"]
+
+
+@pytest.mark.parametrize("report", [DENSE, MOE, MIXED], ids=["dense", "moe", "mixed"])
 def test_vega_lite_draws_every_chart(report: Report) -> None:
     drawn = [name for name, chart in all_charts(report).items() if chart is not None]
     assert len(drawn) >= 6
@@ -250,13 +273,13 @@ def test_names_cover_neither_each_other_nor_points() -> None:
 
 
 def test_a_name_that_must_be_shown_is_even_where_there_is_no_room() -> None:
-    assert place([Spot(5, 5, "Q4_K_M", must=True), Spot(5, 6, "Q4_K_S")], 50, 12)[0].shown
+    assert place([Spot(5, 5, "Q4_K_M", must=True), Spot(5, 6, "Q4_K_S")], 60, 12)[0].shown
     assert not place([Spot(5, 5, "Q4_K_M", must=True), Spot(5, 6, "Q4_K_S")], 50, 12)[1].shown
 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("ground", ["paper", "raised"])
-@pytest.mark.parametrize("text", ["ink", "soft", "accent", "twin", "warn"])
+@pytest.mark.parametrize("text", ["ink", "soft", "accent", "baseline", "warn"])
 def test_text_is_readable(text: str, ground: str, dark: bool) -> None:
     """WCAG 2.2 AA, 1.4.3."""
     assert contrast(palette(dark=dark)[text], palette(dark=dark)[ground]) >= 4.5

@@ -11,11 +11,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from reports import bare_report, moe_report, sample_report
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.report.document import SCHEMA, VERSION, Report
-from imatrix_runner.report.stored import MOST_BYTES, encode_report, read_report
+from imatrix_runner.report.document import MOST_BYTES, SCHEMA, VERSION, Report, encode_report, read_report
+from support.reports import bare_report, moe_report, sample_report
 
 SCHEMA_FILE = Path(__file__).with_name("report_schema.json")
 

@@ -12,19 +12,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import reports
 
+from imatrix_runner import safe_text
 from imatrix_runner.engines.measures import Estimate
-from imatrix_runner.evaluate.picks import Pick
-from imatrix_runner.report import page as page_module
-from imatrix_runner.report import wording
-from imatrix_runner.report.card import render_card
-from imatrix_runner.report.differing import differences, words
-from imatrix_runner.report.document import Report, ReportFile, ReportStep, WithoutTwin
-from imatrix_runner.report.page import ANSWERS, embedded_json, render_html
-from imatrix_runner.report.tables import level_table
+from imatrix_runner.evaluate.answer_agreement import differences, words
+from imatrix_runner.evaluate.recommendations import Pick
+from imatrix_runner.report.document import Report, ReportFile, ReportStep, WithoutBaseline
+from imatrix_runner.report.views import page as page_module
+from imatrix_runner.report.views import wording
+from imatrix_runner.report.views.card import render_card
+from imatrix_runner.report.views.page import ANSWERS, embedded_json, render_html
+from imatrix_runner.report.views.report_tables import level_table
+from support import reports
 
 DENSE, MOE, BARE = reports.sample_report(), reports.moe_report(), reports.bare_report()
+MIXED = reports.mixed_report()
 HOSTILE = '"></script></style><img src=x onerror=alert(1)>{{ 7*7 }}&\x1b[31m\u2028\u202e'
 _VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
 
@@ -152,7 +154,7 @@ def test_the_page_and_the_card_say_what_the_figures_are_of_and_show_the_same_ten
         model=replace(report.model, quantised="Q8_0"),
         levels=(replace(first, others=(second.name,)), replace(second, same_as=first.name), *rest),
         caveats=("The source is quantised Q8_0: every figure is a distance from that.",),
-        without_twin=(WithoutTwin("IQ2_M", "cannot be made without an imatrix"),),
+        without_twin=(WithoutBaseline("IQ2_M", "cannot be made without an imatrix"),),
     )
     for text in (render_html(report), render_card(report).replace("\\", "")):
         assert "quantised Q8_0" in text
@@ -205,6 +207,43 @@ def test_sections_without_data_are_left_out(bare: Page, moe: Page, dense: Page) 
         linked = [each["href"][1:] for each in page.named("a") if each["href"].startswith("#")]
         assert linked == ["main", *headings(page)]
     assert "2 levels, from 641.25 MiB to 1.09 GiB; none is measured." in bare.text
+
+
+def test_mixes_are_told_with_what_they_were_compared_with() -> None:
+    page = Page(render_html(MIXED))
+    headings = [each["id"] for each in page.named("h2") if "id" in each]
+    assert headings == ["sizes", "levels", "mixes", "worth", "imatrix", "answers", "origin"]
+    assert "costs" in page.data
+    for text in (
+        "MIX@like:Q4_K_M, MIX@4.5GiB",
+        "0.61 ± 0.03 of Q4_K_M, 0.65 in the typical chunk",
+        "0.62 ± 0.02 of Q4_K_M, 0.66 in the typical chunk",
+        "0.98 ± 0.03 of stock between Q3_K_M and IQ4_XS",
+        "120 Q4_K, 81 IQ4_XS, 25 Q6_K; 1 without imatrix",
+        "MIX@like:Q8_0 : stock Q8_0 was kept, because no mix was surely better",
+    ):
+        assert text in page.text
+    for level in MIXED.levels:
+        for file in level.mix.files if level.mix is not None else ():
+            assert f"{file.name}, " in page.text
+            assert file.sha256 in page.text
+
+
+def test_costs_without_a_mix_and_a_mix_without_costs_are_shown() -> None:
+    alone = Page(render_html(replace(DENSE, costs=reports.costs())))
+    assert "mixes" in [each.get("id") for each in alone.named("h2")]
+    assert "Asked for" not in alone.text
+    without = Page(render_html(replace(MIXED, costs=None, evaluation=None)))
+    assert "costs" not in without.data
+    assert "0.61 ± 0.03 of Q4_K_M" in without.text
+
+
+def test_the_table_of_levels_says_what_a_mix_gained() -> None:
+    table = level_table(MIXED.levels)
+    keys = [column.key for column in table.columns]
+    cells = {level.name: cells[keys.index("stock")] for level, cells in table.rows}
+    assert (cells[reports.WON].text, cells[reports.WON].value) == ("0.61 ± 0.03 of Q4_K_M", "0.61")
+    assert (cells["Q4_K_M"].text, cells["Q4_K_M"].value) == ("–", "")
 
 
 def test_a_report_without_levels_is_a_page_too() -> None:
@@ -260,7 +299,7 @@ def test_the_page_is_well_formed_and_has_landmarks(dense: Page, moe: Page, bare:
 def test_a_hostile_name_is_a_text_and_nothing_else(evil: Page, dense: Page) -> None:
     assert evil.named("img") == []
     assert len(evil.named("script")) == len(dense.named("script"))
-    assert wording.shown(HOSTILE) in "".join(evil.texts)
+    assert safe_text.shown(HOSTILE) in "".join(evil.texts)
     attributes = [value for _, each in evil.elements for value in each.values()]
     everything = " ".join([*evil.texts, *evil.data.values(), *attributes])
     assert not any(character in everything for character in "\x1b\u202e")
@@ -286,7 +325,7 @@ def test_json_cannot_leave_its_element() -> None:
 
 def test_answers_stand_side_by_side_with_the_differing_words_marked(dense: Page) -> None:
     assert [each["class"] for each in dense.named("mark")].count("removed") == 4
-    assert "parts after 8 tokens" in dense.text
+    assert "differs after 8 tokens" in dense.text
     assert "the same, 6 tokens" in dense.text
 
 
@@ -343,6 +382,12 @@ def test_the_same_report_gives_the_same_page() -> None:
         ("yes", "", ["yes"], []),
         ("one two", "one two three", [], ["three"]),
         ("猫は座った", "犬は座った", ["猫"], ["犬"]),
+        ("고양이가 앉았다", "고양이는 앉았다", ["고양이가"], ["고양이는"]),  # Korean has spaces between words
+        ("แมวนั่ง", "หมานั่ง", ["แ", "ว"], ["ห", "า"]),
+        ("ແມວ", "ໝາວ", ["ແມ"], ["ໝາ"]),
+        ("ឆ្មា", "ឆ្កា", ["ម"], ["ក"]),
+        ("ကြောင်", "ကြောက်", ["င"], ["က"]),
+        ("ཞི་མི", "ཞི་ཁྱི", ["མ"], ["ཁྱ"]),
         ("a b c", "x y z", ["a b c"], ["x y z"]),
     ],
 )
@@ -394,9 +439,9 @@ def test_words_are_the_whole_text() -> None:
         (wording.many(1200, "entry", "entries"), "1,200 entries"),
         (wording.moment("2026-07-14T11:02:45+00:00"), "2026-07-14 11:02 UTC"),
         (wording.moment("yesterday\x1b"), "yesterday\ufffd"),
-        (wording.shown("a\nb\x1b"), "a\ufffdb\ufffd"),
-        (wording.shown("x" * 300, 5), "xxxxx…"),
-        (wording.shown_text("a\r\n\tb\x00\u202ec\u200d"), "a\n\tb\ufffd\ufffdc\u200d"),
+        (safe_text.shown("a\nb\x1b"), "a\ufffdb\ufffd"),
+        (safe_text.shown("x" * 300, 5), "xxxxx…"),
+        (safe_text.shown_text("a\r\n\tb\x00\u202ec\u200d"), "a\n\tb\ufffd\ufffdc\u200d"),
     ],
 )
 def test_figures_and_names_are_written_so(told: str, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Commands in a report: they can be typed again, and tell nothing of somebody's folders."""
+"""Commands in a report: they can be typed again, and name no folders."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from reports import sample_report
 
 from imatrix_runner.files import Stamp
-from imatrix_runner.journal import Journal, Output, Record
+from imatrix_runner.imatrix.collection_facts import ImatrixInputs
+from imatrix_runner.journal import Journal, StepOutput, StepRecord, commands_in
 from imatrix_runner.report.document import ReportFile
-from imatrix_runner.workflow.report_steps import bare_command, describe_steps
+from imatrix_runner.report.facts.gather_steps import bare_commands, describe_steps
+from support.reports import sample_report
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,11 @@ from imatrix_runner.workflow.report_steps import bare_command, describe_steps
             r"imatrix-runner quantize m.gguf --tensor-type 'blk\.(0|1)\..*=q6_k'",
         ),
         ("imatrix-runner run m.gguf -- --foo", "imatrix-runner run m.gguf -- --foo"),
+        ("imatrix-runner run m.gguf -- --foo 'a b' '&&'", "imatrix-runner run m.gguf -- --foo 'a b' '&&'"),
+        (
+            "imatrix-runner imatrix convert /i.gguf /i.dat && cd /w && llama-quantize --imatrix i.dat /w/m.gguf /w/o.gguf Q4_0",
+            "imatrix-runner imatrix convert i.gguf i.dat && llama-quantize --imatrix i.dat m.gguf o.gguf Q4_0",
+        ),
         ("imatrix-runner run '/home/ada/my model.gguf'", "imatrix-runner run 'my model.gguf'"),
         ("", ""),
         ("imatrix-runner run 'unclosed", ""),
@@ -39,12 +45,12 @@ from imatrix_runner.workflow.report_steps import bare_command, describe_steps
     ],
 )
 def test_a_command_keeps_names_and_loses_folders(typed: str, shown: str) -> None:
-    assert bare_command(typed) == shown
+    assert bare_commands(commands_in(typed)) == shown
 
 
 def test_a_directory_that_looks_like_a_hub_id_is_known_by_having_been_the_source() -> None:
-    assert bare_command("imatrix-runner run models/llama", "models/llama") == "imatrix-runner run llama"
-    assert bare_command("imatrix-runner run models/llama") == "imatrix-runner run models/llama"
+    assert bare_commands(commands_in("imatrix-runner run models/llama"), "models/llama") == "imatrix-runner run llama"
+    assert bare_commands(commands_in("imatrix-runner run models/llama")) == "imatrix-runner run models/llama"
 
 
 @pytest.mark.parametrize(
@@ -68,10 +74,14 @@ def test_a_directory_that_looks_like_a_hub_id_is_known_by_having_been_the_source
         ),
     ],
 )
-def test_the_imatrix_is_llama_imatrix_where_that_can_do_it(chunks: str, options: str, command: str, tmp_path: Path) -> None:
+def test_an_imatrix_whose_command_was_not_kept_is_told_by_inputs(
+    chunks: str, options: str, command: str, tmp_path: Path
+) -> None:
     model = replace(sample_report().model, files=(ReportFile("mmproj-m-F16.gguf", 9), ReportFile("m-BF16.gguf", 10)))
-    inputs = {"context": "512", "chunks": chunks, "options": options}
-    record = Record.now(inputs, [Output("imatrix.gguf", Stamp(1, 2, 3))], "", 4.0, facts={"dataset": "my text.txt"})
+    inputs = ImatrixInputs(
+        model_file="m", calibration_text="t", context="512", chunks=chunks, options=options, engine="llama.cpp 1"
+    ).named()
+    record = StepRecord.now(inputs, [StepOutput("imatrix.gguf", Stamp(1, 2, 3))], "", 4.0, facts={"dataset": "my text.txt"})
     (step,) = describe_steps(Journal(tmp_path / "journal.json"), {}, record, model, "")
     assert (step.what, step.seconds, step.command) == ("imatrix", 4.0, command)
 
@@ -79,7 +89,7 @@ def test_the_imatrix_is_llama_imatrix_where_that_can_do_it(chunks: str, options:
 def test_a_conversion_is_told_if_the_levels_were_made_from_it(tmp_path: Path) -> None:
     journal, model = Journal(tmp_path / "journal.json"), replace(sample_report().model, files=(ReportFile("m-BF16.gguf", 10),))
     for outtype in ("f16", "bf16"):
-        output = Output(f"m-{outtype.upper()}.gguf", Stamp(1, 2, 3))
-        journal.record(f"convert {outtype}", Record.now({"outtype": outtype}, [output], "", 5.0))
+        output = StepOutput(f"m-{outtype.upper()}.gguf", Stamp(1, 2, 3))
+        journal.record(f"convert {outtype}", StepRecord.now({"outtype": outtype}, [output], "", 5.0))
     (step,) = describe_steps(journal, {}, None, model, "")
     assert step.command == "convert_hf_to_gguf.py Ministral-8B --outfile m-BF16.gguf --outtype bf16"

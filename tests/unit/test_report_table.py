@@ -6,12 +6,12 @@ import io
 from dataclasses import replace
 
 import pytest
-from reports import bare_report, moe_report, sample_report
 from rich.console import Console
 
-from imatrix_runner.cli.report_table import print_report
-from imatrix_runner.evaluate.twins import RULE
-from imatrix_runner.report.document import Report, WithoutTwin
+from imatrix_runner.cli.views.report_table import print_report
+from imatrix_runner.evaluate.ab_verdict import RULE
+from imatrix_runner.report.document import Report, WithoutBaseline
+from support.reports import bare_report, moe_report, sample_report
 
 
 def printed(report: Report, width: int = 200) -> str:
@@ -47,11 +47,11 @@ def test_recommended_levels_are_marked_and_their_rule_is_told() -> None:
 
 def test_comparisons_come_with_verdict_and_rule() -> None:
     text = printed(sample_report())
-    twins = text[text.index("With and without imatrix") :]
-    assert "take it" in row(twins, "Q4_K_M")
-    assert "+14.2 ± 1.7 %" in row(twins, "IQ4_XS")
-    assert row(twins, "Q6_K").endswith("not needed (within two standard errors)")
-    assert RULE in twins
+    baselines = text[text.index("With and without imatrix") :]
+    assert "take it" in row(baselines, "Q4_K_M")
+    assert "+14.2 ± 1.7 %" in row(baselines, "IQ4_XS")
+    assert row(baselines, "Q6_K").endswith("not needed (within two standard errors)")
+    assert RULE in baselines
 
 
 def test_levels_of_the_same_tensors_share_a_row() -> None:
@@ -71,7 +71,7 @@ def test_what_the_figures_are_of_is_said_next_to_them() -> None:
             report,
             model=model,
             caveats=("No level is recommended: too few tokens were scored.",),
-            without_twin=(WithoutTwin("IQ2_M", "cannot be made without an imatrix: it needs one"),),
+            without_twin=(WithoutBaseline("IQ2_M", "cannot be made without an imatrix: it needs one"),),
         )
     )
     assert "against the quantised Q8_0 source" in text

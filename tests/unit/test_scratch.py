@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from children import python
 
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.scratch import PREFIX, remove_abandoned, scratch_folder
+from support.children import python
 
 HOLDER = """
     import sys

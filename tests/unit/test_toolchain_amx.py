@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imatrix_runner.engines.embedded import install
-from imatrix_runner.toolchain import amx
+from imatrix_runner.toolchain import amx, pip_install
 from imatrix_runner.toolchain.amx import WITHOUT_AMX, AmxBuild, amx_build, check_compiler
 from imatrix_runner.toolchain.build import BuildPlan, with_flags
 
@@ -128,9 +127,9 @@ def test_a_build_keeps_the_flags_of_the_environment(tmp_path: Path) -> None:
 
 
 def test_the_line_for_pip_leaves_amx_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert install.pip_install("-U") == "pip install llama-cpp-python -U" or amx.has_amx()
-    monkeypatch.setattr(install, "amx_build", lambda _find: AmxBuild(WITHOUT_AMX, "why"))
-    line = install.pip_install(*install.AFRESH, cmake="-DGGML_CUDA=on")
+    assert pip_install.pip_install("-U") == "pip install llama-cpp-python -U" or amx.has_amx()
+    monkeypatch.setattr(pip_install, "amx_build", lambda _find: AmxBuild(WITHOUT_AMX, "why"))
+    line = pip_install.pip_install(*pip_install.AFRESH, cmake="-DGGML_CUDA=on")
     flags = '"-mno-amx-tile -mno-amx-int8"'
     assert line.startswith(f'CFLAGS={flags} CXXFLAGS={flags} CMAKE_ARGS="-DGGML_CUDA=on" pip install llama-cpp-python ')
-    assert flags in install.install_hint()
+    assert flags in pip_install.install_hint()

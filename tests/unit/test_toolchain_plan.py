@@ -13,13 +13,15 @@ from imatrix_runner.process import Command, Outcome, Runner
 from imatrix_runner.toolchain import build as building
 from imatrix_runner.toolchain.build import BuildRequest, build, default_jobs, plan_build, progress_of
 from imatrix_runner.toolchain.diagnose import Need, diagnose, finder, manager, missing_needs, needs_advice
-from imatrix_runner.toolchain.source import Source
+from imatrix_runner.toolchain.source import LlamaCppSource
 from imatrix_runner.toolchain.store import Store
 
-SOURCE = Source("sdist", "0.3.36", "0c1e57098", "llama-cpp-python 0.3.36", Path("/src"), "f" * 64)
+SOURCE = LlamaCppSource("sdist", "0.3.36", "0c1e57098", "llama-cpp-python 0.3.36", Path("/src"), "f" * 64)
 
 
-def plan(request: BuildRequest, source: Source = SOURCE, *, ninja: bool = True, system: str = "linux") -> building.BuildPlan:
+def plan(
+    request: BuildRequest, source: LlamaCppSource = SOURCE, *, ninja: bool = True, system: str = "linux"
+) -> building.BuildPlan:
     return plan_build(request, source, cmake="/usr/bin/cmake", ninja=ninja, jobs=2, system=system)
 
 
@@ -50,14 +52,14 @@ def test_backends_and_systems_change_flags_and_key(tmp_path: Path) -> None:
 
 
 def test_the_build_number_comes_from_the_tag_or_from_the_history(tmp_path: Path) -> None:
-    tagged = Source("git", "b9976", "abc", "url b9976", Path("/src"))
+    tagged = LlamaCppSource("git", "b9976", "abc", "url b9976", Path("/src"))
     assert "-DLLAMA_BUILD_NUMBER=9976" in plan(BuildRequest(cache=tmp_path), tagged).flags
-    checkout = Source("directory", "0.5.0", "abc", "/src", Path("/src"))
+    checkout = LlamaCppSource("directory", "0.5.0", "abc", "/src", Path("/src"))
     assert not [flag for flag in plan(BuildRequest(cache=tmp_path), checkout).flags if "BUILD_NUMBER" in flag]
 
 
 def test_a_key_is_a_safe_name_whatever_the_source_is_called(tmp_path: Path) -> None:
-    odd = Source("git", "feature/../../x y", "", "url", Path("/src"))
+    odd = LlamaCppSource("git", "feature/../../x y", "", "url", Path("/src"))
     assert plan(BuildRequest(cache=tmp_path), odd).build_dir.parent == tmp_path / "builds"
 
 

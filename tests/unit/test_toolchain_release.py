@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from imatrix_runner.errors import DownloadError
-from imatrix_runner.toolchain.download import headers_for
 from imatrix_runner.toolchain.hardware import advice, backend_for, gpus, parse_nvidia, parse_rocm
-from imatrix_runner.toolchain.release import Asset, Release, asset_name, choose, parse_release
+from imatrix_runner.toolchain.release import Asset, Release, asset_name, choose, headers_for, parse_release
 
 NAMES = (
     "cudart-llama-b7-bin-ubuntu-cuda-12.8-x64.tar.gz",

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dialogues import TEMPLATE
 
-from imatrix_runner.calibration.documents import Conversation, Record
-from imatrix_runner.calibration.templates import ChatTemplate
+from imatrix_runner.chat.templates import ChatTemplate
+from imatrix_runner.documents.documents import Conversation, DocumentRecord
 from imatrix_runner.engines.measures import Prompt
 from imatrix_runner.errors import InvalidDataError, UsageError
+from imatrix_runner.evaluate.prompts import describe, read_prompts, write_prompts
 from imatrix_runner.process import Runner
-from imatrix_runner.workflow.prompts import describe, read_prompts, write_prompts
+from support.dialogues import TEMPLATE
 
 USER, AGAIN = {"role": "user", "content": "Why?"}, {"role": "user", "content": "And then?"}
 SAID = {"role": "assistant", "content": "Because."}
@@ -86,12 +86,12 @@ def test_no_file_is_a_mistake_of_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_conversation_is_told_by_who_said_what() -> None:
-    assert describe(Record("Why?", "here")) == "Why?"
-    assert describe(Record(Conversation((SYSTEM, USER)), "here")) == "system: Be brief.\nuser: Why?"
+    assert describe(DocumentRecord("Why?", "here")) == "Why?"
+    assert describe(DocumentRecord(Conversation((SYSTEM, USER)), "here")) == "system: Be brief.\nuser: Why?"
 
 
 def test_with_a_template_a_text_is_what_a_user_says_and_the_answer_begins() -> None:
-    records = [Record("Why?", "1"), Record(Conversation((SYSTEM, USER, SAID, AGAIN)), "2")]
+    records = [DocumentRecord("Why?", "1"), DocumentRecord(Conversation((SYSTEM, USER, SAID, AGAIN)), "2")]
     assert write_prompts(records, CHATML, Runner()) == [
         Prompt("<s>user\nWhy?</s>\n<s>assistant\n", parse_special=True),
         Prompt(
@@ -102,13 +102,15 @@ def test_with_a_template_a_text_is_what_a_user_says_and_the_answer_begins() -> N
 
 
 def test_without_a_template_a_text_is_gone_on_from_and_a_conversation_refused() -> None:
-    assert write_prompts([Record("Why?", "1")], None, Runner()) == [Prompt("Why?", parse_special=False)]
+    assert write_prompts([DocumentRecord("Why?", "1")], None, Runner()) == [Prompt("Why?", parse_special=False)]
     with pytest.raises(InvalidDataError, match="p, line 2 is a conversation"):
-        write_prompts([Record("Why?", "p, line 1"), Record(Conversation((SYSTEM, USER)), "p, line 2")], None, Runner())
+        write_prompts(
+            [DocumentRecord("Why?", "p, line 1"), DocumentRecord(Conversation((SYSTEM, USER)), "p, line 2")], None, Runner()
+        )
 
 
 def test_what_the_template_refuses_is_named() -> None:
-    tool = Record(Conversation(({"role": "tool", "content": "12"},)), "p, line 7")
+    tool = DocumentRecord(Conversation(({"role": "tool", "content": "12"},)), "p, line 7")
     with pytest.raises(InvalidDataError, match="p, line 7 cannot be written down for this model") as caught:
-        write_prompts([Record("Why?", "p, line 6"), tool], CHATML, Runner())
+        write_prompts([DocumentRecord("Why?", "p, line 6"), tool], CHATML, Runner())
     assert "no such role: tool" in caught.value.why

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from children import eventually, is_running, python
 
 from imatrix_runner.errors import InvalidDataError, WorkspaceLockedError
 from imatrix_runner.files import write_json
 from imatrix_runner.workspace import Owner, Workspace, hold, identity, read_owner
+from support.children import eventually, is_running, python
 
 COMMAND = "imatrix-runner run m.gguf"
 

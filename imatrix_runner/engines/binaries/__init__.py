@@ -1,1 +1,1 @@
-"""The engine that drives llama.cpp's own programs: argument lists down, parsed lines up."""
+"""The engine that runs llama.cpp's own programs."""

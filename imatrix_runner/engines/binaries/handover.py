@@ -1,10 +1,9 @@
-"""The imatrix in the format that a toolchain's llama-quantize reads."""
+"""Provides the imatrix in the format that a toolchain's llama-quantize reads."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import struct
 import threading
 import weakref
 from collections.abc import Mapping
@@ -13,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from imatrix_runner.engines.embedded.weights import Values, read_weights
+from imatrix_runner.engines.files.imatrix_weights import Values, read_weights
+from imatrix_runner.engines.files.imatrix_writer import write_legacy_imatrix
 from imatrix_runner.errors import from_os_error
 from imatrix_runner.files import Stamp, stamp
+from imatrix_runner.models.gguf_file import MAGIC
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.capabilities import MatrixFormat
 
@@ -23,11 +24,11 @@ _LIBRARY = re.compile(r"\.(?:so(?:\.[\d.]+)?|dylib|dll)$", re.IGNORECASE)
 
 
 class Handover:
-    """Gives llama-quantize a file that it reads: the user's own, or a copy in the other format, made once per matrix.
+    """Gives llama-quantize a file that it can read: the user's own, or a copy in the other format, made once per imatrix.
 
-    A copy has the original's file name, because llama-quantize writes that name into a level's metadata. It runs in the file's
-    directory for the same reason, and llama.cpp loads backends from where it runs: where libraries lie that are not those in
-    ``home``, its own directory, it is given a link elsewhere.
+    A copy has the original's file name, because llama-quantize writes that name into a level's metadata. llama-quantize runs
+    in the file's directory for the same reason, and llama.cpp loads backends from its working directory: if that holds ggml
+    libraries and is not ``home``, the program's own directory, the file is linked into a folder without any.
     """
 
     def __init__(self, reads: MatrixFormat, home: Path) -> None:
@@ -39,7 +40,7 @@ class Handover:
         self._lock = threading.Lock()
 
     def path(self, imatrix: Path) -> Path:
-        """The file to name with ``--imatrix``. Raises :class:`InvalidDataError` for one that is not whole."""
+        """The file for ``--imatrix``. Raises :class:`InvalidDataError` if the imatrix is incomplete."""
         readable = self._reads == "gguf" or not _is_gguf(imatrix)
         if readable and not self._holds_other_libraries(imatrix.parent):
             return imatrix
@@ -62,7 +63,7 @@ class Handover:
 def _link(file: Path, link: Path) -> None:
     try:
         link.symlink_to(file.absolute())
-    except OSError:  # Windows permits that to few
+    except OSError:  # Windows allows symbolic links to few users
         try:
             shutil.copyfile(file, link)
         except OSError as error:
@@ -70,27 +71,22 @@ def _link(file: Path, link: Path) -> None:
 
 
 def write_legacy(path: Path, values: Mapping[bytes, Values], dataset: bytes, chunks: int) -> None:
-    """Write a legacy imatrix whose readers find exactly these ``values``: each stands for one call, by which they divide."""
+    """Write a legacy imatrix from which readers get exactly these ``values``: each entry has one call, by which they divide."""
+    entries = ((name, 1, values[name]) for name in values)
     try:
-        with path.open("wb") as out:
-            out.write(struct.pack("<i", len(values)))
-            for name in values:
-                data = values[name]
-                out.write(struct.pack("<i", len(name)) + name + struct.pack("<ii", 1, data.size))
-                out.write(data.astype("<f4", copy=False).tobytes())
-            out.write(struct.pack("<ii", chunks, len(dataset)) + dataset)
+        write_legacy_imatrix(path, len(values), entries, chunks, dataset)
     except OSError as error:
         raise from_os_error(error, f"converting {path.name} to the legacy imatrix format", path) from error
 
 
 def ones(count: int) -> Values:
-    """Weights that make all columns alike."""
+    """Equal weights for all columns."""
     return np.ones(count, np.float32)
 
 
 def _is_gguf(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
+            return file.read(len(MAGIC)) == MAGIC
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}", path) from error

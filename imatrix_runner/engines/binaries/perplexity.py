@@ -1,9 +1,9 @@
-"""llama-perplexity: the reference's log-probabilities, and a level's distance from them.
+"""Runs llama-perplexity for the reference's log-probabilities, and for a level's distance from them.
 
-Neither its exit code nor its words can be trusted alone: after the model is loaded it ends with 0 whatever happened, its log is
-written asynchronously and loses the last lines now and then, and the file of the reference announces all its chunks before the
-first is written (tools/perplexity/perplexity.cpp, common/log.cpp). So a reference counts when its file is whole, and a
-comparison when its summary is; one that lost the end of its summary is made again.
+Neither its exit code nor its output can be trusted alone: once the model is loaded it always exits with 0, its log is written
+asynchronously and sometimes loses the last lines, and the reference file announces all its chunks before the first is written
+(tools/perplexity/perplexity.cpp, common/log.cpp). A reference is accepted if its file is complete, a comparison if its summary
+is; a comparison that lost the end of its summary is run again.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 
-from imatrix_runner.engines.binaries.argv import PERPLEXITY, judge_command, refer_command
-from imatrix_runner.engines.binaries.lines import ImatrixOutput, Lines
-from imatrix_runner.engines.binaries.messages import explain, full_disk, recognise, rounded_context, with_log
 from imatrix_runner.engines.binaries.vocabulary import ends_texts, n_tokens
-from imatrix_runner.engines.logits_file import LogitsHead, first_wild_chunk, note_path, read_head, scored_tokens
-from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Divergence, Estimate, JudgeJob, ReferJob
-from imatrix_runner.engines.plausible import no_reference, uniform_guess
+from imatrix_runner.engines.files.logits import LogitsHead, first_invalid_chunk, note_path, read_head, scored_tokens
+from imatrix_runner.engines.files.logits_writer import copy_first_chunks
+from imatrix_runner.engines.files.plausible import no_reference, uniform_guess
+from imatrix_runner.engines.llama_cpp.flags import PERPLEXITY, measure_command, reference_command
+from imatrix_runner.engines.llama_cpp.messages import explain, full_disk, recognise, rounded_context, with_log
+from imatrix_runner.engines.llama_cpp.output import ImatrixOutput, Lines
+from imatrix_runner.engines.measures import DP_FRACTIONS, KLD_FRACTIONS, Divergence, Estimate, MeasureJob, ReferenceJob
 from imatrix_runner.errors import EngineError, InvalidDataError, RunnerError, from_os_error
 from imatrix_runner.events import Progress, Sink, detail, warning
 from imatrix_runner.files import atomic_writer, discard, part_path, publish, require_space
-from imatrix_runner.models.finite import no_numbers, non_finite_tensor
+from imatrix_runner.models.finite import non_finite_error, non_finite_tensor
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.toolchain.probe import Toolchain
 
 AGAIN, PATIENCE = 3, 15.0
-"""A comparison without a whole summary is made again so many times, and more often within so many seconds of them all. Of a
-model of 2 MB 16 of 20 runs lost lines on a busy machine, of two of 100 MB and more none of 24: freeing those takes the time
-that the log needs."""
+"""A comparison with an incomplete summary is run again ``AGAIN`` times, or more often until all runs took ``PATIENCE`` seconds.
+On a busy machine 16 of 20 runs of a 2 MB model lost lines, and none of 24 runs of two models of 100 MB and more: freeing those
+takes the time that the log needs."""
 
 _FEWEST = 100
-"""Of fewer scored tokens llama-perplexity prints no summary."""
+"""llama-perplexity prints no summary for fewer scored tokens."""
 
 # A row for each chunk, cumulative: chunk, PPL, ln(PPL(Q)/PPL(base)), KL divergence, Δp RMS, same top p.
 _ROW = re.compile(r"^ *(\d{1,9}) +(\S+) ± +\S+ +\S+ ± +\S+ +(\S+) ± +\S+ ")
@@ -51,11 +51,11 @@ _NAMES = {1.0: "Maximum", 0.5: "Median", 0.0: "Minimum"}
 
 @dataclass
 class DivergenceOutput:
-    """Follows one comparison.
+    """Parses the output of one comparison.
 
-    ``done`` counts chunks; ``ppl`` and ``kld`` are the means over them, ``wild`` is how many there were when these first were
-    no numbers. ``wrong`` is what the tool itself says went wrong. ``invalid``: it found NaN or infinity in the file, and
-    ``bad_tensor`` is where first, if that line was not lost (ggml's own lines never are).
+    ``done`` counts chunks; ``ppl`` and ``kld`` are the means over them. ``non_finite_at``: the chunk, from 1, at which one of
+    these was first NaN or infinite; 0 if none was. ``wrong``: the tool's own error message. ``invalid``: it found NaN or
+    infinity in the file; ``bad_tensor`` is the first such tensor, if that line was not lost (ggml's own lines never are).
     """
 
     done: int = 0
@@ -64,13 +64,13 @@ class DivergenceOutput:
     wrong: str = ""
     invalid: bool = False
     bad_tensor: str = ""
-    wild: int = 0
+    non_finite_at: int = 0
     _figures: dict[str, tuple[float, float]] = field(default_factory=dict)
     _stdout: Lines = field(default_factory=Lines)
     _stderr: Lines = field(default_factory=Lines)
 
     def feed(self, stream: str, text: str) -> bool:
-        """Take a piece; true if another chunk is done."""
+        """Take a block; true if another chunk is done."""
         before = self.done
         if stream == "stdout":
             for line in self._stdout.feed(text):
@@ -86,21 +86,21 @@ class DivergenceOutput:
     def _line(self, line: str) -> None:
         if match := _ROW.match(line):
             self.done, self.ppl, self.kld = int(match[1]), _number(match[2]), _number(match[3])
-            if not self.wild and not (math.isfinite(self.ppl) and math.isfinite(self.kld)):
-                self.wild = self.done
+            if not self.non_finite_at and not (math.isfinite(self.ppl) and math.isfinite(self.kld)):
+                self.non_finite_at = self.done
         elif match := _FIGURE.match(line):
             self._figures[re.sub(r" +", " ", match[1])] = (_number(match[2]), _number(match[3] or "0"))
 
     def divergence(self, n_tokens: int) -> Divergence | None:
-        """What the summary says; None while lines of it are missing. Errors that print as nan, where level and source do not
-        differ, are 0."""
+        """The summary's figures; None while lines of it are missing. Standard errors that print as nan, because level and
+        source do not differ, are 0."""
         try:
             return self._divergence(n_tokens)
         except KeyError:
             return None
 
     def _kld_fractions(self) -> tuple[float, ...]:
-        """The percentiles that this llama-perplexity prints: what is lost is the end of a summary, never a part before it."""
+        """The percentiles that this llama-perplexity prints. A summary can lose its end, but never lines before it."""
         older = "Same top p" in self._figures and not any(f"{_name(later)} KLD" in self._figures for later in _LATER_KLD)
         return tuple(fraction for fraction in KLD_FRACTIONS if not older or fraction not in _LATER_KLD)
 
@@ -127,26 +127,26 @@ class DivergenceOutput:
         return Estimate(value / of, error / of if math.isfinite(error) else 0.0)
 
 
-def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
-    """Write the reference's log-probabilities. They are there whole, or not at all: a run that was ended begins anew.
+def make_reference(job: ReferenceJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
+    """Write the reference's log-probabilities, completely or not at all: an interrupted run starts again from the beginning.
 
-    Raises :class:`InvalidDataError` where the model computes no numbers or the text is too short, :class:`UsageError` for what
-    llama-perplexity cannot do, :class:`EngineError` or a more exact error where it fails.
+    Raises :class:`InvalidDataError` if the model produces NaN or infinite numbers or the text is too short, :class:`UsageError`
+    for what llama-perplexity cannot do, :class:`EngineError` or a more specific error if it fails.
     """
     count = job.chunks.count
     require_enough(count, job.options.n_ctx)
     what = f"What {job.model.name} predicts could not be computed"
     note, part = note_path(job.out), part_path(job.out)
-    command = refer_command(job, part, tools, ends_texts=ends_texts(job.model))
-    for old in (note, job.out, part):  # two would take more of the disk than was reckoned with
+    command = reference_command(job, part, tools, ends_texts=ends_texts(job.model))
+    for old in (note, job.out, part):  # two files would take more disk space than planned
         discard(old)
     output = ImatrixOutput()  # it prints its chunks as llama-imatrix does
     n_vocab = n_tokens(job.model)
 
-    def follow(stream: str, piece: str) -> None:
-        if output.feed(stream, piece) and output.ppl is not None:
-            if output.wild:
-                raise _no_numbers_in(job.model, output.wild)
+    def follow(stream: str, block: str) -> None:
+        if output.feed(stream, block) and output.ppl is not None:
+            if output.non_finite_at:
+                raise _no_numbers_in(job.model, output.non_finite_at)
             if n_vocab and output.ppl > 0 and (why := uniform_guess(math.log(output.ppl), n_vocab)):
                 raise InvalidDataError(*no_reference(job.model.name, why))
             sink(Progress(job.step, output.done, count, f"PPL {output.ppl:.4f}"))
@@ -164,9 +164,9 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
                 "the text is shorter than it was when it was counted",
                 "Run the same command again.",
             )
-        wild = first_wild_chunk(part, head)
-        if wild is not None:
-            raise _no_numbers_in(job.model, wild + 1)
+        non_finite_at = first_invalid_chunk(part, head)
+        if non_finite_at is not None:
+            raise _no_numbers_in(job.model, non_finite_at + 1)
         publish(part, job.out)
     finally:
         discard(part)
@@ -174,8 +174,8 @@ def refer(job: ReferJob, sink: Sink, tools: Toolchain, runner: Runner) -> None:
         handle.write(job.fingerprint.encode())
 
 
-def judge(job: JudgeJob, sink: Sink, tools: Toolchain, runner: Runner) -> Divergence:
-    """Compare a level with the reference. Raises what :func:`refer` does."""
+def measure_level(job: MeasureJob, sink: Sink, tools: Toolchain, runner: Runner) -> Divergence:
+    """Compare a level with the reference. Raises the same errors as :func:`make_reference`."""
     head = read_head(job.base)
     require_enough(head.n_chunks if job.limit is None else min(job.limit, head.n_chunks), head.n_ctx)
     _require_fit(job, head)
@@ -183,24 +183,24 @@ def judge(job: JudgeJob, sink: Sink, tools: Toolchain, runner: Runner) -> Diverg
         return _compare(job, base, head, sink, tools, runner)
 
 
-def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Toolchain, runner: Runner) -> Divergence:
-    command = judge_command(job, base, tools, ends_texts=ends_texts(job.model))
+def _compare(job: MeasureJob, base: Path, head: LogitsHead, sink: Sink, tools: Toolchain, runner: Runner) -> Divergence:
+    command = measure_command(job, base, tools, ends_texts=ends_texts(job.model))
     what = f"{job.model.name} could not be compared with its source"
     tries, seconds = 0, 0.0
     while tries <= AGAIN or seconds < PATIENCE:
         output = DivergenceOutput()
 
-        def follow(stream: str, piece: str, output: DivergenceOutput = output) -> None:
-            if output.feed(stream, piece):
-                if output.wild:
-                    raise _no_numbers_in(job.model, output.wild)
+        def follow(stream: str, block: str, output: DivergenceOutput = output) -> None:
+            if output.feed(stream, block):
+                if output.non_finite_at:
+                    raise _no_numbers_in(job.model, output.non_finite_at)
                 sink(Progress(job.step, output.done, head.n_chunks, f"KLD {output.kld:.5f}"))
 
         outcome = runner.run(command, log=job.log, on_text=follow)
         tries, seconds = tries + 1, seconds + outcome.seconds
         if output.invalid:
             which = f"its tensor {output.bad_tensor}" if output.bad_tensor else "one of its tensors"
-            raise no_numbers(job.model, f"numbers in {which}", "")
+            raise non_finite_error(job.model, f"numbers in {which}", "")
         if not outcome.ok:
             raise explain(outcome, what)
         if output.wrong:
@@ -209,33 +209,33 @@ def _compare(job: JudgeJob, base: Path, head: LogitsHead, sink: Sink, tools: Too
         if found is not None:
             sink(Progress(job.step, head.n_chunks, head.n_chunks, f"KLD {found.kld.value:.5f}"))
             return found
-        tell = warning if tries == 1 else detail
-        sink(tell(f"llama-perplexity lost the end of what it says of {job.model.name} (run {tries}): it is asked again."))
+        notice = warning if tries == 1 else detail
+        sink(notice(f"llama-perplexity lost the end of its summary for {job.model.name} (run {tries}): running it again."))
     raise EngineError(
         what,
         f"llama-perplexity lost the end of its summary {tries} times: it writes its log asynchronously",
-        with_log("Use --engine embedded, which computes the same figures and loses none.", outcome),
+        with_log("Use --engine embedded, which computes the same figures.", outcome),
     )
 
 
 def require_enough(n_chunks: int, n_ctx: int) -> None:
-    """Raise :class:`InvalidDataError` for fewer tokens than llama-perplexity sums up."""
+    """Raise :class:`InvalidDataError` if there are too few scored tokens for llama-perplexity's summary."""
     each = max(1, scored_tokens(n_ctx))
     if n_chunks * each < _FEWEST:
         raise InvalidDataError(
-            f"{n_chunks} chunks of {n_ctx} tokens are too few to compare with",
-            f"llama-perplexity tells nothing of fewer than {_FEWEST} scored tokens, and these are {n_chunks * each}",
-            f"Take more chunks: --chunks {-(-_FEWEST // each)}",
+            f"{n_chunks} chunks of {n_ctx} tokens are too few for a comparison",
+            f"llama-perplexity needs at least {_FEWEST} scored tokens, and these chunks have {n_chunks * each}",
+            f"Use more chunks: --chunks {-(-_FEWEST // each)}",
         )
 
 
-def _require_fit(job: JudgeJob, head: LogitsHead) -> None:
-    """llama-perplexity itself would say that they do not fit, and go on."""
+def _require_fit(job: MeasureJob, head: LogitsHead) -> None:
+    """Raise :class:`InvalidDataError` if level and reference do not match: llama-perplexity would only warn, and go on."""
     vocabulary = n_tokens(job.model)
     if vocabulary not in (None, head.n_vocab):
-        why = f"one has a vocabulary of {vocabulary} tokens, the other of {head.n_vocab}"
+        why = f"the level has a vocabulary of {vocabulary} tokens, the reference one of {head.n_vocab}"
     elif job.options.n_ctx != head.n_ctx:
-        why = f"that was written with chunks of {head.n_ctx} tokens, not {job.options.n_ctx}"
+        why = f"the reference was made with chunks of {head.n_ctx} tokens, not {job.options.n_ctx}"
     else:
         return
     raise InvalidDataError(
@@ -244,19 +244,15 @@ def _require_fit(job: JudgeJob, head: LogitsHead) -> None:
 
 
 @contextmanager
-def _only_so_many(job: JudgeJob, head: LogitsHead) -> Iterator[tuple[Path, LogitsHead]]:
-    """The reference with no more chunks than are wanted, a copy if need be: llama-perplexity compares with all of them."""
+def _only_so_many(job: MeasureJob, head: LogitsHead) -> Iterator[tuple[Path, LogitsHead]]:
+    """The reference, or a copy with only the wanted chunks: llama-perplexity compares with all chunks of the file."""
     if job.limit is None or job.limit >= head.n_chunks:
         yield job.base, head
         return
-    fewer = replace(head, n_chunks=job.limit)
     copy = part_path(job.out)
-    require_space(copy, fewer.n_bytes, f"{job.limit} chunks of {job.base.name}")
+    require_space(copy, replace(head, n_chunks=job.limit).n_bytes, f"{job.limit} chunks of {job.base.name}")
     try:
-        with job.base.open("rb") as source, copy.open("wb") as target:
-            target.write(fewer.pack())
-            _copy(source, target, head.tokens_at, fewer.rows_at - fewer.tokens_at)
-            _copy(source, target, head.rows_at, fewer.n_bytes - fewer.rows_at)
+        fewer = copy_first_chunks(job.base, head, job.limit, copy)
     except OSError as error:
         discard(copy)
         raise from_os_error(error, f"copying {job.base.name}", copy) from error
@@ -264,13 +260,6 @@ def _only_so_many(job: JudgeJob, head: LogitsHead) -> Iterator[tuple[Path, Logit
         yield copy, fewer
     finally:
         discard(copy)
-
-
-def _copy(source: IO[bytes], target: IO[bytes], begin: int, n_bytes: int) -> None:
-    source.seek(begin)
-    while n_bytes and (block := source.read(min(n_bytes, 8 << 20))):
-        target.write(block)
-        n_bytes -= len(block)
 
 
 def _whole(part: Path, outcome: Outcome, what: str) -> LogitsHead:
@@ -281,14 +270,14 @@ def _whole(part: Path, outcome: Outcome, what: str) -> LogitsHead:
 
 
 def _why_not_whole(part: Path, outcome: Outcome, what: str, error: RunnerError) -> RunnerError:
-    """It does not look whether what it writes is written."""
+    """The error for an incomplete file; llama-perplexity does not check its writes."""
     todo = with_log("Run the same command again.", outcome)
     return full_disk(what, part) or recognise(outcome, what) or EngineError(what, error.why, todo)
 
 
 def _no_numbers_in(model: Path, chunk: int) -> InvalidDataError:
-    """``chunk``: the first that is known to have such logits, from 1."""
-    return no_numbers(
+    """``chunk``: number, from 1, of the first chunk known to have NaN or infinite logits."""
+    return non_finite_error(
         model, f"its logits in the first {chunk} chunks" if chunk > 1 else "its logits in chunk 1", non_finite_tensor(model)
     )
 

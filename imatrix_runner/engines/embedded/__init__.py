@@ -1,1 +1,1 @@
-"""The engine inside llama-cpp-python. The child process (``__main__`` and what it imports) alone loads native code."""
+"""The parent's side of the engine that uses llama-cpp-python. Only its worker process loads native code."""

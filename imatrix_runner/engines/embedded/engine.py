@@ -1,42 +1,45 @@
-"""llama-cpp-python behind the :class:`~imatrix_runner.engines.base.Engine` contract: one worker process per job."""
+"""llama-cpp-python behind the :class:`~imatrix_runner.engines.contract.Engine` contract: one worker process per job."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import shlex
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from imatrix_runner.engines.base import (
+from imatrix_runner.engines import protocol
+from imatrix_runner.engines.abilities import TokenisedTexts
+from imatrix_runner.engines.contract import EngineCapabilities, OnRange
+from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialsJob
+from imatrix_runner.engines.covariance_jobs import CovarianceJob
+from imatrix_runner.engines.embedded.bindings import Bindings, worker_command
+from imatrix_runner.engines.embedded.native_build import NoNative, compile_kernels
+from imatrix_runner.engines.embedded.plan_log import PlanLog
+from imatrix_runner.engines.embedded.replies import Replies
+from imatrix_runner.engines.files.kernel_proofs import recall_proofs
+from imatrix_runner.engines.ftypes import quant_types
+from imatrix_runner.engines.jobs import (
     CheckJob,
     ChunkRange,
+    CollectedRange,
     CollectJob,
     CollectOptions,
     DryRun,
-    OnePass,
-    OnPiece,
+    Native,
     PassedLevel,
     PassFigures,
     PassJob,
     Perplexity,
-    Piece,
-    Quantized,
     QuantizeJob,
-    attempt,
 )
-from imatrix_runner.engines.binaries.argv import quantize_options
-from imatrix_runner.engines.binaries.messages import explain, recognise, with_log
-from imatrix_runner.engines.embedded import protocol
-from imatrix_runner.engines.embedded.compiled import Native, compile_kernels, recall_proofs
-from imatrix_runner.engines.embedded.find import Bindings, worker_command
-from imatrix_runner.engines.embedded.levels import quant_types
-from imatrix_runner.engines.measures import AnswerJob, JudgeJob, ReferJob
+from imatrix_runner.engines.llama_cpp.flags import quantize_options
+from imatrix_runner.engines.llama_cpp.messages import explain, recognise, with_log
+from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
+from imatrix_runner.engines.roundings import STOCK
 from imatrix_runner.errors import (
     EngineError,
     InterruptedRunError,
@@ -50,11 +53,11 @@ from imatrix_runner.events import Metric, Notice, Progress, Sink
 from imatrix_runner.models.gguf_file import unknown_types
 from imatrix_runner.process import Outcome, Runner
 from imatrix_runner.scratch import scratch_folder
-from imatrix_runner.toolchain.probe import QuantType
-from imatrix_runner.untrusted import UnreadableError
+from imatrix_runner.toolchain.pip_install import install_hint
+from imatrix_runner.toolchain.quant_type import QuantType
 
 _LONGEST_ARGUMENT = 30_000
-"""Longer requests (many levels with many --tensor-type) go through a file: Windows takes 32767 letters, Linux 128 KiB."""
+"""Longer requests (many levels with many --tensor-type) go through a file: Windows takes 32767 characters, Linux 128 KiB."""
 
 _ERRORS: dict[int, type[RunnerError]] = {
     kind.exit_code: kind for kind in (UsageError, ToolchainError, InvalidDataError, NoSpaceError)
@@ -64,29 +67,21 @@ _ERRORS: dict[int, type[RunnerError]] = {
 def _not_measurable(model: Path, types: Sequence[str]) -> InvalidDataError:
     return InvalidDataError(
         f"{model.name} cannot be measured by the embedded engine",
-        f"llama-cpp-python's library does not know the tensor types of a fork or an old release ({', '.join(types)})",
+        f"it has tensor types of a fork or an old release, which llama-cpp-python does not know ({', '.join(types)})",
         "Measure it with the programs that made it: imatrix-runner evaluate MODEL --llama-cpp DIRECTORY",
     )
-
-
-@dataclass(frozen=True)
-class Tokenised:
-    """Tokens of several texts, one after another: ``ids`` int32 [n], ``sizes`` int32 [n] (bytes of each token's piece),
-    ``lengths`` int64 [n_texts]; ``vocabulary`` is what the tokenizer knows of itself."""
-
-    vocabulary: protocol.Tokenized
-    ids: npt.NDArray[np.int32]
-    sizes: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int64]
 
 
 class EmbeddedEngine:
     """Computes inside the libraries that ``bindings`` describe."""
 
     name = "embedded"
+    capabilities = EngineCapabilities(
+        loads_each_range=False, skips_projection=True, scores_tokens=True, takes_part_of_reference=True
+    )
 
     def __init__(self, bindings: Bindings, runner: Runner, cache: Path | None = None) -> None:
-        """``cache``: where kernels of ours are compiled to; without one ggml's serve alone."""
+        """``cache``: folder for the compiled native kernels; without it only ggml's are used."""
         self.bindings = bindings
         self._runner = runner
         self._cache = cache
@@ -95,7 +90,7 @@ class EmbeddedEngine:
         return self.bindings.identity()
 
     def arithmetic(self) -> str:
-        """With numpy's version, through which the sums go, and a mark where weights cannot be repacked."""
+        """The identity, numpy's version (numpy adds up the sums), and a mark where weights cannot be repacked."""
         return f"{self.identity()}, numpy {importlib.metadata.version('numpy')}{self.bindings.repacking.mark}"
 
     @property
@@ -106,295 +101,290 @@ class EmbeddedEngine:
     def devices(self) -> tuple[str, ...]:
         return self.bindings.devices
 
-    def command(self, job: QuantizeJob) -> str:
-        """The llama-quantize line that writes the same bytes."""
+    def commands(self, job: QuantizeJob) -> tuple[tuple[str, ...], ...]:
+        """The llama-quantize command that writes the same bytes; none for numbers that it does not round so."""
+        if job.options.rounding != STOCK:
+            return ()
         words = ["llama-quantize", *quantize_options(job.options)]
         words += ["--imatrix", job.imatrix.name] if job.imatrix is not None else []
-        line = shlex.join([*words, str(job.source), str(job.out), job.ftype, *([str(job.threads)] if job.threads else [])])
-        return f"cd {shlex.quote(str(job.imatrix.parent))} && {line}" if job.imatrix is not None else line
+        words += [str(job.source), str(job.out), job.ftype, *([str(job.threads)] if job.threads else [])]
+        return (*((("cd", str(job.imatrix.parent)),) if job.imatrix is not None else ()), tuple(words))
 
     def _options(self, options: CollectOptions) -> CollectOptions:
-        """As a job has them, but for what does not work on this processor."""
+        """A job's options, without repacking where it does not work on this processor."""
         return options if self.bindings.repacking.works else replace(options, repack=False)
 
     def count_tokens(self, model: Path, text: Path, *, parse_special: bool, log: Path | None) -> int:
-        answers = _Answers()
-        request = protocol.Tokenize(model.absolute(), text.absolute(), parse_special)
-        self._ask(request, answers, log, f"The calibration text {text.name} could not be tokenised")
-        return answers.only(protocol.Counted).n_tokens
+        replies = Replies()
+        job = protocol.CountTokensJob(model, text, parse_special)
+        self._ask(job, replies, log, f"The calibration text {text.name} could not be tokenised")
+        return replies.only(protocol.Counted).n_tokens
 
-    def tokenise(self, model: Path, texts: Sequence[str], *, parse_special: bool, log: Path | None) -> Tokenised:
-        """The tokens of each text alone, without what the vocabulary adds at the ends; and what it knows of itself."""
+    def tokenise(self, model: Path, texts: Sequence[str], *, parse_special: bool, log: Path | None) -> TokenisedTexts:
+        """The tokens of each text by itself, without those that the vocabulary adds at its ends; and the vocabulary's facts."""
         with scratch_folder() as folder:
             (folder / "texts.json").write_bytes(msgspec.json.encode(list(texts)))
             out = folder / "tokens.npz"
-            answers = _Answers()
-            request = protocol.TokenizeTexts(model.absolute(), folder / "texts.json", out, parse_special)
-            self._ask(request, answers, log, "The texts could not be tokenised")
-            told = answers.only(protocol.Tokenized)
+            replies = Replies()
+            job = protocol.TokeniseJob(model, folder / "texts.json", out, parse_special)
+            self._ask(job, replies, log, "The texts could not be tokenised")
+            reply = replies.only(protocol.Tokenized)
             with np.load(out) as arrays:
-                return Tokenised(told, arrays["ids"], arrays["sizes"], arrays["lengths"])
+                bos, eos = (token if token >= 0 else None for token in (reply.bos, reply.eos))
+                return TokenisedTexts(
+                    n_vocab=reply.n_vocab,
+                    special=reply.special,
+                    bos=bos,
+                    eos=eos,
+                    add_bos=reply.add_bos,
+                    ids=arrays["ids"],
+                    sizes=arrays["sizes"],
+                    lengths=arrays["lengths"],
+                )
 
     @property
     def counts_experts(self) -> bool:
         return True
 
-    def collect(self, job: CollectJob, sink: Sink, on_piece: OnPiece) -> None:
+    def collect(self, job: CollectJob, sink: Sink, on_range: OnRange) -> None:
         enough = threading.Event()
 
-        def hear(answer: protocol.Answer) -> None:
-            if isinstance(answer, protocol.Collected) and not enough.is_set() and not on_piece(_piece(answer)):
+        def on_reply(reply: protocol.Reply) -> None:
+            if isinstance(reply, protocol.Collected) and not enough.is_set() and not on_range(_collected_range(reply)):
                 enough.set()
-            elif isinstance(answer, (Progress, Metric, Notice)):
-                sink(answer)
+            elif isinstance(reply, (Progress, Metric, Notice)):
+                sink(reply)
 
-        request = protocol.Collect(
-            job.step,
-            job.model.absolute(),
-            job.text.absolute(),
-            tuple((piece.first, piece.count) for piece in job.ranges),
-            job.folder.absolute(),
-            self._options(job.options),
-            job.fingerprint,
-        )
-        self._ask(request, _Answers(hear), job.log, "The imatrix could not be computed", writes=job.folder, enough=enough)
+        job = replace(job, options=self._options(job.options))
+        self._ask(job, Replies(on_reply), job.log, "The imatrix could not be computed", writes=job.folder, enough=enough)
 
-    def refer(self, job: ReferJob, sink: Sink) -> None:
+    def require_enough(self, n_chunks: int, n_ctx: int) -> None:
+        """Accept any number: two chunks are enough for every figure, and callers never ask for fewer."""
+
+    def make_reference(self, job: ReferenceJob, sink: Sink) -> None:
         """Write the reference's log-probabilities; a stop ends it after the batch, and the same job continues."""
-        request = protocol.Refer(
-            job.step,
-            job.model.absolute(),
-            job.text.absolute(),
-            job.out.absolute(),
-            job.chunks.first,
-            job.chunks.count,
-            self._options(job.options),
-            job.fingerprint,
-            (job.scored[0].absolute(), job.scored[1]) if job.scored is not None else None,
-        )
-        self._evaluate(request, job.log, sink, f"What {job.model.name} predicts could not be computed", job.out)
+        self._evaluate(job, sink, f"What {job.model.name} predicts could not be computed")
 
-    def judge(self, job: JudgeJob, sink: Sink) -> None:
+    def measure_level(self, job: MeasureJob, sink: Sink) -> None:
         """Compare a level with the reference; a stop ends it after the batch, and the same job continues."""
-        model, base, out = job.model.absolute(), job.base.absolute(), job.out.absolute()
-        options = self._options(job.options)
-        request = protocol.Judge(job.step, model, base, out, job.first, job.limit, options, job.fingerprint)
         try:
-            self._evaluate(request, job.log, sink, f"{job.model.name} could not be compared with its source", job.out)
+            self._evaluate(job, sink, f"{job.model.name} could not be compared with its source")
         except (EngineError, InvalidDataError, ToolchainError) as error:
             if strange := unknown_types(job.model):
                 raise _not_measurable(job.model, strange) from error
             raise
 
-    def _evaluate(
-        self, request: protocol.Refer | protocol.Judge, log: Path | None, sink: Sink, what: str, writes: Path
-    ) -> None:
-        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
-        self._ask(request, answers, log, what, writes=writes, enough=threading.Event())
-        if not answers.only(protocol.Judged).done:
-            raise EngineError("The worker ended early", f"{writes.name} is not complete", "Run the same command again.")
-
-    def answer(self, job: AnswerJob, sink: Sink) -> None:
-        """Let a model answer prompts; a stop ends it after the group at work, and the same job continues."""
-        model, prompts, out = job.model.absolute(), job.prompts.absolute(), job.out.absolute()
-        options = self._options(job.options)
-        request = protocol.Generate(job.step, model, prompts, out, job.n_predict, options, job.fingerprint)
-        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
-        what = f"{job.model.name} could not answer the prompts"
-        self._ask(request, answers, job.log, what, writes=job.out, enough=threading.Event())
-        if not answers.only(protocol.Answered).done:
+    def _evaluate(self, job: ReferenceJob | MeasureJob, sink: Sink, what: str) -> None:
+        replies = Replies(lambda reply: sink(reply) if isinstance(reply, Progress) else None)
+        job = replace(job, options=self._options(job.options))
+        self._ask(job, replies, job.log, what, writes=job.out, enough=threading.Event())
+        if not replies.only(protocol.TokensMeasured).done:
             raise EngineError("The worker ended early", f"{job.out.name} is not complete", "Run the same command again.")
 
-    def dry_run(self, job: QuantizeJob) -> DryRun:
-        answers = _Answers()
-        self._ask(_quantize(job, dry_run=True), answers, job.log, f"llama.cpp cannot plan {job.ftype}")
-        planned = answers.only(protocol.Planned)
-        return DryRun(planned.types, planned.fallbacks, planned.needs_imatrix)
+    @property
+    def answerer(self) -> EmbeddedEngine:
+        return self
 
-    def dry_runs(self, jobs: Sequence[QuantizeJob], log: Path | None) -> list[DryRun | RunnerError]:
-        answers = _Answers()
-        request = protocol.Plan(tuple(_quantize(job, dry_run=True) for job in jobs))
-        self._run(request, answers, log)
-        found = iter(answers.in_order((protocol.Planned, protocol.Failed)))
-        return [self._dry_run_or_error(job, next(found, None)) for job in jobs]
-
-    def _dry_run_or_error(self, job: QuantizeJob, answer: protocol.Answer | None) -> DryRun | RunnerError:
-        """What failed, or what the worker no longer got to when it died, is asked for alone: that explains it."""
-        if isinstance(answer, protocol.Planned):
-            return DryRun(answer.types, answer.fallbacks, answer.needs_imatrix)
-        return attempt(self, job)
-
-    def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized:
-        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
-        request = _quantize(job, dry_run=False)
-        outcome = self._ask(request, answers, job.log, f"llama.cpp failed on {job.ftype}", writes=job.out)
-        written = answers.only(protocol.Written)
-        return Quantized(outcome.seconds, written.fallbacks, written.without_weights)
+    def answer(self, job: AnswerJob, sink: Sink) -> None:
+        """Let a model answer prompts; a stop ends it after the current group, and the same job continues."""
+        replies = Replies(lambda reply: sink(reply) if isinstance(reply, Progress) else None)
+        what = f"{job.model.name} could not answer the prompts"
+        job = replace(job, options=self._options(job.options))
+        self._ask(job, replies, job.log, what, writes=job.out, enough=threading.Event())
+        if not replies.only(protocol.Answered).done:
+            raise EngineError("The worker ended early", f"{job.out.name} is not complete", "Run the same command again.")
 
     @property
-    def one_pass(self) -> OnePass:
-        return self._single_pass
+    def cost_meter(self) -> EmbeddedEngine:
+        return self
 
-    def _single_pass(self, job: PassJob, sink: Sink) -> tuple[tuple[PassedLevel, ...], PassFigures]:
-        """Make all levels of a job at once, beside their ledgers. A stop leaves what can be continued; a level on which the
-        library gives up (and takes the worker with it) does not take the others with it."""
+    def rounding_errors(self, job: RoundingErrorsJob, sink: Sink) -> None:
+        """Write the errors of each tensor's numbers; a stop ends it after the current slabs, and the same job continues."""
+        self._cost(job, sink, f"The errors of rounding {job.sources[0].name} could not be measured")
+
+    def trials(self, job: TrialsJob, sink: Sink) -> None:
+        """Measure every trial; a stop ends it after the current batch, and the same job continues at that trial."""
+        job = replace(job, options=self._options(job.options))
+        self._cost(job, sink, f"What rounding tensors of {job.model.name} changes could not be measured")
+
+    @property
+    def covariance_collector(self) -> EmbeddedEngine:
+        return self
+
+    def collect_covariances(self, job: CovarianceJob, sink: Sink) -> None:
+        """Collect the covariances; a stop ends it after the current batch, and the same job continues."""
+        native = self._compiled()
+        if isinstance(native, NoNative):
+            raise ToolchainError(
+                "Covariances cannot be collected",
+                f"the kernels that add them up could not be compiled: {native.why}",
+                "Install gcc or clang, or name another compiler with CC; --rounding refined needs no covariances.",
+            )
+        replies = Replies(lambda reply: sink(reply) if isinstance(reply, Progress) else None)
+        job = replace(job, options=self._options(job.options), native=native)
+        what = f"The covariances of {job.model.name} could not be collected"
+        self._ask(job, replies, job.log, what, writes=job.folder, enough=threading.Event())
+        if not replies.only(protocol.CovariancesCollected).done:
+            raise EngineError("The worker ended early", f"{job.folder.name} is not complete", "Run the same command again.")
+
+    def _cost(self, job: RoundingErrorsJob | TrialsJob, sink: Sink, what: str) -> None:
+        replies = Replies(lambda reply: sink(reply) if isinstance(reply, Progress) else None)
+        given = replace(job, native=self._native() if job.native_kernels else None)
+        try:
+            self._ask(given, replies, job.log, what, writes=job.out, enough=threading.Event())
+        except InterruptedRunError:
+            raise
+        except RunnerError:
+            if replies.failed is not None or not self._died_in_kernel(job.native_kernels):
+                raise
+            return self._cost(replace(job, native_kernels=False), sink, what)
+        if not replies.only(protocol.Costed).done:
+            raise EngineError("The worker ended early", f"{job.out.name} is not complete", "Run the same command again.")
+        return None
+
+    def dry_run(self, job: QuantizeJob) -> DryRun:
+        (planned,) = self.dry_runs([job], job.log)
+        if isinstance(planned, RunnerError):
+            raise planned
+        return planned
+
+    def dry_runs(self, jobs: Sequence[QuantizeJob], log: Path | None) -> list[DryRun | RunnerError]:
+        results: list[DryRun | RunnerError] = []
+        while todo := jobs[len(results) :]:
+            replies, died = self._plan(todo, log)
+            results += replies
+            if died is not None:
+                deaths = [_death(died, job) for job in todo[len(replies) :]]
+                # Another worker continues after the level that killed this one. If it dies alike, the model is the cause.
+                alike = bool(results) and all(isinstance(each, RunnerError) and each.why == deaths[0].why for each in results)
+                results += deaths if alike else deaths[:1]
+        return results
+
+    def _plan(self, jobs: Sequence[QuantizeJob], log: Path | None) -> tuple[list[DryRun | RunnerError], Outcome | None]:
+        """One worker's results, in order; and its outcome, with llama.cpp's messages, if it died at the next level."""
+        replies, said = Replies(), PlanLog()
+
+        def on_text(stream: str, text: str) -> None:
+            replies.feed(stream, text)
+            said.feed(stream, text)
+
+        outcome = self._run(protocol.DryRunsJob(tuple(jobs)), on_text, log)
+        results: list[DryRun | RunnerError] = []
+        for index, reply in enumerate(replies.in_order((protocol.Planned, protocol.Failed))):
+            if isinstance(reply, protocol.Planned):
+                results.append(DryRun(reply.types, reply.fallbacks, reply.needs_imatrix))
+            elif isinstance(reply, protocol.Failed):
+                ended = replace(outcome, returncode=reply.exit_code, hung=False, out_of_memory=False)
+                results.append(_error(reply, replace(ended, tail=said.about(index))))
+        begun = said.levels > len(results) or not results
+        return results, replace(outcome, tail=said.about(len(results)) or outcome.tail) if begun and len(results) < len(
+            jobs
+        ) else None
+
+    @property
+    def quantize(self) -> None:
+        """:meth:`one_pass` makes levels, also a single one."""
+        return None
+
+    def one_pass(self, job: PassJob, sink: Sink) -> tuple[tuple[PassedLevel, ...], PassFigures]:
+        """Make all levels of a job in one pass, each with its ledger. A stop leaves work that can be continued. If the library
+        aborts the worker on one level, the pass continues with the others in a new worker."""
         spoiled: dict[str, PassedLevel] = {}
         while levels := tuple(level for level in job.levels if level.name not in spoiled):
-            answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
+            replies = Replies(lambda reply: sink(reply) if isinstance(reply, Progress) else None)
             try:
-                self._pass(replace(job, levels=levels), answers)
+                self._pass(replace(job, levels=levels), replies)
             except InterruptedRunError:
                 raise
             except RunnerError:
-                lost = {level.name: level for level in answers.passed if level.why}
-                if answers.failed is not None or not (lost or self._died_in_kernel(job)):
+                lost = {level.name: level for level in replies.passed if level.why}
+                if replies.failed is not None or not (lost or self._died_in_kernel(job.native_kernels)):
                     raise
                 if not lost:
-                    job = replace(job, own_kernels=False)
+                    job = replace(job, native_kernels=False)
                 spoiled |= lost
                 continue
-            told = {level.name: level for level in answers.passed} | spoiled
-            if len(answers.figures) != 1 or told.keys() != {level.name for level in job.levels}:
-                why = f"{len(told)} of {len(job.levels)} levels"
-                raise EngineError("The worker ended without an answer", why, "Report it; use --engine binaries.")
-            return tuple(told[level.name] for level in job.levels), answers.figures[0]
+            passed = {level.name: level for level in replies.passed} | spoiled
+            if len(replies.figures) != 1 or passed.keys() != {level.name for level in job.levels}:
+                why = f"{len(passed)} of {len(job.levels)} levels"
+                raise EngineError("The worker ended without a reply", why, "Report it; use --engine binaries.")
+            return tuple(passed[level.name] for level in job.levels), replies.figures[0]
         return tuple(spoiled[level.name] for level in job.levels), PassFigures(0, 0, (), 0, 0, 0, 0, 0)
 
-    def _pass(self, job: PassJob, answers: _Answers) -> None:
-        request = protocol.Pass(
-            job.step,
-            job.sources,
-            job.levels,
-            job.donors,
-            job.lineage,
-            job.imatrix,
-            job.threads,
-            job.buffer_bytes,
-            self._native() if job.own_kernels else None,
-        )
+    def _pass(self, job: PassJob, replies: Replies) -> None:
+        job = replace(job, native=self._native() if job.native_kernels else None)
         writes = job.levels[0].job.out
-        self._ask(request, answers, job.log, "The levels could not be made", writes=writes, enough=threading.Event())
+        self._ask(job, replies, job.log, "The levels could not be made", writes=writes, enough=threading.Event())
 
-    def _died_in_kernel(self, job: PassJob) -> bool:
-        """Whether a worker that died was trying out a kernel of ours; ggml's do as well."""
-        native = self._native() if job.own_kernels else None
+    def _died_in_kernel(self, native_kernels: bool) -> bool:
+        """Whether the worker of a job with ``native_kernels`` died while it tested one; ggml's can then do the work."""
+        native = self._native() if native_kernels else None
         return native is not None and bool(recall_proofs(native.proofs).trying)
 
     def _native(self) -> Native | None:
-        if self._cache is None:
-            return None
-        made = compile_kernels(self._cache, self.bindings.digest)
+        made = self._compiled()
         return made if isinstance(made, Native) else None
 
+    def _compiled(self) -> Native | NoNative:
+        if self._cache is None:
+            return NoNative("there is no folder for them")
+        return compile_kernels(self._cache, self.bindings.digest)
+
     def check(self, job: CheckJob, sink: Sink) -> tuple[str, str]:
-        """The first tensor that is not right and why; both empty if all are."""
-        answers = _Answers(lambda answer: sink(answer) if isinstance(answer, Progress) else None)
-        request = protocol.Check(job.step, job.files, job.ledger, job.threads)
-        self._ask(request, answers, job.log, "A level could not be read again", enough=threading.Event())
-        checked = answers.only(protocol.Checked)
+        """The first invalid tensor and why; both empty if there is none."""
+        replies = Replies(lambda reply: sink(reply) if isinstance(reply, Progress) else None)
+        self._ask(job, replies, job.log, "A level could not be checked", enough=threading.Event())
+        checked = replies.only(protocol.Checked)
         return checked.tensor, checked.why
 
     def _run(
-        self, request: protocol.Request, answers: _Answers, log: Path | None, enough: threading.Event | None = None
+        self, job: protocol.Job, on_text: Callable[[str, str], object], log: Path | None, enough: threading.Event | None = None
     ) -> Outcome:
-        command = worker_command(request, self.bindings.library)
+        command = worker_command(job, self.bindings.library)
         *program, argument = command.argv
         with scratch_folder() as folder:
             if len(argument) > _LONGEST_ARGUMENT:
-                file = folder / "request.json"
+                file = folder / "job.json"
                 file.write_text(argument, encoding="utf-8")
                 command = replace(command, argv=(*program, f"@{file}"))
-            return self._runner.run(command, log=log, on_text=answers.feed, enough=enough)
+            return self._runner.run(command, log=log, on_text=on_text, enough=enough)
 
     def _ask(
         self,
-        request: protocol.Request,
-        answers: _Answers,
+        job: protocol.Job,
+        replies: Replies,
         log: Path | None,
         what: str,
         *,
         writes: Path | None = None,
         enough: threading.Event | None = None,
-    ) -> Outcome:
-        """Run a worker to its end. What it says went wrong, or how it died, becomes an error of ours."""
-        outcome = self._run(request, answers, log, enough)
+    ) -> None:
+        """Run a worker to its end. Raises a ``RunnerError`` for the failure that it reported, or for how it died."""
+        outcome = self._run(job, replies.feed, log, enough)
         if outcome.ok:
-            return outcome
-        # Only what llama.cpp wrote: our own lines say nothing about the reason.
-        outcome = replace(outcome, tail=tuple(line for line in outcome.tail if not line.startswith('{"type":')))
-        failed = answers.failed
-        if failed is None:
-            raise explain(outcome, what, writes=writes)
-        if failed.exit_code == EngineError.exit_code:
-            known = recognise(outcome, failed.what, writes=writes)
-            raise known or EngineError(failed.what, failed.why, with_log(failed.todo, outcome))
-        raise _ERRORS.get(failed.exit_code, EngineError)(failed.what, failed.why, failed.todo)
-
-
-class _Answers:
-    """Cuts a worker's stdout into answers; keeps what is not told on."""
-
-    def __init__(self, hear: Callable[[protocol.Answer], object] | None = None) -> None:
-        self._hear = hear
-        self._rest = ""
-        self._kept: list[protocol.Answer] = []
-        self.failed: protocol.Failed | None = None
-
-    def feed(self, stream: str, text: str) -> None:
-        if stream != "stdout":
             return
-        *lines, self._rest = (self._rest + text).split("\n")
-        if len(self._rest) > protocol.MOST_BYTES:
-            raise _not_an_answer(f"a line of more than {protocol.MOST_BYTES} bytes", self._rest)
-        for line in lines:
-            try:
-                answer = protocol.decode_answer(line)
-            except UnreadableError as error:
-                raise _not_an_answer(str(error), line) from error
-            if isinstance(answer, protocol.Failed):
-                self.failed = answer
-            elif self._hear is not None:
-                self._hear(answer)
-            self._kept.append(answer)
-
-    def in_order(self, kinds: tuple[type[protocol.Answer], ...]) -> list[protocol.Answer]:
-        """The answers of some kinds, as they came."""
-        return [answer for answer in self._kept if isinstance(answer, kinds)]
-
-    @property
-    def passed(self) -> list[PassedLevel]:
-        """The levels of a pass that it told of."""
-        return [answer.level for answer in self._kept if isinstance(answer, protocol.Passed) and answer.level is not None]
-
-    @property
-    def figures(self) -> list[PassFigures]:
-        return [answer.figures for answer in self._kept if isinstance(answer, protocol.Passed) and answer.figures is not None]
-
-    def only(self, kind: type[protocol.AnswerT]) -> protocol.AnswerT:
-        """The one answer of a kind that the worker owes."""
-        found = [answer for answer in self._kept if isinstance(answer, kind)]
-        if len(found) != 1:
-            raise EngineError(
-                "The worker ended without an answer", f"{len(found)} instead of one", "Report it; use --engine binaries."
-            )
-        return found[0]
+        # Only llama.cpp's own output: the worker's replies do not contain the reason.
+        outcome = replace(outcome, tail=tuple(line for line in outcome.tail if not line.startswith('{"type":')))
+        if replies.failed is None:
+            raise explain(outcome, what, writes=writes)
+        raise _error(replies.failed, outcome, writes)
 
 
-def _not_an_answer(why: str, line: str) -> EngineError:
-    return EngineError(
-        "The worker's answer could not be read",
-        f"{why}: {line[:200]!r}",
-        "Use --engine binaries. Another program that prints into this worker's output is the likely cause; if there is none, "
-        "report it.",
-    )
+def _error(failed: protocol.Failed, outcome: Outcome, writes: Path | None = None) -> RunnerError:
+    """A worker's reported failure as an error; where it only knows that llama.cpp failed, with llama.cpp's reason."""
+    if failed.exit_code == EngineError.exit_code:
+        known = recognise(outcome, failed.what, writes=writes)
+        return known or EngineError(failed.what, failed.why, with_log(failed.todo, outcome))
+    return _ERRORS.get(failed.exit_code, EngineError)(failed.what, failed.why, failed.todo or install_hint())
 
 
-def _piece(answer: protocol.Collected) -> Piece:
-    perplexity = Perplexity(answer.nll, answer.nll2, answer.scored)
-    return Piece(ChunkRange(answer.first, answer.count), answer.path, answer.seconds, answer.load_seconds, perplexity)
+def _death(outcome: Outcome, job: QuantizeJob) -> RunnerError:
+    """The error for a worker that ended while it planned a level."""
+    if outcome.ok:
+        return EngineError("The worker ended without a reply", f"it did not plan {job.ftype}", "Report it.")
+    return explain(outcome, f"llama.cpp cannot plan {job.ftype}")
 
 
-def _quantize(job: QuantizeJob, *, dry_run: bool) -> protocol.Quantize:
-    imatrix = job.imatrix.absolute() if job.imatrix is not None else None
-    out = job.out.absolute()
-    return protocol.Quantize(job.step, job.source.absolute(), out, job.ftype, job.options, imatrix, job.threads, dry_run)
+def _collected_range(reply: protocol.Collected) -> CollectedRange:
+    perplexity = Perplexity(reply.nll, reply.nll2, reply.scored)
+    return CollectedRange(ChunkRange(reply.first, reply.count), reply.path, reply.seconds, reply.load_seconds, perplexity)

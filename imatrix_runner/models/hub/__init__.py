@@ -1,15 +1,15 @@
-"""Hugging Face hubs: the only room that imports huggingface_hub.
+"""Access to Hugging Face hubs; no other room imports huggingface_hub.
 
-:func:`fetch_model` brings a model into its cache; a :class:`Hub` is searched for other files, and
-:func:`fetch_dataset` brings the rows of a data set.
+:func:`fetch_model` downloads a model into the hub's cache, :func:`fetch_dataset` a data set, and :class:`Hub` searches for and
+downloads other files.
 """
 
-from imatrix_runner.models.hub.choice import RepoFile
+from imatrix_runner.models.hub.choose_files import RepoFile
+from imatrix_runner.models.hub.dataset_tables import DatasetId, parse_dataset
 from imatrix_runner.models.hub.datasets import FetchedDataset, fetch_dataset
 from imatrix_runner.models.hub.fetch import Downloaded, fetch_model, hub_endpoint, reachability, token_source
 from imatrix_runner.models.hub.listing import Listing
 from imatrix_runner.models.hub.search import Hub, concerns_one_file
-from imatrix_runner.models.hub.tables import DatasetId, parse_dataset
 from imatrix_runner.models.hub.transfer import is_offline
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""One table from what goes wrong between us and a hub to what the user is told. No token ever enters a message."""
+"""Translates errors of requests to a hub into messages with advice. No message contains a token."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from imatrix_runner.errors import DownloadError, RunnerError, UsageError, from_os_error
 from imatrix_runner.files import human_seconds
-from imatrix_runner.models.sources import HubId
+from imatrix_runner.models.model import HubId
 from imatrix_runner.untrusted import split_url, whole_number
 
 LONGEST_WAIT = 30.0
-"""Seconds we wait when a hub asks us to; for longer ones the user is told."""
+"""Seconds to wait at most when a hub requests a pause; a longer one becomes an error."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked of whom: for the words of a message. ``perhaps_path``: the user may have meant a local path."""
+    """A request to a hub, as its messages name it. ``perhaps_path``: the user may have meant a local path."""
 
     hub_id: HubId
     endpoint: str
@@ -28,7 +28,7 @@ class Asked:
 
     @property
     def host(self) -> str:
-        """The hub's address without credentials that a proxy URL may carry."""
+        """The hub's host and port, without credentials that the address may contain."""
         parts = split_url(self.endpoint)
         port = f":{parts.port}" if parts.port else ""
         return f"{parts.hostname}{port}" if parts.hostname else "the hub"
@@ -44,7 +44,7 @@ class Asked:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether the same request may well succeed in a moment: a broken connection, a server's bad minute."""
+    """Whether the error is transient, such as a broken connection or an overloaded server, so that a retry may succeed."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -57,7 +57,8 @@ def is_passing(error: BaseException) -> bool:
 
 
 def retry_after(error: BaseException) -> float | None:
-    """Seconds the server wants us to wait: from ``Retry-After``, or from ``RateLimit`` (``"api";r=0;t=55``)."""
+    """Seconds that the server asks to wait: from ``Retry-After``, or from ``RateLimit`` (``"api";r=0;t=55``); None if
+    neither."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
@@ -70,7 +71,7 @@ def retry_after(error: BaseException) -> float | None:
 
 
 def explain(error: BaseException, asked: Asked) -> RunnerError:
-    """Translate whatever huggingface_hub or its transport raised."""
+    """The error for the user, for any exception of huggingface_hub or its transport."""
     import httpx2
     from huggingface_hub import errors
 
@@ -80,29 +81,28 @@ def explain(error: BaseException, asked: Asked) -> RunnerError:
     if isinstance(error, errors.GatedRepoError):
         return DownloadError(
             f"{asked.hub_id.repo} is gated",
-            "its owner lets only those download it who accepted the licence"
-            + (", and your account has not" if asked.has_token else ""),
+            "its owner requires that you accept the licence" + (", and your account has not" if asked.has_token else ""),
             f"Accept the licence at {asked.page}, then set HF_TOKEN to a token of that account and run the same command again.",
         )
     if isinstance(error, errors.RevisionNotFoundError):
         newest = HubId(asked.hub_id.repo, None, asked.hub_id.file)
         return DownloadError(
             f"{asked.hub_id.repo} has no revision {asked.hub_id.revision or 'main'}",
-            f"{asked.host} knows the repository, but no branch, tag or commit of that name",
-            f"Leave the revision out: {'imatrix-runner run ' if asked.repo_type == 'model' else ''}{newest}",
+            f"{asked.host} has the repository, but no branch, tag or commit of that name",
+            f"Omit the revision: {'imatrix-runner run ' if asked.repo_type == 'model' else ''}{newest}",
         )
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return DownloadError(
-            f"A file of {asked.hub_id.repo} is gone",
-            f"{asked.host} listed it but answers that it does not exist",
-            "Run the same command again; if it stays so, choose another revision with org/name@revision.",
+            f"A file of {asked.hub_id.repo} is missing",
+            f"{asked.host} lists it but answers that it does not exist",
+            "Run the same command again; if that fails as well, choose another revision with org/name@revision.",
         )
     if isinstance(error, errors.HfHubHTTPError):
         return _explain_status(error.response.status_code, asked, retry_after(error))
     if isinstance(error, errors.OfflineModeIsEnabled):
         return offline_without(asked)
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        return explain(error.__cause__, asked)  # the library's name for any trouble while asking about a file
+        return explain(error.__cause__, asked)  # the library raises this for any failed request about a file
     if isinstance(error, httpx2.HTTPError):
         return _explain_transport(error, asked)
     if isinstance(error, httpx2.InvalidURL):
@@ -112,45 +112,45 @@ def explain(error: BaseException, asked: Asked) -> RunnerError:
     if isinstance(error, errors.HFValidationError):
         return UsageError(
             f"{asked.hub_id.repo!r} is not a hub id",
-            "no repository can have that name, for instance because it ends in '-', '.' or '.git'",
+            "no repository can have that name, for example because it ends in '-', '.' or '.git'",
             "Check the spelling of org/name; there is no such local path either.",
         )
     if isinstance(error, ValueError) and "too large" in str(error):
         return DownloadError(
             f"A file of {asked.hub_id.repo} is too large for plain HTTP",
-            "hubs serve files of more than 50 GB through Xet only, and the package for it is not installed or is disabled",
+            "hubs serve files of more than 50 GB only through Xet, whose package is not installed or is disabled",
             "Install it with: pip install hf_xet; and unset HF_HUB_DISABLE_XET.",
         )
     if isinstance(error, OSError) and error.errno is None:
         return DownloadError(
             f"A file of {asked.hub_id.repo} arrived with the wrong length",
-            f"{asked.host} sent less or more than it announced, most often a proxy's error page or a cut connection",
-            "Run the same command again; if it stays so, look at your proxy and at HF_ENDPOINT.",
+            f"{asked.host} sent less or more than it announced, often because of a proxy's error page or a cut connection",
+            "Run the same command again; if that fails as well, check your proxy and HF_ENDPOINT.",
         )
     if isinstance(error, OSError):
         return from_os_error(error, f"downloading {asked.hub_id.repo}")
     return DownloadError(
         f"The download of {asked.hub_id.repo} failed",
         f"{type(error).__name__} in the transfer from {asked.host}",
-        "Run the same command again; if it stays so, try HF_HUB_DISABLE_XET=1, which uses plain HTTP.",
+        "Run the same command again; if that fails as well, try HF_HUB_DISABLE_XET=1, which uses plain HTTP.",
     )
 
 
 def no_hub(asked: Asked) -> DownloadError:
-    """For an answer that no hub gives."""
+    """The error for an answer that does not come from a hub."""
     return DownloadError(
-        f"{asked.host} does not answer as a hub does",
-        "its answer lacks what a hub sends; a proxy, a login page or a wrong HF_ENDPOINT gives web pages instead",
+        f"{asked.host} does not answer like a hub",
+        "its answer is not that of a hub; a proxy, a login page or a wrong HF_ENDPOINT may send a web page instead",
         "Check HF_ENDPOINT and your proxy with: imatrix-runner doctor",
     )
 
 
 def offline_without(asked: Asked) -> DownloadError:
-    """For offline mode without a (whole) copy in the cache."""
+    """The error for offline mode without a complete copy in the cache."""
     return DownloadError(
         f"{asked.hub_id} is not in the cache",
-        "offline mode is on (HF_HUB_OFFLINE or --offline), and the cache holds no complete copy of that revision",
-        "Run the same command once without it, or give a local path.",
+        "offline mode is on (HF_HUB_OFFLINE or --offline), and the cache has no complete copy of that revision",
+        "Run the same command once online, or give a local path.",
     )
 
 
@@ -159,32 +159,32 @@ def _explain_status(status: int, asked: Asked, wait: float | None) -> DownloadEr
     if status == 401 and asked.has_token:
         return DownloadError(
             f"{asked.host} did not accept your token for {repo}",
-            "it is expired or mistyped, or it may not read that repository",
-            "Make a new token in your account's settings and set HF_TOKEN, or unset it if the repository is public.",
+            "it has expired, is mistyped, or has no access to that repository",
+            "Create a new token in your account's settings and set HF_TOKEN, or unset it if the repository is public.",
         )
     if status == 401:
         return DownloadError(
             f"{repo} does not exist or is private",
-            f"{asked.host} tells visitors without a token no more than that{asked.no_path}",
+            f"{asked.host} does not say which without a token{asked.no_path}",
             "Check the spelling; for a private repository set HF_TOKEN to a token that may read it.",
         )
     if status == 403:
         return DownloadError(
             f"{asked.host} forbids access to {repo}",
             "your token lacks the permission, or the repository was disabled",
-            f"Look at {asked.page} in a browser, then set HF_TOKEN to a token with read permission.",
+            f"Open {asked.page} in a browser, then set HF_TOKEN to a token with read permission.",
         )
     if status == 404:
         return DownloadError(
-            f"There is no repository {repo}",
-            f"{asked.host} does not know it{asked.no_path}",
+            f"No repository {repo} found",
+            f"{asked.host} does not have it{asked.no_path}",
             "Check the spelling of org/name; a private repository needs HF_TOKEN.",
         )
     if status == 429:
         pause = human_seconds(wait) if wait else "some minutes"
         return DownloadError(
-            f"{asked.host} asks us to slow down",
-            f"too many requests came from your address or account (HTTP 429); it wants a pause of {pause}",
+            f"{asked.host} limits the rate of requests",
+            f"too many came from your address or account (HTTP 429); it asks for a pause of {pause}",
             f"Wait {pause} and run the same command again; with HF_TOKEN set the limit is higher.",
         )
     return DownloadError(
@@ -195,7 +195,7 @@ def _explain_status(status: int, asked: Asked, wait: float | None) -> DownloadEr
 
 
 def require_address() -> None:
-    """Raise :class:`UsageError` for an ``HF_ENDPOINT`` that the hub library could not even be imported with."""
+    """Raise :class:`UsageError` for an ``HF_ENDPOINT`` with which importing huggingface_hub would fail."""
     endpoint = os.environ.get("HF_ENDPOINT", "")
     if endpoint and "://" in endpoint and not split_url(endpoint).hostname:
         raise UsageError(
@@ -213,14 +213,14 @@ def _no_address(asked: Asked) -> DownloadError:
 def _explain_transport(error: BaseException, asked: Asked) -> DownloadError:
     import httpx2
 
-    again = "Check the network and run the same command again; a cached copy is used with HF_HUB_OFFLINE=1."
+    again = "Check the network and run the same command again; HF_HUB_OFFLINE=1 uses a cached copy."
     if isinstance(error, httpx2.ProxyError):
         todo = "Check HTTPS_PROXY and HTTP_PROXY, then run the same command again."
-        return DownloadError("The proxy refused the download", f"no way through it to {asked.host}", todo)
+        return DownloadError("The proxy refused the download", f"it does not let requests to {asked.host} through", todo)
     if isinstance(error, httpx2.UnsupportedProtocol):
         return _no_address(asked)
     if isinstance(error, httpx2.TimeoutException):
-        return DownloadError(f"{asked.host} does not answer", "the time limit passed without a byte from it", again)
+        return DownloadError(f"{asked.host} does not answer", "it sent nothing within the time limit", again)
     if isinstance(error, httpx2.ConnectError):
         causes = _chain(error)
         if any(isinstance(cause, socket.gaierror) for cause in causes):
@@ -232,7 +232,7 @@ def _explain_transport(error: BaseException, asked: Asked) -> DownloadError:
         return DownloadError(f"{asked.host} cannot be reached", why, again)
     return DownloadError(
         f"The connection to {asked.host} was cut",
-        f"before all of {asked.hub_id.repo} had arrived, and again on each retry",
+        f"before {asked.hub_id.repo} had arrived completely, and again on each retry",
         again,
     )
 

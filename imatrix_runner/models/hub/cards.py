@@ -1,7 +1,7 @@
-"""The metadata block of a model card: what the hub shows, filters by and refuses.
+"""Builds the metadata block of a model card, which the hub displays, filters by and validates.
 
-The hub takes a card only with values it knows (``POST /api/validate-yaml``): its list of licences, ISO 639 languages in lower
-case, ids of models that can exist. What a source says beyond that is put in the place the hub has for it, or left out.
+The hub accepts only known values (``POST /api/validate-yaml``): licences of its list, ISO 639 languages in lower case, valid
+model ids. Other values of a source go to the field that the hub has for them, or are left out.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.origin import repository_in
+from imatrix_runner.safe_text import printable
 from imatrix_runner.untrusted import split_url
 
 LIBRARY = "gguf"
-"""What the hub lists GGUF repositories under (https://huggingface.co/models?library=gguf)."""
+"""The library under which the hub lists GGUF repositories (https://huggingface.co/models?library=gguf)."""
 
-# The hub's answer to an unknown one, as quoted in huggingface_hub issue 4218 (May 2026).
+# The list in the hub's answer to an unknown licence, as quoted in huggingface_hub issue 4218 (May 2026).
 _LICENCES = frozenset(
     (
         *("apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0"),
@@ -34,10 +34,10 @@ _LICENCES = frozenset(
         *("llama3.3", "llama4", "grok2-community", "gemma", "unknown", "other"),
     )
 )
-# What a model of llama.cpp's can be for besides text-generation; converters put the source's own among its tags.
+# Pipelines of models for llama.cpp other than text-generation; converters put the source's pipeline among its tags.
 _PIPELINES = ("image-text-to-text", "any-to-any", "feature-extraction", "sentence-similarity", "text-ranking")
-# Tags that say how the source's weights are stored or loaded; those of these files are not.
-_NOT_OURS = frozenset(("text-generation", "transformers", "safetensors", "pytorch"))
+# Tags about how the source's weights are stored or loaded, which do not apply to GGUF files.
+_SOURCE_ONLY = frozenset(("text-generation", "transformers", "safetensors", "pytorch"))
 _LANGUAGE = re.compile(r"(code|multilingual|[a-z]{2,3})(?:[-_].*)?", re.DOTALL)
 _ORDER = (
     *("base_model", "base_model_relation", "model_name", "quantized_by", "library_name", "pipeline_tag"),
@@ -48,10 +48,10 @@ _MAX_TEXT, _MAX_LINK, _MAX_TAGS, _MAX_LANGUAGES = 200, 1000, 40, 200
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What is known of the files and their source; empty where nothing is. ``repo``: the source's hub id; with the ``relation``
-    ``finetune`` that of the model that the source was tuned from.
+    """Facts about the files and their source; empty if unknown. ``repo``: the source's hub id; with the ``relation``
+    ``finetune``, that of the model from which the source was fine-tuned.
 
-    ``license_link``: an address, or a file of ``repo``. ``own_tags`` are these files', ``tags`` the source's.
+    ``license_link``: an address, or a file of ``repo``. ``own_tags``: of these files; ``tags``: of the source.
     """
 
     model_name: str
@@ -67,12 +67,12 @@ class CardFacts:
 
 
 def front_matter(facts: CardFacts) -> str:
-    """The block between ``---`` lines that opens the card, its last line break included."""
+    """The block between ``---`` lines at the beginning of the card, with its last line break."""
     from huggingface_hub.repocard_data import ModelCardData
 
     base = repository_in(facts.repo)
     licence, name, link = _licence(facts)
-    tags = [tag for tag in _plain(facts.tags, _MAX_TAGS) if ":" not in tag]  # a:b are those the hub adds itself
+    tags = [tag for tag in _plain(facts.tags, _MAX_TAGS) if ":" not in tag]  # the hub itself adds tags such as a:b
     data = ModelCardData(
         base_model=base,
         base_model_relation=facts.relation if base else None,
@@ -84,16 +84,16 @@ def front_matter(facts: CardFacts) -> str:
         license_name=name,
         license_link=link,
         language=_languages(facts.languages) or None,
-        tags=[*facts.own_tags, *(tag for tag in tags if tag.lower() not in _NOT_OURS and tag not in _PIPELINES)],
+        tags=[*facts.own_tags, *(tag for tag in tags if tag.lower() not in _SOURCE_ONLY and tag not in _PIPELINES)],
     )
     return f"---\n{data.to_yaml(line_break=chr(10), original_order=list(_ORDER))}\n---\n"
 
 
 def licence_address(repo: str, link: str) -> str:
-    """Where a licence can be read: the address itself, or that of a file of the source's repository; empty if neither."""
+    """The web address of a licence: ``link`` itself, or that of a file of the source's repository; empty if it is neither."""
     text = _text(link, _MAX_LINK + 1)
     if len(text) > _MAX_LINK:
-        return ""  # half an address leads nowhere
+        return ""  # a truncated address is useless
     if _is_address(text):
         return text
     base = repository_in(repo)
@@ -107,7 +107,7 @@ def _is_address(text: str) -> bool:
 
 
 def _licence(facts: CardFacts) -> tuple[str | None, str | None, str | None]:
-    """``license``, ``license_name`` and ``license_link``: one that the hub does not know is ``other``, with its name."""
+    """``license``, ``license_name`` and ``license_link``; a licence unknown to the hub becomes ``other``, with its name."""
     known, name = _text(facts.license).lower(), _text(facts.license_name)
     if known in _LICENCES - {"other"} or not (known or name):
         return known or None, None, None
@@ -116,9 +116,9 @@ def _licence(facts: CardFacts) -> tuple[str | None, str | None, str | None]:
     return "other", name or None, licence_address(facts.repo, facts.license_link) or None
 
 
-def _languages(told: Iterable[str]) -> list[str]:
-    """``zh-CN`` is ``zh`` to the hub."""
-    found = (_LANGUAGE.fullmatch(language.lower()) for language in _plain(told, _MAX_LANGUAGES))
+def _languages(declared: Iterable[str]) -> list[str]:
+    """Language codes that the hub accepts: ``zh-CN`` becomes ``zh``."""
+    found = (_LANGUAGE.fullmatch(language.lower()) for language in _plain(declared, _MAX_LANGUAGES))
     return list(dict.fromkeys(match[1] for match in found if match))
 
 
@@ -127,5 +127,5 @@ def _plain(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def _text(text: str, limit: int = _MAX_TEXT) -> str:
-    """One line that a person can read."""
+    """The text as one printable line of at most ``limit`` characters."""
     return printable(" ".join(text[: 4 * limit].split()))[:limit].strip()

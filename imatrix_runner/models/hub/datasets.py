@@ -1,4 +1,5 @@
-"""Data sets of a hub: find the files of one config and split, fetch them into the hub's cache, remember them for offline."""
+"""Data sets of a hub: finds the files of one config and split, fetches them into the cache, and records them for offline
+use."""
 
 from __future__ import annotations
 
@@ -14,20 +15,20 @@ from imatrix_runner.errors import DownloadError, InvalidDataError
 from imatrix_runner.events import warning
 from imatrix_runner.files import human_bytes, read_json, write_json
 from imatrix_runner.models.hub.advice import Asked, no_hub, offline_without
-from imatrix_runner.models.hub.choice import RepoFile
-from imatrix_runner.models.hub.fetch import fetch_files, token_source
-from imatrix_runner.models.hub.listing import Listing, list_repository, repository_folder
-from imatrix_runner.models.hub.tables import (
+from imatrix_runner.models.hub.choose_files import RepoFile
+from imatrix_runner.models.hub.dataset_tables import (
     READABLE,
     DatasetId,
-    Table,
+    DatasetTable,
     choose_table,
     converted_tables,
     named_tables,
     parse_dataset,
 )
+from imatrix_runner.models.hub.fetch import fetch_files, token_source
+from imatrix_runner.models.hub.listing import Listing, list_repository, repository_folder
 from imatrix_runner.models.hub.transfer import cached_file, patiently
-from imatrix_runner.models.sources import HubId
+from imatrix_runner.models.model import HubId
 
 if TYPE_CHECKING:
     from imatrix_runner.models.hub.search import Hub
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["DatasetId", "FetchedDataset", "fetch_dataset", "parse_dataset"]
 
 CONVERTED = "refs/convert/parquet"
-"""The branch on which a hub keeps its own conversion of a data set."""
+"""The branch with the hub's Parquet conversion of a data set."""
 
 _NOTES = ".imatrix-runner"
 _LIMIT = 4 << 30
@@ -43,8 +44,8 @@ _LIMIT = 4 << 30
 
 @dataclass(frozen=True)
 class FetchedDataset:
-    """One config's split in the hub's cache. ``paths`` in order; ``commit`` and ``branch`` are what they were read from,
-    which is the hub's own conversion where it has one. ``licence``: what the data set's card says, or None."""
+    """One split of a config in the hub's cache. ``paths`` in order; ``commit`` and ``branch``: where they come from, which is
+    the hub's conversion if there is one. ``licence``: as stated on the data set's card, or None."""
 
     paths: tuple[Path, ...]
     repo: str
@@ -56,7 +57,7 @@ class FetchedDataset:
 
     @property
     def origin(self) -> str:
-        """Where the rows come from, exactly: for a manifest."""
+        """The exact origin of the rows, for a manifest."""
         return f"{self.repo}@{self.commit}:{self.config}:{self.split}"
 
 
@@ -66,7 +67,8 @@ class _File(msgspec.Struct, frozen=True):
 
 
 class _Note(msgspec.Struct, frozen=True):
-    """What one fetch brought, kept beside the repository in the cache: whose files are all there is otherwise not known."""
+    """A record of one fetch, kept in the repository's folder of the cache. It lists the files, which the cache alone does
+    not."""
 
     wanted: str
     branch: str
@@ -78,11 +80,11 @@ class _Note(msgspec.Struct, frozen=True):
 
 
 def fetch_dataset(hub: Hub, wanted: DatasetId, *, limit: int = _LIMIT) -> FetchedDataset:
-    """Bring one table of a data set into the hub's cache, every file from one commit.
+    """Download one table of a data set into the hub's cache, all files from one commit.
 
-    The hub's own Parquet conversion is preferred; a revision that was named is read as it is. Raises :class:`DownloadError`
-    (not there, gated, larger than ``limit`` bytes), :class:`InvalidDataError` (several could be meant, nothing readable),
-    ``NoSpaceError``, and ``InterruptedRunError`` once stopped.
+    The hub's Parquet conversion is preferred, unless a revision was named. Raises :class:`DownloadError` (missing, gated,
+    larger than ``limit`` bytes), :class:`InvalidDataError` (ambiguous, or nothing readable), ``NoSpaceError``, and
+    ``InterruptedRunError`` once stopped.
     """
     asked = Asked(HubId(wanted.repo, wanted.revision), hub.endpoint, token_source() is not None, "dataset")
     if hub.offline:
@@ -94,7 +96,7 @@ def fetch_dataset(hub: Hub, wanted: DatasetId, *, limit: int = _LIMIT) -> Fetche
     if table.n_bytes > limit:
         raise DownloadError(
             f"{DatasetId(wanted.repo, wanted.revision, table.config, table.split)} is too large",
-            f"its {len(table.files)} files have {human_bytes(table.n_bytes)}, and no more than {human_bytes(limit)} are taken",
+            f"its {len(table.files)} files have {human_bytes(table.n_bytes)}, and the limit is {human_bytes(limit)}",
             "Choose a smaller config or split, or download one of its files yourself and give its path.",
         )
     if table.partial:
@@ -107,8 +109,8 @@ def fetch_dataset(hub: Hub, wanted: DatasetId, *, limit: int = _LIMIT) -> Fetche
     return FetchedDataset(paths, wanted.repo, commit, branch, listing.licence, table.config, table.split)
 
 
-def _find(hub: Hub, asked: Asked, wanted: DatasetId, listing: Listing) -> tuple[Asked, Table, str]:
-    """What to ask for which table at which commit: of the conversion if it has it, else of the repository itself."""
+def _find(hub: Hub, asked: Asked, wanted: DatasetId, listing: Listing) -> tuple[Asked, DatasetTable, str]:
+    """The request, table and commit to download: from the conversion if it has the table, else from the repository itself."""
     own = named_tables(listing.files)
     conversion = _conversion(hub, asked) if wanted.revision is None else None
     converted = converted_tables(conversion.files) if conversion is not None else ()
@@ -116,18 +118,18 @@ def _find(hub: Hub, asked: Asked, wanted: DatasetId, listing: Listing) -> tuple[
         try:
             table = choose_table(wanted, converted)
         except DownloadError:
-            # A conversion may lag behind, or lack what the hub could not convert.
+            # The conversion may be older, or lack tables that the hub could not convert.
             if not any(wanted.config in (None, table.config) and wanted.split in (None, table.split) for table in own):
                 raise
             return asked, choose_table(wanted, own), listing.commit
         return replace(asked, hub_id=HubId(wanted.repo, CONVERTED)), table, conversion.commit
     if wanted.revision is not None and (already := converted_tables(listing.files)):
-        own = already  # the conversion's own branch or commit was named
+        own = already  # the conversion's branch or commit was named
     if not own:
         names = [file.name for file in listing.files if not file.name.startswith(".")]
         raise InvalidDataError(
-            f"{wanted.repo} holds no rows that can be read",
-            f"the hub has no conversion of it, and of {', '.join(READABLE)} there is no file"
+            f"{wanted.repo} has no readable rows",
+            f"the hub has no conversion of it, and it has no {', '.join(READABLE)} file"
             + (f" (but {', '.join(names[:4])}{' …' if len(names) > 4 else ''})" if names else ""),
             "Choose another data set, or convert this one yourself and give the file's path.",
         )
@@ -135,7 +137,7 @@ def _find(hub: Hub, asked: Asked, wanted: DatasetId, listing: Listing) -> tuple[
 
 
 def _conversion(hub: Hub, asked: Asked) -> Listing | None:
-    """The hub's own conversion; None where there is none."""
+    """The listing of the hub's conversion; None if there is none."""
     from huggingface_hub.errors import HfHubHTTPError
 
     asked = replace(asked, hub_id=HubId(asked.hub_id.repo, CONVERTED))
@@ -153,17 +155,17 @@ def _notes(hub: Hub, asked: Asked) -> Path:
 
 
 def _remember(hub: Hub, asked: Asked, note: _Note) -> None:
-    """One small file per request, so that two processes cannot spoil each other's."""
+    """Write the record, one file per request, so that two processes do not overwrite each other's."""
     write_json(_notes(hub, asked) / f"{quote(note.wanted, safe='')[-200:]}.json", note)
 
 
 def _remembered(hub: Hub, asked: Asked, wanted: DatasetId) -> FetchedDataset:
-    """What an earlier fetch of the same thing brought, if it is still whole."""
+    """The result of an earlier fetch of the same table, if its files are complete. Raises :class:`DownloadError` otherwise."""
     for path in sorted(_notes(hub, asked).glob("*.json")):
         try:
             note = read_json(path, _Note)
         except InvalidDataError:
-            continue  # not ours, or damaged: it vouches for nothing
+            continue  # of another program, or damaged
         of_revision = note.branch in (wanted.revision or "main", CONVERTED if wanted.revision is None else None)
         named = (note.config, note.split) == (wanted.config, wanted.split or "train")
         same = note.wanted == str(wanted) or (of_revision and named)

@@ -1,4 +1,5 @@
-"""Downloads: list a repository at one commit, choose, check the disk, fetch into the hub's cache, verify the lengths."""
+"""Downloads a model: lists a repository at one commit, chooses files, checks the disk, and fetches them into the hub's
+cache."""
 
 from __future__ import annotations
 
@@ -15,15 +16,14 @@ from imatrix_runner.errors import NoSpaceError, RunnerError
 from imatrix_runner.events import Finished, Sink, Started
 from imatrix_runner.files import existing_parent, free_bytes, human_bytes
 from imatrix_runner.models.folder_survey import Folder
-from imatrix_runner.models.folders import diagnose
 from imatrix_runner.models.hub.advice import Asked, explain, offline_without, require_address
-from imatrix_runner.models.hub.background import in_background
-from imatrix_runner.models.hub.choice import CONFIG, Choice, RepoFile, choose
+from imatrix_runner.models.hub.choose_files import CONFIG, ChosenFiles, RepoFile, choose
 from imatrix_runner.models.hub.listing import Listing, list_cached, list_repository, remember_revision, repository_folder
-from imatrix_runner.models.hub.transfer import STEP, Meter, cached_file, download, is_offline, patiently
+from imatrix_runner.models.hub.transfer import STEP, Meter, cached_file, download, in_background, is_offline, patiently
+from imatrix_runner.models.model import HubId, Provenance
+from imatrix_runner.models.model_folders import diagnose
 from imatrix_runner.models.origin import repository_in
 from imatrix_runner.models.safetensors_file import read_model_json
-from imatrix_runner.models.sources import HubId, Provenance
 from imatrix_runner.signals import Stop
 
 _DOCTOR_SECONDS = 3.0
@@ -45,7 +45,7 @@ class Downloaded:
 
     @property
     def source(self) -> Provenance:
-        """What a :class:`~imatrix_runner.models.sources.Model` made from this says of its origin."""
+        """The provenance for a :class:`~imatrix_runner.models.model.Model` made from this download."""
         return Provenance("hub", str(self.hub_id), self.repo, self.hub_id.revision, self.commit)
 
 
@@ -58,10 +58,10 @@ def fetch_model(
     endpoint: str | None = None,
     cache: Path | None = None,
 ) -> Downloaded:
-    """Bring a model from a hub into its cache (``HF_HOME``), every file from one and the same commit.
+    """Download a model from a hub into its cache (``HF_HOME``), all files from one commit.
 
-    The library finds the token by itself (``HF_TOKEN``, then its token file). In offline mode the cache alone is asked.
-    Raises :class:`DownloadError`, :class:`NoSpaceError`, :class:`InvalidDataError` (nothing in the repository fits).
+    The library finds the token by itself (``HF_TOKEN``, then its token file). In offline mode only the cache is used. Raises
+    :class:`DownloadError`, :class:`NoSpaceError`, :class:`InvalidDataError` (nothing in the repository is usable).
     """
     quiet_library()
     cache = cache or default_cache()
@@ -76,7 +76,7 @@ def fetch_model(
 
 
 def quiet_library() -> None:
-    """The library reports retries on stderr by itself; progress and errors reach people through the sink instead."""
+    """Stop the library from reporting retries on stderr; progress and errors are reported through the sink instead."""
     require_address()
     from huggingface_hub.utils.logging import set_verbosity
 
@@ -84,7 +84,7 @@ def quiet_library() -> None:
 
 
 def default_cache() -> Path:
-    """Where ``HF_HOME`` or ``HF_HUB_CACHE`` put the cache."""
+    """The folder of the hub's cache, according to ``HF_HOME`` and ``HF_HUB_CACHE``."""
     require_address()
     from huggingface_hub import constants
 
@@ -92,7 +92,7 @@ def default_cache() -> Path:
 
 
 def hub_endpoint() -> str:
-    """``HF_ENDPOINT`` as it is now, else the library's default (which it reads once, when it is imported)."""
+    """The current ``HF_ENDPOINT``, else the library's default (which it reads once, when it is imported)."""
     require_address()
     from huggingface_hub import constants
 
@@ -100,7 +100,7 @@ def hub_endpoint() -> str:
 
 
 def token_source() -> str | None:
-    """Where a token would be taken from; never the token."""
+    """The name of the variable or ``token file`` that provides a token, never the token itself; None if there is none."""
     require_address()
     from huggingface_hub import constants
 
@@ -112,7 +112,7 @@ def token_source() -> str | None:
 
 
 def _status(url: str) -> int:
-    """The status of an answer; of its body nothing is read."""
+    """The HTTP status of an answer, whose body is not read."""
     import httpx2
 
     with httpx2.stream("GET", url, timeout=_DOCTOR_SECONDS) as answer:
@@ -125,7 +125,7 @@ def reachability(endpoint: str | None = None) -> str:
 
     endpoint = endpoint or hub_endpoint()
     if is_offline():
-        return "not asked: offline mode is on (HF_HUB_OFFLINE)"
+        return "not checked: offline mode is on (HF_HUB_OFFLINE)"
     asked = Asked(HubId("org/name"), endpoint, has_token=False)
     began = time.monotonic()
 
@@ -146,7 +146,7 @@ def reachability(endpoint: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class _Look:
-    """Looks at a checkpoint's config.json, which comes first: no gigabytes are fetched that could not be used."""
+    """Checks a checkpoint's config.json, which is fetched first, so that no gigabytes are fetched for an unusable model."""
 
     name: str
     listing: Listing
@@ -171,10 +171,10 @@ def fetch_files(
     impatient: bool = False,
     look: Callable[[RepoFile, Path], None] | None = None,
 ) -> tuple[Path, ...]:
-    """Bring files of one commit into the cache; those that are there already are not fetched again.
+    """Download files of one commit into the cache; files that are already there are not fetched again.
 
-    ``impatient`` gives up on a connection that brings nothing for minutes. ``look`` is shown every file once it is there, and
-    may raise an error that ends the download.
+    ``impatient`` gives up on a stalled connection after two minutes instead of twenty. ``look`` is called with every file once
+    it is in the cache, and may raise an error that ends the download.
     """
     cached = {file.name: cached_file(asked, file, commit, cache) for file in files}
     need = sum(file.size or 0 for file in files if cached[file.name] is None)
@@ -209,7 +209,7 @@ def _require_space(cache: Path, need: int, repo: str) -> None:
         )
 
 
-def _downloaded(asked: Asked, choice: Choice, commit: str, paths: tuple[Path, ...]) -> Downloaded:
+def _downloaded(asked: Asked, choice: ChosenFiles, commit: str, paths: tuple[Path, ...]) -> Downloaded:
     path = paths[0] if choice.kind == "gguf" else paths[0].parent
     return Downloaded(choice.kind, path, asked.hub_id, commit, paths)
 

@@ -1,4 +1,4 @@
-"""What a repository holds: asked from the hub, or read from its cache when there is no network."""
+"""Lists a repository's files: from the hub, or from its cache when offline."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Annotated
 import msgspec
 
 from imatrix_runner.errors import from_os_error
-from imatrix_runner.models.bounded import printable
 from imatrix_runner.models.hub.advice import Asked, no_hub
-from imatrix_runner.models.hub.choice import RepoFile
+from imatrix_runner.models.hub.choose_files import RepoFile
+from imatrix_runner.safe_text import printable
 from imatrix_runner.untrusted import as_type
 
 LISTING_SECONDS = 30.0
@@ -26,7 +26,7 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
-"""A length as a hub announces it."""
+"""A size in bytes as announced by a hub."""
 
 
 class Sibling(msgspec.Struct, frozen=True):
@@ -38,7 +38,7 @@ class Sibling(msgspec.Struct, frozen=True):
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """What is taken from a hub's answer about a repository."""
+    """The fields used of a hub's answer about a repository."""
 
     sha: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{40}$")]
     siblings: list[Sibling]
@@ -47,9 +47,9 @@ class _Answer(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Listing:
-    """A repository at one commit. ``date``: of its last change, ISO 8601; ``quantised_from``: whom its tags call its base.
+    """A repository at one commit. ``date``: of its last change, ISO 8601; ``quantised_from``: base repositories by its tags.
 
-    ``licence``: what its card says, ``mit`` or ``cc-by-sa-3.0, gfdl``.
+    ``licence``: as stated on its card, such as ``mit`` or ``cc-by-sa-3.0, gfdl``.
     """
 
     repo: str
@@ -63,7 +63,7 @@ class Listing:
 
 
 def list_repository(asked: Asked) -> Listing:
-    """Ask the hub, once; for :func:`~imatrix_runner.models.hub.transfer.patiently`."""
+    """Request the listing once; :func:`~imatrix_runner.models.hub.transfer.patiently` adds retries and errors with advice."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 
@@ -76,52 +76,52 @@ def list_repository(asked: Asked) -> Listing:
             {"rfilename": entry.rfilename, "size": entry.size, "sha256": announced_sha256(entry.lfs)}
             for entry in info.siblings or ()
         ]
-        told = as_type({"sha": info.sha, "tags": info.tags or [], "siblings": siblings}, _Answer)
+        answer = as_type({"sha": info.sha, "tags": info.tags or [], "siblings": siblings}, _Answer)
         date = iso_date(info.last_modified)
     except HFValidationError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise no_hub(asked) from error  # not JSON, or values of other types than a hub's
-    if len({entry.rfilename for entry in told.siblings}) < len(told.siblings):
+    if len({entry.rfilename for entry in answer.siblings}) < len(answer.siblings):
         raise no_hub(asked)
     return Listing(
         asked.hub_id.repo,
         asked.repo_type,
-        told.sha,
+        answer.sha,
         date,
-        tuple(RepoFile(each.rfilename, each.size, each.sha256) for each in told.siblings if _is_plain_name(each.rfilename)),
+        tuple(RepoFile(each.rfilename, each.size, each.sha256) for each in answer.siblings if _is_plain_name(each.rfilename)),
         _base_model(base),
-        quantised_from(told.tags),
+        quantised_from(answer.tags),
         _licence(licence),
     )
 
 
-def _base_model(told: object) -> str | None:
-    """The first id of what a card says under ``base_model``: an id, or a list of them."""
-    base = told[0] if isinstance(told, list) and told else told
+def _base_model(declared: object) -> str | None:
+    """The first id of a card's ``base_model``, which is an id or a list of them; None if it is not a hub id."""
+    base = declared[0] if isinstance(declared, list) and declared else declared
     return base if isinstance(base, str) and is_repository(base) else None
 
 
 def announced_sha256(lfs: object) -> str | None:
-    """The SHA-256 that a hub announces for a large file, in hex; None for small files, and for what is no digest."""
+    """The SHA-256, in hex, that a hub announces for a large file; None for small files and for an invalid digest."""
     digest = lfs.get("sha256") if isinstance(lfs, Mapping) else getattr(lfs, "sha256", None)
     return digest.lower() if isinstance(digest, str) and _SHA256.fullmatch(digest) else None
 
 
-def _licence(told: object) -> str | None:
-    """What a card says under ``license``: a name, or a list of them."""
-    names = told if isinstance(told, list) else [told]
+def _licence(declared: object) -> str | None:
+    """The names in a card's ``license``, which is a name or a list of them; None if there are none."""
+    names = declared if isinstance(declared, list) else [declared]
     named = [printable(name.strip())[:_MAX_LICENCE] for name in names if isinstance(name, str) and name.strip()]
     return ", ".join(named[:8]) or None
 
 
 def plain_files(entries: Iterable[tuple[str, int | None]]) -> tuple[RepoFile, ...]:
-    """Files as the hub names them, without those whose names no ordinary path can have."""
+    """The files listed by a hub, without those whose names are not safe relative paths."""
     return tuple(RepoFile(name, size) for name, size in entries if _is_plain_name(name))
 
 
 def quantised_from(tags: Iterable[str]) -> tuple[str, ...]:
-    """The repositories that ``base_model:quantized:ORG/NAME`` tags name."""
+    """The repositories named by tags ``base_model:quantized:ORG/NAME``."""
     mark = "base_model:quantized:"
     return tuple(tag.removeprefix(mark) for tag in tags if isinstance(tag, str) and tag.startswith(mark))
 
@@ -145,12 +145,12 @@ def _is_plain_name(name: str) -> bool:
 
 
 def repository_folder(asked: Asked, cache: Path) -> Path:
-    """Where the cache keeps a repository."""
+    """The folder of a repository in the cache."""
     return cache / f"{asked.repo_type}s--{asked.hub_id.repo.replace('/', '--')}"
 
 
 def list_cached(asked: Asked, cache: Path) -> Listing | None:
-    """What the cache holds of a repository at the revision asked for, or None."""
+    """The files of a repository's revision that are in the cache; None if there are none."""
     folder = repository_folder(asked, cache)
     revision = asked.hub_id.revision or "main"
     note = folder / "refs" / revision
@@ -164,9 +164,9 @@ def list_cached(asked: Asked, cache: Path) -> Listing | None:
 
 
 def remember_revision(asked: Asked, commit: str, cache: Path) -> None:
-    """Note which commit a branch or tag meant (``refs/`` of the cache's documented layout), for later offline use.
+    """Record the commit of a branch or tag (in ``refs/``, as in the cache's documented layout) for later offline use.
 
-    The library does this only when it is asked for the branch itself; we ask for the commit.
+    The library does so only for requests by branch; this program requests commits.
     """
     revision = asked.hub_id.revision or "main"
     if revision == commit:
@@ -176,4 +176,4 @@ def remember_revision(asked: Asked, commit: str, cache: Path) -> None:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(commit, encoding="ascii")
     except OSError as error:
-        raise from_os_error(error, "noting the downloaded revision", note) from error
+        raise from_os_error(error, "recording the downloaded revision", note) from error

@@ -1,4 +1,4 @@
-"""Looking for files on a hub: which repositories were made from a model, what one holds, and one file out of it."""
+"""Searches a hub: repositories made from a model, the files of a repository, and single files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from imatrix_runner.errors import DownloadError
 from imatrix_runner.events import Sink
 from imatrix_runner.files import human_bytes
 from imatrix_runner.models.hub.advice import Asked, no_hub, offline_without
-from imatrix_runner.models.hub.choice import RepoFile
+from imatrix_runner.models.hub.choose_files import RepoFile
 from imatrix_runner.models.hub.fetch import default_cache, fetch_files, hub_endpoint, quiet_library, token_source
 from imatrix_runner.models.hub.listing import (
     LISTING_SECONDS,
@@ -29,7 +29,7 @@ from imatrix_runner.models.hub.listing import (
     remember_revision,
 )
 from imatrix_runner.models.hub.transfer import cached_file, is_offline, patiently
-from imatrix_runner.models.sources import HubId
+from imatrix_runner.models.model import HubId
 from imatrix_runner.signals import Stop
 from imatrix_runner.untrusted import UnreadableError, from_json, split_url
 
@@ -39,7 +39,7 @@ _MOST_PAGES = 20
 
 
 class _Found(msgspec.Struct, rename="camel"):
-    """What a search says of a repository; of its files the names only."""
+    """A repository in a search result, with the names of its files."""
 
     id: str
     sha: str | None = None
@@ -50,9 +50,9 @@ class _Found(msgspec.Struct, rename="camel"):
 
 @dataclass(frozen=True)
 class Hub:
-    """A hub and the cache of what came from it. Offline, the cache alone is asked.
+    """A hub and its local cache. Offline, only the cache is used.
 
-    Every method raises :class:`DownloadError` when the hub cannot be used, and ``InterruptedRunError`` once stopped.
+    Every method raises :class:`DownloadError` if the hub cannot be used, and ``InterruptedRunError`` once stopped.
     """
 
     stop: Stop
@@ -75,7 +75,7 @@ class Hub:
         return listing
 
     def look_up(self, repo: str, repo_type: RepoType = "model") -> Listing | str:
-        """A repository's files; or, in a phrase, why this one cannot be read while the hub itself answers."""
+        """A repository's files; or, if only this repository cannot be read, the reason as a phrase."""
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
         try:
@@ -93,7 +93,7 @@ class Hub:
             raise
 
     def made_from(self, repo: str) -> tuple[Listing, ...]:
-        """The repositories that say they were quantised from ``repo``, with their files' names but without sizes."""
+        """The repositories tagged as quantised from ``repo``, with the names but not the sizes of their files."""
         if self.offline:
             return ()
         asked = self._asked(repo, "model")
@@ -106,35 +106,35 @@ class Hub:
             found += [_listing(entry) for entry in page if is_commit(entry.sha) and is_repository(entry.id)]
             if url is None:
                 break
-            params = []  # the next address carries them
+            params = []  # the address of the next page includes them
         return tuple(found)
 
     def cached(self, listing: Listing, file: RepoFile) -> Path | None:
-        """A file's whole copy in the cache."""
+        """The complete copy of a file in the cache; None if there is none."""
         return cached_file(self._of(listing), file, listing.commit, self.cache)
 
     def fetch(self, listing: Listing, file: RepoFile, *, limit: int) -> Path:
-        """A file in the cache, fetched if need be; what announces more than ``limit`` bytes is refused before."""
+        """The path of a file in the cache, downloaded if necessary; refused if the hub announces more than ``limit`` bytes."""
         asked = self._of(listing)
         if (path := self.cached(listing, file)) is not None:
             return path
         if self.offline:
             raise offline_without(asked)
         size = patiently(partial(_announced_size, asked, file, listing.commit), asked, self.stop.check)
-        for told in (file.size, size):
-            if told is not None and told > limit:
+        for announced in (file.size, size):
+            if announced is not None and announced > limit:
                 raise DownloadError(
                     f"{file.name} of {listing.repo} is too large",
-                    f"{asked.host} announces {human_bytes(told)}, and no more than {human_bytes(limit)} are taken",
+                    f"{asked.host} announces {human_bytes(announced)}, and the limit is {human_bytes(limit)}",
                     "Nothing was downloaded. Choose another file with --from REPO:FILE.",
                 )
         if size is None or size < 0:
             raise no_hub(asked)
         if file.size is not None and size != file.size:
             raise DownloadError(
-                f"{file.name} of {listing.repo} has two lengths",
+                f"{file.name} of {listing.repo} has contradictory sizes",
                 f"{asked.host} lists it with {file.size} bytes and offers {size}",
-                "Run the same command again; if it stays so, look at your proxy and at HF_ENDPOINT.",
+                "Run the same command again; if that fails as well, check your proxy and HF_ENDPOINT.",
             )
         wanted = RepoFile(file.name, size)
         (path,) = fetch_files(asked, [wanted], listing.commit, self.cache, self.stop, self.sink, impatient=True)
@@ -149,7 +149,7 @@ class Hub:
 
 
 def concerns_one_file(error: DownloadError) -> bool:
-    """Whether it is this file or repository that cannot be had, and not the hub or the network: another may work."""
+    """Whether an error concerns one file or repository only, not the hub or the network, so that another may work."""
     from huggingface_hub.errors import HfHubHTTPError
 
     cause = error.__cause__
@@ -160,8 +160,8 @@ def concerns_one_file(error: DownloadError) -> bool:
 
 
 def _page(asked: Asked, url: str, params: list[tuple[str, str]]) -> tuple[list[_Found], str | None]:
-    """One page of a search and the address of the next. The library's own paging would wait as long as a hub pleases, and
-    would send the token to whatever address a page names as the next."""
+    """One page of a search, and the address of the next. The library's own paging has no bound on time, and would send the
+    token to any address that a page names as the next."""
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 

@@ -1,11 +1,13 @@
-"""One file from a hub into its cache: patient with what passes, watchful for what lies about its length or never ends."""
+"""Downloads one file from a hub into its cache: retries transient errors, and checks size, content and rate."""
 
 from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -15,8 +17,7 @@ from imatrix_runner.errors import DownloadError
 from imatrix_runner.events import Progress, Sink
 from imatrix_runner.files import human_bytes, sha256
 from imatrix_runner.models.hub.advice import LONGEST_WAIT, Asked, explain, is_passing, require_address, retry_after
-from imatrix_runner.models.hub.background import in_background
-from imatrix_runner.models.hub.choice import RepoFile
+from imatrix_runner.models.hub.choose_files import RepoFile
 from imatrix_runner.signals import Stop
 
 if TYPE_CHECKING:
@@ -30,15 +31,22 @@ STEP = "download"
 """The step that download events carry."""
 
 _TRIES = 3
+
 _MOST_RESTARTS = 3
-_PIECE_BYTES = 1 << 20
+
+_BLOCK_BYTES = 1 << 20
+
 _PATIENCE_SECONDS = 120.0
+
 _MODEL_PATIENCE_SECONDS = 1200.0
+
 _MOST_SLOW_MINUTES = 2
+
 ANSWER_SECONDS = 60.0
-"""For one answer of the hub's API, from the request to its last byte."""
+"""Time limit for one answer of the hub's API, from the request to its last byte."""
 
 _NEVER = float("inf")
+
 _ETAG = re.compile(r"[\w.+=-]{1,200}", re.ASCII)
 
 
@@ -51,17 +59,17 @@ def is_offline() -> bool:
 
 
 def patiently(work: Callable[[], T], asked: Asked, check: Callable[[], None], seconds: float | None = None) -> T:
-    """Up to three tries, with growing pauses, for what passes by itself; everything else is explained at once.
+    """Run ``work``, up to three times with growing pauses after transient errors; raise others with advice at once.
 
-    ``check`` is called while the work goes on; what it raises ends the waiting. One try may take ``seconds`` in all (None:
-    :data:`ANSWER_SECONDS`), however busily the other side sends.
+    ``check`` is called in the meantime, and its exception ends the wait. One try may take ``seconds`` in all (None:
+    :data:`ANSWER_SECONDS`), even if data keeps arriving.
     """
     import tenacity
 
     clock = _Clock(asked, ANSWER_SECONDS if seconds is None else seconds)
 
     def attempt() -> T:
-        from imatrix_runner.models.hub.answers import watch_session
+        from imatrix_runner.models.hub.limits import watch_session
 
         watch_session(_refuse_long_wait, _refuse_odd_etag)
         with clock:
@@ -88,7 +96,7 @@ def patiently(work: Callable[[], T], asked: Asked, check: Callable[[], None], se
 
 
 class _Clock:
-    """The time that one try takes, between entering and leaving; looked at by the thread that waits."""
+    """Time limit for one try, as a context manager; the waiting thread checks it."""
 
     def __init__(self, asked: Asked, seconds: float) -> None:
         self._asked, self._seconds = asked, seconds
@@ -106,7 +114,7 @@ class _Clock:
             from huggingface_hub import close_session
 
             self.expired = True
-            close_session()  # wakes the thread that reads
+            close_session()  # unblocks the reading thread
             raise DownloadError(
                 f"{self._asked.host} sends too slowly",
                 f"its answer about {self._asked.hub_id.repo} was not complete after {self._seconds:g} s",
@@ -121,7 +129,7 @@ def _pause(state: tenacity.RetryCallState) -> float:
 
 
 def cached_file(asked: Asked, file: RepoFile, commit: str, cache: Path) -> Path | None:
-    """The file's copy in the cache, if it is there and whole."""
+    """The file's copy in the cache; None if it is missing or has another size."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(asked.hub_id.repo, file.name, cache_dir=cache, revision=commit, repo_type=asked.repo_type)
@@ -132,17 +140,18 @@ def cached_file(asked: Asked, file: RepoFile, commit: str, cache: Path) -> Path 
 
 
 def download(asked: Asked, file: RepoFile, commit: str, cache: Path, meter: Meter) -> Path:
-    """Fetch a file through the library into its cache. Never more than ``file.size`` bytes, where that is known."""
+    """Download a file with the library into its cache; never more than ``file.size`` bytes, if that is known."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    from imatrix_runner.models.hub.answers import paced
+    from imatrix_runner.models.hub.limits import paced
 
     bar: Any = type("_MeteredBar", (_Bar,), {"meter": meter})
     repo = asked.hub_id.repo
-    # The library keeps of a broken transfer whole pieces only, and tells progress as often; its 10 MB are a whole imatrix.
-    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _PIECE_BYTES)
+    # After a broken transfer the library keeps whole blocks only, and it reports progress per block; its default of 10 MB is as
+    # large as a whole imatrix.
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _BLOCK_BYTES)
     meter.expect(file)
-    # A copy of another length is a damaged one; the library would take it for whole.
+    # A copy of another size is damaged, but the library would use it.
     found = try_to_load_from_cache(repo, file.name, cache_dir=cache, revision=commit, repo_type=asked.repo_type)
     with paced(meter):
         path = Path(
@@ -163,7 +172,7 @@ def download(asked: Asked, file: RepoFile, commit: str, cache: Path, meter: Mete
         raise _wrong_length(asked, file, size)
     if file.sha256 is not None and (found_sha256 := sha256(path, lambda _bytes: meter.look())) != file.sha256:
         for copy in {path.resolve(), path}:
-            copy.unlink(missing_ok=True)  # the library would take it for whole
+            copy.unlink(missing_ok=True)  # the library would use it
         raise _wrong_content(asked, file, found_sha256)
     meter.finish(size)
     return path
@@ -172,33 +181,33 @@ def download(asked: Asked, file: RepoFile, commit: str, cache: Path, meter: Mete
 def _wrong_length(asked: Asked, file: RepoFile, size: int) -> DownloadError:
     return DownloadError(
         f"{file.name} of {asked.hub_id.repo} arrived with the wrong length",
-        f"{size} bytes instead of {file.size}; {asked.host} or a proxy on the way sent something else",
-        "Run the same command again; if it stays so, look at your proxy and at HF_ENDPOINT.",
+        f"{size} bytes instead of {file.size}; {asked.host} or a proxy sent something else",
+        "Run the same command again; if that fails as well, check your proxy and HF_ENDPOINT.",
     )
 
 
 def _refuse_odd_etag(response: httpx2.Response) -> None:
-    """A hook: the library would write to whatever path a hub gives for an etag (the name of a file in the cache)."""
+    """A hook that rejects unsafe etags: the library uses the etag as the name of a file in the cache."""
     for name in ("etag", "x-linked-etag"):
         tag = response.headers.get(name, "").removeprefix("W/").strip('"')
         if tag and not _ETAG.fullmatch(tag):
             raise DownloadError(
-                f"{response.url.host} does not answer as a hub does",
-                f"the etag it sends cannot be the name of a file: {tag[:80]!r}",
+                f"{response.url.host} does not answer like a hub",
+                f"its etag cannot be the name of a file: {tag[:80]!r}",
                 "Check HF_ENDPOINT and your proxy with: imatrix-runner doctor",
             )
 
 
 def _wrong_content(asked: Asked, file: RepoFile, found: str) -> DownloadError:
     return DownloadError(
-        f"{file.name} of {asked.hub_id.repo} arrived with another content than announced",
+        f"{file.name} of {asked.hub_id.repo} arrived with other content than announced",
         f"its SHA-256 is {found}, and {asked.host} announces {file.sha256}; it was removed from the cache",
-        "Run the same command again; if it stays so, look at your proxy and at HF_ENDPOINT, or tell the repository's owner.",
+        "Run the same command again; if that fails as well, check your proxy and HF_ENDPOINT, or tell the repository's owner.",
     )
 
 
 def _refuse_long_wait(response: httpx2.Response) -> None:
-    """A hook: the library would sleep for as long as a hub says."""
+    """A hook that raises for a long ``Retry-After``, because the library would sleep as long as the hub asks."""
     from huggingface_hub.errors import HfHubHTTPError
 
     error = HfHubHTTPError("asked to wait", response=response)
@@ -207,9 +216,9 @@ def _refuse_long_wait(response: httpx2.Response) -> None:
 
 
 class Meter:
-    """Adds up what all files of a download bring, and lets a stop through between two pieces.
+    """Reports the progress of all files of a download, and checks for a stop between two blocks.
 
-    It gives up on a connection that brings no piece for twenty minutes (``impatient``: two), or hardly a byte for three.
+    It gives up on a connection that delivers no block for twenty minutes (``impatient``: two), or hardly any bytes for three.
     """
 
     def __init__(self, sink: Sink, stop: Stop, asked: Asked, total: int, *, impatient: bool = False) -> None:
@@ -224,13 +233,13 @@ class Meter:
         self._slow_minutes = 0
 
     def check(self) -> None:
-        """For the thread that waits: raise once a stop was requested or nothing has come for too long."""
+        """For the waiting thread: raise once a stop was requested or nothing has arrived for too long."""
         self._stop.check()
         if time.monotonic() - self._moved > self._patience:
             from huggingface_hub import close_session
 
-            self._gave_up = self._too_slow(self._patience, _PIECE_BYTES)
-            close_session()  # wakes the thread that reads, so that it clears its half file away
+            self._gave_up = self._too_slow(self._patience, _BLOCK_BYTES)
+            close_session()  # unblocks the reading thread, so that it removes its unfinished file
             raise self._gave_up
 
     def _too_slow(self, seconds: float, n_bytes: int) -> DownloadError:
@@ -241,44 +250,44 @@ class Meter:
         )
 
     def slow_minute(self) -> None:
-        """The file hardly grew for a minute: go on twice with another connection, then give up."""
+        """Called when the file hardly grew for a minute: continue twice with another connection, then give up."""
         self._go_on()
         self._slow_minutes += 1
         if self._slow_minutes > _MOST_SLOW_MINUTES:
             raise self._too_slow(PACE_SECONDS * self._slow_minutes, LEAST_BYTES * self._slow_minutes)
 
     def expect(self, file: RepoFile) -> None:
-        """A new file, or another try of the same."""
+        """Start a new file, or another try of the same."""
         self._go_on()
         self._file = file
         self._moved = time.monotonic()
 
     def begin(self, initial: int, total: int | None) -> None:
-        """The answer's headers are here: refuse a length that was not announced before any of it is read."""
+        """Called with the sizes from the answer's headers: refuse more bytes than announced before any is read."""
         if self._file.size is not None and (total or 0) > self._file.size:
             raise _wrong_length(self._asked, self._file, total or 0)
         self._current = initial
 
     def _go_on(self) -> None:
-        """For the thread that works: raise if the one that waits has left."""
+        """For the working thread: raise if a stop was requested or the waiting thread has given up."""
         self._stop.check()
         if self._gave_up is not None:
             raise self._gave_up
 
     def look(self) -> None:
-        """For the thread that works: nothing comes now, and it still listens to a stop."""
+        """For the working thread while it reads no data: check for a stop and reset the stall timer."""
         self._go_on()
         self._moved = time.monotonic()
 
     def add(self, count: int) -> None:
         self._go_on()
         if count < 0:
-            # The server forgot where we were. The library would start over for ever, for each time some bytes arrive.
+            # The server cannot resume. The library would start over without end as long as some bytes arrive.
             self._restarts += 1
             if self._restarts > _MOST_RESTARTS:
                 raise DownloadError(
-                    f"The connection to {self._asked.host} was cut again and again",
-                    f"it cannot continue a broken download, and this one broke {self._restarts} times",
+                    f"The connection to {self._asked.host} was cut repeatedly",
+                    f"the server cannot resume a download, and this one broke off {self._restarts} times",
                     "Run the same command again on a better connection.",
                 )
         self._current += count
@@ -294,7 +303,7 @@ class Meter:
 
 
 class _Bar:
-    """What huggingface_hub takes for a progress bar: the part of tqdm's face that it uses."""
+    """A progress bar for huggingface_hub that reports to a :class:`Meter`: the part of tqdm's interface that it uses."""
 
     meter: ClassVar[Meter]
 
@@ -312,15 +321,45 @@ class _Bar:
         self.meter.add(int(count or 0))
 
     def update_transfer(self, count: float | None = 1) -> None:
-        """Bytes on the wire; with Xet these are not the file's. Only the file's bytes are shown."""
+        """Does nothing: with Xet, bytes transferred are not the file's bytes, and only the latter are reported."""
 
     def refresh(self) -> None:
-        """Nothing is drawn here."""
+        """Does nothing: the views draw progress."""
 
     def close(self) -> None:
         """Nothing to close."""
 
     def set_postfix_str(self, _text: str, refresh: bool = True) -> None:
-        """Rates are computed by those who draw."""
+        """Does nothing: the views compute rates."""
 
     set_transfer_postfix_str = set_postfix_str
+
+
+R = TypeVar("R")
+
+_POLL_SECONDS = 0.1
+
+_FAREWELL_SECONDS = 2.0
+
+
+def in_background(work: Callable[[], R], check: Callable[[], None]) -> R:
+    """Run ``work`` in a thread and return its result; meanwhile call ``check`` repeatedly, whose exception ends the wait.
+
+    The thread then has two seconds to end and clean up. It is a daemon thread, so it never keeps the process alive.
+    """
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread, whatever it is
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([future], timeout=_POLL_SECONDS).done:
+        try:
+            check()
+        except BaseException:
+            wait([future], timeout=_FAREWELL_SECONDS)
+            raise
+    return future.result()

@@ -1,0 +1,1 @@
+"""What each command does, in order; the rooms below hold how it is done."""

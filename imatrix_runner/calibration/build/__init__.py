@@ -1,0 +1,1 @@
+"""Building a calibration text from documents, by weight and up to a budget."""

@@ -1,0 +1,1 @@
+"""Public calibration texts: their catalogue, and downloads into the cache."""

@@ -1,0 +1,1 @@
+"""Chat templates and tokenizer configurations, and rendering conversations with them in a sandboxed child."""

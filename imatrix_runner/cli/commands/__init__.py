@@ -1,0 +1,1 @@
+"""Commands, one module each: its options and what it prints."""

@@ -1,0 +1,164 @@
+"""The user's requests as frozen values, made by the command line or any other caller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from imatrix_runner.engines.jobs import CollectOptions, QuantizeOptions
+from imatrix_runner.engines.roundings import STOCK, Rounding
+from imatrix_runner.fingerprints import counted_apart, harmless, spelt
+
+OutType = Literal["auto", "f16", "bf16", "f32"]
+
+DEFAULT_TOLERANCE = 0.05
+"""``--until-converged`` without a number: in every tensor at most an estimated 5 % of the importance is in wrong columns.
+
+On the demo model (``scripts/bench convergence``) stopping at 0.2 cost up to 2.7 % of divergence and at 0.1 nothing measurable;
+this is half of that.
+"""
+
+DEFAULT_FEEDBACK_TOKENS = 1 << 16
+"""``--feedback-tokens``."""
+
+MODES = ("auto", "there", "none", "generate", "published")
+"""The values of ``ImatrixRequest.mode`` other than a file's path."""
+
+
+@dataclass(frozen=True)
+class ImatrixRequest:
+    """``mode``: ``auto`` (the one in the workspace, else for a hub's model a published one, else generate), ``there`` (the one
+    in the workspace, else none), ``published``, ``generate``, ``none``, or a file's path.
+
+    ``text`` None means the shipped calibration text. ``chunks`` limits, ``first_chunk`` skips;
+    ``output_frequency`` None lets the size of ranges follow from the model; ``save_frequency`` 0 leaves no snapshots.
+    ``until_converged``: the tolerance (:mod:`imatrix_runner.imatrix.convergence`) below which it stops before that;
+    ``min_expert_tokens``: after that it continues until every expert saw that many tokens, or the text ends (0: it does not
+    continue). ``parse_as_built``: a text that was built with a chat template has its special tokens parsed, whatever
+    ``options`` says. ``typed``: options given by hand that only matter where an imatrix is generated. ``part_of``: the file
+    that the user named, where ``text`` is what was left of it after a part was set aside.
+    """
+
+    mode: str = field(default="auto", metadata=harmless("whether a matrix is made does not change the one that is made"))
+    text: Path | None = field(default=None, metadata=counted_apart("the input 'calibration text'"))
+    options: CollectOptions = field(default_factory=CollectOptions, metadata=counted_apart("the input 'options'"))
+    chunks: int | None = field(default=None, metadata=counted_apart("the first words of the input 'chunks'"))
+    first_chunk: int = field(default=0, metadata=counted_apart("the first words of the input 'chunks'"))
+    output_frequency: int | None = field(default=None, metadata=spelt("--output-frequency"))
+    save_frequency: int = field(default=0, metadata=spelt("--save-frequency"))
+    until_converged: float | None = field(default=None, metadata=spelt("--until-converged", form="{:g}"))
+    min_expert_tokens: int = field(default=0, metadata=spelt("--min-expert-tokens"))
+    out: Path | None = field(default=None, metadata=harmless("the place of a file does not change its sums"))
+    parse_as_built: bool = field(default=True, metadata=counted_apart("the option that it decides, parse_special"))
+    typed: tuple[str, ...] = field(default=(), metadata=harmless("only for warnings"))
+    part_of: Path | None = field(default=None, metadata=harmless("only for warnings"))
+
+
+@dataclass(frozen=True)
+class MixRequest:
+    """How the types of mixes are chosen. ``types``: families and types that they may use (empty: all); ``quality`` ``high``
+    measures more types of each tensor, near the solution."""
+
+    types: str = ""
+    quality: Literal["normal", "high"] = "normal"
+
+
+@dataclass(frozen=True)
+class LevelsRequest:
+    """Which levels (by name, or a preset; both empty: the default set) and how. Names may be those of mixes
+    (:mod:`imatrix_runner.mixes.targets`), chosen as ``mix`` says. ``uncovered``: what becomes of tensors for which the imatrix
+    has no data (``fail``, ``keep``, or a type). ``one_by_one``: each level has its name before the next is
+    begun, so that the disk need not hold all half files at once. ``verify``: names, types and sizes, or every row too.
+    ``kernels``: this program's where they are proven to give ggml's bytes, or only ggml's. ``rounding``: of every level that
+    does not name its own; ``feedback_tokens``: of the calibration text, for the covariances that error feedback needs."""
+
+    names: tuple[str, ...] = ()
+    preset: str = ""
+    options: QuantizeOptions = field(default_factory=QuantizeOptions)
+    jobs: int | None = None
+    threads: int | None = None
+    uncovered: str = "fail"
+    one_by_one: bool = False
+    verify: Literal["header", "full"] = "header"
+    kernels: Literal["auto", "ggml"] = "auto"
+    mix: MixRequest = field(default_factory=MixRequest)
+    rounding: Rounding = STOCK
+    feedback_tokens: int = DEFAULT_FEEDBACK_TOKENS
+
+
+@dataclass(frozen=True)
+class MeasureRequest:
+    """What is measured and how. ``levels`` empty: all that are there. ``text`` None means the shipped held-out text; of its
+    chunks the first ``chunks``, all without. ``max_disk``: bytes that files of the measurement may take at once. ``base``: a
+    file of log-probabilities to compare with, in place of text and source. ``again``: known figures are measured again.
+
+    ``baselines``: each level is compared with one made without imatrix. ``domain``: a file of prompts that source and levels
+    answer, in ``n_predict`` tokens at most, written with ``chat_template`` (None: the model's own). ``target_kld`` (nats) and
+    ``target_size`` (bytes) decide which level is picked.
+    """
+
+    levels: tuple[str, ...] = ()
+    text: Path | None = None
+    options: CollectOptions = field(default_factory=CollectOptions)
+    chunks: int | None = None
+    max_disk: int | None = None
+    base: Path | None = None
+    again: bool = False
+    baselines: bool = False
+    domain: Path | None = None
+    n_predict: int = 128
+    chat_template: Path | None = None
+    target_kld: float | None = None
+    target_size: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """The model as named by the user, and how to convert it to GGUF if needed.
+
+    ``typed``: options given by hand that only matter where a model is converted.
+    """
+
+    model: str
+    outtype: OutType = "auto"
+    mmproj: bool = False
+    trust_remote_code: bool = False
+    typed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EnvironmentRequest:
+    """Where to work and with what. ``hang_seconds`` 0 never ends a silent child; ``command`` is the typed line, shown to others
+    while the workspace is held or unfinished; ``force`` takes over the workspace of another source."""
+
+    work_dir: Path = Path("work")
+    engine: str = "auto"
+    llama_cpp: Path | None = None
+    hang_seconds: float = 600.0
+    command: str = ""
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without). ``measure``: what comes after;
+    ``warnings``: what can be said of the options before anything is opened."""
+
+    source: SourceRequest
+    environment: EnvironmentRequest
+    imatrix: ImatrixRequest
+    levels: LevelsRequest | None
+    measure: MeasureRequest | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """``evaluate``; ``making`` is how levels were made, for their baselines; ``warnings`` as for :class:`RunRequest`."""
+
+    source: SourceRequest
+    environment: EnvironmentRequest
+    measure: MeasureRequest
+    making: LevelsRequest
+    warnings: tuple[str, ...] = ()

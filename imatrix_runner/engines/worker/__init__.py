@@ -1,0 +1,1 @@
+"""The child process of the embedded engine, the only place with ctypes and llama_cpp."""

@@ -1,0 +1,1 @@
+"""Collection of activations for an imatrix, in the worker."""

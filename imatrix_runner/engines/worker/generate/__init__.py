@@ -1,0 +1,1 @@
+"""Answers to prompts, in the worker."""

@@ -1,0 +1,149 @@
+"""Output files of a pass: created with their final size before the work begins, then written in any order."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from imatrix_runner.engines.jobs import LEDGER_NAME, PassLevel
+from imatrix_runner.engines.worker.quantize.gguf_headers import FileLayout, TensorPlace
+from imatrix_runner.engines.worker.quantize.ledger import Ledger, LedgerEntry, LedgerHead, read
+from imatrix_runner.engines.worker.refusal import Refusal
+from imatrix_runner.files import sync
+from imatrix_runner.models.gguf_file import MAGIC
+
+_NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+class OutputFile:
+    """One file of an output. Until it is finished it begins with four zeros instead of ``GGUF``, so that no program takes it
+    for complete; llama-quantize does the same."""
+
+    def __init__(self, path: Path, layout: FileLayout, *, fresh: bool) -> None:
+        self.path = path
+        if fresh:
+            path.unlink(missing_ok=True)
+        self._file: IO[bytes] = path.open("x+b" if fresh else "r+b", buffering=0)
+        self._lock = threading.Lock()
+        try:
+            if fresh:
+                _reserve(self._file.fileno(), layout.size)
+            # Also for a continued file: a loss of power may have come before its header was on disk.
+            self.write(len(MAGIC), memoryview(layout.header)[len(MAGIC) :])
+        except OSError:
+            self.close()
+            if fresh:
+                path.unlink()  # free the space of an incomplete file
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with self._lock:
+            self._file.seek(offset)
+            while data:
+                data = data[self._file.write(data) :]
+
+    def finish(self) -> None:
+        """Write the magic number after all data is on disk, and sync."""
+        self.sync()
+        self.write(0, memoryview(MAGIC))
+        self.sync()
+
+    def sync(self) -> None:
+        sync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Allocate the file's space now; if the file system cannot, only set its size."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _NOT_POSSIBLE:
+                raise
+    os.ftruncate(descriptor, size)
+
+
+@dataclass(eq=False)
+class LevelOutput:
+    """One level's files, places and ledger, and its state. ``spoiled``: the tensor that the level failed on, and why."""
+
+    level: PassLevel
+    files: list[OutputFile]
+    places: dict[str, TensorPlace]
+    ledger: Ledger
+    kept: int
+    spoiled: tuple[str, str] | None = None
+    computed: int = 0
+    copied: int = 0
+
+    @classmethod
+    def open(
+        cls, level: PassLevel, layouts: Sequence[FileLayout], places: dict[str, TensorPlace], head: LedgerHead
+    ) -> LevelOutput:
+        """Continue the files with the same ledger head, or create new ones. Raises ``OSError``."""
+        folder = level.job.out.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = file_names(level, len(layouts))
+        known = read(folder / LEDGER_NAME)
+        whole = all(path.is_file() and path.stat().st_size == layout.size for path, layout in zip(paths, layouts, strict=True))
+        fresh = known is None or known[0] != head or not whole
+        if fresh:
+            (folder / LEDGER_NAME).unlink(missing_ok=True)
+        files: list[OutputFile] = []
+        try:
+            for path, layout in zip(paths, layouts, strict=True):
+                files.append(OutputFile(path, layout, fresh=fresh))
+            ledger = Ledger(folder / LEDGER_NAME, head)
+        except OSError:
+            for file in files:
+                file.close()
+                if fresh:
+                    file.path.unlink(missing_ok=True)
+            raise
+        return cls(level, files, places, ledger, len(ledger.entries))
+
+    def write(self, place: TensorPlace, offset: int, data: memoryview) -> None:
+        """Write part of a tensor, ``offset`` bytes from its beginning."""
+        self.files[place.file].write(place.offset + offset, data)
+
+    def record(self, entries: Sequence[LedgerEntry]) -> None:
+        """Sync written tensors to disk, then add them to the ledger."""
+        for index in {entry.file for entry in entries}:
+            self.files[index].sync()
+        self.ledger.append(entries)
+
+    def finish(self) -> None:
+        """Complete the files after every tensor was recorded. Raises :class:`Refusal` if one is missing."""
+        if missing := len(self.places) - len(self.ledger.entries):
+            raise Refusal.failed(f"{self.level.name} is incomplete", f"{missing} tensors were not written", "Report it.")
+        for file in self.files:
+            file.finish()
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+        self.ledger.close()
+
+    def give_up(self) -> None:
+        """Remove the files, if nothing is done yet, because the pass cannot begin."""
+        if not self.ledger.entries:
+            self.close()
+            for path in (*(file.path for file in self.files), self.level.job.out.parent / LEDGER_NAME):
+                path.unlink(missing_ok=True)
+
+
+def file_names(level: PassLevel, count: int) -> list[Path]:
+    """llama-quantize's file names: with ``--keep-split`` a number after the stem, even for one shard."""
+    out = level.job.out
+    if not level.job.options.keep_split:
+        return [out]
+    return [out.with_name(f"{out.stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)]

@@ -1,0 +1,356 @@
+"""Measures levels: the source's log-probabilities once (or in several reference windows), then every level against them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from imatrix_runner.context.context import Session
+from imatrix_runner.context.open_model import Frozen
+from imatrix_runner.documents.corpus import stage
+from imatrix_runner.engines.files.logits import LogitsHead, is_whole, note_path
+from imatrix_runner.engines.files.plausible import no_language_model, no_reference
+from imatrix_runner.engines.files.token_scores import read_token_scores
+from imatrix_runner.engines.jobs import ChunkRange
+from imatrix_runner.engines.measures import Divergence, MeasureJob, ReferenceJob
+from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
+from imatrix_runner.evaluate.disk_budget import next_range
+from imatrix_runner.evaluate.held_out import REFERENCE, HeldOut, check_content
+from imatrix_runner.evaluate.kld_statistics import perplexity_ratio, summarise
+from imatrix_runner.evaluate.measurements import Measured, ReportEvaluation
+from imatrix_runner.events import Finished, Sink, Started
+from imatrix_runner.files import encode_json, free_bytes, human_bytes
+from imatrix_runner.journal import StepRecord
+from imatrix_runner.resources import HELD_OUT_TEXT, resource
+from imatrix_runner.steps import step_id
+
+_REFERENCE = "reference"
+"""The step name of the source's own computation, in events and logs."""
+
+_ROUNDING = 0.001
+"""How far below 0 the rounding of a reference to 16 bits can push a mean KLD."""
+
+_STRANGE = 0.02
+"""Largest mean KLD, in nats, of a source against its own log-probabilities. 16-bit rounding and another build cause < 0.001."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to measure. ``inputs`` name what its figures depend on besides the held-out text; ``reason`` is why it is
+    measured, empty where its figures are known."""
+
+    name: str
+    step: str
+    file: Path
+    inputs: Mapping[str, str]
+    reason: str
+
+    @property
+    def todo(self) -> bool:
+        return bool(self.reason)
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures levels on one held-out text; its files lie in ``folder``."""
+
+    held_out: HeldOut
+    frozen: Frozen
+    session: Session
+    sink: Sink = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.session.workspace.evaluation
+
+    @property
+    def _base(self) -> Path:
+        return self.held_out.base or self.folder / REFERENCE
+
+    @property
+    def _source(self) -> Subject:
+        return Subject("source", _REFERENCE, self.frozen.model.path, {}, "")
+
+    def scored(self, subject: Subject) -> npt.NDArray[np.void]:
+        """The token scores of a subject that was measured here, :data:`~imatrix_runner.engines.files.token_scores.TOKEN`
+        [n]."""
+        extent = self.held_out.extent
+        tokens = read_token_scores(self._out(subject), self._fingerprint(subject), extent.n_ctx)[: extent.n_chunks]
+        return tokens.reshape(-1)
+
+    def knows(self, subject: Subject) -> bool:
+        """Whether scores of all its tokens are stored, so that its file is not needed."""
+        return self._done(subject) >= self.held_out.extent.n_chunks
+
+    def measure(self, subjects: Sequence[Subject]) -> dict[str, Divergence | RunnerError]:
+        """Return the figures of each subject by name, or its error. Errors that concern all of them are raised."""
+        found: dict[str, Divergence | RunnerError] = {}
+        said: set[str] = set()
+        self._make_folder()
+        waiting = [_Waiting(subject, self._done(subject)) for subject in subjects]
+        source = _Waiting(self._source, self._done(self._source))
+        while waiting:
+            chunks = self._next_range(waiting, source)
+            if chunks is not None:
+                self._refer(chunks, source)
+            for each in waiting:
+                outcome = self._measure_subject(each, chunks, said)
+                if outcome is not None:
+                    found[each.subject.name] = outcome
+            waiting = [each for each in waiting if each.subject.name not in found]
+        return found
+
+    def repeat(self, subject: Subject, of: str) -> None:
+        """Give a subject the figures of the level ``of``, whose file holds the same tensors."""
+        record = self.session.journal[step_id("evaluate", of)]
+        reason = f"it holds the same tensors as {of}"
+        inputs = {**record.inputs, **subject.inputs}
+        self.session.journal.record(subject.step, replace(record, inputs=inputs, reason=reason, seconds=0.0))
+
+    def forget(self, subjects: Sequence[Subject]) -> None:
+        """Delete the token scores of these subjects and of the source, so that they are measured from the first token."""
+        for each in (self._source, *subjects):
+            self._out(each).unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Remove the reference: it is large, and quick to make again."""
+        reference = self.folder / REFERENCE
+        for path in (reference, note_path(reference), self.folder / _TEXT, self.folder / _CHECK):
+            path.unlink(missing_ok=True)
+
+    def _done(self, subject: Subject) -> int:
+        """Number of chunks with stored token scores; 0 if the engine stores none."""
+        if not self.session.engine.capabilities.scores_tokens:
+            return 0
+        return len(read_token_scores(self._out(subject), self._fingerprint(subject), self.held_out.extent.n_ctx))
+
+    def _next_range(self, waiting: Sequence[_Waiting], source: _Waiting) -> ChunkRange | None:
+        """Return the chunks of the next reference window; None if nothing is left to compute."""
+        extent, done = self.held_out.extent, [each.done for each in waiting]
+        if self.held_out.base is not None:  # which holds everything, from the first chunk on
+            return ChunkRange(0, extent.n_chunks) if min(done) < extent.n_chunks else None
+        if self.session.engine.capabilities.scores_tokens:
+            done.append(source.done)
+        return next_range(done, extent, self.held_out.fit.chunks)
+
+    def _refer(self, chunks: ChunkRange, source: _Waiting) -> None:
+        """Make sure that :attr:`_base` holds the source's log-probabilities of these chunks, and store its own token scores."""
+        held_out, sink = self.held_out, self.sink
+        if held_out.text is None:
+            return
+        inputs = {**held_out.inputs, "chunks": f"{chunks.count} from {chunks.first}"}
+        fingerprint = encode_json(inputs).decode()
+        head = LogitsHead(held_out.extent.n_ctx, held_out.extent.n_vocab, chunks.count)
+        exact = source.done >= chunks.end or not self.session.engine.capabilities.scores_tokens
+        if exact and is_whole(self._base, head, fingerprint):
+            self._require_language_model(head)
+            return
+        text = self.folder / _TEXT
+        stage(held_out.text, text)
+        part = "" if chunks.count == held_out.extent.n_chunks else f" (chunks {chunks.first} to {chunks.end - 1})"
+        sink(Started(_REFERENCE, f"reference {self.frozen.model.name}{part}", chunks.count, "chunks"))
+        began = time.monotonic()
+        job = ReferenceJob(
+            _REFERENCE,
+            self.frozen.model.path,
+            text,
+            chunks,
+            self._base,
+            held_out.options,
+            fingerprint,
+            self.session.log("evaluate-reference"),
+            (self._out(self._source), self._fingerprint(self._source)),
+        )
+        try:
+            self.session.engine.make_reference(job, sink)
+        except NoSpaceError as error:
+            raise self._explained(error) from error
+        self.frozen.check_unchanged()
+        self._require_language_model(head)
+        source.done = max(source.done, chunks.end)
+        seconds = time.monotonic() - began
+        sink(Finished(_REFERENCE, "done", human_bytes(head.n_bytes), seconds))
+        record = StepRecord.now(held_out.inputs, [], "levels are measured", seconds, commands=[self._command()])
+        self.session.journal.record(step_id("reference", f"{chunks.first}-{chunks.end}"), record)
+
+    def _require_language_model(self, head: LogitsHead) -> None:
+        """Raise :class:`InvalidDataError` if the reference does not depend on the text."""
+        if why := no_language_model(self._base, head):
+            raise InvalidDataError(*no_reference(self.frozen.model.name, why))
+
+    def check_given(self) -> None:
+        """Check that a given file of log-probabilities was written from this source: its mean KLD against them must be near 0.
+
+        The vocabulary alone cannot show this, because models of one family share it. Raises :class:`InvalidDataError`.
+        """
+        check_content(self._base)
+        self._make_folder()
+        out = self.folder / _CHECK
+        self.sink(Started("check", f"is {self.held_out.name} of {self.frozen.model.name}", None, "chunks"))
+        limit = self.held_out.options.chunks_at_once
+        job = replace(self._job(replace(self._source, step="check"), out, 0), limit=limit)
+        told = self.session.engine.measure_level(job, self.sink)
+        found = told or summarise(read_token_scores(out, job.fingerprint, self.held_out.extent.n_ctx).reshape(-1))
+        if not abs(found.kld.value) <= _STRANGE:  # NaN is refused, too
+            raise InvalidDataError(
+                f"{self.held_out.name} was written by another model than {self.frozen.model.name}",
+                f"their predictions are {found.kld.value:.3g} nats apart; the same model stays below {_STRANGE:g}",
+                "Give the file that was written from this model, or leave it out to have one made.",
+            )
+        self.sink(Finished("check", "done", f"KLD {found.kld.value:.2g}"))
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise from_os_error(error, "making room for the measurement", self.folder) from error
+
+    def _measure_subject(self, waiting: _Waiting, chunks: ChunkRange | None, said: set[str]) -> Divergence | RunnerError | None:
+        """Compare a subject with the current reference window; None while further windows follow. ``said``: the reasons of
+        earlier failures, to which this adds its own."""
+        subject, extent = waiting.subject, self.held_out.extent
+        last = chunks is None or chunks.end >= extent.n_chunks
+        if chunks is not None and waiting.done >= chunks.end and not last:
+            return None
+        began = time.monotonic()
+        told: Divergence | None = None
+        self.sink(Started(subject.step, f"measure {subject.name}", extent.n_chunks, "chunks"))
+        try:
+            if chunks is not None and waiting.done < chunks.end:
+                told = self._compare(subject, chunks)
+                waiting.done = chunks.end
+                waiting.seconds += time.monotonic() - began
+            if not last:
+                self.sink(Finished(subject.step, "done", f"{waiting.done} of {extent.n_chunks} chunks", waiting.seconds))
+                return None
+            found = told or summarise(self.scored(subject))
+            _require_numbers(found, subject, extent.n_vocab)
+        except (InterruptedRunError, NoSpaceError):
+            raise
+        except RunnerError as error:
+            self.sink(Finished(subject.step, "failed", once(error.why, said), time.monotonic() - began))
+            self.frozen.check_unchanged()
+            return error
+        measured = self._facts(subject, found)
+        self.sink(Finished(subject.step, "done", describe(measured), waiting.seconds))
+        inputs = {**self.held_out.inputs, "chunks": str(extent.n_chunks), **subject.inputs}
+        record = StepRecord.now(inputs, [], subject.reason, waiting.seconds, commands=[self._command()], facts=measured)
+        self.session.journal.record(subject.step, record)
+        return found
+
+    def _compare(self, subject: Subject, chunks: ChunkRange) -> Divergence | None:
+        try:
+            return self.session.engine.measure_level(self._job(subject, self._out(subject), chunks.first), self.sink)
+        except NoSpaceError as error:
+            raise self._explained(error) from error
+
+    def _job(self, subject: Subject, out: Path, first: int) -> MeasureJob:
+        log = self.session.log(subject.step.replace(" ", "-"))
+        limit = self.held_out.extent.n_chunks if self.held_out.base is not None else None
+        return MeasureJob(
+            subject.step, subject.file, self._base, out, self.held_out.options, self._fingerprint(subject), log, first, limit
+        )
+
+    def _out(self, subject: Subject) -> Path:
+        return self.folder / f"{subject.name.replace(' ', '-')}.scored"
+
+    def _fingerprint(self, subject: Subject) -> str:
+        """Fingerprint of the token scores. The number of chunks is left out, because a longer measurement continues a shorter
+        one."""
+        return encode_json({**self.held_out.inputs, **subject.inputs}).decode()
+
+    def _facts(self, subject: Subject, found: Divergence) -> Measured:
+        held_out, model = self.held_out, self.frozen.model
+        source, ratio = found.ppl_base, found.ratio
+        exact, mine = self.scored(self._source), self.scored(subject)
+        if len(exact) == len(mine) == found.n_tokens:  # what the reference's file says of rare tokens is cut off at e^-16
+            source, ratio = perplexity_ratio(mine["nll"], exact["nll"])
+        evaluation = ReportEvaluation(
+            held_out.name,
+            held_out.sha256,
+            held_out.extent.n_chunks,
+            held_out.extent.n_ctx,
+            found.n_tokens,
+            self.session.engine.identity(),
+            f"{model.name} {model.main_type}",
+            source,
+            held_out.overlap,
+        )
+        return Measured(found, ratio, evaluation)
+
+    def _command(self) -> list[str]:
+        """Words of the command that measures all levels again."""
+        held_out, extent = self.held_out, self.held_out.extent
+        words = ["imatrix-runner", "evaluate", self.frozen.model.source.location, "-c", str(extent.n_ctx)]
+        words += ["--chunks", str(extent.n_chunks)]
+        if held_out.base is not None:
+            words += ["--kl-divergence-base", str(held_out.base)]
+        elif held_out.text is not None and held_out.text.path != resource(HELD_OUT_TEXT):
+            words += ["--text", str(held_out.text.path)]
+        return words
+
+    def _explained(self, error: NoSpaceError) -> NoSpaceError:
+        """The error with the figures that help; unchanged if enough is free, because then a quota is used up."""
+        need = self.held_out.fit.n_bytes
+        if need <= free_bytes(self.session.workspace.root):
+            return error
+        return NoSpaceError(
+            "The disk became full while levels were measured",
+            f"the measurement takes {human_bytes(need)} at most, and something else took the space it counted on",
+            "Free some space or lower --max-disk, then run the same command again: it continues.",
+        )
+
+
+_TEXT, _CHECK = "text.txt", "check.scored"
+
+
+@dataclass
+class _Waiting:
+    """A subject of whose chunks some are to come; ``seconds`` that went into it."""
+
+    subject: Subject
+    done: int
+    seconds: float = 0.0
+
+
+def _require_numbers(found: Divergence, subject: Subject, n_vocab: int) -> None:
+    """Raise :class:`InvalidDataError` for figures that no comparison can have.
+
+    A probability of exactly 0 makes no logit infinite, and every mean of what it is compared with. A mean KLD is below 0 by no
+    more than rounding and the part of the probability that a reference keeps no log-probability of.
+    """
+    figures = (found.ppl, found.ppl_base, found.ratio, found.difference, found.kld, found.dp, found.dp_rms, found.same_top)
+    if not all(math.isfinite(each.value) and math.isfinite(each.error) for each in figures):
+        raise InvalidDataError(
+            f"{subject.file.name} cannot be measured",
+            "its figures are infinite: tokens that its source expects are impossible to it",
+            "The file is damaged or overflows: make it again, or choose another type.",
+        )
+    if found.kld.value < -(_ROUNDING + n_vocab * math.exp(-16)):
+        raise InvalidDataError(
+            f"{subject.file.name} cannot be measured",
+            f"its mean KLD is {found.kld.value:.3g}, and a divergence is never below 0",
+            "The reference is damaged: measure again with --again, or give another --kl-divergence-base.",
+        )
+
+
+def once(why: str, said: set[str]) -> str:
+    """A reason, or that it is one of those ``said`` already; then it is one of them."""
+    before = why in said
+    said.add(why)
+    return "for the same reason" if before else why
+
+
+def describe(measured: Measured) -> str:
+    """One line for people: the three figures that are compared most."""
+    found = measured.divergence
+    return (
+        f"KLD {found.kld.value:.4g} ± {found.kld.error:.2g}, "
+        f"PPL {found.ppl.value:.4g} ({measured.ppl_ratio.value - 1:+.2%}), same top token {found.same_top.value:.1%}"
+    )

@@ -1,0 +1,103 @@
+"""What the journal knows of finished levels and their measurements, as far as it still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from imatrix_runner.engines.measures import Divergence, Estimate
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.evaluate.ab_verdict import Comparison
+from imatrix_runner.evaluate.answer_agreement import DomainResult
+from imatrix_runner.evaluate.mix_verdict import MixVerdict
+from imatrix_runner.files import joint_sha256
+from imatrix_runner.journal import Journal, StepRecord
+from imatrix_runner.steps import LEVEL_INPUT, Kind, step_id
+from imatrix_runner.untrusted import UnreadableError, as_type
+
+T = TypeVar("T")
+
+_ASKED: dict[Kind, str] = {"evaluate": "", "compare": " --ab", "answer": " --domain PROMPTS", "alone": " --ab", "against": ""}
+"""By what each is asked for."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A level's figures and what they were measured with. ``ppl_ratio``: its perplexity over the source's own, which
+    ``divergence.ratio``, as llama-perplexity computes it, takes from a reference that knows no token rarer than e^-16."""
+
+    divergence: Divergence
+    ppl_ratio: Estimate
+    evaluation: ReportEvaluation
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Why a level is not compared with a baseline, as the end of a sentence that begins with its name."""
+
+    why: str
+
+
+def content_of(record: StepRecord) -> str:
+    """Fingerprint of a finished level's files, from their hashes."""
+    return joint_sha256([output.sha256 for output in record.outputs])
+
+
+def levels_made(journal: Journal) -> dict[str, StepRecord]:
+    """Every finished level by name, in the order of making; its files may be gone by now."""
+    return {name: record for name, record in journal.of_kind("level").items() if record.output}
+
+
+def measured(journal: Journal) -> dict[str, Measured]:
+    """Figures by level, as far as they are those of the files that are there now."""
+    return dict(_holding(journal, "evaluate", Measured))
+
+
+def comparisons(journal: Journal) -> dict[str, Comparison]:
+    return dict(_holding(journal, "compare", Comparison))
+
+
+def alone(journal: Journal) -> dict[str, str]:
+    """Reason by level for those that could not be compared with a baseline."""
+    return {level: found.why for level, found in _holding(journal, "alone", Alone)}
+
+
+def mix_verdicts(journal: Journal) -> dict[str, MixVerdict]:
+    """Comparisons of mixes with stock levels, by mix; the stock levels may have been made again since."""
+    return dict(_holding(journal, "against", MixVerdict))
+
+
+def answered(journal: Journal) -> dict[str, DomainResult]:
+    return dict(_holding(journal, "answer", DomainResult))
+
+
+def _holding(journal: Journal, what: Kind, kind: type[T]) -> Iterator[tuple[str, T]]:
+    for level, made in levels_made(journal).items():
+        record = journal.get(step_id(what, level))
+        if record is not None and record.inputs.get(LEVEL_INPUT) == content_of(made):
+            try:
+                yield level, as_type(record.facts, kind, str_keys=True)
+            except UnreadableError as error:
+                raise InvalidDataError(
+                    f"{journal.path} cannot be read",
+                    f"the figures of {level} ({what}) are not what this program wrote: {error}",
+                    f"Measure again: imatrix-runner evaluate MODEL --again{_ASKED[what]}",
+                ) from error
+
+
+@dataclass(frozen=True)
+class ReportEvaluation:
+    """The text, chunks and reference with which every level was measured. ``overlap``: share of the text's 13-word stretches
+    that also occur in the calibration text; None if that text is not known."""
+
+    text: str
+    sha256: str
+    n_chunks: int
+    n_ctx: int
+    n_tokens: int
+    engine: str
+    reference: str
+    ppl: Estimate
+    overlap: float | None = None
+    seconds: float = 0.0

@@ -1,1 +1,0 @@
-"""From a request to files: plan purely, then walk the plan."""
