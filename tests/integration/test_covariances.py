@@ -166,11 +166,13 @@ def test_another_fingerprint_replaces_the_set(job: CovarianceJob, engine: Embedd
 def test_a_stop_finishes_the_batch_and_the_rest_gives_the_same_bytes(
     job: CovarianceJob, engine: EmbeddedEngine, tmp_path: Path
 ) -> None:
-    """Also where unfinished sums belong to several groups of a job that may use less memory."""
+    """Also where unfinished sums belong to several groups of a job that may use less memory. The worker computes on until the
+    request reaches it: on a busy machine it may then have finished all."""
     job = replace(job, options=replace(OPTIONS, n_batch=128), ranges=(ChunkRange(0, 20),))
     collected_set(engine, job)
     whole = bytes_in(job.folder)
     largest = 8 * triangle(512)
+    left = []
     for at, memory, then in ((1, PLENTY, PLENTY), (8, PLENTY, largest), (25, largest, PLENTY)):
         stop, told = Stop(), list[Event]()
         stopped = replace(job, folder=tmp_path / f"stopped-{at}", memory_bytes=memory)
@@ -183,9 +185,11 @@ def test_a_stop_finishes_the_batch_and_the_rest_gives_the_same_bytes(
         stopping = EmbeddedEngine(engine.bindings, Runner(stop), cache_dir())
         with pytest.raises(InterruptedRunError):
             stopping.collect_covariances(stopped, notice)
-        assert (stopped.folder / "unfinished.sums").exists()
+        left.append((stopped.folder / "unfinished.sums").exists())
+        assert left[-1] or bytes_in(stopped.folder) == whole
         collected_set(engine, replace(stopped, memory_bytes=then))
         assert bytes_in(stopped.folder) == whole
+    assert any(left)
 
 
 def refused(engine: EmbeddedEngine, job: CovarianceJob, why: str) -> RunnerError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from imatrix_runner.mixes.mix_recipe import read_recipe
 from imatrix_runner.models.gguf_file import read_header
 from support.command_line import clean_environment, run_command
 from support.llama_tools import BareTools
+from support.perplexity_tools import perplexity_of
 
 WRITE = """
 import json, sys
@@ -50,21 +50,11 @@ def test_every_row_was_checked(mix: Path) -> None:
     assert len(set(types.values())) > 2
 
 
-def perplexity(tools: BareTools, model: Path, text: Path) -> float:
-    """llama-perplexity's, of six chunks; asked again while its asynchronous log loses the line."""
-    argv = [tools.toolchain.tool("llama-perplexity"), "-m", model, "-f", text, "-c", "128", "--chunks", "6", "-t", "1"]
-    for _ in range(20):
-        done = subprocess.run(
-            list(map(str, argv)), env=clean_environment(), capture_output=True, text=True, check=True, timeout=300
-        )
-        if found := re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr):
-            return float(found[1])
-    raise AssertionError("llama-perplexity reported no perplexity in 20 runs")
-
-
 def test_llama_perplexity_measures_it(mix: Path, tools: BareTools, tiny_model: Path, tiny_text: Path) -> None:
-    source = perplexity(tools, tiny_model, tiny_text)
-    assert perplexity(tools, mix, tiny_text) == pytest.approx(source, rel=0.1)
+    source, mixed = (
+        perplexity_of(tools.toolchain, model, tiny_text, "-c", "128", "--chunks", "6") for model in (tiny_model, mix)
+    )
+    assert mixed == pytest.approx(source, rel=0.1)
 
 
 def test_the_library_writes_with_it(mix: Path, tools: BareTools) -> None:
