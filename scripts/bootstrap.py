@@ -114,6 +114,15 @@ def ensure_browser() -> None:
     run("apt-get", "-qq", "install", "--yes", "--no-install-recommends", *_BROWSER_PACKAGES, DEBIAN_FRONTEND="noninteractive")
 
 
+def ensure_node() -> None:
+    """Node.js and npm, with which tests ask the hub's own parsers of names and headers."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        raise SystemExit(
+            "Node.js 20 or newer and npm are needed for the tests of published names (https://nodejs.org). "
+            "Or leave these tests out: scripts/test --no-node"
+        )
+
+
 def ensure_tools(python: Path = PYTHON, **env: str) -> None:
     """llama.cpp's programs and libraries where every command finds them; a build takes about 4 minutes, once."""
     locate = [python, "-m", "imatrix_runner", "tools", "locate"]

@@ -1,0 +1,1 @@
+"""Publishing: what is checked and decided before files are uploaded."""
