@@ -47,10 +47,8 @@ class HubLabel:
 
 def hub_label(name: str) -> HubLabel | None:
     """The label that the hub gives a file with this name or path: the last one in it; None if it understands nothing."""
-    found = None
-    for found in _LABEL.finditer(name.upper()):
-        pass
-    return HubLabel(found[0], found[2], found[3] or "") if found is not None else None
+    every = [*_LABEL.finditer(name.upper())]
+    return HubLabel(every[-1][0], every[-1][2], every[-1][3] or "") if every else None
 
 
 def describes(label: HubLabel, file_type: str) -> bool:

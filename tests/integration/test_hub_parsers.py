@@ -12,7 +12,7 @@ from imatrix_runner.publish.file_names import PublishedFile, checked_names
 from imatrix_runner.publish.label_rules import FILE_TYPES, LARGE, hub_label
 from support.command_line import run_command
 from support.node_parsers import ask_hub_parsers
-from unit.test_publish_file_names import LABELS, MADE, NUMBERS
+from support.published_names import LABELS, MADE, NUMBERS
 
 pytestmark = pytest.mark.node
 
