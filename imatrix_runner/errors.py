@@ -56,6 +56,13 @@ class DownloadError(RunnerError):
     kind = "download"
 
 
+class UploadError(RunnerError):
+    """A hub did not take what was to be published."""
+
+    exit_code = 4
+    kind = "upload"
+
+
 class EngineError(RunnerError):
     """A child process failed, died or hung while computing."""
 

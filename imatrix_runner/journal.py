@@ -153,9 +153,9 @@ class WorkspaceFacts(TypedDict, total=False):
     ``source``: what was named as the model, ``hub`` its repository and commit, ``source_at`` the same as an absolute path or a
     hub id with its revision, ``source_content`` and ``source_bytes`` what it holds; ``model_file`` is the fingerprint of the
     GGUF that levels are made from, which for a checkpoint is another file. ``levels`` were asked for by ``command``, which is
-    ``finished`` or not; ``measuring`` names the ``evaluate`` at work or interrupted. ``quantized_by``, ``repo`` and ``target``
-    (JSON) are for reports; ``described`` keeps a source's description (JSON) for when its files are gone, ``set_aside`` how a
-    text was cut (JSON).
+    ``finished`` or not; ``measuring`` names the ``evaluate`` at work or interrupted. ``quantized_by``, ``repo``, ``licence``
+    and ``target`` (JSON) are for reports; ``described`` keeps a source's description (JSON) for when its
+    files are gone, ``set_aside`` how a text was cut (JSON).
     """
 
     model: str
@@ -172,6 +172,7 @@ class WorkspaceFacts(TypedDict, total=False):
     measuring: str
     quantized_by: str
     repo: str
+    licence: str
     target: str
     described: str
     set_aside: str
@@ -192,6 +193,7 @@ FactName = Literal[
     "measuring",
     "quantized_by",
     "repo",
+    "licence",
     "target",
     "described",
     "set_aside",

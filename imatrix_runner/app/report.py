@@ -21,17 +21,13 @@ from imatrix_runner.process import Runner
 from imatrix_runner.report.document import Report, encode_report, read_report
 from imatrix_runner.report.facts.gather import gather, remember_target
 from imatrix_runner.report.facts.gather_model import remember_source
+from imatrix_runner.report.views.forms import HTML, JSON, MARKDOWN, NAMES, PICTURE, form_names, render_forms
 from imatrix_runner.steps import step_id
 from imatrix_runner.workspace import Workspace
 
 __all__ = ["NAMES", "STEP", "ReportFiles", "gather", "make_report", "remember_target"]
 
 STEP = step_id("report")
-JSON, HTML, MARKDOWN, PICTURE = "report.json", "report.html", "report.md", "report.png"
-NAMES = (JSON, HTML, MARKDOWN, PICTURE)
-
-_LEAST_POINTS = 2
-"""Fewest measured levels for which a picture is drawn."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,14 @@ def make_report(
     command: str = "",
     quantized_by: str = "",
     repo: str = "",
+    licence: str = "",
     strict: bool = True,
 ) -> ReportFiles:
     """Gather the facts and write the report's files, unless nothing changed. The caller holds the workspace's lock.
 
     ``command``: the line that was typed (empty: the last one that made something). ``quantized_by``: whom the card names as the
-    maker; ``repo``: the hub id in its commands (both empty: as in the last report). A file in the way that was not made here,
+    maker; ``repo``: the hub id in its commands; ``licence``: the card's, in place of the source's (empty: as in the last
+    report). A file in the way that was not made here,
     and a full disk, are errors if ``strict``, else warnings; in both cases nothing is written. Raises
     :class:`InvalidDataError` if there is nothing to report.
     """
@@ -77,6 +75,8 @@ def make_report(
         journal.remember(quantized_by=quantized_by)
     if repo:
         journal.remember(repo=repo)
+    if licence:
+        journal.remember(licence=licence)
     forms = _forms()
     before = _before(workspace, journal, forms) if made else None
     report = gather(workspace, journal, runner, sink, command=command, before=before)
@@ -84,7 +84,7 @@ def make_report(
     inputs, record = {"facts": _fingerprint(report), "forms": forms}, journal.get(STEP)
     if before is not None and record is not None and not differences(record, inputs):
         return _files(workspace, before, made=False)
-    if (foreign := _foreign(workspace, record, _names(report))) is not None:
+    if (foreign := _foreign(workspace, record, form_names(report))) is not None:
         if strict:
             raise foreign
         sink(warning(foreign.sentence()))
@@ -128,12 +128,6 @@ def _forms() -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _names(report: Report) -> tuple[str, ...]:
-    """The names of a report's files; without the picture if too little was measured."""
-    drawn = sum(level.measured is not None for level in report.rows) >= _LEAST_POINTS
-    return NAMES if drawn else tuple(name for name in NAMES if name != PICTURE)
-
-
 def _foreign(workspace: Workspace, record: StepRecord | None, names: Sequence[str]) -> InvalidDataError | None:
     """The error for a file that must not be replaced (changed, or not made here), if any. Checked before rendering."""
     outputs = {output.name: output for output in record.outputs} if record is not None else {}
@@ -152,22 +146,9 @@ def _again(workspace: Workspace) -> str:
     return f"Then type: imatrix-runner report {shlex.quote(str(workspace.root))}"
 
 
-def _render(report: Report) -> dict[str, bytes]:
-    """The contents of a report's files by name. Views are imported here because charts take a while to load."""
-    from imatrix_runner.report.views.card import render_card
-    from imatrix_runner.report.views.page import render_html
-
-    files = {HTML: render_html(report).encode(), MARKDOWN: render_card(report).encode(), JSON: encode_report(report)}
-    if PICTURE in _names(report):
-        from imatrix_runner.report.views.pareto import render_png
-
-        files[PICTURE] = render_png(report)
-    return files
-
-
 def _write(workspace: Workspace, journal: Journal, report: Report, inputs: Mapping[str, str]) -> None:
     began = time.monotonic()
-    contents = _render(report)
+    contents = render_forms(report)
     finals = {name: workspace.root / name for name in contents}
     parts = {name: part_path(final) for name, final in finals.items()}
     try:
@@ -187,5 +168,5 @@ def _write(workspace: Workspace, journal: Journal, report: Report, inputs: Mappi
 
 def _files(workspace: Workspace, report: Report, *, made: bool) -> ReportFiles:
     root = workspace.root
-    picture = root / PICTURE if PICTURE in _names(report) else None
+    picture = root / PICTURE if PICTURE in form_names(report) else None
     return ReportFiles(report, root / JSON, root / HTML, root / MARKDOWN, picture, made)

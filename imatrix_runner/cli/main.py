@@ -25,6 +25,7 @@ _COMMANDS = {
     "advise": ("advise", "advise", "What fits this machine, what is gained by an imatrix, how long it takes."),
     "report": ("report", "report", "Make report.html, .md, .png and .json of a workspace."),
     "evaluate": ("evaluate", "evaluate", "Measure every level against its source, with and without imatrix."),
+    "publish": ("publish", "publish", "Upload verified levels to a Hugging Face repository, with card and imatrix."),
     "imatrix": ("imatrix_group", "imatrix", "Importance matrices: generate, check, merge, convert, look inside."),
     "calibration": ("calibration_group", "calibration", "Calibration texts: list, build, inspect, fetch."),
     "tools": ("tools", "tools", "llama.cpp's programs: locate, build, install."),

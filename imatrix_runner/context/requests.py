@@ -162,3 +162,23 @@ class EvaluateRequest:
     measure: MeasureRequest
     making: LevelsRequest
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PublishRequest:
+    """``publish``. ``model``: a model as for ``run``, or a workspace; ``to``: the repository (``ORG/NAME``).
+
+    ``private`` and ``gated`` are of a repository that is made here; an existing one is gated if asked for, and is never made
+    more public. ``licence``: as the hub names it (empty: the source's). ``collection``: a slug, or ``OWNER/TITLE``. ``levels``
+    empty: all that are there. ``name_template``: of the published files of levels.
+    """
+
+    model: str
+    to: str
+    environment: EnvironmentRequest = field(default_factory=EnvironmentRequest)
+    private: bool = False
+    gated: Literal["", "auto", "manual"] = ""
+    licence: str = ""
+    collection: str = ""
+    levels: tuple[str, ...] = ()
+    name_template: str = "{model}-{level}"

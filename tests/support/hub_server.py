@@ -13,13 +13,17 @@ import json
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+
+from support.hub_repository import Repository
+from support.hub_uploads import Uploads
+from support.hub_writing import WritingRequests, entry
 
 if TYPE_CHECKING:
     import pytest
@@ -28,40 +32,6 @@ if TYPE_CHECKING:
 _API = re.compile(r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>.+))?")
 _RESOLVE = re.compile(r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
-
-
-@dataclass
-class Repository:
-    """Files by name (bytes, or a path to serve from); ``revisions`` are further names of its one commit."""
-
-    files: dict[str, bytes | Path]
-    commit: str
-    revisions: set[str] = field(default_factory=lambda: {"main"})
-    gated: bool = False
-    """Whoever comes without a token may list the files but not fetch them; with one only if ``accepted``."""
-    accepted: bool = True
-    private: bool = False
-    card: dict[str, Any] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
-    date: str = "2026-01-01T00:00:00.000Z"
-    announced: dict[str, int] = field(default_factory=dict)
-    """Sizes to tell (in the listing and on HEAD) instead of the true ones."""
-    branches: dict[str, Repository] = field(default_factory=dict)
-    """Revisions with a commit and files of their own."""
-
-    def at(self, revision: str | None) -> Repository | None:
-        """What a branch, tag or commit holds; None for one that there is not."""
-        for name, branch in self.branches.items():
-            if revision in (name, branch.commit):
-                return branch
-        return self if revision is None or revision in self.revisions | {self.commit} else None
-
-    def size(self, name: str) -> int:
-        return self.announced.get(name, len(self.content(name)))
-
-    def content(self, name: str) -> bytes:
-        held = self.files[name]
-        return held if isinstance(held, bytes) else held.read_bytes()
 
 
 @dataclass
@@ -106,6 +76,12 @@ class Trouble:
     """The etag of every file, whatever it holds."""
     next_page: str = ""
     """What every search names as its next page."""
+    cut_uploads: int = 0
+    """So many uploads are cut in the middle."""
+    upload_bytes_per_second: float = 0.0
+    lose_answers_of: str = ""
+    """Requests whose path holds this are done, and the connection is closed instead of answered, ``lose_answers`` times."""
+    lose_answers: int = 1
     altered: bool = False
     """Send files of the right length with another content, as a broken cache on the way does."""
 
@@ -125,6 +101,11 @@ class HubServer:
         self.trouble = Trouble()
         self.requests: list[Request] = []
         self.page_size = 100
+        self.uploads = Uploads()
+        self.renamed: dict[str, str] = {}
+        """New names of repositories by their old ones, which redirect."""
+        self.on_request: Callable[[Request, bool], None] = lambda _request, _done: None
+        """Called with each request when it comes, and again when it was done, before the answer is sent."""
         self._repositories: dict[str, Repository] = {}
         self._lock = threading.Lock()
         hub = self
@@ -132,13 +113,22 @@ class HubServer:
         class Handler(_Handler):
             server_hub = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+        for server in self._servers:
+            server.daemon_threads = True
+        self._threads = [
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+            for server in self._servers
+        ]
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"http://127.0.0.1:{self._servers[0].server_address[1]}"
+
+    @property
+    def storage_endpoint(self) -> str:
+        """Where large files are sent to: another origin, as on the real hub."""
+        return f"http://127.0.0.1:{self._servers[1].server_address[1]}"
 
     def add(self, repo: str, files: Mapping[str, bytes | Path], **details: Any) -> Repository:
         """Publish a repository; its commit follows from its content. ``details``: fields of :class:`Repository`."""
@@ -188,17 +178,20 @@ class HubServer:
         ]
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(WritingRequests, BaseHTTPRequestHandler):
     server_hub: HubServer
+    request_seen: Request
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # headers and body are two writes; each answer would wait 40 ms for an acknowledgement
 
@@ -211,10 +204,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def _answer(self) -> None:
         hub, trouble = self.server_hub, self.server_hub.trouble
         path = unquote(urlsplit(self.path).path)
-        hub.record(Request(self.command, path, {name.lower(): value for name, value in self.headers.items()}))
+        self.request_seen = Request(self.command, path, {name.lower(): value for name, value in self.headers.items()})
+        hub.record(self.request_seen)
+        hub.on_request(self.request_seen, False)
+        if not self.read_body():
+            return
         time.sleep(trouble.silence)
         if trouble.status and trouble.status_for in f"{self.command} {path}" and hub.spend("status_times"):
             extra = {"Retry-After": str(trouble.retry_after)} if trouble.retry_after is not None else {}
@@ -225,6 +228,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, _PAGE, {"Content-Type": "text/html"})
         elif trouble.answer is not None and path.startswith("/api/"):
             self._send(200, trouble.answer, {"Content-Type": "application/json"})
+        elif self._redirect(path) or self.write(path):
+            pass
         elif match := _RESOLVE.fullmatch(path):
             self._resolve(match["repo"], match["revision"], match["file"])
         elif match := _API.fullmatch(unquote(path)):
@@ -234,6 +239,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._search()
         else:
             self._refuse(404, "")
+
+    def _redirect(self, path: str) -> bool:
+        for old, new in self.server_hub.renamed.items():
+            if f"/{old}" in path:
+                self._send(307, b"", {"Location": self.server_hub.endpoint + self.path.replace(f"/{old}", f"/{new}")})
+                return True
+        return False
 
     def _allowed(self, repo: str, revision: str | None) -> Repository | None:
         """The repository, unless an error was sent instead."""
@@ -275,20 +287,19 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._allowed(repo, revision)
         if repository is None:
             return
-        entries = [(name, repository.size(name), _etag(repository.content(name))) for name in sorted(repository.files)]
         if what == "tree":
-            self._send_json([{"type": "file", "path": name, "size": size, "oid": etag} for name, size, etag in entries])
+            corrupt = self.server_hub.uploads.corrupt
+            self._send_json([entry(repository, name, name in corrupt) for name in sorted(repository.files)])
             return
+        entries = [(name, repository.size(name), _etag(repository.content(name))) for name in sorted(repository.files)]
         siblings: list[dict[str, Any]] = [{"rfilename": name, "size": size, "blobId": etag} for name, size, etag in entries]
         for sibling in siblings:
             if sibling["rfilename"].endswith((".gguf", ".safetensors")):
                 held = len(repository.content(sibling["rfilename"]))
                 sibling["lfs"] = {"sha256": sibling["blobId"], "size": held, "pointerSize": 134}
-        self._send_json(
-            {"id": repo.removeprefix("datasets/"), "sha": repository.commit, "private": repository.private}
-            | {"siblings": siblings, "tags": list(repository.tags), "downloads": 0, "likes": 0, "cardData": repository.card}
-            | {"lastModified": repository.date}
-        )
+        shown = {"id": repo.removeprefix("datasets/"), "sha": repository.commit, "private": repository.private}
+        shown |= {"gated": repository.gated, "siblings": siblings, "tags": list(repository.tags), "downloads": 0, "likes": 0}
+        self._send_json(shown | {"cardData": repository.card, "lastModified": repository.date})
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:
         trouble = self.server_hub.trouble
@@ -331,6 +342,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.server_hub.on_request(self.request_seen, True)
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -12,9 +12,8 @@ from imatrix_runner.cli.option_fields import argument, setting
 from imatrix_runner.cli.options import TalkOptions
 from imatrix_runner.cli.types import FOLDER
 from imatrix_runner.cli.work import at_work
-from imatrix_runner.errors import InvalidDataError, UsageError
+from imatrix_runner.errors import UsageError
 from imatrix_runner.models.origin import repository_in
-from imatrix_runner.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,7 @@ def report(invocation: Invocation, options: ReportOptions) -> int:
     from imatrix_runner.cli.views.console import stdout_console
     from imatrix_runner.cli.views.report_table import print_report
     from imatrix_runner.context.context import held
+    from imatrix_runner.context.named_workspace import named_workspace
     from imatrix_runner.context.requests import EnvironmentRequest
     from imatrix_runner.journal import Journal
     from imatrix_runner.report.document import encode_report
@@ -54,7 +54,7 @@ def report(invocation: Invocation, options: ReportOptions) -> int:
     name, repo = options.quantized_by, options.repo
     if repo and repository_in(repo) is None:
         raise UsageError(f"{repo!r} is not a hub id", "a repository is named ORG/NAME", "For example: --repo me/model-GGUF")
-    found = find_workspace(options.workspace, options.work_dir)
+    found = named_workspace(options.workspace, options.work_dir)
     environment = EnvironmentRequest(command=invocation.command)
     with at_work(options.talk) as work, held(found, environment, work.context, dry_run=False) as runner:
         made = make_report(found, Journal(found.journal), runner, work.context.sink, quantized_by=name, repo=repo)
@@ -66,16 +66,3 @@ def report(invocation: Invocation, options: ReportOptions) -> int:
         print_report(made.report, console)
         console.print("\n".join(str(path) for path in made.paths))
     return 0
-
-
-def find_workspace(name: str, work_dir: Path) -> Workspace:
-    """The workspace at a path, or of a model by name. Raises :class:`InvalidDataError` if there is no journal."""
-    for path in (Path(name).expanduser(), work_dir.expanduser() / name):
-        if (path / "journal.json").is_file():
-            root = path.absolute() if path.name not in ("", "..") else path.resolve()
-            return Workspace(root, root.name)
-    raise InvalidDataError(
-        f"{name} is not a workspace",
-        f"there is no journal.json in it, nor in {work_dir / name}",
-        "List workspaces with: imatrix-runner status; make one with: imatrix-runner run MODEL",
-    )

@@ -1,7 +1,7 @@
 """Access to Hugging Face hubs; no other room imports huggingface_hub.
 
 :func:`fetch_model` downloads a model into the hub's cache, :func:`fetch_dataset` a data set, and :class:`Hub` searches for and
-downloads other files.
+downloads other files. :class:`PublishingHub` writes to one.
 """
 
 from imatrix_runner.models.hub.choose_files import RepoFile
@@ -9,19 +9,31 @@ from imatrix_runner.models.hub.dataset_tables import DatasetId, parse_dataset
 from imatrix_runner.models.hub.datasets import FetchedDataset, fetch_dataset
 from imatrix_runner.models.hub.fetch import Downloaded, fetch_model, hub_endpoint, reachability, token_source
 from imatrix_runner.models.hub.listing import Listing
+from imatrix_runner.models.hub.publishing import Changes, Gating, NewFile, PublishingHub, git_id
+from imatrix_runner.models.hub.remote_repository import RemoteCommit, RemoteFile, RemoteRepository
 from imatrix_runner.models.hub.search import Hub, concerns_one_file
+from imatrix_runner.models.hub.sending import SendMeter
 from imatrix_runner.models.hub.transfer import is_offline
 
 __all__ = [
+    "Changes",
     "DatasetId",
     "Downloaded",
     "FetchedDataset",
+    "Gating",
     "Hub",
     "Listing",
+    "NewFile",
+    "PublishingHub",
+    "RemoteCommit",
+    "RemoteFile",
+    "RemoteRepository",
     "RepoFile",
+    "SendMeter",
     "concerns_one_file",
     "fetch_dataset",
     "fetch_model",
+    "git_id",
     "hub_endpoint",
     "is_offline",
     "parse_dataset",

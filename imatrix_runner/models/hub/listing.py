@@ -89,7 +89,7 @@ def list_repository(asked: Asked) -> Listing:
         asked.repo_type,
         answer.sha,
         date,
-        tuple(RepoFile(each.rfilename, each.size, each.sha256) for each in answer.siblings if _is_plain_name(each.rfilename)),
+        tuple(RepoFile(each.rfilename, each.size, each.sha256) for each in answer.siblings if is_plain_name(each.rfilename)),
         _base_model(base),
         quantised_from(answer.tags),
         _licence(licence),
@@ -117,7 +117,7 @@ def _licence(declared: object) -> str | None:
 
 def plain_files(entries: Iterable[tuple[str, int | None]]) -> tuple[RepoFile, ...]:
     """The files listed by a hub, without those whose names are not safe relative paths."""
-    return tuple(RepoFile(name, size) for name, size in entries if _is_plain_name(name))
+    return tuple(RepoFile(name, size) for name, size in entries if is_plain_name(name))
 
 
 def quantised_from(tags: Iterable[str]) -> tuple[str, ...]:
@@ -138,7 +138,8 @@ def is_repository(text: str) -> bool:
     return _REPOSITORY.fullmatch(text) is not None
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
+    """Whether a name is a safe relative path on every system."""
     # A colon after a letter means a drive on Windows, and a path elsewhere.
     parts = name.split("/")
     return not {"\\", ":"} & set(name) and name.isprintable() and all(part not in ("", ".", "..") for part in parts)

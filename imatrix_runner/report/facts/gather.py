@@ -71,6 +71,8 @@ def gather(
     levels = sorted(made, key=lambda level: (-level.n_bytes, level.name))
     first = workspace.root / levels[0].files[0].name if levels else None
     model = describe_source(workspace, journal, source, first, runner, sink)
+    if licence := journal.fact("licence"):
+        model = replace(model, license=licence, license_name="", license_link="")
     used, imatrix = _imatrix_used(records, sink), None
     if used != WITHOUT_IMATRIX:
         imatrix = describe_imatrix(workspace, journal, used, first, before.imatrix if before is not None else None)

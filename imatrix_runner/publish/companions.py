@@ -1,0 +1,63 @@
+"""What comes with the levels: the card, the report's other files, the imatrix, the manifest of its calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from imatrix_runner.files import sha256
+from imatrix_runner.journal import Journal
+from imatrix_runner.models.hub import Changes
+from imatrix_runner.publish.local_files import calibration_manifest, file_on_disk, imatrix_path, small_file
+from imatrix_runner.publish.publish_plan import CARD, FileToPublish, PublishUnit, is_published_here, is_same
+from imatrix_runner.report.document import Report, ReportFile, ReportLevel
+from imatrix_runner.report.views.forms import MARKDOWN, render_forms
+from imatrix_runner.workspace import Workspace
+
+TITLE = "Upload card, imatrix and report"
+
+
+def companions(workspace: Workspace, journal: Journal, report: Report, paths: Mapping[str, str]) -> PublishUnit:
+    """Everything that describes the levels of a report. ``paths``: of files in the repository, by name in the workspace."""
+    forms = render_forms(as_published(report, paths))
+    files = [small_file(CARD if name == MARKDOWN else name, content) for name, content in forms.items()]
+    imatrix = report.imatrix
+    if imatrix is not None and (imatrix.made_here or imatrix.origin):
+        path = imatrix_path(workspace, journal, imatrix.file.sha256, imatrix.file.name)
+        files += [file_on_disk(imatrix.file.name, path, imatrix.file.sha256)] if path is not None else []
+    manifest = calibration_manifest(workspace, journal, report)
+    files += [file_on_disk(manifest.name, manifest, sha256(manifest))] if manifest is not None else []
+    return PublishUnit(TITLE, tuple(files))
+
+
+def as_published(report: Report, paths: Mapping[str, str]) -> Report:
+    """The report with the names that its files have in the repository."""
+
+    def file(found: ReportFile) -> ReportFile:
+        return replace(found, name=paths.get(found.name, found.name))
+
+    def level(found: ReportLevel) -> ReportLevel:
+        return replace(found, files=tuple(map(file, found.files)))
+
+    return replace(report, levels=tuple(map(level, report.levels)))
+
+
+def with_merged_card(unit: PublishUnit, changes: Changes) -> PublishUnit:
+    """The same with what people wrote into the card on the hub."""
+    card = next(file for file in unit.files if file.name == CARD)
+    there = changes.remote.files.get(CARD)
+    if there is None or is_same(card, there) or _is_untouched(changes):
+        return unit
+    kept = changes.read(CARD, changes.remote.commit)
+    return replace(unit, files=tuple(small_file(CARD, kept) if file is card else file for file in unit.files))
+
+
+def _is_untouched(changes: Changes) -> bool:
+    """Whether the card on the hub is as this program wrote it."""
+    last = changes.last_changes([CARD]).get(CARD)
+    return any(commit.commit == last and is_published_here(commit) for commit in changes.commits())
+
+
+def card_of(unit: PublishUnit) -> FileToPublish:
+    """The card among the files of a unit."""
+    return next(file for file in unit.files if file.name == CARD)
