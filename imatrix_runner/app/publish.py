@@ -20,7 +20,7 @@ from imatrix_runner.publish.companions import companions, with_merged_card
 from imatrix_runner.publish.local_files import ReadyLevel, level_files, ready_levels, recipe_files, small_file
 from imatrix_runner.publish.publish_plan import FileState, PublishUnit
 from imatrix_runner.publish.published_names import level_paths
-from imatrix_runner.publish.publisher import FileResult, Publisher, Target
+from imatrix_runner.publish.publisher import FileResult, RepositoryPublisher, Target
 from imatrix_runner.report.document import Report, read_report
 from imatrix_runner.report.views.forms import JSON
 from imatrix_runner.workspace import Workspace
@@ -72,7 +72,7 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         job = PublishJob(request, workspace, journal, publisher_of(request, hub, context.sink))
         job.publisher.check()
         levels = ready_levels(workspace, journal, request.levels, save=not dry_run)
-        paths = level_paths(levels, workspace.model, request.name_template)
+        paths = level_paths(levels, workspace.model, request.name_template, context.sink)
         report = job.report(runner, context.sink, dry_run=dry_run)
         units = [*(job.level_unit(level, paths[level.name]) for level in levels), job.last_unit(report, levels, paths)]
         if dry_run:
@@ -83,9 +83,9 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         return job.finish(units[-1], began)
 
 
-def publisher_of(request: PublishRequest, hub: PublishingHub, sink: Sink) -> Publisher:
+def publisher_of(request: PublishRequest, hub: PublishingHub, sink: Sink) -> RepositoryPublisher:
     """The publisher of a request."""
-    return Publisher(Target(request.to, request.private, request.gated), hub, sink)
+    return RepositoryPublisher(Target(request.to, request.private, request.gated), hub, sink)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class PublishJob:
     request: PublishRequest
     workspace: Workspace
     journal: Journal
-    publisher: Publisher
+    publisher: RepositoryPublisher
 
     def report(self, runner: Runner, sink: Sink, *, dry_run: bool) -> Report:
         """The report whose forms are published; the one in the workspace is made anew if something changed."""

@@ -70,8 +70,8 @@ def cli(ctx: click.Context) -> None:
 
     MODEL is a GGUF file, a Hugging Face directory or a hub id (org/name).
 
-    Exit codes: 0 done, 1 bug, 2 usage, 3 toolchain missing, 4 download, 5 engine failed, 6 invalid input or output,
-    7 workspace locked, 8 no space, 100 some levels failed, 130 interrupted (the same command continues).
+    Exit codes: 0 done, 1 bug, 2 usage, 3 toolchain missing, 4 download or upload, 5 engine failed, 6 invalid input or
+    output, 7 workspace locked, 8 no space, 100 some levels failed, 130 interrupted (the same command continues).
     """
     if not ctx.resilient_parsing:
         from imatrix_runner.cli.settings import apply_settings, warn_of_environment

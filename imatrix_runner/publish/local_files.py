@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,7 +159,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}", path) from error
-
-
-Names = Callable[[Sequence[ReadyLevel]], Mapping[str, tuple[str, ...]]]
-"""The paths in the repository of each level's files."""

@@ -1,13 +1,36 @@
-"""The paths of levels in a repository."""
+"""The paths of a workspace's files in a repository, checked by the rules for names before anything is uploaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from imatrix_runner.events import Sink, info
+from imatrix_runner.publish.file_names import PublishedFile, checked_names
+from imatrix_runner.publish.label_rules import FILE_TYPES
 from imatrix_runner.publish.local_files import ReadyLevel
+from imatrix_runner.quantize.level_facts import ftype_of
 
 
-def level_paths(levels: Sequence[ReadyLevel], model: str, template: str) -> Mapping[str, tuple[str, ...]]:
-    """The paths in the repository of each level's files, by the level's name."""
-    del model, template
-    return {level.name: tuple(name for name, _, _ in level.files) for level in levels}
+def level_paths(levels: Sequence[ReadyLevel], model: str, template: str, sink: Sink) -> Mapping[str, tuple[str, ...]]:
+    """The paths in the repository of each level's files, by the level's name. ``model``: for the template.
+
+    Raises :class:`UsageError` and :class:`InvalidDataError` for names against a rule of the hub or of programs.
+    """
+    named = checked_names([_to_publish(level, model) for level in levels], template)
+    for each in named:
+        for remark in each.remarks:
+            sink(info(remark))
+    return {each.file.level: each.paths for each in named}
+
+
+def _to_publish(level: ReadyLevel, model: str) -> PublishedFile:
+    shards = len(level.files)
+    return PublishedFile(level.files[0][0], level.name, model, _file_type(level), shards if shards > 1 else 0)
+
+
+def _file_type(level: ReadyLevel) -> int | None:
+    """``general.file_type`` of a level, also of one whose files are gone."""
+    if level.is_here:
+        return level.file_type
+    ftype = ftype_of(level.record).upper()
+    return next((number for number, label in FILE_TYPES.items() if label == ftype), None)

@@ -54,7 +54,7 @@ class FileResult:
 
 
 @dataclass
-class Publisher:
+class RepositoryPublisher:
     """Publishes units to one repository. :meth:`check` first; the repository is made with the first unit."""
 
     target: Target

@@ -385,6 +385,7 @@ def be_quick_and_anonymous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # this hub stores large files as LFS does
     # The library keeps of a broken transfer only whole pieces of this size.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
     impatient = SimpleNamespace(

@@ -15,6 +15,7 @@ EXIT_CODES = {
     "UsageError": 2,
     "ToolchainError": 3,
     "DownloadError": 4,
+    "UploadError": 4,
     "EngineError": 5,
     "InvalidDataError": 6,
     "WorkspaceLockedError": 7,

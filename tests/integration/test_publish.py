@@ -1,0 +1,146 @@
+"""``publish`` against a loopback hub: what is uploaded, what is refused, and what the hub holds afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imatrix_runner.workspace import Workspace
+from support.hub_server import HubServer, be_quick_and_anonymous
+from support.in_process import CommandLine
+from support.publishing import LEVELS, RUN, TO, TOKEN, contents, expected, finished_levels, published, stored_once, titles
+from support.workspaces import copy, run_here
+
+TITLES = [*(f"Upload {level}" for level in LEVELS), "Upload card, imatrix and report"]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Two levels with an imatrix and a report."""
+    return run_here(tmp_path_factory.mktemp("made"), "run", tiny_model, *RUN, "-f", tiny_text)
+
+
+@pytest.fixture
+def own(made: Workspace, tmp_path: Path) -> Workspace:
+    return copy(made, tmp_path / "work")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    be_quick_and_anonymous(monkeypatch, tmp_path)
+    with HubServer(token=TOKEN) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def test_all_of_a_workspace_is_published_once(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    done = cli("publish", own.root, "--to", TO, "--json")
+    assert done.code == 0, done.err
+    repository, document = published(hub), done.document
+    assert expected(own).items() <= contents(repository).items()
+    assert {"README.md", "report.html", "report.json", "imatrix.gguf"} <= {*contents(repository)}
+    assert titles(repository) == TITLES
+    assert document["verified"]
+    assert document["commit"] == repository.commit
+    assert {file["status"] for file in document["files"]} == {"uploaded"}
+    assert stored_once(hub)
+    assert f"hf download {TO}" in repository.content("README.md").decode()
+
+    again = cli("publish", own.root, "--to", TO, "--json")
+    assert {file["status"] for file in again.document["files"]} == {"there"}
+    assert titles(repository) == TITLES
+    assert stored_once(hub)
+
+
+def test_a_dry_run_shows_what_would_come_and_writes_nothing(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    before = {path: path.stat().st_mtime_ns for path in own.root.rglob("*")}
+    planned = cli("publish", own.root, "--to", TO, "--dry-run", "--json").document["planned"]
+    assert {file["state"] for file in planned} == {"missing"}
+    assert hub.find(TO) is None
+    assert before == {path: path.stat().st_mtime_ns for path in own.root.rglob("*")}
+    cli("publish", own.root, "--to", TO)
+    again = cli("publish", own.root, "--to", TO, "--dry-run")
+    assert again.code == 0
+    assert "0 files to upload" in again.out
+
+
+def test_only_the_hub_sees_the_token(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    done = cli("publish", own.root, "--to", TO, "-v")
+    storage = [request for request in hub.requests if request.path.startswith("/storage/")]
+    assert storage
+    assert not any("authorization" in request.headers for request in storage)
+    assert TOKEN not in done.out + done.err
+    assert not any(TOKEN.encode() in path.read_bytes() for path in own.root.rglob("*") if path.is_file())
+
+
+def test_files_of_others_are_not_overwritten(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    name = finished_levels(own)["Q4_K_M"].name
+    theirs = hub.add(TO, {name: b"GGUF of somebody else"})
+    planned = cli("publish", own.root, "--to", TO, "--dry-run")
+    assert planned.code == 6
+    assert "another file of this name" in planned.out
+    refused = cli("publish", own.root, "--to", TO)
+    assert refused.code == 6
+    assert f"{TO} holds another {name}" in refused.err
+    assert theirs.files == {name: b"GGUF of somebody else"}
+
+
+def test_a_level_that_changed_is_not_published(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    with finished_levels(own)["Q8_0"].open("ab") as file:
+        file.write(b"x")
+    refused = cli("publish", own.root, "--to", TO)
+    assert refused.code == 6
+    assert "Q8_0 is not what was verified" in refused.err
+    assert hub.find(TO) is None
+
+
+def test_a_level_that_was_removed_counts_if_the_hub_has_it(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    assert cli("publish", own.root, "--to", TO).code == 0
+    finished_levels(own)["Q8_0"].unlink()
+    again = cli("publish", own.root, "--to", TO, "--json")
+    assert again.code == 0, again.err
+    assert published(hub).commits[-1].changed[0] != finished_levels(own)["Q8_0"].name
+    elsewhere = cli("publish", own.root, "--to", "me/Other-GGUF")
+    assert elsewhere.code == 6
+    assert "neither in the workspace any more" in elsewhere.err
+
+
+@pytest.mark.parametrize(
+    ("role", "repo", "message"),
+    [
+        ("read", TO, "may only read"),
+        ("write", "others/Tiny-GGUF", "not a member of others"),
+        ("write", "guests/Tiny-GGUF", "has the role read in guests"),
+    ],
+)
+def test_a_token_that_may_not_write_is_refused_at_once(
+    own: Workspace, hub: HubServer, cli: CommandLine, role: str, repo: str, message: str
+) -> None:
+    hub.uploads.account.role = role
+    hub.uploads.account.organisations["guests"] = "read"
+    refused = cli("publish", own.root, "--to", repo)
+    assert refused.code == 4
+    assert message in refused.err
+    assert not hub.uploads.stored
+
+
+def test_without_a_token_nothing_is_asked(
+    own: Workspace, hub: HubServer, cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    refused = cli("publish", own.root, "--to", TO)
+    assert refused.code == 4
+    assert "There is no token" in refused.err
+    assert not hub.requests
+
+
+def test_a_renamed_repository_is_named(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    hub.add("me/New-GGUF", {})
+    hub.renamed[TO] = "me/New-GGUF"
+    refused = cli("publish", own.root, "--to", TO)
+    assert refused.code == 4
+    assert "--to me/New-GGUF" in refused.err
+    assert not published(hub, "me/New-GGUF").files
