@@ -72,7 +72,7 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         job = PublishJob(request, workspace, journal, publisher_of(request, hub, context.sink))
         job.publisher.check()
         levels = ready_levels(workspace, journal, request.levels, save=not dry_run)
-        paths = level_paths(levels, workspace.model, request.name_template, context.sink)
+        paths = job.paths(levels)
         report = job.report(runner, context.sink, dry_run=dry_run)
         units = [*(job.level_unit(level, paths[level.name]) for level in levels), job.last_unit(report, levels, paths)]
         if dry_run:
@@ -97,15 +97,19 @@ class PublishJob:
     journal: Journal
     publisher: RepositoryPublisher
 
+    def paths(self, levels: Sequence[ReadyLevel]) -> Mapping[str, tuple[str, ...]]:
+        """The paths of levels' files in the repository, by level."""
+        return level_paths(levels, self.workspace.model, self.request.name_template, self.publisher.sink)
+
     def report(self, runner: Runner, sink: Sink, *, dry_run: bool) -> Report:
         """The report whose forms are published; the one in the workspace is made anew if something changed."""
         repo, licence = self.request.to, self.request.licence
         if dry_run:
             return self._foreseen(gather(self.workspace, self.journal, runner, sink))
-        made = make_report(self.workspace, self.journal, runner, sink, repo=repo, licence=licence)
+        made = make_report(self.workspace, self.journal, runner, sink, repo=repo, licence=licence, strict=False)
         if not made.report.model.license and (found := self._licence_of_source(made.report, sink)):
-            made = make_report(self.workspace, self.journal, runner, sink, licence=found)
-        return made.report
+            made = make_report(self.workspace, self.journal, runner, sink, licence=found, strict=False)
+        return self._foreseen(made.report) if made.stale else made.report
 
     def _foreseen(self, found: Report) -> Report:
         """The report as it will be: the one that is there, if nothing would change in it."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.advise.memory import SPARE_BYTES, context_memory
+from imatrix_runner.app.background_uploads import LevelUploads, level_uploads, try_to_finish
 from imatrix_runner.app.evaluate import EvaluateResult, check_request, domain_of, evaluate_levels
+from imatrix_runner.app.publish import PublishResult
 from imatrix_runner.app.report import ReportFiles, make_report
 from imatrix_runner.context.context import Context, Session, held, settle
 from imatrix_runner.context.engine_choice import EngineChoice, EngineNeeds, make_checker
@@ -20,7 +23,7 @@ from imatrix_runner.documents.corpus import open_corpus
 from imatrix_runner.engines.jobs import PassFigures
 from imatrix_runner.engines.levels import DEFAULT_LEVELS, PLAIN_FTYPES, Level, offered, preset_levels, resolve_levels
 from imatrix_runner.engines.roundings import FEEDBACK, STOCK
-from imatrix_runner.errors import InvalidDataError, NoSpaceError
+from imatrix_runner.errors import InvalidDataError, NoSpaceError, RunnerError
 from imatrix_runner.evaluate.held_out import foresee
 from imatrix_runner.evaluate.predict_levels import predict_levels
 from imatrix_runner.evaluate.prompt_answers import check_prompts
@@ -64,6 +67,7 @@ class RunResult:
 
     ``engine`` is the engine's name, ``toolchain`` its identity: program or library, version, build. ``collected``: how the
     imatrix was made, from the journal, if it was made here; ``passes``: figures of each single pass over the model.
+    ``unpublished``: why not everything is on the hub, where ``--publish`` asked for it.
     """
 
     plan: Plan
@@ -77,6 +81,8 @@ class RunResult:
     passes: tuple[PassFigures, ...] = ()
     evaluated: EvaluateResult | None = None
     report: ReportFiles | None = None
+    published: PublishResult | None = None
+    unpublished: RunnerError | None = None
 
     @property
     def failed(self) -> tuple[LevelResult, ...]:
@@ -103,12 +109,17 @@ def run(
         context.stop,
         force=request.environment.force,
     )
-    with held(workspace, request.environment, context, dry_run=dry_run) as runner, scratch_folder() as scratch:
+    with (
+        held(workspace, request.environment, context, dry_run=dry_run) as runner,
+        scratch_folder() as scratch,
+        ExitStack() as stack,
+    ):
         engine = choice.make(runner)
         journal, additional = Journal(workspace.journal), choice.make_additional(runner)
         full = request.levels is not None and request.levels.verify == "full"
         checker = make_checker(machine, runner) if full else None
         session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, additional, checker)
+        uploads = stack.enter_context(level_uploads(request.publish, session))
         request = with_part_set_aside(request, session, scratch)
         job = _Job(request, session, choice)
         levels = job.levels()
@@ -129,6 +140,8 @@ def run(
         plan = replace(plan, measure=job.foresee(plan, frozen), notes=plan_notes(plan.levels, model), predicted=predicted)
         if work := choices.work():
             session.sink(info(work))
+        if uploads is not None:
+            uploads.check(plan.levels)
         if on_plan is not None:
             on_plan(plan)
         matrix = chosen.file
@@ -147,12 +160,13 @@ def run(
             if choices.some:
                 session.journal.remember(levels=",".join(step.level.name for step in plan.levels))
             if planner is not None:
-                made = make_levels(plan, planner, matrix, session, job.covariances(plan, planner))
+                made = make_levels(plan, planner, matrix, session, job.covariances(plan, planner), uploads)
                 evaluated = job.evaluate(made, frozen)
                 if any(result.status != "failed" for result in made.results):
                     command = request.environment.command
                     report = make_report(workspace, journal, runner, context.sink, command=command, strict=False)
             session.journal.remember(finished="yes")
+        published, unpublished = try_to_finish(uploads if report is not None else None)
         seconds = time.monotonic() - began
         collected = imatrix_flow.collected_facts(matrix, session)
         return RunResult(
@@ -167,6 +181,8 @@ def run(
             made.passes,
             evaluated,
             report,
+            published,
+            unpublished,
         )
 
 
@@ -424,17 +440,26 @@ def refuse_hopeless(plan: Plan, *, one_by_one: bool = False) -> None:
 
 
 def make_levels(
-    plan: Plan, planner: LevelPlanner, matrix: MatrixFile | None, session: Session, covariances: CovarianceSet | None = None
+    plan: Plan,
+    planner: LevelPlanner,
+    matrix: MatrixFile | None,
+    session: Session,
+    covariances: CovarianceSet | None = None,
+    uploads: LevelUploads | None = None,
 ) -> MadeLevels:
     """Make the levels of a plan that are not up to date; results are in the order of the request. ``covariances``: for those
-    that are rounded with error feedback."""
+    that are rounded with error feedback; ``uploads`` gets every finished level."""
     results = {step.level.name: skipped(step) for step in plan.levels if step.state == "up-to-date"}
+    if uploads is not None:
+        for name in results:
+            uploads.add(name)
     results.update({step.level.name: refused(step) for step in plan.failing})
     _report_changes(plan.todo, session.sink)
     passes: tuple[PassFigures, ...] = ()
     if plan.todo:
         weights = planner.weights(matrix)
         maker = LevelMaker(planner.request, planner.frozen, session, matrix, weights, session.sink, covariances)
+        maker = replace(maker, on_made=uploads.add) if uploads is not None else maker
         made = maker.run(plan.todo)
         passes = made.passes
         results.update({result.step.level.name: result for result in made.results})

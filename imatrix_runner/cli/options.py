@@ -21,7 +21,6 @@ QUANTISE = "Quantise"
 MIXES = "Mixes and rounding"
 MEASURE = "Measure"
 SOURCE = "Source"
-PUBLISH = "Publish"
 TALK = "Talk"
 
 SPLIT_MODES = ("none", "layer", "row", "tensor")
@@ -355,31 +354,6 @@ class SourceOptions:
         "--trust-remote-code", is_flag=True, help="Allow the converter to run Python code from the model's directory."
     )
     offline: bool = option("--offline", is_flag=True, help="Never use the network: only local files and the hub's cache.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishingOptions:
-    """How a repository is made, and how published files are named."""
-
-    SECTION: ClassVar[str] = PUBLISH
-
-    private: bool = setting("--private", is_flag=True, help="Make the repository private, if it is made.")
-    gated: Literal["auto", "manual"] | None = setting(
-        "--gated", type=click.Choice(["auto", "manual"]), help="Have readers ask for access, granted at once or by hand."
-    )
-    licence: str = setting(
-        "--licence", "--license", default="", metavar="ID", help="Licence of the card (default: the source's)."
-    )
-    collection: str = setting(
-        "--collection", default="", metavar="OWNER/TITLE", help="Also put the repository into this collection (or its slug)."
-    )
-    name_template: str = setting(
-        "--name-template",
-        default="{model}-{level}",
-        show_default=True,
-        metavar="TEMPLATE",
-        help="Names of published files, for example {model}-i1-{level}.",
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

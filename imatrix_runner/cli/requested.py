@@ -19,6 +19,7 @@ from imatrix_runner.cli.options import (
     QuantisingOptions,
     SourceOptions,
 )
+from imatrix_runner.cli.publishing_options import PublishingOptions
 from imatrix_runner.context.requests import (
     DEFAULT_FEEDBACK_TOKENS,
     EnvironmentRequest,
@@ -26,6 +27,7 @@ from imatrix_runner.context.requests import (
     LevelsRequest,
     MeasureRequest,
     MixRequest,
+    PublishRequest,
     SourceRequest,
 )
 from imatrix_runner.engines.jobs import CollectOptions, QuantizeOptions
@@ -237,3 +239,25 @@ def unused_measure_options(measuring: MeasuringOptions, *, measured: bool) -> tu
     if measuring.domain is None and (unused := typed(measuring, "predict", "domain_template")):
         warnings.append(no_effect(unused, "nothing is answered without --domain."))
     return tuple(warnings)
+
+
+def publish_request(
+    model: str, to: str, environment: EnvironmentRequest, how: PublishingOptions, levels: tuple[str, ...] = ()
+) -> PublishRequest:
+    return PublishRequest(
+        model,
+        to,
+        environment,
+        private=how.private,
+        gated=how.gated or "",
+        licence=how.licence,
+        collection=how.collection,
+        levels=levels,
+        name_template=how.name_template,
+    )
+
+
+def unused_publish_options(how: PublishingOptions, *, published: bool) -> tuple[str, ...]:
+    """Warnings for options that only matter where something is published."""
+    unused = () if published else typed(how, "private", "gated", "licence", "collection", "name_template")
+    return (no_effect(unused, "nothing is published without --publish."),) if unused else ()

@@ -141,30 +141,6 @@ class EnvironmentRequest:
 
 
 @dataclass(frozen=True)
-class RunRequest:
-    """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without). ``measure``: what comes after;
-    ``warnings``: what can be said of the options before anything is opened."""
-
-    source: SourceRequest
-    environment: EnvironmentRequest
-    imatrix: ImatrixRequest
-    levels: LevelsRequest | None
-    measure: MeasureRequest | None = None
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """``evaluate``; ``making`` is how levels were made, for their baselines; ``warnings`` as for :class:`RunRequest`."""
-
-    source: SourceRequest
-    environment: EnvironmentRequest
-    measure: MeasureRequest
-    making: LevelsRequest
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class PublishRequest:
     """``publish``. ``model``: a model as for ``run``, or a workspace; ``to``: the repository (``ORG/NAME``).
 
@@ -182,3 +158,29 @@ class PublishRequest:
     collection: str = ""
     levels: tuple[str, ...] = ()
     name_template: str = "{model}-{level}"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without). ``measure``: what comes after;
+    ``warnings``: what can be said of the options before anything is opened. ``publish``: where levels are uploaded as they are
+    finished; its ``levels`` do not count."""
+
+    source: SourceRequest
+    environment: EnvironmentRequest
+    imatrix: ImatrixRequest
+    levels: LevelsRequest | None
+    measure: MeasureRequest | None = None
+    warnings: tuple[str, ...] = ()
+    publish: PublishRequest | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """``evaluate``; ``making`` is how levels were made, for their baselines; ``warnings`` as for :class:`RunRequest`."""
+
+    source: SourceRequest
+    environment: EnvironmentRequest
+    measure: MeasureRequest
+    making: LevelsRequest
+    warnings: tuple[str, ...] = ()

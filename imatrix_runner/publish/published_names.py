@@ -23,6 +23,11 @@ def level_paths(levels: Sequence[ReadyLevel], model: str, template: str, sink: S
     return {each.file.level: each.paths for each in named}
 
 
+def check_planned(levels: Sequence[tuple[str, str]], model: str, template: str) -> None:
+    """Check the names of levels that are still to be made, given with the ftype that each is based on. Raises as above."""
+    checked_names([PublishedFile(f"{model}-{name}.gguf", name, model, _number(ftype)) for name, ftype in levels], template)
+
+
 def _to_publish(level: ReadyLevel, model: str) -> PublishedFile:
     shards = len(level.files)
     return PublishedFile(level.files[0][0], level.name, model, _file_type(level), shards if shards > 1 else 0)
@@ -32,5 +37,8 @@ def _file_type(level: ReadyLevel) -> int | None:
     """``general.file_type`` of a level, also of one whose files are gone."""
     if level.is_here:
         return level.file_type
-    ftype = ftype_of(level.record).upper()
-    return next((number for number, label in FILE_TYPES.items() if label == ftype), None)
+    return _number(ftype_of(level.record))
+
+
+def _number(ftype: str) -> int | None:
+    return next((number for number, label in FILE_TYPES.items() if label == ftype.upper()), None)

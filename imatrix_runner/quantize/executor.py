@@ -98,10 +98,14 @@ class _Written:
     without_feedback: tuple[str, ...] = ()
 
 
+def _nobody(_level: str) -> None:
+    """Called with a level's name where nobody waits for it."""
+
+
 @dataclass(frozen=True)
 class LevelMaker:
     """Makes the levels of one request from one model and one imatrix. ``covariances``: for levels that are rounded with error
-    feedback."""
+    feedback. ``on_made`` is called with the name of each level that is finished, from the thread that verified it."""
 
     request: LevelsRequest
     frozen: Frozen
@@ -110,6 +114,7 @@ class LevelMaker:
     weights: UsableImatrix | None
     sink: Sink = field(repr=False)
     covariances: CovarianceSet | None = None
+    on_made: Callable[[str], None] = field(default=_nobody, repr=False)
 
     def run(self, steps: Sequence[LevelStep]) -> MadeLevels:
         """Make the levels. A failed one does not stop the others; a full disk, a changed model or a stop ends them all, and
@@ -305,6 +310,7 @@ class LevelMaker:
         copied = f", copied from {written.copied_from}, which holds the same tensors" if written.copied_from else ""
         self.sink(Finished(step.step, "done", f"{human_bytes(n_bytes)}{copied}", seconds))
         expected = tuple(name for name in written.without_weights if name not in NEVER_WEIGHED)
+        self.on_made(step.level.name)
         result = LevelResult(step, "done", n_bytes, seconds, without_weights=expected, share=written.share)
         return replace(result, copied_from=written.copied_from)
 

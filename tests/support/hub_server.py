@@ -104,8 +104,8 @@ class HubServer:
         self.uploads = Uploads()
         self.renamed: dict[str, str] = {}
         """New names of repositories by their old ones, which redirect."""
-        self.on_request: Callable[[Request, bool], None] = lambda _request, _done: None
-        """Called with each request when it comes, and again when it was done, before the answer is sent."""
+        self.on_request: Callable[[Request, bool], object] = lambda _request, _done: None
+        """Called with each request when it comes (False: it is dropped), and again when it was done, before the answer."""
         self._repositories: dict[str, Repository] = {}
         self._lock = threading.Lock()
         hub = self
@@ -215,7 +215,9 @@ class _Handler(WritingRequests, BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.request_seen = Request(self.command, path, {name.lower(): value for name, value in self.headers.items()})
         hub.record(self.request_seen)
-        hub.on_request(self.request_seen, False)
+        if hub.on_request(self.request_seen, False) is False:
+            self.close_connection = True
+            return
         if not self.read_body():
             return
         time.sleep(trouble.silence)

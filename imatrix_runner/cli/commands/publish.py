@@ -8,10 +8,12 @@ from pathlib import Path
 from imatrix_runner.cli.command import command
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.option_fields import argument, option, setting
-from imatrix_runner.cli.options import PublishingOptions, TalkOptions
+from imatrix_runner.cli.options import TalkOptions
+from imatrix_runner.cli.publishing_options import PublishingOptions
+from imatrix_runner.cli.requested import publish_request
 from imatrix_runner.cli.types import FOLDER, LevelNames
 from imatrix_runner.cli.work import at_work, print_result
-from imatrix_runner.context.requests import EnvironmentRequest, PublishRequest
+from imatrix_runner.context.requests import EnvironmentRequest
 
 _WHAT = "What to publish"
 
@@ -54,18 +56,8 @@ def publish(invocation: Invocation, options: PublishOptions) -> int:
     from imatrix_runner.app.publish import publish as carry_out
     from imatrix_runner.cli.views.publish_table import print_published, publish_document
 
-    how = options.publishing
-    request = PublishRequest(
-        options.model,
-        options.to,
-        EnvironmentRequest(options.work_dir, command=invocation.command),
-        private=how.private,
-        gated=how.gated or "",
-        licence=how.licence,
-        collection=how.collection,
-        levels=options.levels,
-        name_template=how.name_template,
-    )
+    environment = EnvironmentRequest(options.work_dir, command=invocation.command)
+    request = publish_request(options.model, options.to, environment, options.publishing, options.levels)
     with at_work(options.talk) as work:
         result = carry_out(request, work.context, dry_run=options.dry_run)
     blocked = any(file.state == "in-the-way" for file in result.planned)

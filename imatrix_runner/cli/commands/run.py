@@ -22,14 +22,17 @@ from imatrix_runner.cli.options import (
     dry_run_option,
     force_option,
 )
+from imatrix_runner.cli.publishing_options import PUBLISH, PublishingOptions
 from imatrix_runner.cli.requested import (
     compute_request,
     environment_request,
     imatrix_request,
     levels_request,
     measure_request,
+    publish_request,
     source_request,
     unused_measure_options,
+    unused_publish_options,
 )
 from imatrix_runner.cli.run_request import perform
 from imatrix_runner.context.requests import MeasureRequest, RunRequest
@@ -61,6 +64,14 @@ class RunOptions:
         help="Then measure every level against the source (see imatrix-runner evaluate --help).",
     )
     measuring: MeasuringOptions
+    publish: str = setting(
+        "--publish",
+        default="",
+        metavar="ORG/NAME",
+        section=PUBLISH,
+        help="Upload each level to this hub repository while the next is made (see imatrix-runner publish --help).",
+    )
+    publishing: PublishingOptions
     source: SourceOptions
     talk: TalkOptions
 
@@ -83,13 +94,18 @@ def run(invocation: Invocation, options: RunOptions) -> int:
     """
     measure = _measure(options)
     levels = levels_request(options.wanted, options.making, options.compute.threads, options.mixes)
+    environment = environment_request(options.place.work_dir, options.compute, invocation, force=options.force)
     request = RunRequest(
         source_request(options.model, options.source),
-        environment_request(options.place.work_dir, options.compute, invocation, force=options.force),
+        environment,
         imatrix_request(options.collecting, options.compute, invocation.extra, mode=options.imatrix, levels=levels),
         levels,
         measure,
-        unused_measure_options(options.measuring, measured=measure is not None),
+        (
+            *unused_measure_options(options.measuring, measured=measure is not None),
+            *unused_publish_options(options.publishing, published=bool(options.publish)),
+        ),
+        publish_request(options.model, options.publish, environment, options.publishing) if options.publish else None,
     )
     return perform(request, options.talk, dry_run=options.dry_run, offline=options.source.offline)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from imatrix_runner.errors import RunnerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def failure_lines(failed: Mapping[str, RunnerError], became: str = "") -> list[str]:
@@ -17,3 +21,12 @@ def failure_lines(failed: Mapping[str, RunnerError], became: str = "") -> list[s
     for names in groups.values():
         lines.append(f"{', '.join(names)}{became}: {failed[names[0]].sentence()}")
     return lines
+
+
+def print_error(error: RunnerError, console: Console) -> None:
+    """Print an error in its three lines, after other results."""
+    from rich.text import Text
+
+    console.print(Text.assemble(("Error:", "bold red"), f" {error.what}."), soft_wrap=True)
+    console.print(Text(f"  Why: {error.why.rstrip('.')}."), soft_wrap=True)
+    console.print(Text(f"  Do:  {error.todo}"), soft_wrap=True)

@@ -9,6 +9,7 @@ import msgspec
 
 from imatrix_runner import __version__
 from imatrix_runner.app.evaluate import EvaluateResult
+from imatrix_runner.app.publish import PublishResult
 from imatrix_runner.app.run import RunResult
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.files import readable
@@ -73,6 +74,8 @@ def run_document(result: RunResult, exit_code: int) -> dict[str, Any]:
         passes=[msgspec.to_builtins(figures) for figures in result.passes],
         measured=measured_content(result.evaluated) if result.evaluated is not None else None,
         report=[str(path) for path in result.report.paths] if result.report is not None else [],
+        published=publish_content(result.published) if result.published is not None else None,
+        unpublished=error_content(result.unpublished) if result.unpublished is not None else None,
         seconds=round(result.seconds, 3),
     )
 
@@ -107,6 +110,21 @@ def _plain(value: Any) -> Any:
 
 def error_content(error: RunnerError) -> dict[str, str]:
     return {"kind": error.kind, "what": error.what, "why": error.why, "do": error.todo}
+
+
+def publish_content(result: PublishResult) -> dict[str, Any]:
+    """What ``publish --json`` shows, also within the document of ``run``."""
+    return {
+        "repo": result.repo,
+        "url": result.url,
+        "commit": result.commit or None,
+        "verified": result.verified,
+        "bytes": result.n_bytes,
+        "seconds": round(result.seconds, 3),
+        "collection": result.collection or None,
+        "files": [msgspec.to_builtins(file) for file in result.files],
+        "planned": [msgspec.to_builtins(file) for file in result.planned],
+    }
 
 
 def plan_content(plan: Plan) -> dict[str, Any]:

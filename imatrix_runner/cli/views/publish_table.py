@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.text import Text
 
 from imatrix_runner.app.publish import PlannedFile, PublishResult
 from imatrix_runner.cli.views.columns import Column, fitted_table
-from imatrix_runner.cli.views.json_documents import document
+from imatrix_runner.cli.views.json_documents import document, publish_content
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.publish.publisher import FileResult
 from imatrix_runner.safe_text import shown
@@ -63,18 +62,3 @@ def _summary(result: PublishResult) -> str:
 def publish_document(result: PublishResult, exit_code: int) -> dict[str, Any]:
     """The content of ``--json``."""
     return document("publish", exit_code=exit_code, **publish_content(result))
-
-
-def publish_content(result: PublishResult) -> dict[str, Any]:
-    """The same without the envelope, for documents of other commands."""
-    return {
-        "repo": result.repo,
-        "url": result.url,
-        "commit": result.commit or None,
-        "verified": result.verified,
-        "bytes": result.n_bytes,
-        "seconds": round(result.seconds, 3),
-        "collection": result.collection or None,
-        "files": [msgspec.to_builtins(file) for file in result.files],
-        "planned": [msgspec.to_builtins(file) for file in result.planned],
-    }

@@ -1,0 +1,61 @@
+"""``publish`` killed at its requests: the same command ends with the same repository, every file once, no commit twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imatrix_runner.workspace import Workspace
+from support.hub_server import HubServer
+from support.publishing import RUN, TOKEN, contents, publish_and_kill, published, stored_once, titles
+from support.workspaces import run_here
+
+POINTS = 54
+"""Of an undisturbed command: 27 requests, each when it comes and when it was done."""
+EVERY = 5
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Two levels with an imatrix, and the report that is published."""
+    workspace = run_here(tmp_path_factory.mktemp("made"), "run", tiny_model, *RUN, "-f", tiny_text)
+    with HubServer(token=TOKEN) as hub:
+        undisturbed, _ = publish_and_kill(hub, workspace, workspace.root.parent, None)
+        assert undisturbed is not None
+        assert undisturbed.code == 0, undisturbed.err
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made: Workspace) -> tuple[dict[str, str], list[str]]:
+    """The repository's files and commits after a command that nothing befell."""
+    with HubServer(token=TOKEN) as hub:
+        _, points = publish_and_kill(hub, made, made.root.parent, None)
+        assert points == POINTS
+        return contents(published(hub)), titles(published(hub))
+
+
+@pytest.mark.parametrize("point", range(1, POINTS, EVERY))
+def test_a_killed_command_is_continued_from_the_hub(
+    made: Workspace, undisturbed: tuple[dict[str, str], list[str]], tmp_path: Path, point: int
+) -> None:
+    with HubServer(token=TOKEN) as hub:
+        ended, _ = publish_and_kill(hub, made, tmp_path, point)
+        assert ended is None
+        done, _ = publish_and_kill(hub, made, tmp_path, None)
+        assert done is not None
+        assert done.code == 0, done.err
+        assert (contents(published(hub)), titles(published(hub))) == undisturbed
+        assert stored_once(hub)
+
+
+def test_killed_again_and_again_it_still_ends(
+    made: Workspace, undisturbed: tuple[dict[str, str], list[str]], tmp_path: Path
+) -> None:
+    """Each command gets one point further than the one before."""
+    with HubServer(token=TOKEN) as hub:
+        for point in range(5, POINTS, 6):
+            publish_and_kill(hub, made, tmp_path, point)
+        publish_and_kill(hub, made, tmp_path, None)
+        assert (contents(published(hub)), titles(published(hub))) == undisturbed
