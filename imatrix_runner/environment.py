@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import string
 import sys
 from collections.abc import Iterator, Mapping
 from enum import Flag, auto
@@ -123,6 +124,14 @@ def _belongs(name: str, needs: ChildNeeds) -> bool:
         return True
     groups = [group for group in _GROUPS if group in needs and _GROUPS[group].fullmatch(name)]
     return ChildNeeds.NETWORK in groups or (bool(groups) and not _SECRET.search(name))
+
+
+def credentials(env: Mapping[str, str]) -> tuple[str, ...]:
+    """The values of variables whose names say that they hold a credential; not places where one is kept."""
+    named = [value for name, value in env.items() if _SECRET.search(name.upper().replace("AUTHOR", ""))]
+    return tuple(
+        value for value in named if value and not Path(value).is_absolute() and not set(value) & set(string.whitespace)
+    )
 
 
 def _absolute_entries(searched: str) -> Iterator[str]:

@@ -39,3 +39,6 @@ CALIBRATION = Extra("calibration", ("datasketch", "fontTools", "py3langid", "pya
 
 CONVERT = Extra("convert", ("torch", "transformers", "safetensors", "sentencepiece", "numpy", "yaml", "requests"))
 """What llama.cpp's converter imports."""
+
+PUBLISH = Extra("publish", ("ggufdoctor", "wasmtime"))
+"""What renders chat templates as llama.cpp does, without a build of it."""

@@ -12,6 +12,9 @@ writes to stderr, :data:`TIMED_OUT` first. Its timer is a C thread, so it also f
 interpreter.
 
 Only the standard library and Jinja are imported, because the process is restarted after every conversation that ended it.
+
+With the engine ``llama.cpp`` the text is that of llama.cpp's own template engine instead, which ggufdoctor has compiled to
+WebAssembly: another sandbox, with bounds of its own on steps and memory.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -44,7 +47,8 @@ class Request:
     """``conversations``: a JSONL file of ``{"messages": […], "tools": […]}``, of which the first ``skip`` are skipped; ``out``:
     the file for the results. ``seconds`` and ``characters`` bound one conversation, ``memory`` (bytes) the growth of the
     process, ``total`` (bytes) the file of results. ``date`` (YYYY-MM-DD) is what ``strftime_now`` returns.
-    ``generation_prompt``: the text ends where the model's answer begins.
+    ``generation_prompt``: the text ends where the model's answer begins. ``engine``: ``jinja``, as transformers has it, or
+    ``llama.cpp``. A conversation may have ``variables``, further ones that templates ask for.
     """
 
     template: str
@@ -59,6 +63,11 @@ class Request:
     memory: int
     total: int
     generation_prompt: bool = False
+    engine: str = "jinja"
+
+
+class _Refused(Exception):
+    """llama.cpp's engine does not render the conversation; the message is a phrase."""
 
 
 class _TooLong(Exception):
@@ -71,13 +80,10 @@ def main(path: str) -> int:
 
     request = Request(**json.loads(Path(path).read_bytes()))
     os.environ.clear()  # in case a template escapes the sandbox; the parent passes no secrets in the first place
-    _bound_memory(request.memory)
     _report("ready")
     _start_clock(request)
     try:
-        environment = _environment(datetime.fromisoformat(request.date))
-        plain = environment.from_string(request.template)
-        with_tools = environment.from_string(request.with_tools) if request.with_tools else plain
+        text = _in_llama_cpp(request) if request.engine == "llama.cpp" else _in_jinja(request)
     except jinja2.TemplateSyntaxError as error:
         return _stopped("syntax", f"line {error.lineno}: {_cut(error.message or '')}")
     except Exception as error:  # noqa: BLE001 - compiling evaluates constant parts of an untrusted program
@@ -85,22 +91,55 @@ def main(path: str) -> int:
     _report("compiled")
     try:
         with Path(request.out).open("w", encoding="ascii", newline="\n") as out:
-            return _render_all(request, plain, with_tools, out)
+            return _render_all(request, text, out)
     except OSError as error:
         return _stopped("disk", str(error), errno=error.errno)
 
 
-def _render_all(request: Request, plain: jinja2.Template, with_tools: jinja2.Template, out: io.TextIOWrapper) -> int:
+def _in_jinja(request: Request) -> Callable[[Mapping[str, Any]], str]:
+    """Renders a conversation as transformers does."""
+    _bound_memory(request.memory)
+    environment = _environment(datetime.fromisoformat(request.date))
+    plain = environment.from_string(request.template)
+    with_tools = environment.from_string(request.with_tools) if request.with_tools else plain
+    return lambda conversation: _render(with_tools if conversation["tools"] else plain, conversation, request)
+
+
+def _in_llama_cpp(request: Request) -> Callable[[Mapping[str, Any]], str]:
+    """Renders a conversation as llama.cpp's programs do. Its sandbox reserves gigabytes of addresses that it does not use, so
+    their number is not bounded here."""
+    from ggufdoctor.engines.llamacpp_engine import LlamaCppEngine
+
+    engine = LlamaCppEngine()
+
+    def text(conversation: Mapping[str, Any]) -> str:
+        messages = [_as_given(message) for message in conversation["messages"]]
+        tools = {"tools": conversation["tools"]} if conversation["tools"] else {}
+        template = request.with_tools if request.with_tools and tools else request.template
+        given = {"messages": messages, "add_generation_prompt": request.generation_prompt, **tools}
+        done = engine.render(
+            template, {"bos_token": "", "eos_token": "", **request.special, **given, **_variables(conversation)}
+        )
+        if done.text is None:
+            trapped = "wasm: Trap" in done.error
+            raise _Refused("it takes too many steps or too much memory" if trapped else done.error.removeprefix("render:"))
+        if len(done.text) > request.characters:
+            raise _TooLong
+        return str(done.text)
+
+    return text
+
+
+def _render_all(request: Request, text: Callable[[Mapping[str, Any]], str], out: io.TextIOWrapper) -> int:
     reported, count = time.monotonic(), 0
     with Path(request.conversations).open(encoding="ascii") as lines:
         for number, line in enumerate(lines):
             if number < request.skip:
                 continue
             conversation = json.loads(line)
-            template = with_tools if conversation["tools"] else plain
             _start_clock(request)
             try:
-                answer = {"text": _render(template, conversation, request)}
+                answer = {"text": text(conversation)}
             except Exception as error:  # noqa: BLE001 - an untrusted program may raise anything
                 answer = {"error": _why(error)}
             faulthandler.cancel_dump_traceback_later()
@@ -118,28 +157,29 @@ def _render_all(request: Request, plain: jinja2.Template, with_tools: jinja2.Tem
 
 def _render(template: jinja2.Template, conversation: Mapping[str, Any], request: Request) -> str:
     messages = [_as_given(message) for message in conversation["messages"]]
+    variables = {"add_generation_prompt": request.generation_prompt, **request.special, **_variables(conversation)}
     try:
-        return _text(template, messages, conversation["tools"], request)
+        return _text(template, messages, conversation["tools"], variables, request)
     except TypeError:
         # A few templates (DeepSeek V3, Functionary) write a call's arguments without encoding them: they expect JSON text.
         with_texts = [_with_text_arguments(message) for message in messages]
         if with_texts == messages:
             raise
-        return _text(template, with_texts, conversation["tools"], request)
+        return _text(template, with_texts, conversation["tools"], variables, request)
 
 
-def _text(template: jinja2.Template, messages: list[dict[str, Any]], tools: list[Any], request: Request) -> str:
+def _variables(conversation: Mapping[str, Any]) -> Mapping[str, Any]:
+    return conversation.get("variables") or {}
+
+
+def _text(
+    template: jinja2.Template, messages: list[dict[str, Any]], tools: list[Any], variables: Mapping[str, Any], request: Request
+) -> str:
     import random
 
     random.seed(0)  # there is a filter `random`, and the same inputs must give the same bytes
     text, size = io.StringIO(), 0
-    for block in template.generate(
-        messages=messages,
-        tools=tools or None,
-        documents=None,
-        add_generation_prompt=request.generation_prompt,
-        **request.special,
-    ):
+    for block in template.generate(messages=messages, tools=tools or None, documents=None, **variables):
         size += len(block)
         if size > request.characters:
             raise _TooLong
@@ -262,6 +302,8 @@ def _why(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "the template is nested too deeply, or calls itself without end"
     said = _cut(str(error)) or type(error).__name__
+    if isinstance(error, _Refused):
+        return f"llama.cpp's template engine does not render it: {said}"
     if type(error) is TemplateError:  # what `raise_exception` raises
         return f"the template refuses it: {said}"
     if isinstance(error, SecurityError):

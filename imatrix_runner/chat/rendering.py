@@ -61,12 +61,16 @@ def render(
     generation_prompt: bool = False,
     on_progress: Callable[[int], None] | None = None,
     limits: Limits | None = None,
+    variables: Sequence[Mapping[str, Any]] = (),
+    in_llama_cpp: bool = False,
 ) -> list[str | Unrendered]:
     """The text of each conversation, or why it has none, in order; ``on_progress`` is called with the number done.
 
     The texts equal those of transformers' ``apply_chat_template(…, tokenize=False)`` on the day ``date`` (YYYY-MM-DD), with
     ``generation_prompt`` as its ``add_generation_prompt``. All are held in memory; the child's results are bounded by 64 MiB
-    plus four times the size of the conversations.
+    plus four times the size of the conversations. ``variables``: for each conversation,
+    further ones that templates may ask for (``enable_thinking``); none if empty. ``in_llama_cpp``: the texts are those of
+    llama.cpp's own engine, which the extra ``publish`` has.
 
     Raises :class:`UsageError` for an invalid date; :class:`InvalidDataError` for a template that does not compile, exceeds the
     bound on output, or times out or ends its process for ``limits.failures`` conversations; ``InterruptedRunError`` once a stop
@@ -80,7 +84,7 @@ def render(
     failures = 0
     with scratch_folder() as folder:
         given = folder / "conversations.jsonl"
-        total = _FREE_BYTES + _BYTES_PER_BYTE * _write(conversations, given)
+        total = _FREE_BYTES + _BYTES_PER_BYTE * _write(conversations, variables, given)
         while len(results) < len(conversations):
             out = folder / f"results-{len(results)}.jsonl"
             request = render_worker.Request(
@@ -96,6 +100,7 @@ def render(
                 memory=limits.memory,
                 total=total,
                 generation_prompt=generation_prompt,
+                engine="llama.cpp" if in_llama_cpp else "jinja",
             )
             replies = _Replies(len(results), on_progress)
             outcome = _run(request, folder / "request.json", runner, replies)
@@ -182,11 +187,13 @@ def _run(request: render_worker.Request, path: Path, runner: Runner, replies: _R
     return runner.run(command, on_text=replies.feed)
 
 
-def _write(conversations: Sequence[Conversation], path: Path) -> int:
+def _write(conversations: Sequence[Conversation], variables: Sequence[Mapping[str, Any]], path: Path) -> int:
     """Write one line per conversation; return the number of bytes."""
     with _disk(path), path.open("w", encoding="ascii", newline="\n") as handle:
-        for each in conversations:
-            value = {"messages": list(each.messages), "tools": list(each.tools)}
+        for number, each in enumerate(conversations):
+            value: dict[str, Any] = {"messages": list(each.messages), "tools": list(each.tools)}
+            if variables:
+                value["variables"] = dict(variables[number])
             handle.write(json.dumps(value, default=_inert, skipkeys=True) + "\n")
         return handle.tell()
 
