@@ -21,7 +21,7 @@ from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.models.gguf_file import MAGIC, read_header
 from imatrix_runner.safe_text import shown
 
-FindingKind = Literal["secret", "path", "name"]
+LeakKind = Literal["secret", "path", "name"]
 """``secret`` and ``path`` (of this machine) must not be published; a ``name`` of user or computer may be meant."""
 
 MOST_FINDINGS = 50
@@ -75,12 +75,12 @@ class LocalNames:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Leak:
     """Something in ``file`` at ``place`` (a line, a metadata key). ``what`` describes it, and does not quote it."""
 
     file: str
     place: str
-    kind: FindingKind
+    kind: LeakKind
     what: str
 
     def sentence(self) -> str:
@@ -106,7 +106,7 @@ def _own_names() -> Iterator[str]:
     yield socket.gethostname().partition(".")[0]
 
 
-def scan_file(path: Path, name: str, local: LocalNames) -> tuple[Finding, ...]:
+def scan_file(path: Path, name: str, local: LocalNames) -> tuple[Leak, ...]:
     """What is found in a file that is to be published as ``name``: in the metadata of a GGUF, else in its text. Numbers of
     tensors are not looked at, nor vocabularies."""
     try:
@@ -119,10 +119,10 @@ def scan_file(path: Path, name: str, local: LocalNames) -> tuple[Finding, ...]:
         raise from_os_error(error, "looking for secrets", path) from error
 
 
-def scan_metadata(name: str, metadata: Mapping[str, Any], local: LocalNames) -> tuple[Finding, ...]:
+def scan_metadata(name: str, metadata: Mapping[str, Any], local: LocalNames) -> tuple[Leak, ...]:
     """What is found in the texts of a GGUF's metadata. Chat templates may speak of folders: in them, only this machine's
     count."""
-    found: list[Finding] = []
+    found: list[Leak] = []
     for key, value in metadata.items():
         texts = (
             [value]
@@ -134,17 +134,17 @@ def scan_metadata(name: str, metadata: Mapping[str, Any], local: LocalNames) -> 
         homes = not key.startswith(_TEMPLATE_KEY)
         for text in (key, *texts):
             found += (
-                Finding(name, f"metadata {shown(key, 80)}", kind, what) for kind, what, _ in _matches(text, local, homes=homes)
+                Leak(name, f"metadata {shown(key, 80)}", kind, what) for kind, what, _ in _matches(text, local, homes=homes)
             )
     return _limited(found)
 
 
-def scan_text(name: str, text: str, local: LocalNames) -> tuple[Finding, ...]:
+def scan_text(name: str, text: str, local: LocalNames) -> tuple[Leak, ...]:
     """What is found in a text, by line."""
     return _limited(_lines(name, text, local, 1))
 
 
-def refuse_findings(findings: Sequence[Finding]) -> None:
+def refuse_findings(findings: Sequence[Leak]) -> None:
     """Raise :class:`InvalidDataError` if something was found that must not be published."""
     bad = [each for each in findings if each.kind != "name"]
     if not bad:
@@ -158,7 +158,7 @@ def refuse_findings(findings: Sequence[Finding]) -> None:
     )
 
 
-def _scan_stream(name: str, blocks: Iterator[bytes], local: LocalNames) -> Iterator[Finding]:
+def _scan_stream(name: str, blocks: Iterator[bytes], local: LocalNames) -> Iterator[Leak]:
     """Findings of a file's bytes, window by window; windows overlap, and what lies in both counts once."""
     before, line = "", 1
     for block in blocks:
@@ -169,12 +169,12 @@ def _scan_stream(name: str, blocks: Iterator[bytes], local: LocalNames) -> Itera
         before = text[keep:]
 
 
-def _lines(name: str, text: str, local: LocalNames, first: int) -> Iterator[Finding]:
+def _lines(name: str, text: str, local: LocalNames, first: int) -> Iterator[Leak]:
     for kind, what, at in _matches(text, local, homes=True):
-        yield Finding(name, f"line {first + text.count(chr(10), 0, at)}", kind, what)
+        yield Leak(name, f"line {first + text.count(chr(10), 0, at)}", kind, what)
 
 
-def _matches(text: str, local: LocalNames, *, homes: bool) -> Iterator[tuple[FindingKind, str, int]]:
+def _matches(text: str, local: LocalNames, *, homes: bool) -> Iterator[tuple[LeakKind, str, int]]:
     """Kind, description and offset of everything in a text."""
     for secret in local.secrets:
         for match in re.finditer(re.escape(secret), text):
@@ -193,8 +193,8 @@ def _matches(text: str, local: LocalNames, *, homes: bool) -> Iterator[tuple[Fin
             yield "name", "the name of this computer or its user", match.start()
 
 
-def _limited(findings: Iterator[Finding] | Sequence[Finding]) -> tuple[Finding, ...]:
-    distinct: dict[Finding, None] = {}
+def _limited(findings: Iterator[Leak] | Sequence[Leak]) -> tuple[Leak, ...]:
+    distinct: dict[Leak, None] = {}
     for each in findings:
         distinct[each] = None
         if len(distinct) == MOST_FINDINGS:
