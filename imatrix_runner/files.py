@@ -76,13 +76,24 @@ def sync_directory(path: Path) -> None:
 
 
 def publish(part: Path, final: Path) -> None:
-    """Give the complete and verified ``part`` its final name, durably."""
+    """Give the complete and verified ``part`` its final name, durably. The folder is made where it is missing."""
     try:
+        if not final.parent.is_dir():
+            final.parent.mkdir(parents=True)
+            sync_directory(final.parent.parent)
         sync_file(part)
         part.replace(final)
         sync_directory(final.parent)
     except OSError as error:
         raise from_os_error(error, f"giving {final.name} its name", final) from error
+
+
+def remove_empty(removed: Path, root: Path) -> None:
+    """Remove the folder of a removed file if that is below ``root`` and holds nothing else."""
+    folder = removed.parent
+    if folder != root and folder.is_relative_to(root):
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def discard(part: Path) -> None:

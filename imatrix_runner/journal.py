@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 import msgspec
 
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.files import Stamp, changed_ns, publish, read_json, sha256, stamp, write_json
+from imatrix_runner.files import Stamp, changed_ns, publish, read_json, remove_empty, sha256, stamp, write_json
 from imatrix_runner.steps import Kind, name_in
 from imatrix_runner.untrusted import UnreadableError, as_type, first_non_finite
 
@@ -252,10 +252,11 @@ class Journal:
         In this order: a rename keeps the stamp, so a kill in between leaves a step to be repeated, never a file without a
         record. Earlier outputs of the step are replaced; a final name taken by any other file is refused.
         """
-        before = self.get(step)
+        root, before = self.path.parent, self.get(step)
         for output in before.outputs if before is not None else ():
-            if is_intact(output, self.path.parent):
-                (self.path.parent / output.name).unlink()
+            if is_intact(output, root):
+                (root / output.name).unlink()
+                remove_empty(root / output.name, root)
         if taken := next((final for _, final in files if final.exists()), None):
             raise InvalidDataError(
                 f"{taken} is in the way",
@@ -265,6 +266,23 @@ class Journal:
         self.record(step, record)
         for part, final in files:
             publish(part, final)
+
+    def finish_renames(self, step: str, folder: Path) -> bool:
+        """Go on with the renames of :meth:`conclude` after a kill; ``folder``: where the files were made. Returns whether all
+        files of the step have their names now. Nothing is renamed unless all are there, in one place or the other."""
+        record, root = self.get(step), self.path.parent
+        waiting: list[tuple[Path, Path]] = []
+        for output in record.outputs if record is not None else ():
+            part, final = folder / Path(output.name).name, root / output.name
+            if is_intact(output, root):
+                continue
+            inside = final.is_relative_to(root) and ".." not in final.parts
+            if final.exists() or not inside or not part.is_file() or stamp(part) != output.stamp:
+                return False
+            waiting.append((part, final))
+        for part, final in waiting:
+            publish(part, final)
+        return bool(waiting)
 
     def known_hash(self, path: Path) -> str | None:
         """The hash recorded for ``path``, if the file still carries the stamp it had then."""

@@ -47,6 +47,7 @@ from imatrix_runner.models.kind import require_measurable
 from imatrix_runner.models.model import Model, Source, parse_source
 from imatrix_runner.quantize.disk_room import reserved_bytes
 from imatrix_runner.quantize.executor import LevelMaker, LevelResult, MadeLevels, refused, skipped
+from imatrix_runner.quantize.level_files import finish_renames
 from imatrix_runner.quantize.plan import LevelStep, MeasureStep, MixingStep, Plan, PredictedKld
 from imatrix_runner.quantize.plan_notes import plan_notes
 from imatrix_runner.quantize.planner import LevelPlanner
@@ -119,6 +120,8 @@ def run(
         full = request.levels is not None and request.levels.verify == "full"
         checker = make_checker(machine, runner) if full else None
         session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, additional, checker)
+        if not dry_run:
+            finish_renames(journal, workspace)
         uploads = stack.enter_context(level_uploads(request.publish, session))
         request = with_part_set_aside(request, session, scratch)
         job = _Job(request, session, choice)

@@ -263,6 +263,15 @@ class QuantisingOptions:
         "--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Override metadata in the output."
     )
     keep_split: bool = setting("--keep-split", is_flag=True, help="Write as many shards as the source has.")
+    split_max_size: str = setting(
+        "--split-max-size",
+        default="",
+        metavar="N(M|G)",
+        help="Cut larger levels into shards of at most N MB or GB (powers of 1000) of tensors, in a folder for each level.",
+    )
+    split_max_tensors: int | None = setting(
+        "--split-max-tensors", type=click.IntRange(min=1), metavar="N", help="The same, by number of tensors in a shard."
+    )
     allow_requantize: bool = option("--allow-requantize", is_flag=True, help="Accept a source that is already quantised.")
     jobs: str = setting(
         "--jobs", "-j", default="auto", metavar="N|auto", help="Levels made in parallel (auto: as memory and cores allow)."

@@ -36,7 +36,7 @@ from imatrix_runner.errors import UsageError
 from imatrix_runner.events import no_effect
 from imatrix_runner.files import exact_bytes
 from imatrix_runner.mixes.targets import need_text
-from imatrix_runner.quantize.typed_options import check_override, check_tensor_type
+from imatrix_runner.quantize.typed_options import check_override, check_tensor_type, parse_split_size
 from imatrix_runner.untrusted import whole_number
 
 
@@ -149,6 +149,7 @@ def levels_request(
             "llama-quantize takes only one of them",
             "Leave one out.",
         )
+    _check_split(making)
     for entry in making.tensor_type:
         check_tensor_type(entry)
     for entry in making.override_kv:
@@ -176,6 +177,8 @@ def levels_request(
         keep_split=making.keep_split,
         override_kv=making.override_kv,
         max_buffer_size=making.max_buffer_size,
+        split_max_size=parse_split_size(making.split_max_size) if making.split_max_size else None,
+        split_max_tensors=making.split_max_tensors,
     )
     from imatrix_runner.quantize.resolve import check_uncovered
 
@@ -193,6 +196,21 @@ def levels_request(
         rounding=mixes.rounding if mixes is not None else STOCK,
         feedback_tokens=mixes.feedback_tokens if mixes is not None else DEFAULT_FEEDBACK_TOKENS,
     )
+
+
+def _check_split(making: QuantisingOptions) -> None:
+    """Refuse two ways to cut a level into shards."""
+    wanted = {
+        "--split-max-size": bool(making.split_max_size),
+        "--split-max-tensors": making.split_max_tensors is not None,
+        "--keep-split": making.keep_split,
+    }
+    if len(given := [name for name, on in wanted.items() if on]) > 1:
+        raise UsageError(
+            f"{given[0]} and {given[1]} exclude each other",
+            "each of them decides which tensors go into which shard",
+            "Leave one out.",
+        )
 
 
 def _mixes(mixes: MixOptions) -> Iterator[str]:

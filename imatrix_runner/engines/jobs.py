@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from imatrix_runner.engines.roundings import STOCK, Rounding
@@ -162,7 +162,8 @@ _TYPES_ONLY = counted_apart("the types in its recipe", "content")
 class QuantizeOptions:
     """llama-quantize's own options, the same for every level of a run. Two belong to one level: ``pins``, further
     ``--tensor-type`` entries, placed after the user's because llama-quantize takes the first match; and ``rounding``, how its
-    numbers are rounded, for which llama-quantize has no option."""
+    numbers are rounded, for which llama-quantize has no option. Two are llama-gguf-split's: ``split_max_size``, in megabytes
+    (10^6 bytes), and ``split_max_tensors``, of which at most one is given."""
 
     allow_requantize: bool = field(default=False, metadata={**spelt("--allow-requantize"), **_TYPES_ONLY})
     leave_output_tensor: bool = field(default=False, metadata={**spelt("--leave-output-tensor"), **_TYPES_ONLY})
@@ -181,11 +182,24 @@ class QuantizeOptions:
     )
     pins: tuple[str, ...] = field(default=(), metadata={**spelt("--tensor-type"), **_TYPES_ONLY})
     rounding: Rounding = field(default=STOCK, metadata=spelt("--rounding"))
+    split_max_size: int | None = field(default=None, metadata=spelt("--split-max-size", form="{}M"))
+    split_max_tensors: int | None = field(default=None, metadata=spelt("--split-max-tensors"))
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the level is to be cut into shards as llama-gguf-split does; one that fits into one is not."""
+        return self.split_max_size is not None or self.split_max_tensors is not None
+
+    @property
+    def unsplit(self) -> QuantizeOptions:
+        """The same options for a level in one file, which holds the same tensors."""
+        return replace(self, split_max_size=None, split_max_tensors=None)
 
 
 @dataclass(frozen=True)
 class QuantizeJob:
-    """Write ``source`` as llama.cpp ftype ``ftype`` to ``out`` (with ``keep_split``: the shards' common stem)."""
+    """Write ``source`` as llama.cpp ftype ``ftype`` to ``out`` (where it becomes shards: their common stem). ``shards``: number
+    of tensors in each shard, as llama-gguf-split cuts a level; empty for one that is not cut so."""
 
     step: str
     source: Path
@@ -195,6 +209,7 @@ class QuantizeJob:
     imatrix: Path | None
     threads: int | None
     log: Path | None
+    shards: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class MixPlanner:
             f"quality {mix.quality}",
             f"rounding {request.rounding}" if request.rounding != STOCK else "",
             f"covariances {self.source.fingerprint}" if request.rounding == FEEDBACK else "",
-            fingerprint_of(request.options, "level"),
+            fingerprint_of(request.options.unsplit, "level"),
         )
         return MixInputs(
             model_file=frozen.fingerprint,

@@ -79,7 +79,7 @@ class RoundingPlanner:
             imatrix=self.imatrix,
             rounding=f"{level.rounding}{covariances}",
             recipe=self._recipes[_stock(level).name].fingerprint,
-            options=fingerprint_of(request.options, "level"),
+            options=fingerprint_of(request.options.unsplit, "level"),
             text=self.source.described,
             engine=session.engine.arithmetic(),
         ).named()

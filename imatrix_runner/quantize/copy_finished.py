@@ -16,6 +16,7 @@ from imatrix_runner.events import Progress, Sink, warning
 from imatrix_runner.journal import StepRecord, outputs_intact
 from imatrix_runner.quantize.copying import FILE_TYPE, Original, can_be_copied, copy_level
 from imatrix_runner.quantize.level_facts import MadeFacts, facts_of_level
+from imatrix_runner.quantize.level_files import finished_files
 from imatrix_runner.quantize.plan import LevelStep
 from imatrix_runner.quantize.plan_notes import same_tensors
 from imatrix_runner.quantize.usable_imatrix import UsableImatrix
@@ -45,8 +46,7 @@ class Copier:
             return None
         for name, record in self.session.journal.of_kind("level").items():
             if name != step.level.name and self._is_alike(record, step):
-                root = self.session.workspace.root
-                files = tuple(root / output.name for output in record.outputs)
+                files = finished_files(self.session.workspace, record)
                 hashes = tuple(output.sha256 for output in record.outputs)
                 found = Original(name, files, hashes, record.facts_as(MadeFacts).without_weights)
                 if can_be_copied(found, step.resolved.recipe, self.weights):

@@ -31,6 +31,7 @@ from imatrix_runner.models.gguf_file import unknown_types
 from imatrix_runner.quantize.copy_finished import Copier, alike
 from imatrix_runner.quantize.disk_room import disk_full, explained, reserved_bytes
 from imatrix_runner.quantize.level_facts import MadeFacts
+from imatrix_runner.quantize.level_files import finished_files, keep_ledger
 from imatrix_runner.quantize.pass_levels import buffer_bytes as pass_buffer
 from imatrix_runner.quantize.pass_levels import donor, lineage, pass_level
 from imatrix_runner.quantize.plan import LevelStep, facts_of, order_levels, plan_jobs
@@ -231,7 +232,7 @@ class LevelMaker:
         """Return every finished level whose files match the journal."""
         workspace, journal = self.session.workspace, self.session.journal
         found = [
-            donor([workspace.root / output.name for output in record.outputs], workspace.ledger(name))
+            donor(finished_files(workspace, record), workspace.ledger(name))
             for name, record in journal.of_kind("level").items()
             if outputs_intact(record, workspace.root)
         ]
@@ -321,12 +322,13 @@ class LevelMaker:
         return QuantizeJob(
             step.step,
             self.frozen.model.path,
-            workspace.partial / step.level.name / f"{workspace.model}-{step.level.name}.gguf",
+            workspace.partial / step.level.name / workspace.level_file(step.level.name).name,
             step.level.ftype,
             step.resolved.options,
             self.matrix.path if self.matrix else None,
             threads,
             self.session.log(step.step),
+            step.resolved.recipe.shards,
         )
 
     def _verify(self, step: LevelStep, resolved: Resolved, written: _Written) -> int:
@@ -353,11 +355,12 @@ class LevelMaker:
             step.level.rounding if step.level.rounding != STOCK else UNSET,
             written.without_feedback or UNSET,
         )
-        outputs = [StepOutput(part.name, stamp(part), digest) for part, digest in zip(parts, hashes, strict=True)]
-        commands = written.engine.commands(replace(written.job, out=step.files[0]))
+        names = [self.session.workspace.name_of(file) for file in step.files]
+        outputs = [StepOutput(*made) for made in zip(names, map(stamp, parts), hashes, strict=True)]
+        commands = written.engine.commands(replace(written.job, out=self.session.workspace.level_file(step.level.name)))
         record = StepRecord.now(step.inputs, outputs, step.reason, written.seconds, commands=commands, facts=facts)
         self.session.journal.conclude(step.step, record, list(zip(parts, step.files, strict=True)))
-        self._keep_ledger(step, written)
+        keep_ledger(self.session.workspace, step.level.name, written.job.out.parent)
         return n_bytes
 
     def _check_rows(self, step: LevelStep, written: _Written) -> None:
@@ -381,17 +384,6 @@ class LevelMaker:
                 f"{tensor}: {why}",
                 "Run the same command again; if it happens again, check the disk.",
             )
-
-    def _keep_ledger(self, step: LevelStep, written: _Written) -> None:
-        """Keep the record of how every tensor was made, for later levels that share some."""
-        ledger, kept = written.job.out.parent / LEDGER_NAME, self.session.workspace.ledger(step.level.name)
-        try:
-            kept.unlink(missing_ok=True)
-            if ledger.exists():
-                kept.parent.mkdir(exist_ok=True)
-                ledger.replace(kept)
-        except OSError as error:
-            raise from_os_error(error, f"keeping the ledger of {step.level.name}", kept) from error
 
 
 def _refined(step: LevelStep, names: Sequence[str]) -> str:

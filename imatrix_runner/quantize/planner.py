@@ -23,8 +23,9 @@ from imatrix_runner.files import sha256
 from imatrix_runner.imatrix.expected import ExpectedMatrix, expect, uncollected
 from imatrix_runner.imatrix.formats import MatrixFile, write_gguf
 from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
-from imatrix_runner.journal import StepRecord, is_intact
+from imatrix_runner.journal import StepRecord, differences, is_intact
 from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.quantize.level_files import finished_files, planned_files
 from imatrix_runner.quantize.plan import MOVE_AWAY, LevelStep, level_inputs, needs_dry_run, plan_level
 from imatrix_runner.quantize.recipe import Recipe
 from imatrix_runner.quantize.resolve import FAIL, Resolved, Resolver
@@ -90,7 +91,7 @@ class LevelPlanner:
             resolver = Resolver(
                 self.frozen.model,
                 self.session.engine,
-                self.request.options,
+                self.request.options.unsplit,
                 imatrix,
                 weights,
                 uncovered=self.request.uncovered,
@@ -169,34 +170,34 @@ class LevelPlanner:
         elif draft.unknown:
             resolved = self._resolve(level, resolver)
         inputs, record, intact = draft.inputs, draft.record, draft.intact
-        files = final_files(self.session.workspace, level, self.frozen, keep_split=self.request.options.keep_split)
+        files = self._files(draft, resolved)
         foreign = _foreign(files, record, self.session.workspace, intact=intact)
         step = plan_level(level, files, inputs, record, intact=intact, resolved=resolved, foreign=bool(foreign))
         hopeless = resolved is not None and resolved.recipe.failures
         return replace(step, reason=foreign, remedy=MOVE_AWAY) if foreign and step.state == "fails" and not hopeless else step
+
+    def _files(self, draft: _Draft, resolved: Resolved | None) -> tuple[Path, ...]:
+        """Return the final names of a level; those of one that is up to date are in its record."""
+        workspace, record = self.session.workspace, draft.record
+        if record is not None and draft.intact and not differences(record, draft.inputs):
+            return finished_files(workspace, record)
+        n_shards = len(resolved.recipe.shards) if resolved is not None else 0
+        single = workspace.level_file(draft.level.name)
+        return planned_files(single, self.request.options, n_shards, len(self.frozen.model.files))
 
     def _resolve(self, level: Level, resolver: Resolver) -> Resolved:
         self.session.stop.check()
         return resolver.resolve(level, self.session.log(step_id("level", level.name)))
 
 
-def final_files(workspace: Workspace, level: Level, frozen: Frozen, *, keep_split: bool) -> tuple[Path, ...]:
-    """Return the files of a level: one, or with ``--keep-split`` as many shards as the source has."""
-    single = workspace.level_file(level.name)
-    count = len(frozen.model.files)
-    if not keep_split:
-        return (single,)
-    return tuple(single.with_name(f"{single.stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1))
-
-
 def _foreign(files: Sequence[Path], record: StepRecord | None, workspace: Workspace, *, intact: bool) -> str:
     """Return why a final name is taken by a file that must not be replaced; empty if none is."""
     outputs = record.outputs if record is not None else []
     ours = {output.name for output in outputs if intact or is_intact(output, workspace.root)}
-    taken = next((file for file in files if file.exists() and file.name not in ours), None)
+    taken = next((file for file in files if file.exists() and workspace.name_of(file) not in ours), None)
     if taken is None:
         return ""
-    known = record is not None and any(output.name == taken.name for output in record.outputs)
+    known = any(output.name == workspace.name_of(taken) for output in outputs)
     try:
         read_header(taken)
         how = "was changed since it was made" if known else "is there and was not made by this workspace"

@@ -10,9 +10,11 @@ from math import prod
 
 from imatrix_runner.engines.jobs import DryRun, Fallback, QuantizeOptions
 from imatrix_runner.engines.levels import PLAIN_FTYPES, Level
+from imatrix_runner.engines.shards import cut
 from imatrix_runner.fingerprints import fingerprint_of
 from imatrix_runner.models.gguf_file import GgufHeader, TensorInfo, padded, tensor_bytes, type_id, type_size
 from imatrix_runner.models.native_types import NATIVE_TYPES, keep_native, native_tensors
+from imatrix_runner.quantize.level_files import plan_shards
 from imatrix_runner.quantize.usable_imatrix import NO_IMATRIX, OUTPUT, Failure, Lacks, UsableImatrix, requires_imatrix
 from imatrix_runner.untrusted import whole_number
 
@@ -20,7 +22,8 @@ MAX_TEXT = 127  # llama_model_kv_override.val_str
 
 _BLOCK = re.compile(r"^blk\.(\d+)\.")
 
-_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+_SPLIT_KEYS = {"split.no": 2, "split.count": 2, "split.tensors.count": 4}
+"""The metadata that every shard has, and the bytes of its values."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Recipe:
     ``unseen``: those whose entry counted no token, so that all their columns have equal weights; ``starved``: those whose type
     requires the weights that the imatrix lacks (each is a failure too). ``certain``: see
     :class:`~imatrix_runner.engines.contract.DryRun`. ``further``: the options that change more of the output than types.
+    ``shards``: the number of tensors in each shard, empty for a level that is not cut (or fits into one shard).
     """
 
     level: Level
@@ -66,6 +70,7 @@ class Recipe:
     starved: tuple[str, ...] = ()
     certain: bool = True
     further: str = ""
+    shards: tuple[int, ...] = ()
 
     @property
     def n_elements(self) -> int:
@@ -143,9 +148,11 @@ def make_recipe(
             failures.append(bad)
         if lacks is not None:
             lacks.check(original, source.shape, kind, required=required)
-    header_bytes = _header_bytes(rows, header, weights, options)
+    shards, unfit = plan_shards([row.name for row in rows], [row.n_bytes for row in rows], options)
+    headers = _header_bytes(rows, shards, header, weights, options)
     failures += _unplanned(sources, rows, len(dry_run.types), options)
-    failures += layout_problems(header, sources, rows, header_bytes, options)
+    failures += layout_problems(header, sources, rows, headers[0], options)
+    failures += unfit
     if lacks is not None:
         failures += lacks.failures
     elif needs:
@@ -157,11 +164,12 @@ def make_recipe(
         tuple(lacks.weightless) if lacks is not None else (),
         tuple(failures),
         needs,
-        _file_bytes(rows, header_bytes),
+        _file_bytes(rows, headers),
         tuple(lacks.unseen) if lacks is not None else (),
         tuple(lacks.starved) if lacks is not None else (),
         dry_run.certain,
         fingerprint_of(options, "content"),
+        shards,
     )
 
 
@@ -225,9 +233,13 @@ def _unplanned(
 
 
 def _header_bytes(
-    tensors: Sequence[RecipeTensor], header: GgufHeader, weights: UsableImatrix | None, options: QuantizeOptions
-) -> int:
-    """Return the size of a single-file output's header as llama-quantize writes it, not padded."""
+    tensors: Sequence[RecipeTensor],
+    shards: Sequence[int],
+    header: GgufHeader,
+    weights: UsableImatrix | None,
+    options: QuantizeOptions,
+) -> list[int]:
+    """Return the size of each file's header as llama-quantize and llama-gguf-split write it, not padded."""
     kv = {key: size for key, size in header.kv_sizes.items() if key not in _SPLIT_KEYS}
     for key in ("general.quantization_version", "general.file_type"):
         kv[key] = _kv_bytes(key, 4)
@@ -240,13 +252,17 @@ def _header_bytes(
         kv["quantize.imatrix.entries_count"] = _kv_bytes("quantize.imatrix.entries_count", 4)
         if weights.chunks > 0:
             kv["quantize.imatrix.chunks_count"] = _kv_bytes("quantize.imatrix.chunks_count", 4)
-    infos = sum(24 + len(tensor.name.encode()) + 8 * len(tensor.shape) for tensor in tensors)
-    return 24 + sum(kv.values()) + infos
+    split = {key: _kv_bytes(key, n_bytes) for key, n_bytes in _SPLIT_KEYS.items()}
+    files = cut(tensors, shards) if shards else [tensors]
+    infos = [sum(24 + len(tensor.name.encode()) + 8 * len(tensor.shape) for tensor in each) for each in files]
+    first = {**kv, **split} if shards else kv
+    return [24 + sum((split if number else first).values()) + size for number, size in enumerate(infos)]
 
 
-def _file_bytes(tensors: Sequence[RecipeTensor], header_bytes: int) -> int | None:
-    """Return the exact size of a single-file output: its header, then every tensor, each padded."""
-    total = padded(header_bytes, ALIGNMENT)
+def _file_bytes(tensors: Sequence[RecipeTensor], headers: Sequence[int]) -> int | None:
+    """Return the exact size of the output: the header of each file, then every tensor, each padded. With ``--keep-split`` it is
+    that of one file."""
+    total = sum(padded(header_bytes, ALIGNMENT) for header_bytes in headers)
     for tensor in tensors:
         if tensor.n_bytes is None:
             return None

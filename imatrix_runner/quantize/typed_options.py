@@ -15,6 +15,7 @@ MAX_TEXT = 127
 """Bytes of a key or a text in llama.cpp's ``llama_model_kv_override``."""
 
 _SHOWN = 60
+_MOST_MEGABYTES = 1 << 31  # llama-gguf-split reads a C int
 _NUMBERS = {
     "int": (re.compile(r"[+-]?\d+"), "a whole number", "2048"),
     "float": (re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE), "a number", "0.5"),
@@ -58,6 +59,19 @@ def check_tensor_type(text: str) -> None:
         missing = "pattern" if equals and not pattern else "type"
         example = "For example: --tensor-type ffn_down=q6_k"
         raise UsageError(f"--tensor-type {_short(text)} has no {missing}", "the form is REGEX=TYPE", example)
+
+
+def parse_split_size(text: str) -> int:
+    """Return the megabytes (10^6 bytes) of the N(M|G) that ``--split-max-size`` takes. Raises :class:`UsageError`."""
+    match = re.fullmatch(r"(\d{1,9})([MG])", text)
+    megabytes = int(match[1]) * (1000 if match[2] == "G" else 1) if match is not None else 0
+    if not 0 < megabytes < _MOST_MEGABYTES:
+        raise UsageError(
+            f"Invalid --split-max-size {_short(text)!r}",
+            "it takes a whole number from 1 with M (10^6 bytes) or G (10^9 bytes), as llama-gguf-split does",
+            "For example: --split-max-size 48G",
+        )
+    return megabytes
 
 
 def _example(key: str, kind: str, value: str) -> str:

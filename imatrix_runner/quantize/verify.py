@@ -36,8 +36,21 @@ def verify_output(files: Sequence[Path], recipe: Recipe, weights: UsableImatrix 
             )
     for header in headers:
         _check_size(header, recipe)
+    _check_shards(headers, recipe)
     _check_metadata(headers[0], recipe, weights)
     return sum(header.file_size for header in headers)
+
+
+def _check_shards(headers: Sequence[GgufHeader], recipe: Recipe) -> None:
+    """Check what each shard says of itself, and that it holds the tensors that were planned."""
+    total = sum(len(header.tensors) for header in headers)
+    for number, header in enumerate(headers):
+        told = tuple(header.integer(f"split.{key}") for key in ("no", "count", "tensors.count"))
+        if len(headers) > 1 and told != (number, len(headers), total):
+            raise _bad(recipe, f"shard {number + 1} of {len(headers)} says that it is number {told[0]} of {told[1]}")
+    counts = tuple(len(header.tensors) for header in headers)
+    if recipe.shards and counts != recipe.shards:
+        raise _bad(recipe, f"its shards hold {counts} tensors instead of {recipe.shards}")
 
 
 def _check_size(header: GgufHeader, recipe: Recipe) -> None:

@@ -29,7 +29,13 @@ from imatrix_runner.engines.jobs import (
     Quantized,
     QuantizeJob,
 )
-from imatrix_runner.engines.llama_cpp.flags import imatrix_command, quantize_command, tokenize_command
+from imatrix_runner.engines.llama_cpp.flags import (
+    imatrix_command,
+    quantize_command,
+    require_splitter,
+    split_command,
+    tokenize_command,
+)
 from imatrix_runner.engines.llama_cpp.messages import explain, missing_weights, rounded_context
 from imatrix_runner.engines.llama_cpp.output import ImatrixOutput, QuantizeOutput, parse_token_ids
 from imatrix_runner.engines.measures import Divergence, MeasureJob, ReferenceJob
@@ -206,6 +212,7 @@ class BinariesEngine:
 
     def dry_run(self, job: QuantizeJob) -> DryRun:
         """The plan of llama-quantize's dry run, or the types that it gives the model's skeleton where it has none."""
+        require_splitter(job.options, self.toolchain)
         # A program that reads only the legacy format may insist on data for every weight even in a dry run.
         pending = job.imatrix is not None and self._programs.reads == "dat" and is_yet_to_be_made(job)
         if pending or not self.toolchain.knows("llama-quantize", "--dry-run"):
@@ -244,6 +251,7 @@ class BinariesEngine:
             return list(pool.map(lambda job: attempt(self, replace(job, log=log)), jobs))
 
     def quantize(self, job: QuantizeJob, sink: Sink) -> Quantized:
+        """Write a level with llama-quantize; llama-gguf-split then cuts it into shards, where the job wants some."""
         output = QuantizeOutput()
 
         def follow(stream: str, block: str) -> None:
@@ -254,7 +262,19 @@ class BinariesEngine:
         outcome = self._runner.run(command, log=job.log, on_text=follow)
         if not outcome.ok:
             raise explain(outcome, f"llama-quantize failed on {job.ftype}", writes=job.out)
-        return Quantized(outcome.seconds, tuple(output.fallbacks), tuple(output.without_weights))
+        seconds = outcome.seconds + (self._split(job) if job.shards else 0.0)
+        return Quantized(seconds, tuple(output.fallbacks), tuple(output.without_weights))
+
+    def _split(self, job: QuantizeJob) -> float:
+        """Cut a written level into shards, and remove it. Returns the seconds."""
+        outcome = self._runner.run(split_command(job, self.toolchain), log=job.log)
+        if not outcome.ok:
+            raise explain(outcome, f"llama-gguf-split failed on {job.ftype}", writes=job.out)
+        try:
+            job.out.unlink()
+        except OSError as error:
+            raise from_os_error(error, "removing the level in one file", job.out) from error
+        return outcome.seconds
 
     @property
     def one_pass(self) -> None:
@@ -277,11 +297,12 @@ class BinariesEngine:
         return None
 
     def commands(self, job: QuantizeJob) -> tuple[tuple[str, ...], ...]:
+        split = split_command(job, self.toolchain).typed if job.shards else ()
         if job.imatrix is None or self._programs.reads == "gguf":
-            return quantize_command(job, self.toolchain).typed
+            return (*quantize_command(job, self.toolchain).typed, *split)
         legacy = job.imatrix.with_suffix(".dat")
         convert = ("imatrix-runner", "imatrix", "convert", str(job.imatrix), str(legacy))
-        return (convert, *quantize_command(replace(job, imatrix=legacy), self.toolchain).typed)
+        return (convert, *quantize_command(replace(job, imatrix=legacy), self.toolchain).typed, *split)
 
 
 def _perplexity(output: ImatrixOutput, options: CollectOptions) -> Perplexity:

@@ -36,7 +36,7 @@ from imatrix_runner.engines.jobs import (
     Perplexity,
     QuantizeJob,
 )
-from imatrix_runner.engines.llama_cpp.flags import quantize_options
+from imatrix_runner.engines.llama_cpp.flags import quantize_options, split_words
 from imatrix_runner.engines.llama_cpp.messages import explain, recognise, with_log
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
 from imatrix_runner.engines.roundings import STOCK
@@ -102,13 +102,15 @@ class EmbeddedEngine:
         return self.bindings.devices
 
     def commands(self, job: QuantizeJob) -> tuple[tuple[str, ...], ...]:
-        """The llama-quantize command that writes the same bytes; none for numbers that it does not round so."""
+        """The commands of llama-quantize and llama-gguf-split that write the same bytes; none for numbers that they do not round
+        so."""
         if job.options.rounding != STOCK:
             return ()
         words = ["llama-quantize", *quantize_options(job.options)]
         words += ["--imatrix", job.imatrix.name] if job.imatrix is not None else []
         words += [str(job.source), str(job.out), job.ftype, *([str(job.threads)] if job.threads else [])]
-        return (*((("cd", str(job.imatrix.parent)),) if job.imatrix is not None else ()), tuple(words))
+        split = (("llama-gguf-split", *split_words(job)),) if job.shards else ()
+        return (*((("cd", str(job.imatrix.parent)),) if job.imatrix is not None else ()), tuple(words), *split)
 
     def _options(self, options: CollectOptions) -> CollectOptions:
         """A job's options, without repacking where it does not work on this processor."""

@@ -226,6 +226,29 @@ def quantize_command(job: QuantizeJob, tools: Toolchain, *, dry_run: bool = Fals
     return Command(tuple(argv), cwd=job.imatrix.parent if job.imatrix is not None else None)
 
 
+def split_command(job: QuantizeJob, tools: Toolchain) -> Command:
+    """llama-gguf-split for a level that llama-quantize has written to ``out``; its shards lie next to it."""
+    return Command((str(tools.tool(_SPLIT)), *split_words(job)))
+
+
+def split_words(job: QuantizeJob) -> tuple[str, ...]:
+    """The arguments of llama-gguf-split that cut ``out`` as the job's options want."""
+    options = job.options
+    size = options.split_max_size
+    limit = ("--split-max-size", f"{size}M") if size is not None else ("--split-max-tensors", str(options.split_max_tensors))
+    return ("--split", *limit, _path(job.out), _path(job.out.with_suffix("")))
+
+
+def require_splitter(options: QuantizeOptions, tools: Toolchain) -> None:
+    """Raise :class:`ToolchainError` if a level is to be cut into shards, and there is no program that does."""
+    if options.is_split and _SPLIT not in tools.tools:
+        raise ToolchainError(
+            "Levels cannot be cut into shards",
+            f"--split-max-size and --split-max-tensors need {_SPLIT}, and {tools.directory} has none that runs",
+            "Build it with the other programs, or use --engine embedded, which writes shards itself.",
+        )
+
+
 def quantize_options(options: QuantizeOptions) -> list[str]:
     """The options of :class:`QuantizeOptions` as llama-quantize spells them, in a fixed order."""
     argv: list[str] = []
@@ -260,6 +283,7 @@ def quantize_options(options: QuantizeOptions) -> list[str]:
 
 
 _QUANTIZE = "llama-quantize"
+_SPLIT = "llama-gguf-split"
 _TENSOR_TYPE, _CUSTOM_TYPES = "--tensor-type", "--custom-q"
 """llama.cpp's option, and ik_llama.cpp's name for it."""
 

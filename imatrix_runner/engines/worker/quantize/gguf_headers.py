@@ -1,6 +1,7 @@
-"""Headers of quantised files, made by ggml's own GGUF functions in llama-quantize's order, hence equal by construction.
+"""Headers of quantised files, made by ggml's own GGUF functions in llama-quantize's order, hence equal by construction; those
+of shards in llama-gguf-split's.
 
-Source: ``llama_model_quantize_impl`` in src/llama-quant.cpp.
+Source: ``llama_model_quantize_impl`` in src/llama-quant.cpp, ``split_strategy`` in tools/gguf-split/gguf-split.cpp.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix_runner.engines.jobs import TensorTarget
+from imatrix_runner.engines.shards import cut
 from imatrix_runner.engines.worker.library import GgufInitParams, InitParams, Library
 from imatrix_runner.engines.worker.quantize.ggml_rows import Kernels, Type
 from imatrix_runner.engines.worker.quantize.overrides import KeyValue
@@ -103,12 +105,14 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class GgufHead:
-    """What a level's header depends on, apart from its tensors."""
+    """What a level's header depends on, apart from its tensors. ``shards``: number of tensors in each shard that the finished
+    level is cut into, empty where it is not."""
 
     file_type: int
     overrides: tuple[KeyValue, ...]
     pruned: bool
     keep_split: bool
+    shards: tuple[int, ...] = ()
 
 
 class HeaderMaker:
@@ -133,9 +137,9 @@ class HeaderMaker:
     def make(self, head: GgufHead, tensors: Sequence[TensorTarget]) -> tuple[list[FileLayout], dict[str, TensorPlace]]:
         """Lay out the files of a level, and the place of each tensor by its name there; ``tensors`` in the output's order."""
         ggml = self._ggml
-        shard_of = {tensor.name: self._source.tensors[tensor.original].file for tensor in tensors}
-        n_files = max(shard_of.values(), default=0) + 1 if head.keep_split else 1
-        contexts = [ggml("gguf_init_empty")() for _ in range(n_files)]
+        files = self._files(head, tensors)
+        n_files = len(files)
+        contexts = [ggml("gguf_init_empty")() for _ in files]
         try:
             with self._metadata() as metadata:
                 ggml("gguf_set_kv")(contexts[0], metadata)
@@ -145,9 +149,8 @@ class HeaderMaker:
                     ggml("gguf_set_val_u16")(context, b"split.no", index)
                     ggml("gguf_set_val_u16")(context, b"split.count", n_files)
                     ggml("gguf_set_val_i32")(context, b"split.tensors.count", len(tensors))
-            files = [
-                [tensor for tensor in tensors if n_files == 1 or shard_of[tensor.name] == index] for index in range(n_files)
-            ]
+                    if head.shards:  # llama-gguf-split sets it again once the number is known, which moves it to the end
+                        ggml("gguf_set_val_u16")(context, b"split.count", n_files)
             layouts: list[FileLayout] = []
             places: dict[str, TensorPlace] = {}
             for index, (context, members) in enumerate(zip(contexts, files, strict=True)):
@@ -156,6 +159,16 @@ class HeaderMaker:
         finally:
             for context in contexts:
                 ggml("gguf_free")(context)
+
+    def _files(self, head: GgufHead, tensors: Sequence[TensorTarget]) -> list[list[TensorTarget]]:
+        """The tensors of each file of a level."""
+        if head.shards:
+            return cut(tensors, head.shards)
+        if not head.keep_split:
+            return [list(tensors)]
+        shard_of = [self._source.tensors[tensor.original].file for tensor in tensors]
+        numbered = list(zip(shard_of, tensors, strict=True))
+        return [[tensor for file, tensor in numbered if file == index] for index in range(max(shard_of, default=0) + 1)]
 
     def _set_keys(self, context: int, head: GgufHead, tensors: Sequence[TensorTarget]) -> None:
         ggml = self._ggml

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from imatrix_runner.engines.jobs import LEDGER_NAME, PassLevel
+from imatrix_runner.engines.shards import shard_paths
 from imatrix_runner.engines.worker.quantize.gguf_headers import FileLayout, TensorPlace
 from imatrix_runner.engines.worker.quantize.ledger import Ledger, LedgerEntry, LedgerHead, read
 from imatrix_runner.engines.worker.refusal import Refusal
@@ -98,6 +99,8 @@ class LevelOutput:
         fresh = known is None or known[0] != head or not whole
         if fresh:
             (folder / LEDGER_NAME).unlink(missing_ok=True)
+            for other in folder.glob("*.gguf"):  # unfinished shards of another number, for example
+                other.unlink()
         files: list[OutputFile] = []
         try:
             for path, layout in zip(paths, layouts, strict=True):
@@ -142,8 +145,6 @@ class LevelOutput:
 
 
 def file_names(level: PassLevel, count: int) -> list[Path]:
-    """llama-quantize's file names: with ``--keep-split`` a number after the stem, even for one shard."""
+    """llama.cpp's file names of shards: with ``--keep-split`` they have a number even if there is only one."""
     out = level.job.out
-    if not level.job.options.keep_split:
-        return [out]
-    return [out.with_name(f"{out.stem}-{index:05d}-of-{count:05d}.gguf") for index in range(1, count + 1)]
+    return list(shard_paths(out, count)) if level.job.options.keep_split or level.job.shards else [out]

@@ -308,7 +308,7 @@ def _head(library: Library, level: PassLevel, source: SourceHeader, weights: Ima
     overrides = [parse_override(text) for text in job.options.override_kv]
     if weights is not None and job.imatrix is not None:
         overrides += imatrix_overrides(job.imatrix.name, weights)
-    return GgufHead(number, tuple(overrides), bool(job.options.prune_layers), job.options.keep_split)
+    return GgufHead(number, tuple(overrides), bool(job.options.prune_layers), job.options.keep_split, job.shards)
 
 
 def _own_file_type(library: Library, source: SourceHeader) -> int:
