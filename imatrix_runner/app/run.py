@@ -45,10 +45,10 @@ from imatrix_runner.mixes.rounding_planner import RoundingPlanner
 from imatrix_runner.mixes.targets import is_mix, mix_targets, need_text
 from imatrix_runner.models.kind import require_measurable
 from imatrix_runner.models.model import Model, Source, parse_source
-from imatrix_runner.quantize.disk_room import reserved_bytes
+from imatrix_runner.quantize.disk_room import passing_bytes, reserved_bytes
 from imatrix_runner.quantize.executor import LevelMaker, LevelResult, MadeLevels, refused, skipped
 from imatrix_runner.quantize.level_files import finish_renames
-from imatrix_runner.quantize.plan import LevelStep, MeasureStep, MixingStep, Plan, PredictedKld
+from imatrix_runner.quantize.plan import MOST_JOBS, LevelStep, MeasureStep, MixingStep, Plan, PredictedKld
 from imatrix_runner.quantize.plan_notes import plan_notes
 from imatrix_runner.quantize.planner import LevelPlanner
 from imatrix_runner.quantize.recipe import ignored_tensor_types
@@ -283,7 +283,14 @@ class _Job:
             steps = (*steps, *map(pending_step, pending))
             mixing = mixes.work(len(pending)) if mixes is not None else None
         free = free_bytes(root) + reserved_bytes(self.session.workspace)
-        return Plan(root, model.name, chosen.step, steps, free, mixing=mixing)
+        return Plan(root, model.name, chosen.step, steps, free, mixing=mixing, passing_bytes=self._passing_bytes(steps))
+
+    def _passing_bytes(self, steps: Sequence[LevelStep]) -> int:
+        levels, session = self.request.levels, self.session
+        if levels is None or not levels.options.is_split:
+            return 0
+        apart = [step for step in steps if session.engine_for(step.level.name).capabilities.cuts_written_levels]
+        return passing_bytes(apart, levels.jobs or MOST_JOBS)
 
     def choices(
         self,
@@ -426,10 +433,11 @@ class _Job:
 
 def refuse_hopeless(plan: Plan, *, one_by_one: bool = False) -> None:
     """Raise if the disk cannot hold the plan's files (unless ``one_by_one``), or if no level of it can be made."""
-    if plan.new_bytes > plan.free_bytes and not one_by_one:
+    needed = plan.new_bytes + plan.passing_bytes
+    if needed > plan.free_bytes and not one_by_one:
         raise NoSpaceError(
             f"The {len(plan.todo)} levels do not fit on the disk" if plan.todo else "The imatrix does not fit on the disk",
-            f"{human_bytes(plan.new_bytes)} needed, {human_bytes(plan.free_bytes)} free at {existing_parent(plan.workspace)}",
+            f"{human_bytes(needed)} needed, {human_bytes(plan.free_bytes)} free at {existing_parent(plan.workspace)}",
             "Free some space, request fewer --levels, make what fits with --one-by-one, or choose another --work-dir.",
         )
     if plan.levels and len(plan.failing) == len(plan.levels):

@@ -52,12 +52,14 @@ class EngineCapabilities:
     ``loads_each_range``: the model is loaded again for every range of chunks. ``skips_projection``: the output projection is
     not computed where no perplexity is wanted. ``scores_tokens``: :meth:`Engine.measure_level` writes the scores of every
     token, so that a reference may hold part of the text and a measurement can be continued; otherwise it returns the figures
-    for the whole text. ``takes_part_of_reference``: it can compare with the first chunks of a reference without a copy."""
+    for the whole text. ``takes_part_of_reference``: it can compare with the first chunks of a reference without a copy.
+    ``cuts_written_levels``: a level that becomes shards is first written in one file."""
 
     loads_each_range: bool
     skips_projection: bool
     scores_tokens: bool
     takes_part_of_reference: bool
+    cuts_written_levels: bool
 
 
 class Engine(Protocol):

@@ -17,6 +17,12 @@ def reserved_bytes(workspace: Workspace, levels: Sequence[str] | None = None) ->
     return sum(file.stat().st_size for folder in wanted for file in folder.glob("*.gguf"))
 
 
+def passing_bytes(steps: Sequence[LevelStep], n_jobs: int) -> int:
+    """Return the bytes of the largest levels that may be on the disk twice while ``n_jobs`` of them are cut into shards."""
+    sizes = [step.facts.n_bytes or 0 for step in steps if step.state == "todo" and len(step.files) > 1]
+    return sum(sorted(sizes, reverse=True)[:n_jobs])
+
+
 def explained(error: NoSpaceError, steps: Sequence[LevelStep], workspace: Workspace) -> NoSpaceError:
     """Return the error with figures. With enough free space it is returned as it is, because then a quota was used up."""
     return error if _needed(steps, workspace) <= free_bytes(workspace.root) else disk_full(steps, workspace)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from imatrix_runner.engines.jobs import LEDGER_NAME, QuantizeOptions
 from imatrix_runner.engines.shards import MEGABYTE, MOST_SHARDS, shard_paths, tensors_per_shard
-from imatrix_runner.errors import from_os_error
+from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.journal import Journal, StepRecord
+from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.quantize.usable_imatrix import Failure
 from imatrix_runner.steps import step_id
 from imatrix_runner.workspace import Workspace
@@ -48,6 +49,18 @@ def planned_files(single: Path, options: QuantizeOptions, n_shards: int, n_sourc
     if options.keep_split:
         return shard_paths(single, n_source_files)
     return shard_paths(single.with_suffix("") / single.name, n_shards) if n_shards else (single,)
+
+
+def stays_whole(files: Sequence[Path], options: QuantizeOptions) -> bool:
+    """Whether a finished level is one file that ``options`` would not cut."""
+    if len(files) != 1 or not options.is_split:
+        return False
+    try:
+        sizes = [tensor.n_bytes for tensor in read_header(files[0]).tensors]
+    except InvalidDataError:
+        return False
+    known = [size for size in sizes if size is not None]
+    return len(known) == len(sizes) and len(tensors_per_shard(known, options)) == 1
 
 
 def finished_files(workspace: Workspace, record: StepRecord) -> tuple[Path, ...]:

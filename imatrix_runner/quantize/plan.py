@@ -122,6 +122,9 @@ class Plan:
     def failing(self) -> tuple[LevelStep, ...]:
         return tuple(step for step in self.levels if step.state == "fails")
 
+    passing_bytes: int = 0
+    """Bytes that are on the disk only while levels are made, in addition to :attr:`new_bytes`."""
+
     @property
     def new_bytes(self) -> int:
         """The bytes that the imatrix and the levels will take (levels of a size that only a fork knows count as 0)."""

@@ -25,7 +25,7 @@ from imatrix_runner.imatrix.formats import MatrixFile, write_gguf
 from imatrix_runner.imatrix.matrix import Matrix, MatrixEntry
 from imatrix_runner.journal import StepRecord, differences, is_intact
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.quantize.level_files import finished_files, planned_files
+from imatrix_runner.quantize.level_files import finished_files, planned_files, stays_whole
 from imatrix_runner.quantize.plan import MOVE_AWAY, LevelStep, level_inputs, needs_dry_run, plan_level
 from imatrix_runner.quantize.recipe import Recipe
 from imatrix_runner.quantize.resolve import FAIL, Resolved, Resolver
@@ -148,27 +148,34 @@ class LevelPlanner:
         return usable_weights(matrix.matrix, matrix.path, self.request.options, uncollected(self.frozen.model))
 
     def _draft(self, level: Level, fingerprint: str, options: QuantizeOptions | None = None) -> _Draft:
-        """Return what is known about a level without a dry run."""
+        """Return what is known about a level without a dry run. ``options``: those that it is made with, where they are known:
+        a level that fits into one shard has none that say how to cut it."""
         journal, name = self.session.journal, step_id("level", level.name)
+        record = journal.get(name)
+        intact = journal.still_there(name, save=not self.session.dry_run)
+        if options is None:
+            options = self.request.options
+            if record is not None and intact and stays_whole(finished_files(self.session.workspace, record), options):
+                options = options.unsplit
         inputs = level_inputs(
             level,
-            options or self.request.options,
+            options,
             source=self.frozen.fingerprint,
             imatrix=fingerprint,
             engine=self._engine(level).identity(),
             further=_further(self.request),
         )
-        record = journal.get(name)
-        intact = journal.still_there(name, save=not self.session.dry_run)
         return _Draft(level, inputs, record, intact, needs_dry_run(record, inputs, intact=intact))
 
     def _plan(self, draft: _Draft, resolver: Resolver, fingerprint: str) -> LevelStep:
         level, resolved = draft.level, None
         if resolver.uncovered != FAIL:  # pins count as options; a level without pins keeps its inputs
             resolved = self._resolve(level, resolver)
-            draft = self._draft(level, fingerprint, resolved.options)
+            draft = self._draft(level, fingerprint, _effective(resolved.options, resolved.recipe))
         elif draft.unknown:
             resolved = self._resolve(level, resolver)
+            if self.request.options.is_split:
+                draft = self._draft(level, fingerprint, _effective(self.request.options, resolved.recipe))
         inputs, record, intact = draft.inputs, draft.record, draft.intact
         files = self._files(draft, resolved)
         foreign = _foreign(files, record, self.session.workspace, intact=intact)
@@ -188,6 +195,11 @@ class LevelPlanner:
     def _resolve(self, level: Level, resolver: Resolver) -> Resolved:
         self.session.stop.check()
         return resolver.resolve(level, self.session.log(step_id("level", level.name)))
+
+
+def _effective(options: QuantizeOptions, recipe: Recipe) -> QuantizeOptions:
+    """Return the options that a level depends on: not how to cut it, if it fits into one shard."""
+    return options if recipe.shards or recipe.failures else options.unsplit
 
 
 def _foreign(files: Sequence[Path], record: StepRecord | None, workspace: Workspace, *, intact: bool) -> str:

@@ -168,7 +168,7 @@ def make_recipe(
         tuple(lacks.unseen) if lacks is not None else (),
         tuple(lacks.starved) if lacks is not None else (),
         dry_run.certain,
-        fingerprint_of(options, "content"),
+        fingerprint_of(options if shards else options.unsplit, "content"),
         shards,
     )
 

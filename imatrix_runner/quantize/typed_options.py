@@ -63,7 +63,7 @@ def check_tensor_type(text: str) -> None:
 
 def parse_split_size(text: str) -> int:
     """Return the megabytes (10^6 bytes) of the N(M|G) that ``--split-max-size`` takes. Raises :class:`UsageError`."""
-    match = re.fullmatch(r"(\d{1,9})([MG])", text)
+    match = re.fullmatch(r"([0-9]{1,9})([MG])", text)
     megabytes = int(match[1]) * (1000 if match[2] == "G" else 1) if match is not None else 0
     if not 0 < megabytes < _MOST_MEGABYTES:
         raise UsageError(

@@ -59,10 +59,11 @@ class BareTools:
         done = self.call_quantize(model, out, ftype, *options, imatrix=imatrix)
         return done.returncode, (done.stdout + done.stderr).decode()
 
-    def split(self, model: Path, prefix: Path, max_tensors: int) -> list[Path]:
-        """Shards of a model, in order."""
+    def split(self, model: Path, prefix: Path, max_tensors: int = 128, *, max_size: str = "") -> list[Path]:
+        """Shards of a model, in order; ``max_size`` such as ``2M`` in place of a number of tensors."""
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._run("llama-gguf-split", "--split", "--split-max-tensors", str(max_tensors), str(model), str(prefix))
+        limit = ("--split-max-size", max_size) if max_size else ("--split-max-tensors", str(max_tensors))
+        self._run("llama-gguf-split", "--split", *limit, str(model), str(prefix))
         return sorted(prefix.parent.glob(f"{prefix.name}-*-of-*.gguf"))
 
     def _run(self, tool: str, *arguments: str, cwd: Path | None = None) -> str:

@@ -165,6 +165,7 @@ class Passes:
             assert isinstance(dry, DryRun), dry
             recipe = make_recipe(level, source.header, source.tensors, dry, weights, job.options)
             targets = tuple(TensorTarget(tensor.name, tensor.original, tensor.type) for tensor in recipe.tensors)
+            job = replace(job, shards=recipe.shards)
             planned.append(PassLevel(level.name, job, targets, f"{level.name} of {model}"))
         return PassJob(
             step="pass",

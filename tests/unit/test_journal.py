@@ -265,6 +265,51 @@ class TestConclude:
         assert journal.get("a") is None
 
 
+class TestFinishRenames:
+    """Renames after a record was written: all of them, or none."""
+
+    @staticmethod
+    def made(folder: Path) -> tuple[Journal, list[StepOutput]]:
+        """A step with two files in a folder of their own, neither of which has its name yet."""
+        parts = folder / "parts"
+        parts.mkdir()
+        outputs = [replace(write(parts / name, name.encode()), name=f"m/{name}") for name in ("one", "two")]
+        journal = Journal(folder / "journal.json")
+        journal.record("a", record(outputs))
+        return journal, outputs
+
+    def test_they_go_on_where_they_ended(self, tmp_path: Path) -> None:
+        journal, _ = self.made(tmp_path)
+        (tmp_path / "m").mkdir()
+        (tmp_path / "parts" / "one").replace(tmp_path / "m" / "one")
+        assert journal.finish_renames("a", tmp_path / "parts")
+        assert outputs_intact(journal["a"], tmp_path)
+        assert not journal.finish_renames("a", tmp_path / "parts")
+
+    @pytest.mark.parametrize("what", ["lost", "changed", "taken"])
+    def test_nothing_is_renamed_if_one_cannot_be(self, what: str, tmp_path: Path) -> None:
+        journal, _ = self.made(tmp_path)
+        if what == "lost":
+            (tmp_path / "parts" / "two").unlink()
+        elif what == "changed":
+            (tmp_path / "parts" / "two").write_bytes(b"others")
+        else:
+            (tmp_path / "m").mkdir()
+            (tmp_path / "m" / "two").write_bytes(b"precious")
+        assert not journal.finish_renames("a", tmp_path / "parts")
+        assert (tmp_path / "parts" / "one").exists()
+        assert what != "taken" or (tmp_path / "m" / "two").read_bytes() == b"precious"
+
+    @pytest.mark.parametrize("name", ["../one", "/tmp/one", "m/../../one"])
+    def test_no_name_leads_out_of_the_workspace(self, name: str, tmp_path: Path) -> None:
+        root = tmp_path / "workspace"
+        root.mkdir()
+        journal, outputs = self.made(root)
+        journal.record("a", record([replace(outputs[0], name=name)]))
+        assert not journal.finish_renames("a", root / "parts")
+        assert (root / "parts" / "one").exists()
+
+
 @pytest.mark.parametrize(
     ("commands", "line"),
     [

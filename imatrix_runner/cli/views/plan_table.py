@@ -66,6 +66,7 @@ def _plan_columns(plan: Plan) -> tuple[Column[LevelStep], ...]:
     return (
         Column("Level", lambda step: step.level.name, left=True),
         Column("Size", lambda step: _size(step.facts.n_bytes)),
+        Column("Shards", lambda step: str(len(step.files)) if len(step.files) > 1 else None, 2),
         Column("Bits/weight", lambda step: _bits(step.facts), 2),
         Column("Imatrix", lambda step: _imatrix_cell(step.facts, plan.imatrix), 1, left=True),
         Column("Predicted KLD", predicted, 4),
@@ -123,6 +124,7 @@ def _result_columns(source_bytes: int) -> tuple[Column[LevelResult], ...]:
     return (
         Column("Level", lambda level: level.step.level.name, left=True),
         Column("Size", lambda level: _size(level.n_bytes)),
+        Column("Shards", lambda level: str(len(level.step.files)) if len(level.step.files) > 1 else None, 2),
         Column("Of source", lambda level: f"{level.n_bytes / source_bytes:.0%}" if level.n_bytes else "-", 3),
         Column("Bits/weight", lambda level: _bits(level.step.facts), 2),
         Column("Fallback", lambda level: _fallback_cell(level.step.facts), 4, left=True),

@@ -67,7 +67,11 @@ class BinariesEngine:
 
     name = "binaries"
     capabilities = EngineCapabilities(
-        loads_each_range=True, skips_projection=False, scores_tokens=False, takes_part_of_reference=False
+        loads_each_range=True,
+        skips_projection=False,
+        scores_tokens=False,
+        takes_part_of_reference=False,
+        cuts_written_levels=True,
     )
 
     def __init__(self, toolchain: Toolchain, runner: Runner, repacking: Repacking = REPACKS, cache: Path | None = None) -> None:

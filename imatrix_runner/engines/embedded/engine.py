@@ -77,7 +77,11 @@ class EmbeddedEngine:
 
     name = "embedded"
     capabilities = EngineCapabilities(
-        loads_each_range=False, skips_projection=True, scores_tokens=True, takes_part_of_reference=True
+        loads_each_range=False,
+        skips_projection=True,
+        scores_tokens=True,
+        takes_part_of_reference=True,
+        cuts_written_levels=False,
     )
 
     def __init__(self, bindings: Bindings, runner: Runner, cache: Path | None = None) -> None:
@@ -102,8 +106,8 @@ class EmbeddedEngine:
         return self.bindings.devices
 
     def commands(self, job: QuantizeJob) -> tuple[tuple[str, ...], ...]:
-        """The commands of llama-quantize and llama-gguf-split that write the same bytes; none for numbers that they do not round
-        so."""
+        """The commands of llama-quantize and llama-gguf-split that write the same bytes; none for numbers that they do not
+        round so."""
         if job.options.rounding != STOCK:
             return ()
         words = ["llama-quantize", *quantize_options(job.options)]
