@@ -122,7 +122,8 @@ def test_a_level_in_shards_is_measured(tiny_model: Path, runner: RunCommand, tmp
     text = tmp_path / "held_out.txt"
     text.write_text(paragraphs(4000), encoding="utf-8")
     figures = []
-    for work, options in (("whole", ()), ("cut", ("--split-max-tensors", "4"))):
+    ways: dict[str, tuple[str, ...]] = {"whole": (), "cut": ("--split-max-tensors", "4")}
+    for work, options in ways.items():
         made = ("run", tiny_model, "--imatrix", "none", "--levels", "Q4_K_M", "-t", "1", "--work-dir", work, *options)
         done = runner(*made, "--evaluate", "--text", text, "-c", "128", "--json")
         assert done.code == 0, done.err
