@@ -80,7 +80,7 @@ class LevelUploads:
                 self._upload(name)
             report = self._job.report(self._session.runner, self._session.sink, dry_run=False)
             levels = [ready_level(self._session.workspace, self._session.journal, name) for name in self._names]
-            return self._job.finish(self._job.last_unit(report, levels, self._job.paths(levels)), began)
+            return self._job.finish(self._job.last_unit(report, levels), began)
         except InterruptedRunError:
             raise
         except RunnerError as error:

@@ -12,13 +12,14 @@ from imatrix_runner.app.report import gather, make_report
 from imatrix_runner.context.context import Context, held
 from imatrix_runner.context.named_workspace import workspace_of
 from imatrix_runner.context.requests import PublishRequest
-from imatrix_runner.events import Sink
+from imatrix_runner.errors import InvalidDataError
+from imatrix_runner.events import Sink, ignore, info
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.hub import Hub, PublishingHub
 from imatrix_runner.process import Runner
-from imatrix_runner.publish.companions import companions, with_merged_card
-from imatrix_runner.publish.local_files import ReadyLevel, level_files, ready_levels, recipe_files, small_file
-from imatrix_runner.publish.publish_plan import FileState, PublishUnit
+from imatrix_runner.publish.companions import companions, report_on, with_merged_card
+from imatrix_runner.publish.local_files import ReadyLevel, level_files, ready_level, ready_levels, recipe_files, small_file
+from imatrix_runner.publish.publish_plan import FileState, PublishUnit, is_same
 from imatrix_runner.publish.published_names import level_paths
 from imatrix_runner.publish.publisher import FileResult, RepositoryPublisher, Target
 from imatrix_runner.report.document import Report, read_report
@@ -71,16 +72,16 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         journal = Journal(workspace.journal)
         job = PublishJob(request, workspace, journal, publisher_of(request, hub, context.sink))
         job.publisher.check()
-        levels = ready_levels(workspace, journal, request.levels, save=not dry_run)
-        paths = job.paths(levels)
-        report = job.report(runner, context.sink, dry_run=dry_run)
-        units = [*(job.level_unit(level, paths[level.name]) for level in levels), job.last_unit(report, levels, paths)]
+        levels = job.publishable(ready_levels(workspace, journal, request.levels, save=not dry_run))
+        paths = job.paths(levels, context.sink)
+        units = [job.level_unit(level, paths[level.name]) for level in levels]
+        last = job.last_unit(job.report(runner, context.sink, dry_run=dry_run), levels) if request.describe else None
         if dry_run:
-            return job.dry_run(units, time.monotonic() - began)
-        job.publisher.refuse(units[:-1])
-        for unit in units[:-1]:
+            return job.dry_run([*units, *([last] if last is not None else [])], time.monotonic() - began)
+        job.publisher.refuse(units)
+        for unit in units:
             job.publisher.bring(unit)
-        return job.finish(units[-1], began)
+        return job.finish(last, began)
 
 
 def publisher_of(request: PublishRequest, hub: PublishingHub, sink: Sink) -> RepositoryPublisher:
@@ -97,9 +98,9 @@ class PublishJob:
     journal: Journal
     publisher: RepositoryPublisher
 
-    def paths(self, levels: Sequence[ReadyLevel]) -> Mapping[str, tuple[str, ...]]:
-        """The paths of levels' files in the repository, by level."""
-        return level_paths(levels, self.workspace.model, self.request.name_template, self.publisher.sink)
+    def paths(self, levels: Sequence[ReadyLevel], sink: Sink = ignore) -> Mapping[str, tuple[str, ...]]:
+        """The paths of levels' files in the repository, by level; ``sink`` gets remarks on names."""
+        return level_paths(levels, self.workspace.model, self.request.name_template, sink)
 
     def report(self, runner: Runner, sink: Sink, *, dry_run: bool) -> Report:
         """The report whose forms are published; the one in the workspace is made anew if something changed."""
@@ -133,22 +134,46 @@ class PublishJob:
         files += [small_file(path.name, content) for path, content in recipe_files(self.workspace, level)]
         return PublishUnit(f"Upload {level.name}", tuple(files), level.name)
 
-    def last_unit(self, report: Report, levels: Sequence[ReadyLevel], paths: Mapping[str, tuple[str, ...]]) -> PublishUnit:
-        """What comes with the levels."""
-        names = {name: path for level in levels for (name, _, _), path in zip(level.files, paths[level.name], strict=True)}
-        return companions(self.workspace, self.journal, report, names)
+    def publishable(self, levels: Sequence[ReadyLevel]) -> tuple[ReadyLevel, ...]:
+        """The levels without those that were not asked for by name and are neither here nor on the hub."""
+        lost = [level for level in levels if not self.request.levels and not level.is_here and not self._is_there(level)]
+        for level in lost:
+            self.publisher.sink(info(f"{level.name} is left out: its file is gone, and {self.request.to} does not have it."))
+        left = tuple(level for level in levels if level not in lost)
+        if not left:
+            raise InvalidDataError(
+                f"There is nothing to publish in {self.workspace.root}",
+                "the files of all its levels are gone",
+                "Make some first: imatrix-runner run MODEL",
+            )
+        return left
 
-    def finish(self, last: PublishUnit, began: float) -> PublishResult:
+    def _is_there(self, level: ReadyLevel) -> bool:
+        """Whether the hub has all files of a level."""
+        remote, paths = self.publisher.known().files, self.paths([level])[level.name]
+        return all(is_same(file, remote.get(file.name)) for file in level_files(self.workspace, level, paths))
+
+    def last_unit(self, report: Report, levels: Sequence[ReadyLevel]) -> PublishUnit:
+        """What comes with ``levels``, and with those that the hub has already."""
+        wanted = {level.name for level in levels}
+        names = [each.name for each in report.levels if each.name not in wanted]
+        others = [ready_level(self.workspace, self.journal, name, save=False) for name in names]
+        shown = [*levels, *(level for level in others if self._is_there(level))]
+        paths = self.paths(shown)
+        found = {name: path for level in shown for (name, _, _), path in zip(level.files, paths[level.name], strict=True)}
+        return companions(self.workspace, self.journal, report_on(report, {level.name for level in shown}), found)
+
+    def finish(self, last: PublishUnit | None, began: float) -> PublishResult:
         """Publish what comes with the levels, and verify everything."""
         publisher = self.publisher
-        publisher.bring(last, lambda changes: with_merged_card(last, changes))
+        if last is not None:
+            publisher.bring(last, lambda changes: with_merged_card(last, changes))
         verified = publisher.verify()
-        assert publisher.remote is not None
         collection = publisher.hub.collect(self.request.collection, self.request.to) if self.request.collection else ""
         return PublishResult(
             self.request.to,
             publisher.hub.page(self.request.to),
-            publisher.remote.commit,
+            publisher.known().commit,
             tuple(publisher.results),
             time.monotonic() - began,
             verified,
@@ -158,12 +183,11 @@ class PublishJob:
     def dry_run(self, units: Sequence[PublishUnit], seconds: float) -> PublishResult:
         """What would be uploaded, what is there already, and what is in the way."""
         states, publisher = self.publisher.states(units), self.publisher
-        assert publisher.remote is not None
         planned = tuple(
             PlannedFile(file.name, unit.level, file.n_bytes, states[file.name]) for unit in units for file in unit.files
         )
         repo = self.request.to
-        return PublishResult(repo, publisher.hub.page(repo), publisher.remote.commit, (), seconds, planned=planned)
+        return PublishResult(repo, publisher.hub.page(repo), publisher.known().commit, (), seconds, planned=planned)
 
 
 def command_of(workspace: Path, request: PublishRequest) -> str:

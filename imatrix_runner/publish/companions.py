@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from imatrix_runner.files import sha256
@@ -28,6 +28,31 @@ def companions(workspace: Workspace, journal: Journal, report: Report, paths: Ma
     manifest = calibration_manifest(workspace, journal, report)
     files += [file_on_disk(manifest.name, manifest, sha256(manifest))] if manifest is not None else []
     return PublishUnit(TITLE, tuple(files))
+
+
+def report_on(report: Report, names: Collection[str]) -> Report:
+    """The report without the levels that are not among ``names``."""
+    if all(level.name in names for level in report.levels):
+        return report
+    left = {level.name for level in report.levels} - {*names}
+    levels = [
+        replace(
+            level,
+            same_as=level.same_as if level.same_as not in left else "",
+            others=tuple(other for other in level.others if other not in left),
+        )
+        for level in report.levels
+        if level.name not in left
+    ]
+    return replace(
+        report,
+        levels=tuple(levels),
+        comparisons=tuple(each for each in report.comparisons if each.level not in left),
+        without_twin=tuple(each for each in report.without_twin if each.level not in left),
+        domain=tuple(each for each in report.domain if each.level not in left),
+        picks=tuple(each for each in report.picks if each.level not in left),
+        steps=tuple(each for each in report.steps if each.what not in left),
+    )
 
 
 def as_published(report: Report, paths: Mapping[str, str]) -> Report:

@@ -79,7 +79,7 @@ class RepositoryPublisher:
 
     def states(self, units: Sequence[PublishUnit]) -> dict[str, FileState]:
         """The state of every file on the hub, by name."""
-        remote = self._known()
+        remote = self.known()
         files = [file for unit in units for file in unit.files]
         others = differing(files, remote)
         mine = self._replaceable(self.hub.changes(remote), others) if others else set()
@@ -100,7 +100,7 @@ class RepositoryPublisher:
 
     def prepare(self) -> RemoteRepository:
         """Make the repository if it is missing, and have it gated if that was asked for, before a file is in it."""
-        remote = self._known()
+        remote = self.known()
         if not remote.exists:
             remote = self.hub.create(self.target.repo, private=self.target.private)
             kind = "private" if remote.private else "public"
@@ -163,7 +163,8 @@ class RepositoryPublisher:
             what = status if file.name in names else "there"
             self.results.append(FileResult(file.name, unit.level, file.n_bytes, file.sha256, what))
 
-    def _known(self) -> RemoteRepository:
+    def known(self) -> RemoteRepository:
+        """The repository as it was when it was last looked at, or written to."""
         return self.remote if self.remote is not None else self.check()
 
     def _replaceable(self, changes: Changes, names: Sequence[str]) -> set[str]:

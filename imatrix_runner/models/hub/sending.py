@@ -14,7 +14,7 @@ from imatrix_runner.files import human_seconds
 from imatrix_runner.models.hub.advice import Asked
 from imatrix_runner.models.hub.limits import watch_session
 from imatrix_runner.models.hub.transfer import in_background
-from imatrix_runner.models.hub.upload_advice import LONGEST_UPLOAD_WAIT, explain_upload, passes, pause_of
+from imatrix_runner.models.hub.upload_advice import LONGEST_UPLOAD_WAIT, explain_upload, is_bug, passes, pause_of
 from imatrix_runner.signals import Stop
 from imatrix_runner.untrusted import split_url
 
@@ -106,7 +106,7 @@ def send(work: Callable[[], T], asked: Asked, stop: Stop, sink: Sink, meter: Sen
         return in_background(partial(repeated, attempt), check)
     except Exception as error:
         explained = explain_upload(error, asked)
-        if explained is error:
+        if explained is error or is_bug(error):
             raise
         raise explained from error
 

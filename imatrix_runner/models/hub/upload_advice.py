@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import imatrix_runner
 from imatrix_runner.errors import RunnerError, UploadError, from_os_error
 from imatrix_runner.files import human_seconds
-from imatrix_runner.models.hub.advice import Asked, retry_after
+from imatrix_runner.models.hub.advice import Asked, no_hub, retry_after
 from imatrix_runner.safe_text import printable
 
 LONGEST_UPLOAD_WAIT = 900.0
 """Seconds to wait at most when a hub requests a pause during an upload: its windows for limits have five minutes."""
 
+_PACKAGE = Path(imatrix_runner.__file__).parent
 _AGAIN = "Run the same command again: it uploads only what is missing."
 _PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 
@@ -44,6 +47,14 @@ def passes(error: BaseException) -> bool:
 def pause_of(error: BaseException | None) -> float | None:
     """The pause in seconds that the hub asks for; None if it names none."""
     return next((wait for each in causes(error) if (wait := retry_after(each)) is not None), None)
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error comes from a line of this program, and not from the library or from what a hub sent."""
+    place, last = error.__traceback__, ""
+    while place is not None:
+        last, place = place.tb_frame.f_code.co_filename, place.tb_next
+    return not isinstance(error, (RunnerError, OSError)) and Path(last).is_relative_to(_PACKAGE)
 
 
 def explain_upload(error: BaseException, asked: Asked) -> RunnerError:
@@ -84,6 +95,9 @@ def explain_upload(error: BaseException, asked: Asked) -> RunnerError:
         if isinstance(each, OSError) and each.errno is not None:
             return from_os_error(each, f"uploading to {asked.hub_id.repo}")
     innermost = list(causes(error))[-1]
+    if isinstance(innermost, (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StopIteration)):
+        found = no_hub(asked)  # not JSON, or values of other types than a hub's
+        return UploadError(found.what, found.why, found.todo)
     return UploadError(
         f"The upload to {asked.hub_id.repo} failed",
         f"{type(innermost).__name__}: {printable(str(innermost))[:200]}" if str(innermost) else type(innermost).__name__,
