@@ -46,6 +46,7 @@ class LevelUploads:
         self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._names: list[str] = []
         self._failed: list[str] = []
+        self._template_checked = False
         self._bug: BaseException | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -80,7 +81,9 @@ class LevelUploads:
                 self._upload(name)
             report = self._job.report(self._session.runner, self._session.sink, dry_run=False)
             levels = [ready_level(self._session.workspace, self._session.journal, name) for name in self._names]
-            return self._job.finish(self._job.last_unit(report, levels), began)
+            last = self._job.last_unit(report, levels)
+            self._job.look_through([last])
+            return self._job.finish(last, began)
         except InterruptedRunError:
             raise
         except RunnerError as error:
@@ -108,6 +111,10 @@ class LevelUploads:
         level = ready_level(self._session.workspace, self._session.journal, name)
         unit = self._job.level_unit(level, self._job.paths([level])[name])
         self._job.publisher.refuse([unit])
+        self._job.look_through([unit])
+        if not self._template_checked:
+            self._template_checked = True
+            self._job.tell_of_template([level], [unit], self._session.runner)
         self._job.publisher.bring(unit)
 
 

@@ -17,11 +17,13 @@ from imatrix_runner.events import Sink, ignore, info
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.hub import Hub, PublishingHub
 from imatrix_runner.process import Runner
+from imatrix_runner.publish.before_upload import refuse_secrets, tell_of_template
 from imatrix_runner.publish.companions import companions, report_on, with_merged_card
 from imatrix_runner.publish.local_files import ReadyLevel, level_files, ready_level, ready_levels, recipe_files, small_file
-from imatrix_runner.publish.publish_plan import FileState, PublishUnit, is_same
+from imatrix_runner.publish.publish_plan import FileState, PublishUnit, is_same, missing
 from imatrix_runner.publish.published_names import level_paths
 from imatrix_runner.publish.publisher import FileResult, RepositoryPublisher, Target
+from imatrix_runner.publish.secrets import local_names
 from imatrix_runner.report.document import Report, read_report
 from imatrix_runner.report.views.forms import JSON
 from imatrix_runner.workspace import Workspace
@@ -76,8 +78,11 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         paths = job.paths(levels, context.sink)
         units = [job.level_unit(level, paths[level.name]) for level in levels]
         last = job.last_unit(job.report(runner, context.sink, dry_run=dry_run), levels) if request.describe else None
+        everything = [*units, *([last] if last is not None else [])]
+        job.look_through(everything)
+        job.tell_of_template(levels, units, runner)
         if dry_run:
-            return job.dry_run([*units, *([last] if last is not None else [])], time.monotonic() - began)
+            return job.dry_run(everything, time.monotonic() - began)
         job.publisher.refuse(units)
         for unit in units:
             job.publisher.bring(unit)
@@ -133,6 +138,20 @@ class PublishJob:
         files = [*level_files(self.workspace, level, paths)]
         files += [small_file(path.name, content) for path, content in recipe_files(self.workspace, level)]
         return PublishUnit(f"Upload {level.name}", tuple(files), level.name)
+
+    def look_through(self, units: Sequence[PublishUnit]) -> None:
+        """Refuse secrets and paths of this machine in what would be uploaded."""
+        place = self.journal.fact("source_at") or ""
+        folders = [Path(place).parent] if Path(place).is_absolute() else []
+        local = local_names(self.workspace.root, *folders, secrets=self.publisher.hub.held_secrets())
+        remote = self.publisher.known()
+        refuse_secrets((file for unit in units for file in missing(unit.files, remote)), local, self.publisher.sink)
+
+    def tell_of_template(self, levels: Sequence[ReadyLevel], units: Sequence[PublishUnit], runner: Runner) -> None:
+        """Check the chat template, if a level will be uploaded."""
+        remote = self.publisher.known()
+        if any(unit.level and missing(unit.files, remote) for unit in units):
+            tell_of_template(self.workspace, self.journal, levels, runner, self.publisher.sink)
 
     def publishable(self, levels: Sequence[ReadyLevel]) -> tuple[ReadyLevel, ...]:
         """The levels without those that were not asked for by name and are neither here nor on the hub."""

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from imatrix_runner.journal import Journal
 from imatrix_runner.workspace import Workspace
+from support.dialogues import TEMPLATE
 from support.hub_server import HubServer, be_quick_and_anonymous
 from support.in_process import CommandLine
 from support.publishing import LEVELS, RUN, TO, TOKEN, contents, expected, finished_levels, published, stored_once, titles
+from support.tiny_models import write_llama_gguf
 from support.workspaces import copy, run_here
 
 TITLES = [*(f"Upload {level}" for level in LEVELS), "Upload card, imatrix and report"]
@@ -163,3 +166,24 @@ def test_a_lost_level_is_left_out_unless_it_is_named(own: Workspace, hub: HubSer
     refused = cli("publish", own.root, "--to", TO, "--levels", "Q8_0")
     assert refused.code == 6
     assert "neither in the workspace any more" in refused.err
+
+
+def test_a_secret_stops_everything_and_is_not_repeated(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    Journal(own.journal).remember(quantized_by=f"me {TOKEN}")
+    for further in ((), ("--dry-run",)):
+        refused = cli("publish", own.root, "--to", TO, *further)
+        assert refused.code == 6
+        assert "a file holds a secret or a path of this machine" in refused.err
+        assert "README.md" in refused.err
+        assert TOKEN not in refused.err
+    assert hub.find(TO) is None
+
+
+def test_a_template_that_differs_from_the_source_is_told(tmp_path: Path, hub: HubServer, cli: CommandLine) -> None:
+    model = write_llama_gguf(tmp_path / "chat-BF16.gguf", metadata={"tokenizer.chat_template": TEMPLATE})
+    override = ("--override-kv", "tokenizer.chat_template=str:{{ messages[0].content }}<|im_end|>")
+    assert cli("run", model, "--imatrix", "none", "--levels", "Q4_0", "-t", "1", *override).code == 0
+    done = cli("publish", model, "--to", TO)
+    assert done.code == 0, done.err
+    assert "Warning: Chat template:" in done.err
+    assert "<|im_end|>" in done.err

@@ -89,7 +89,7 @@ Decide = Callable[[Changes], Sequence[NewFile]]
 
 @dataclass(frozen=True)
 class PublishingHub:
-    """A hub to publish to. The library finds the token by itself; no method takes or returns one.
+    """A hub to publish to. The library finds the token by itself; no method takes one.
 
     Every method raises :class:`UploadError` if the hub refuses or cannot be reached, and ``InterruptedRunError`` once stopped.
     """
@@ -104,6 +104,13 @@ class PublishingHub:
     def page(self, repo: str) -> str:
         """The address of a repository's page."""
         return self.asked(repo).page
+
+    def held_secrets(self) -> tuple[str, ...]:
+        """The token that the library would use, to find it where it must not stand."""
+        from huggingface_hub import get_token
+
+        token = get_token()
+        return (token,) if token else ()
 
     def check_usable(self, repo: str) -> None:
         """Check what needs no network: the name, the token, that the network may be used."""
