@@ -186,7 +186,7 @@ class PublishJob:
         """Publish what comes with the levels, and verify everything."""
         publisher = self.publisher
         if last is not None:
-            publisher.bring(last, lambda changes: with_merged_card(last, changes))
+            publisher.bring(last, lambda changes: with_merged_card(last, changes, publisher.sink))
         verified = publisher.verify()
         collection = publisher.hub.collect(self.request.collection, self.request.to) if self.request.collection else ""
         return PublishResult(

@@ -64,6 +64,16 @@ def marked(card: str) -> str:
     return f"{card.rstrip()}\n\n{_marks([*front, *sections])}\n"
 
 
+def has_marks(card: str) -> bool:
+    """Whether a card says what of it was generated."""
+    return _found_marks(_plain_lines(card)) is not None
+
+
+def without_marks(card: str) -> str:
+    """A card as it was before :func:`marked`."""
+    return _MARKS.sub("\n", _plain_lines(card)).rstrip("\n") + "\n"
+
+
 def merge_cards(ours: str, theirs: str, base: str = "") -> MergedCard:
     """The generated card ``ours``, without marks, merged into ``theirs`` from the hub. The result has marks.
 
@@ -72,6 +82,7 @@ def merge_cards(ours: str, theirs: str, base: str = "") -> MergedCard:
     """
     if len(theirs) > MOST_CHARACTERS:
         return MergedCard(theirs, ("The card on the hub is longer than 1 MiB; it stays as it is.",))
+    given = theirs
     ours, theirs, base = map(_plain_lines, (ours, theirs, base))
     before = _found_marks(theirs)
     if before is None and base:
@@ -79,7 +90,7 @@ def merge_cards(ours: str, theirs: str, base: str = "") -> MergedCard:
         if before is None:
             front, sections = _split(base[:MOST_CHARACTERS])
             before = {_short(part.key): part.digest for part in (*front, *sections)}
-    plain = _MARKS.sub("\n", theirs).rstrip("\n") + "\n"
+    plain = without_marks(theirs)
     our_front, our_sections = _split(ours)
     their_front, their_sections = _split(plain)
     if len(their_front) + len(their_sections) > _MOST_PARTS:
@@ -91,7 +102,15 @@ def merge_cards(ours: str, theirs: str, base: str = "") -> MergedCard:
     head = "---\n" + "\n".join(part.text for part in front) + "\n---\n" if front else ""
     body = "\n\n".join(part.text for part in sections if part.text)
     marks = _marks([*our_front, *our_sections])
-    return MergedCard("\n".join(filter(None, (head, body))) + f"\n\n{marks}\n", tuple(warnings))
+    text = "\n".join(filter(None, (head, body))) + f"\n\n{marks}\n"
+    # A commit for nothing but line ends would be one too many.
+    return MergedCard(given if _same_words(text, theirs) else text, tuple(warnings))
+
+
+def _same_words(text: str, other: str) -> bool:
+    """Whether two cards differ in nothing but spaces at the ends of lines, and empty lines."""
+    lines, others = ([line.rstrip() for line in each.splitlines() if line.strip()] for each in (text, other))
+    return lines == others
 
 
 def _plain_lines(text: str) -> str:
@@ -139,7 +158,7 @@ def _split(card: str) -> tuple[list[CardPart], list[CardPart]]:
 
 def _keys(lines: Sequence[str]) -> Iterator[CardPart]:
     """Each top-level key with all lines until the next one. Lines before the first, such as comments, go with it."""
-    name, kept = "", []
+    name, kept = "", list[str]()
     for line in lines:
         found = _KEY.match(line)
         if found is not None and name:
@@ -154,7 +173,7 @@ def _keys(lines: Sequence[str]) -> Iterator[CardPart]:
 def _sections(lines: Sequence[str]) -> Iterator[CardPart]:
     """Text before the first heading, then each heading of the first two levels with what follows. Lines in blocks of code and
     in comments are no headings; the first heading of level one is the title, however it is worded."""
-    key, name, kept, titled = "", "its beginning", [], False
+    key, name, kept, titled = "", "its beginning", list[str](), False
     for line, is_text in _outside_blocks(lines):
         found = _HEADING.match(line) if is_text else None
         if found is not None:

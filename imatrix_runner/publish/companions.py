@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from imatrix_runner.events import Sink, warning
 from imatrix_runner.files import sha256
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.hub import Changes
+from imatrix_runner.models.hub.cards import card_flaw
+from imatrix_runner.publish.card_merge import MergedCard, has_marks, marked, merge_cards, without_marks
 from imatrix_runner.publish.local_files import calibration_manifest, file_on_disk, imatrix_path, small_file
 from imatrix_runner.publish.publish_plan import CARD, FileToPublish, PublishUnit, is_published_here, is_same
 from imatrix_runner.report.document import Report, ReportFile, ReportLevel
@@ -20,7 +23,8 @@ TITLE = "Upload card, imatrix and report"
 def companions(workspace: Workspace, journal: Journal, report: Report, paths: Mapping[str, str]) -> PublishUnit:
     """Everything that describes the levels of a report. ``paths``: of files in the repository, by name in the workspace."""
     forms = render_forms(as_published(report, paths))
-    files = [small_file(CARD if name == MARKDOWN else name, content) for name, content in forms.items()]
+    card = small_file(CARD, marked(forms.pop(MARKDOWN).decode()).encode())
+    files = [card, *(small_file(name, content) for name, content in forms.items())]
     imatrix = report.imatrix
     if imatrix is not None and (imatrix.made_here or imatrix.origin):
         path = imatrix_path(workspace, journal, imatrix.file.sha256, imatrix.file.name)
@@ -67,14 +71,29 @@ def as_published(report: Report, paths: Mapping[str, str]) -> Report:
     return replace(report, levels=tuple(map(level, report.levels)))
 
 
-def with_merged_card(unit: PublishUnit, changes: Changes) -> PublishUnit:
+def with_merged_card(unit: PublishUnit, changes: Changes, sink: Sink) -> PublishUnit:
     """The same with what people wrote into the card on the hub."""
-    card = next(file for file in unit.files if file.name == CARD)
+    card = card_of(unit)
     there = changes.remote.files.get(CARD)
-    if there is None or is_same(card, there) or _is_untouched(changes):
+    if there is None or is_same(card, there):
         return unit
-    kept = changes.read(CARD, changes.remote.commit)
-    return replace(unit, files=tuple(small_file(CARD, kept) if file is card else file for file in unit.files))
+    content = changes.read(CARD, changes.remote.commit)
+    try:
+        theirs = content.decode()
+    except UnicodeDecodeError:
+        sink(warning("The card on the hub is not UTF-8; it stays as it is."))
+        return replace(unit, files=tuple(small_file(CARD, content) if file is card else file for file in unit.files))
+    assert card.content is not None
+    if not has_marks(theirs) and _is_untouched(changes):
+        return unit
+    merged = merge_cards(without_marks(card.content.decode()), theirs)
+    if flaw := card_flaw(merged.text):
+        sink(warning(f"The metadata of the card on the hub cannot be read ({flaw}); the card stays as it is."))
+        merged = MergedCard(theirs)
+    for sentence in merged.warnings:
+        sink(warning(sentence))
+    content = merged.text.encode()
+    return replace(unit, files=tuple(small_file(CARD, content) if file is card else file for file in unit.files))
 
 
 def _is_untouched(changes: Changes) -> bool:

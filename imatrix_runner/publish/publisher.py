@@ -19,6 +19,7 @@ from imatrix_runner.files import human_bytes
 from imatrix_runner.models.hub import Changes, Gating, NewFile, PublishingHub, RemoteRepository, SendMeter
 from imatrix_runner.models.hub.advice import Asked
 from imatrix_runner.publish.publish_plan import (
+    CARD,
     FileState,
     FileToPublish,
     PublishUnit,
@@ -168,7 +169,8 @@ class RepositoryPublisher:
         return self.remote if self.remote is not None else self.check()
 
     def _replaceable(self, changes: Changes, names: Sequence[str]) -> set[str]:
-        return replaceable(names, changes.last_changes(names), changes.commits())
+        """Those that this program wrote last, and the card, into which what people wrote is merged."""
+        return {CARD} | replaceable(names, changes.last_changes(names), changes.commits())
 
     def _meter(self, step: str, total: int, asked: Asked) -> SendMeter:
         return SendMeter(self.sink, self.hub.stop, asked, step, total)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from imatrix_runner.journal import Journal
 from imatrix_runner.workspace import Workspace
@@ -156,6 +157,38 @@ def test_the_card_lists_what_the_repository_has(own: Workspace, hub: HubServer, 
     card = repository.content("README.md").decode()
     assert "Q4_K_M.gguf" in card
     assert "Q8_0.gguf" in card
+
+
+def test_what_a_person_wrote_into_the_card_stays(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    """Published, edited in a browser, published again and again, with a level more: the edit stays, the rest is renewed."""
+    assert cli("publish", own.root, "--to", TO, "--levels", "Q8_0").code == 0
+    repository = published(hub)
+    written = repository.content("README.md").decode()
+    edited = written.replace("## How it was made", "## Thanks\n\nTo all.\n\n## How it was made").replace(
+        "by imatrix-runner", "by hand and by"
+    )
+    edited = edited.replace("library_name: gguf", "library_name: gguf\nthumbnail: https://example.org/x.png").replace(
+        "\n", "\r\n"
+    )
+    repository.add_commit("Update README.md", "", {"README.md": edited.encode()})
+    same = cli("publish", own.root, "--to", TO, "--levels", "Q8_0")
+    assert same.code == 0, same.err
+    assert "Warning" not in same.err
+    assert repository.content("README.md") == edited.encode()
+    assert titles(repository)[-1] == "Update README.md"
+    more = cli("publish", own.root, "--to", TO)
+    assert more.code == 0, more.err
+    card = ModelCard(repository.content("README.md").decode())
+    assert "## Thanks\n\nTo all.\n\n## How it was made" in card.text
+    assert "by hand and by" in card.text
+    assert "Q4_K_M.gguf" in card.text
+    assert (card.data.thumbnail, card.data.library_name) == ("https://example.org/x.png", "gguf")
+    assert (
+        "Warning: The card keeps the section 'tiny GGUF' as it was edited on the hub; the new report has another." in more.err
+    )
+    n_commits = len(titles(repository))
+    assert cli("publish", own.root, "--to", TO).code == 0
+    assert len(titles(repository)) == n_commits
 
 
 def test_a_lost_level_is_left_out_unless_it_is_named(own: Workspace, hub: HubServer, cli: CommandLine) -> None:

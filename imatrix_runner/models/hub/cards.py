@@ -43,6 +43,8 @@ _ORDER = (
     *("base_model", "base_model_relation", "model_name", "quantized_by", "library_name", "pipeline_tag"),
     *("license", "license_name", "license_link", "language", "tags"),
 )
+_MAX_BLOCK = 64 << 10
+_ANCHOR = re.compile(r"(?:^|[\s\[,{:-])[&*][A-Za-z0-9_]")
 _MAX_TEXT, _MAX_LINK, _MAX_TAGS, _MAX_LANGUAGES = 200, 1000, 40, 200
 
 
@@ -87,6 +89,30 @@ def front_matter(facts: CardFacts) -> str:
         tags=[*facts.own_tags, *(tag for tag in tags if tag.lower() not in _SOURCE_ONLY and tag not in _PIPELINES)],
     )
     return f"---\n{data.to_yaml(line_break=chr(10), original_order=list(_ORDER))}\n---\n"
+
+
+def card_flaw(card: str) -> str:
+    """Why the hub's library cannot read the metadata of a card, as a clause that begins with "it"; empty if it can.
+
+    The card may be anybody's: the size of its metadata is bounded, and anchors are refused: a few lines can mean gigabytes.
+    """
+    from huggingface_hub import ModelCard
+
+    begin, _, rest = card.partition("\n")
+    block = rest.partition("\n---")[0] if begin.rstrip() == "---" else ""
+    if len(block) > _MAX_BLOCK:
+        return f"it is longer than {_MAX_BLOCK >> 10} KiB"
+    if _ANCHOR.search(block):
+        return "it has YAML anchors or aliases"
+    try:
+        ModelCard(f"---\n{block}\n---\n")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        return f"it is not what the hub expects: {_text(str(error))}"
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):  # a package of the library's, which is not imported here
+            return f"it is not YAML: {_text(str(error))}"
+        raise
+    return ""
 
 
 def licence_address(repo: str, link: str) -> str:
