@@ -35,6 +35,7 @@ from imatrix_runner.journal import Journal, StepRecord, differences
 from imatrix_runner.mixes.mix_facts import levels_of_targets
 from imatrix_runner.models.model import parse_source
 from imatrix_runner.quantize.level_facts import facts_of_level
+from imatrix_runner.quantize.level_files import finish_renames
 from imatrix_runner.quantize.plan import LevelStep
 from imatrix_runner.quantize.plan_notes import same_tensors
 from imatrix_runner.steps import LEVEL_INPUT, MODEL_INPUT, step_id
@@ -98,6 +99,8 @@ def evaluate(
         )
     with held(workspace, request.environment, context, dry_run=dry_run) as runner:
         engine, journal = choice.make(runner), Journal(workspace.journal)
+        if not dry_run:
+            finish_renames(journal, workspace)
         session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, choice.make_additional(runner))
         model = open_source(source, request.source, session, allow_requantize=True)
         announce(model, session.sink)

@@ -24,6 +24,7 @@ from imatrix_runner.publish.publish_plan import FileState, PublishUnit, is_same,
 from imatrix_runner.publish.published_names import level_paths
 from imatrix_runner.publish.publisher import FileResult, RepositoryPublisher, Target
 from imatrix_runner.publish.secrets import local_names
+from imatrix_runner.quantize.level_files import finish_renames
 from imatrix_runner.report.document import Report, read_report
 from imatrix_runner.report.views.forms import JSON
 from imatrix_runner.workspace import Workspace
@@ -72,6 +73,8 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
     workspace = workspace_of(request.model, work_dir, context.sink, context.stop)
     with held(workspace, request.environment, context, dry_run=dry_run) as runner:
         journal = Journal(workspace.journal)
+        if not dry_run:
+            finish_renames(journal, workspace)
         job = PublishJob(request, workspace, journal, publisher_of(request, hub, context.sink))
         job.publisher.check()
         levels = job.publishable(ready_levels(workspace, journal, request.levels, save=not dry_run))

@@ -21,7 +21,7 @@ from imatrix_runner.journal import Journal, StepRecord, describe_change
 from imatrix_runner.mixes.mix_facts import is_mix_level
 from imatrix_runner.mixes.rounding_facts import rounding_of_level
 from imatrix_runner.quantize.executor import LevelMaker
-from imatrix_runner.quantize.level_facts import LevelInputs
+from imatrix_runner.quantize.level_facts import LevelInputs, uncut
 from imatrix_runner.quantize.plan import LevelStep
 from imatrix_runner.quantize.planner import LevelPlanner
 from imatrix_runner.steps import LEVEL_INPUT, MODEL_INPUT, WITHOUT_IMATRIX, step_id
@@ -50,7 +50,10 @@ class Baselines:
 
     @cached_property
     def _planner(self) -> LevelPlanner:
-        return LevelPlanner(replace(self.request, one_by_one=False, verify="header"), self.frozen, self._inside)
+        options = self.request.options.unsplit
+        return LevelPlanner(
+            replace(self.request, options=options, one_by_one=False, verify="header"), self.frozen, self._inside
+        )
 
     def plan(self, made: Mapping[str, StepRecord]) -> tuple[tuple[LevelStep, ...], dict[str, str]]:
         """Return the steps of the baselines that can be made, and for every other finished level the reason."""
@@ -104,9 +107,11 @@ class Baselines:
 
 
 def _unlike(made: StepRecord, baseline: LevelStep) -> str:
-    """Why a baseline would differ from its level by more than the imatrix; empty where it would not."""
+    """Why a baseline would differ from its level by more than the imatrix; empty where it would not. Baselines are one file,
+    and hold the same tensors however their level is cut."""
     for name in (MODEL_INPUT, "options", "engine"):
-        if baseline.inputs[name] != made.inputs.get(name):
-            change = describe_change(name, made.inputs.get(name), baseline.inputs[name])
+        before = made.inputs.get(name)
+        if baseline.inputs[name] != (uncut(before) if before is not None and name == "options" else before):
+            change = describe_change(name, before, baseline.inputs[name])
             return f"was made otherwise ({change}): make it again, or use run --evaluate --ab"
     return ""

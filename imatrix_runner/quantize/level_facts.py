@@ -5,6 +5,7 @@ Names and meanings stay; a fact that earlier programs did not write has a defaul
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from msgspec import UNSET, UnsetType
@@ -59,6 +60,11 @@ class MadeFacts:
     ftype: str | UnsetType = UNSET
     rounding: Rounding | UnsetType = UNSET
     without_feedback: tuple[str, ...] | UnsetType = UNSET
+
+
+def uncut(options: str) -> str:
+    """Return the options of a level (in its inputs) without those that only say how it is cut into shards."""
+    return re.sub(r" --split-max-(?:size \d+M|tensors \d+)(?= |$)", "", options)
 
 
 def ftype_of(record: StepRecord) -> str:

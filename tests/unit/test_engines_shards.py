@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from imatrix_runner.engines.jobs import QuantizeOptions
 from imatrix_runner.engines.shards import MEGABYTE, MOST_SHARDS, cut, shard_paths, tensors_per_shard
 from imatrix_runner.errors import UsageError
+from imatrix_runner.quantize.level_facts import uncut
 from imatrix_runner.quantize.level_files import plan_shards, planned_files
 from imatrix_runner.quantize.typed_options import parse_split_size
 
@@ -103,3 +104,15 @@ def test_what_is_no_size(text: str) -> None:
         parse_split_size(text)
     assert "10^6 bytes" in caught.value.why
     assert "--split-max-size 48G" in caught.value.todo
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("Q4_K_M", "Q4_K_M"),
+        ("Q4_K_M --split-max-size 48000M", "Q4_K_M"),
+        ("Q4_K_M --pure --split-max-tensors 9 --tensor-type-file sha256:1", "Q4_K_M --pure --tensor-type-file sha256:1"),
+    ],
+)
+def test_how_a_level_is_cut_is_left_out_of_its_options(options: str, expected: str) -> None:
+    assert uncut(options) == expected

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,6 +19,8 @@ from imatrix_runner.engines.worker.quantize.ledger import Ledger, LedgerEntry, L
 from imatrix_runner.engines.worker.refusal import Refusal
 from imatrix_runner.files import sync
 from imatrix_runner.models.gguf_file import MAGIC
+
+_MOST_FILES = 1 << 16
 
 _NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -59,6 +63,20 @@ class OutputFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def allow_open_files() -> None:
+    """Raise this process's limit on open files as far as the system lets it, to 65536 at most: systems begin with 256 or 1024,
+    and many levels in many shards need more."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS has a lower limit that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -21,7 +21,7 @@ from imatrix_runner.engines.worker.quantize import ledger, llama_quantize
 from imatrix_runner.engines.worker.quantize.ggml_rows import Kernels
 from imatrix_runner.engines.worker.quantize.gguf_headers import GgufHead, HeaderMaker, SourceHeader
 from imatrix_runner.engines.worker.quantize.native_kernels import prepare
-from imatrix_runner.engines.worker.quantize.output_files import LevelOutput
+from imatrix_runner.engines.worker.quantize.output_files import LevelOutput, allow_open_files
 from imatrix_runner.engines.worker.quantize.overrides import NotAccepted, imatrix_overrides, parse_override
 from imatrix_runner.engines.worker.quantize.rounding.row_rounder import RowRounder
 from imatrix_runner.engines.worker.quantize.slabs import SLAB, Doing, Slabs, Spent, Worker, combine
@@ -71,6 +71,7 @@ class _Pass:
 
     @classmethod
     def of(cls, job: PassJob, send: Send, stack: ExitStack) -> _Pass:
+        allow_open_files()  # each thread reads shards of the source and of donors, and every shard of every level is open
         # ggml builds its tables with OpenMP, whose threads would otherwise spin against each other on a busy machine.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         library = load()
