@@ -63,6 +63,8 @@ from imatrix_runner.imatrix.formats import prepare_gguf
 from imatrix_runner.journal import Journal, StepRecord
 from imatrix_runner.models.hub.dataset_tables import DatasetId
 from imatrix_runner.models.hub.datasets import fetch_dataset
+from imatrix_runner.models.hub.publishing import PublishingHub
+from imatrix_runner.models.hub.remote_repository import RemoteRepository, commits, tree
 from imatrix_runner.models.hub.search import Hub
 from imatrix_runner.models.origin import origin_of_directory
 from imatrix_runner.models.safetensors_file import INDEX, check_safetensors, read_directory, read_model_json
@@ -654,6 +656,41 @@ def test_a_hub_s_answer(asked: str, hub: HubServer, tmp_path: Path) -> None:
     taken = [survived(what, partial(use, data)) for what, data in typed_mutations(document, SEED, 120)]
     assert not all(taken)
     assert any(taken) or asked == "data set"  # whose files are not there: only the listing is answered
+
+
+ACCOUNT = {
+    "name": "me",
+    "orgs": [{"name": "org", "roleInOrg": "write"}],
+    "auth": {"accessToken": {"role": "write", "displayName": "x"}},
+}
+TREE = [
+    {"type": "file", "path": "a.gguf", "size": 5, "oid": "c" * 40, "lfs": {"oid": "b" * 64, "size": 5, "pointerSize": 3}},
+    {"type": "file", "path": "README.md", "size": 9, "oid": "d" * 40},
+]
+COMMITS = [{"id": "a" * 40, "title": "Upload", "message": "", "authors": [{"user": "me"}], "date": "2026-01-01T00:00:00.000Z"}]
+
+
+@pytest.mark.parametrize("document", [LISTED, ACCOUNT, TREE, COMMITS], ids=["repository", "account", "tree", "commits"])
+def test_a_hub_s_answer_to_who_publishes(document: object, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_tests")
+    client = PublishingHub(Stop(), ignore, hub.endpoint)
+    missing = RemoteRepository("org/name", exists=False)
+
+    def use(data: bytes) -> None:
+        hub.trouble.answer = data
+        if document is ACCOUNT:
+            client.require_access(missing)
+            return
+        found = tree(client.asked("org/name"), "a" * 40) if document is TREE else []
+        assert all(".." not in file.name.split("/") and file.n_bytes >= 0 for file in found)
+        if document is COMMITS:
+            assert all(len(each.commit) == 40 for each in commits(client.asked("org/name")))
+        elif document is LISTED:
+            client.look("org/name")
+
+    taken = [survived(what, partial(use, data)) for what, data in typed_mutations(document, SEED, 60)]
+    assert not all(taken)
+    assert any(taken) or document is LISTED  # whose tree is not one
 
 
 @pytest.mark.parametrize("address", ["http://[", "http://host:99999999", "http://", "nonsense"])

@@ -14,6 +14,8 @@ from imatrix_runner.models.hub.listing import Bytes, announced_sha256, is_commit
 from imatrix_runner.untrusted import UnreadableError, as_type
 
 MOST_FILES = 100_000
+_NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What the library raises for answers that are not JSON, or hold values of other types than a hub's."""
 _GIT_ID = re.compile(r"[0-9a-f]{40}")
 
 
@@ -101,7 +103,7 @@ def tree(asked: Asked, revision: str) -> list[RemoteFile]:
                 files.append(_file(entry))
             if len(files) > MOST_FILES:
                 raise no_hub(asked)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except _NO_ANSWER as error:
         raise no_hub(asked) from error
     return files
 
@@ -121,7 +123,7 @@ def commits(asked: Asked) -> list[RemoteCommit]:
     try:
         found = [RemoteCommit(each.commit_id, each.title, each.message) for each in api.list_repo_commits(asked.hub_id.repo)]
         return [each for each in as_type(msgspec.to_builtins(found), list[RemoteCommit]) if is_commit(each.commit)]
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except _NO_ANSWER as error:
         raise no_hub(asked) from error
 
 
@@ -133,7 +135,7 @@ def last_changes(asked: Asked, names: Iterable[str], revision: str) -> dict[str,
     try:
         found = api.get_paths_info(asked.hub_id.repo, list(names), expand=True, revision=revision)
         return {str(each.path): str(each.last_commit.oid) for each in found if each.last_commit is not None}
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except _NO_ANSWER as error:
         raise no_hub(asked) from error
 
 

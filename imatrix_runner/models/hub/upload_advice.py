@@ -16,6 +16,7 @@ LONGEST_UPLOAD_WAIT = 900.0
 
 _PACKAGE = Path(imatrix_runner.__file__).parent
 _AGAIN = "Run the same command again: it uploads only what is missing."
+_NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, StopIteration)
 _PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 
 
@@ -95,7 +96,7 @@ def explain_upload(error: BaseException, asked: Asked) -> RunnerError:
         if isinstance(each, OSError) and each.errno is not None:
             return from_os_error(each, f"uploading to {asked.hub_id.repo}")
     innermost = list(causes(error))[-1]
-    if isinstance(innermost, (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StopIteration)):
+    if isinstance(innermost, _NO_ANSWER):
         found = no_hub(asked)  # not JSON, or values of other types than a hub's
         return UploadError(found.what, found.why, found.todo)
     return UploadError(
