@@ -86,7 +86,7 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         job.tell_of_template(levels, units, runner)
         if dry_run:
             return job.dry_run(everything, time.monotonic() - began)
-        job.publisher.refuse(units)
+        job.publisher.refuse(everything)
         for unit in units:
             job.publisher.bring(unit)
         return job.finish(last, began)

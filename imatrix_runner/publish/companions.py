@@ -11,7 +11,16 @@ from imatrix_runner.journal import Journal
 from imatrix_runner.models.hub import Changes
 from imatrix_runner.models.hub.cards import card_flaw
 from imatrix_runner.publish.card_merge import MergedCard, has_marks, marked, merge_cards, without_marks
-from imatrix_runner.publish.local_files import calibration_manifest, file_on_disk, imatrix_path, small_file
+from imatrix_runner.publish.file_names import PublishedFile, checked_names
+from imatrix_runner.publish.label_rules import is_model_for_llama_cpp
+from imatrix_runner.publish.local_files import (
+    calibration_manifest,
+    file_on_disk,
+    imatrix_path,
+    known_digest,
+    projectors,
+    small_file,
+)
 from imatrix_runner.publish.publish_plan import CARD, FileToPublish, PublishUnit, is_published_here, is_same
 from imatrix_runner.report.document import Report, ReportFile, ReportLevel
 from imatrix_runner.report.views.forms import MARKDOWN, render_forms
@@ -21,17 +30,29 @@ TITLE = "Upload card, imatrix and report"
 
 
 def companions(workspace: Workspace, journal: Journal, report: Report, paths: Mapping[str, str]) -> PublishUnit:
-    """Everything that describes the levels of a report. ``paths``: of files in the repository, by name in the workspace."""
+    """Everything that describes the levels of a report. ``paths``: of files in the repository, by name in the workspace.
+
+    Raises :class:`UsageError` for a file whose name is against a rule.
+    """
+    imatrix = report.imatrix
+    if imatrix is not None:
+        paths = {**paths, imatrix.file.name: _imatrix_name(imatrix.file.name)}
     forms = render_forms(as_published(report, paths))
     card = small_file(CARD, marked(forms.pop(MARKDOWN).decode()).encode())
     files = [card, *(small_file(name, content) for name, content in forms.items())]
-    imatrix = report.imatrix
     if imatrix is not None and (imatrix.made_here or imatrix.origin):
         path = imatrix_path(workspace, journal, imatrix.file.sha256, imatrix.file.name)
-        files += [file_on_disk(imatrix.file.name, path, imatrix.file.sha256)] if path is not None else []
+        files += [file_on_disk(paths[imatrix.file.name], path, imatrix.file.sha256)] if path is not None else []
     manifest = calibration_manifest(workspace, journal, report)
     files += [file_on_disk(manifest.name, manifest, sha256(manifest))] if manifest is not None else []
+    files += [file_on_disk(path.name, path, known_digest(journal, path)) for path in projectors(workspace)]
+    checked_names([PublishedFile(file.name) for file in files])
     return PublishUnit(TITLE, tuple(files))
+
+
+def _imatrix_name(name: str) -> str:
+    """The name of an imatrix in the repository: its own, unless llama.cpp would take the file for a model."""
+    return "imatrix.gguf" if name.endswith(".gguf") and is_model_for_llama_cpp(name) else name
 
 
 def report_on(report: Report, names: Collection[str]) -> Report:
@@ -68,7 +89,9 @@ def as_published(report: Report, paths: Mapping[str, str]) -> Report:
     def level(found: ReportLevel) -> ReportLevel:
         return replace(found, files=tuple(map(file, found.files)))
 
-    return replace(report, levels=tuple(map(level, report.levels)))
+    imatrix = report.imatrix
+    imatrix = replace(imatrix, file=file(imatrix.file)) if imatrix is not None else None
+    return replace(report, levels=tuple(map(level, report.levels)), imatrix=imatrix)
 
 
 def with_merged_card(unit: PublishUnit, changes: Changes, sink: Sink) -> PublishUnit:

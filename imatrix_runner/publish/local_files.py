@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from imatrix_runner.models.hub import git_id
 from imatrix_runner.models.hub.publishing import SMALL_BYTES
 from imatrix_runner.publish.publish_plan import FileToPublish
 from imatrix_runner.report.document import Report
+from imatrix_runner.report.facts.gather_model import PROJECTOR
 from imatrix_runner.steps import step_id
 from imatrix_runner.workspace import Workspace
 
@@ -141,6 +143,17 @@ def calibration_manifest(workspace: Workspace, journal: Journal, report: Report)
         if path.is_file():
             return path
     return None
+
+
+def projectors(workspace: Workspace) -> tuple[Path, ...]:
+    """The multimodal projectors that were converted here, recognised by what is in them."""
+    paths = sorted(workspace.root.glob(f"{PROJECTOR}{glob.escape(workspace.model)}-*.gguf"))
+    return tuple(path for path in paths if path.is_file() and read_header(path).text("general.architecture") == "clip")
+
+
+def known_digest(journal: Journal, path: Path) -> str:
+    """The hash of a file that is not a step's: as the journal remembers it, else read from the file."""
+    return journal.known_hash(path) or sha256(path)
 
 
 def small_file(name: str, content: bytes) -> FileToPublish:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from huggingface_hub import ModelCard
 
 from imatrix_runner.journal import Journal
@@ -220,3 +222,16 @@ def test_a_template_that_differs_from_the_source_is_told(tmp_path: Path, hub: Hu
     assert done.code == 0, done.err
     assert "Warning: Chat template:" in done.err
     assert "<|im_end|>" in done.err
+
+
+def test_a_projector_comes_along(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    for name, architecture in ((f"mmproj-{own.model}-BF16.gguf", "clip"), (f"mmproj-{own.model}-F16.gguf", "llama")):
+        writer = GGUFWriter(own.root / name, architecture)
+        writer.add_tensor("v.weight", np.zeros((2, 32), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    assert cli("publish", own.root, "--to", TO).code == 0
+    assert f"mmproj-{own.model}-BF16.gguf" in published(hub).files
+    assert f"mmproj-{own.model}-F16.gguf" not in published(hub).files
