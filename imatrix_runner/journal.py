@@ -29,6 +29,9 @@ VERSION = 1
 
 T = TypeVar("T")
 
+_LONG = 200
+"""A mix has the type of every tensor among its options."""
+
 _THEN = " && "
 """The separator of shell commands that each need the one before; inside quotes it is text."""
 
@@ -363,8 +366,19 @@ def _changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def describe_change(name: str, before: str | None, now: str | None) -> str:
-    """``options: Q4_K_M -> Q4_K_M --pure``, with hashes shortened."""
-    return f"{name}: {_short(before)} -> {_short(now)}"
+    """``options: Q4_K_M -> Q4_K_M --pure``, with hashes shortened, and without the long part that both begin with."""
+    return f"{name}: {' -> '.join(_differing(_short(before), _short(now)))}"
+
+
+def _differing(before: str, now: str) -> tuple[str, str]:
+    """Both texts; of long ones only what follows the words that they have in common, with the option that these end with."""
+    if max(len(before), len(now)) <= _LONG:
+        return before, now
+    old, new = before.split(" "), now.split(" ")
+    common = next((at for at, words in enumerate(zip(old, new, strict=False)) if words[0] != words[1]), min(len(old), len(new)))
+    if common and new[common - 1].startswith("--") and common < len(new):
+        common -= 1
+    return (" ".join(("…", *old[common:])), " ".join(("…", *new[common:]))) if common else (before, now)
 
 
 def describe_changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from imatrix_runner.toolchain.probe import Toolchain
 from support.command_line import Ran, run_command, started
-from support.llama_tools import BareTools, digest, leftovers
+from support.llama_tools import BareTools, digest, fake_tools, leftovers
 from support.tiny_models import write_llama_gguf
 
 
@@ -58,6 +59,54 @@ def test_while_shards_are_written(bare: dict[str, dict[str, str]], model: Path, 
     assert done.code == 0, done.err
     assert {name: split_names(workspace / f"m-{name}") for name in bare} == bare
     assert leftovers(workspace) == []
+
+
+def test_another_limit_after_a_kill(bare: dict[str, dict[str, str]], model: Path, tmp_path: Path) -> None:
+    """Nothing of the level in one file, or of other shards, gets into these."""
+    arguments = ("quantize", model, "--imatrix", "none", "--levels", "Q4_K_M", "-t", "1")
+    workspace = tmp_path / "work" / "m"
+    for options in ((), ("--split-max-tensors", "3")):
+        with started(*arguments, *options, cwd=tmp_path) as running:
+            running.wait_for(lambda: any(path.stat().st_size > 400 for path in workspace.glob(".partial/*/ledger.jsonl")))
+            running.kill_tree()
+    make(tmp_path, model)
+    assert split_names(workspace / "m-Q4_K_M") == bare["Q4_K_M"]
+    assert not list(workspace.glob("*.gguf"))
+    assert leftovers(workspace) == []
+
+
+def test_a_gguf_split_that_dies(bare: dict[str, dict[str, str]], model: Path, toolchain: Toolchain, tmp_path: Path) -> None:
+    """Half of its shards are there, and the level in one file: the next run makes the level again."""
+    folder = fake_tools(toolchain, tmp_path / "tools")
+    program = folder / "llama-gguf-split"
+    real = toolchain.tool("llama-gguf-split")
+    program.write_text(f'#!/bin/sh\n"{real}" "$@" || exit\ncase "$1" in --split) kill -9 $$;; esac\n', encoding="utf-8")
+    program.chmod(0o755)
+    arguments = ("quantize", model, "--imatrix", "none", "--levels", "Q4_K_M", "-t", "1", "--split-max-size", "2M")
+    died = run_command(*arguments, "--engine", "binaries", "--llama-cpp", folder, cwd=tmp_path)
+    assert died.code == 100
+    assert "Q4_K_M: failed" in died.err
+    workspace = tmp_path / "work" / "m"
+    assert not (workspace / "m-Q4_K_M").exists()
+    done = run_command(*arguments, "--engine", "binaries", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert split_names(workspace / "m-Q4_K_M") == bare["Q4_K_M"]
+    assert leftovers(workspace) == []
+
+
+@pytest.mark.parametrize("damage", ["mv {2} {2}.gone", "cp {2} {3}", "printf GGUX | dd of={2} conv=notrunc 2>/dev/null"])
+def test_shards_that_are_not_what_was_planned(damage: str, model: Path, toolchain: Toolchain, tmp_path: Path) -> None:
+    """One is missing, one is there twice, one is no GGUF: nothing of it gets a name."""
+    folder = fake_tools(toolchain, tmp_path / "tools")
+    program = folder / "llama-gguf-split"
+    real, partial = toolchain.tool("llama-gguf-split"), "work/m/.partial/Q8_0/m-Q8_0"
+    doing = damage.format(*(tmp_path / f"{partial}-0000{number}-of-00003.gguf" for number in range(4)))
+    program.write_text(f'#!/bin/sh\n"{real}" "$@" || exit\ncase "$1" in --split) {doing};; esac\n', encoding="utf-8")
+    program.chmod(0o755)
+    options = ("--engine", "binaries", "--llama-cpp", folder, "--split-max-size", "2M")
+    done = run_command("quantize", model, "--imatrix", "none", "--levels", "Q8_0", "-t", "1", *options, cwd=tmp_path)
+    assert done.code == 100
+    assert not (tmp_path / "work" / "m" / "m-Q8_0").exists()
 
 
 def test_between_two_renames(bare: dict[str, dict[str, str]], model: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from imatrix_runner.journal import (
     StepRecord,
     command_line,
     commands_in,
+    describe_change,
     describe_changes,
     differences,
     is_intact,
@@ -207,6 +208,15 @@ def test_differences_name_what_changed_came_or_went() -> None:
     before = record(model="1", options="x", gone="z")
     assert differences(before, {"model": "1", "options": "x", "gone": "z"}) == []
     assert differences(before, {"new": "n", "options": "y", "model": "1"}) == ["new", "options", "gone"]
+
+
+def test_a_change_of_a_long_text_shows_only_what_differs() -> None:
+    types = " ".join(f"--tensor-type ^blk\\.{layer}\\.ffn_down$=q4_k" for layer in range(9))
+    assert describe_change("options", f"Q4_K_M {types} --split-max-size 2M", f"Q4_K_M {types} --split-max-size 4M") == (
+        "options: … --split-max-size 2M -> … --split-max-size 4M"
+    )
+    assert describe_change("options", f"Q4_K_M {types}", f"Q4_K_M {types} --pure") == "options: … -> … --pure"
+    assert describe_change("options", "Q4_K_M", f"Q5_K_M {types}") == f"options: Q4_K_M -> Q5_K_M {types}"
 
 
 VALUES = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from("123"))
