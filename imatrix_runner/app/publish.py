@@ -13,7 +13,7 @@ from imatrix_runner.context.context import Context, held
 from imatrix_runner.context.named_workspace import workspace_of
 from imatrix_runner.context.requests import PublishRequest
 from imatrix_runner.errors import InvalidDataError
-from imatrix_runner.events import Sink, ignore, info
+from imatrix_runner.events import Sink, ignore, info, warning
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.hub import Hub, PublishingHub
 from imatrix_runner.process import Runner
@@ -21,12 +21,13 @@ from imatrix_runner.publish.before_upload import refuse_secrets, tell_of_templat
 from imatrix_runner.publish.companions import companions, report_on, with_merged_card
 from imatrix_runner.publish.local_files import ReadyLevel, level_files, ready_level, ready_levels, recipe_files, small_file
 from imatrix_runner.publish.publish_plan import FileState, PublishUnit, is_same, missing
-from imatrix_runner.publish.published_names import level_paths
+from imatrix_runner.publish.published_names import level_paths, same_labels
 from imatrix_runner.publish.publisher import FileResult, RepositoryPublisher, Target
 from imatrix_runner.publish.secrets import local_names
 from imatrix_runner.quantize.level_files import finish_renames
 from imatrix_runner.report.document import Report, read_report
 from imatrix_runner.report.views.forms import JSON
+from imatrix_runner.safe_text import shown
 from imatrix_runner.workspace import Workspace
 
 
@@ -81,6 +82,7 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         paths = job.paths(levels, context.sink)
         units = [job.level_unit(level, paths[level.name]) for level in levels]
         last = job.last_unit(job.report(runner, context.sink, dry_run=dry_run), levels) if request.describe else None
+        job.warn_of_labels(paths)
         everything = [*units, *([last] if last is not None else [])]
         job.look_through(everything)
         job.tell_of_template(levels, units, runner)
@@ -149,6 +151,12 @@ class PublishJob:
         local = local_names(self.workspace.root, *folders, secrets=self.publisher.hub.held_secrets())
         remote = self.publisher.known()
         refuse_secrets((file for unit in units for file in missing(unit.files, remote)), local, self.publisher.sink)
+
+    def warn_of_labels(self, paths: Mapping[str, tuple[str, ...]]) -> None:
+        """Say where programs will find two files of one label, because the repository has another one."""
+        for mine, other in same_labels([names[0] for names in paths.values()], self.publisher.known().files):
+            instead = f"which programs may load instead of {mine}: their labels are the same"
+            self.publisher.sink(warning(f"{self.request.to} also holds {shown(other)}, {instead}."))
 
     def tell_of_template(self, levels: Sequence[ReadyLevel], units: Sequence[PublishUnit], runner: Runner) -> None:
         """Check the chat template, if a level will be uploaded."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from imatrix_runner.events import Sink, info
 from imatrix_runner.publish.file_names import PublishedFile, checked_names
-from imatrix_runner.publish.label_rules import FILE_TYPES
+from imatrix_runner.publish.label_rules import FILE_TYPES, hub_label, is_model_for_llama_cpp, without_shard
 from imatrix_runner.publish.local_files import ReadyLevel
 from imatrix_runner.quantize.level_facts import ftype_of
 
@@ -26,6 +26,16 @@ def level_paths(levels: Sequence[ReadyLevel], model: str, template: str, sink: S
 def check_planned(levels: Sequence[tuple[str, str]], model: str, template: str) -> None:
     """Check the names of levels that are still to be made, given with the ftype that each is based on. Raises as above."""
     checked_names([PublishedFile(f"{model}-{name}.gguf", name, model, _number(ftype)) for name, ftype in levels], template)
+
+
+def same_labels(paths: Iterable[str], there: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each path of a level (of a split one, its first shard's) with each other model ``there`` that has the same label."""
+    mine = {label.text: path for path in paths if (label := hub_label(path)) is not None}
+    for name in there:
+        label = hub_label(name) if is_model_for_llama_cpp(name) else None
+        path = mine.get(label.text) if label is not None else None
+        if path is not None and without_shard(name) != without_shard(path):
+            yield path, name
 
 
 def _to_publish(level: ReadyLevel, model: str) -> PublishedFile:

@@ -235,3 +235,23 @@ def test_a_projector_comes_along(own: Workspace, hub: HubServer, cli: CommandLin
     assert cli("publish", own.root, "--to", TO).code == 0
     assert f"mmproj-{own.model}-BF16.gguf" in published(hub).files
     assert f"mmproj-{own.model}-F16.gguf" not in published(hub).files
+
+
+def test_another_file_of_a_label_is_told(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    hub.add(TO, {"Old-Q8_0.gguf": b"GGUF"})
+    done = cli("publish", own.root, "--to", TO)
+    assert done.code == 0
+    assert "also holds Old-Q8_0.gguf, which programs may load instead of tiny-Q8_0.gguf" in done.err
+
+
+def test_a_split_level_is_published_in_a_folder(tiny_model: Path, tmp_path: Path, hub: HubServer, cli: CommandLine) -> None:
+    made = cli("run", tiny_model, "--imatrix", "none", "--levels", "Q4_0", "-t", "1", "--split-max-tensors", "12")
+    assert made.code == 0, made.err
+    done = cli("publish", tiny_model, "--to", TO, "--json")
+    assert done.code == 0, done.err
+    shards = [file["name"] for file in done.document["files"] if file["level"]]
+    assert len(shards) > 1
+    assert shards[0] == f"tiny-Q4_0/tiny-Q4_0-00001-of-0000{len(shards)}.gguf"
+    assert titles(published(hub))[0] == "Upload Q4_0"
+    assert shards[0] in published(hub).content("README.md").decode()
+    assert cli("publish", tiny_model, "--to", TO, "--dry-run").out.count("is there") == len(done.document["files"])

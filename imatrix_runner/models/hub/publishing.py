@@ -140,6 +140,9 @@ class PublishingHub:
         from huggingface_hub import HfApi
 
         asked, api = self.asked(remote.repo), HfApi(endpoint=self.endpoint, library_name="imatrix-runner")
+        if remote.exists:  # the hub limits how often it says who somebody is
+            self._send(asked, partial(api.auth_check, remote.repo, write=True))
+            return
         answer = self._send(asked, api.whoami)
         try:
             account, token = as_type(_named(answer), _Account), _token_role(answer)
@@ -147,9 +150,6 @@ class PublishingHub:
             raise no_hub(asked) from error
         if token == "read":  # noqa: S105 - a role
             raise may_not_write(asked, f"it is a token of {account.name} that may only read")
-        if remote.exists:
-            self._send(asked, partial(api.auth_check, remote.repo, write=True))
-            return
         owner = remote.repo.partition("/")[0]
         roles = {each.name.lower(): each.role for each in account.orgs}
         if owner.lower() != account.name.lower() and owner.lower() not in roles:
