@@ -35,7 +35,7 @@ from imatrix_runner.models.model import Model
 
 STEP = "covariances"
 
-_METHOD = "covariances 1"
+_METHOD = "covariances 2"
 """Part of every fingerprint; to be changed whenever the same inputs give other bytes."""
 
 _PRODUCT_SECONDS = 1.6

@@ -1,4 +1,5 @@
-"""The collector of covariances: sums x x^T of the inputs of matrix products while llama.cpp computes.
+"""The collector of covariances: sums x x^T of the inputs of matrix products while llama.cpp computes, each x scaled so that its
+mean square is 1 (``quantize/native/gram.c`` says why).
 
 It sees the same products as an imatrix's collector. An input that several weights read (q, k and v; gate and up) is summed
 once; which ones do is learned from a graph of a few tokens, and checked in every graph.
@@ -26,7 +27,8 @@ from imatrix_runner.engines.worker.tensor_layout import Operations, Tensor
 
 @dataclass(frozen=True)
 class InputSums:
-    """Sums of one input: ``sums`` float64 [matrices, triangle(columns)] of x x^T, ``counts`` int64 [matrices] of tokens."""
+    """Sums of one input: ``sums`` float64 [matrices, triangle(columns)] of x x^T of scaled x, ``counts`` int64 [matrices] of
+    tokens."""
 
     input: WeightInput
     sums: Sums

@@ -1,4 +1,5 @@
-"""Adds X^T X of rows of activations to sums, with the compiled kernel (``quantize/native/gram.c``)."""
+"""Adds X^T X of rows of activations to sums, with the compiled kernel (``quantize/native/gram.c``), in which every row has the
+same weight: it is scaled so that its mean square is 1."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ Sums = npt.NDArray[np.float64]
 @dataclass(frozen=True)
 class Rows:
     """Rows of float32, each at ``base`` plus its offset in ``at`` (bytes), and the ``sums`` float64 [triangle(n)] of x x^T that
-    they are added to."""
+    they are added to once scaled."""
 
     base: int
     at: Offsets
@@ -47,10 +48,12 @@ class GramKernel:
         library = ctypes.CDLL(str(native.library))
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._size: Any = library.imatrix_runner_gram_packed
+        self._scale: Any = library.imatrix_runner_gram_scales
         self._pack: Any = library.imatrix_runner_gram_pack
         self._add: Any = library.imatrix_runner_gram_add
         self._size.argtypes, self._size.restype = (number, number), number
-        self._pack.argtypes, self._pack.restype = (pointer, pointer, number, number, pointer, number, number), None
+        self._scale.argtypes, self._scale.restype = (pointer, pointer, number, number, pointer, number, number), None
+        self._pack.argtypes, self._pack.restype = (pointer, pointer, pointer, number, number, pointer, number, number), None
         self._add.argtypes, self._add.restype = (pointer, number, number, pointer, number, number), None
         self._pool, self._threads = pool, threads
         self._packed = np.empty(0, np.float32)
@@ -69,7 +72,9 @@ class GramKernel:
         packed = np.empty(self._size(min(len(rows.at), _MOST_ROWS), n), np.float32)
         for first in range(0, len(rows.at), _MOST_ROWS):
             at = rows.at[first : first + _MOST_ROWS]
-            self._pack(rows.base, at.ctypes.data, len(at), n, packed.ctypes.data, 0, 1)
+            scales = np.empty(len(at), np.float32)
+            self._scale(rows.base, at.ctypes.data, len(at), n, scales.ctypes.data, 0, 1)
+            self._pack(rows.base, at.ctypes.data, scales.ctypes.data, len(at), n, packed.ctypes.data, 0, 1)
             self._add(packed.ctypes.data, len(at), n, rows.sums.ctypes.data, 0, 1)
 
     def _together(self, rows: Rows, n: int) -> None:
@@ -79,8 +84,9 @@ class GramKernel:
             size = self._size(len(at), n)
             if len(self._packed) < size:
                 self._packed = np.empty(size, np.float32)
-            packed, sums = self._packed.ctypes.data, rows.sums.ctypes.data
-            self._share(self._pack, rows.base, at.ctypes.data, len(at), n, packed)
+            packed, sums, scales = self._packed.ctypes.data, rows.sums.ctypes.data, np.empty(len(at), np.float32)
+            self._share(self._scale, rows.base, at.ctypes.data, len(at), n, scales.ctypes.data)
+            self._share(self._pack, rows.base, at.ctypes.data, scales.ctypes.data, len(at), n, packed)
             self._share(self._add, packed, len(at), n, sums)
 
     def _share(self, function: Any, *arguments: int) -> None:
@@ -90,10 +96,12 @@ class GramKernel:
     def _check(self) -> None:
         """Compare the kernel with exact sums of a few numbers, because a compiler may be wrong."""
         n, n_rows = 67, 200
-        values = np.random.default_rng(1).standard_normal((n_rows, n)).astype(np.float32)
+        random = np.random.default_rng(1)
+        values = (random.standard_normal((n_rows, n)) * np.exp(random.standard_normal((n_rows, 1)))).astype(np.float32)
         sums = np.zeros(triangle(n))
         self.add([Rows(values.ctypes.data, np.arange(n_rows, dtype=np.int64) * values.strides[0], sums)], n)
-        exact = np.einsum("ki,kj->ij", values, values, dtype=np.float64, optimize=False)
+        scaled = values / np.sqrt(np.square(values, dtype=np.float64).mean(axis=1, keepdims=True))
+        exact = np.einsum("ki,kj->ij", scaled, scaled, optimize=False)
         norms = np.sqrt(np.diag(exact))
         upper = np.triu_indices(n)
         if not (np.abs(sums - exact[upper]) <= _AGREE * np.outer(norms, norms)[upper]).all():

@@ -1,5 +1,9 @@
-// Adds X^T X to sums: X is a block of rows of activations, n numbers each; the sums are the upper triangle of an n x n matrix in
-// float64, row by row (row i holds columns i .. n - 1).
+// Adds X^T X to sums: X is a block of rows of activations, n numbers each, scaled so that each row's mean square is 1; the sums are
+// the upper triangle of an n x n matrix in float64, row by row (row i holds columns i .. n - 1).
+//
+// Why rows are scaled: in most models a few tokens (the first one, separators) have activations hundreds of times as large as
+// those of others. Left as they are, they alone decide the sums, and the model hardly cares: what a block adds to the residual
+// stream is divided by the stream's own magnitude before the next block reads it.
 //
 // Products are added in float32 over at most RUN rows, from the first row to the last, and then to the float64 sum. So each
 // element has one order of operations, whatever the vectors' width and the number of threads. The float32 sum of RUN terms is off
@@ -26,15 +30,34 @@ static inline int64_t count_of(int64_t n, int64_t size) { return (n + size - 1) 
 // Number of floats that n_rows rows of n columns take when they are packed.
 int64_t imatrix_runner_gram_packed(int64_t n_rows, int64_t n) { return count_of(n, PANEL) * PANEL * n_rows; }
 
-// Packs rows into panels of PANEL columns: packed[panel][row][column], filled up with zeros. `at`: where each row begins, in bytes
-// from `base`. Does every `step`-th panel from `first` on.
-void imatrix_runner_gram_pack(const char *base, const int64_t *at, int64_t n_rows, int64_t n, float *packed, int64_t first,
-                              int64_t step) {
+// Writes the factor of each row that makes its mean square 1; 0 for a row of zeros, or of numbers too small to be scaled. Squares
+// of float32 are exact in float64, and are added in one order. `at`: where each row begins, in bytes from `base`. Does every
+// `step`-th row from `first` on.
+void imatrix_runner_gram_scales(const char *base, const int64_t *at, int64_t n_rows, int64_t n, float *scales, int64_t first,
+                                int64_t step) {
+    enum { SUMS = 8 };
+    for (int64_t row = first; row < n_rows; row += step) {
+        const float *values = (const float *)(base + at[row]);
+        double sums[SUMS] = {0};
+        int64_t i = 0;
+        for (; i + SUMS <= n; i += SUMS)
+            for (int j = 0; j < SUMS; ++j) sums[j] += (double)values[i + j] * values[i + j];
+        for (; i < n; ++i) sums[0] += (double)values[i] * values[i];
+        const double total = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+        scales[row] = total < 1e-60 * n ? 0.0f : (float)(1.0 / sqrt(total / n));
+    }
+}
+
+// Packs scaled rows into panels of PANEL columns: packed[panel][row][column], filled up with zeros. `at`: where each row begins, in
+// bytes from `base`. Does every `step`-th panel from `first` on.
+void imatrix_runner_gram_pack(const char *base, const int64_t *at, const float *scales, int64_t n_rows, int64_t n, float *packed,
+                              int64_t first, int64_t step) {
     for (int64_t panel = first; panel < count_of(n, PANEL); panel += step) {
         const int64_t size = least(PANEL, n - panel * PANEL);
         for (int64_t row = 0; row < n_rows; ++row) {
             float *to = packed + (panel * n_rows + row) * PANEL;
-            memcpy(to, base + at[row] + panel * PANEL * sizeof(float), size * sizeof(float));
+            const float *from = (const float *)(base + at[row]) + panel * PANEL;
+            for (int64_t i = 0; i < size; ++i) to[i] = from[i] * scales[row];
             for (int64_t i = size; i < PANEL; ++i) to[i] = 0;
         }
     }
