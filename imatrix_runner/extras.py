@@ -37,6 +37,9 @@ class Extra:
 CALIBRATION = Extra("calibration", ("datasketch", "fontTools", "py3langid", "pyarrow"))
 """What builds and inspects calibration texts, and reads Parquet."""
 
+NOTIFY = Extra("notify", ("apprise",))
+"""What ``batch --notify`` sends messages with."""
+
 CONVERT = Extra("convert", ("torch", "transformers", "safetensors", "sentencepiece", "numpy", "yaml", "requests"))
 """What llama.cpp's converter imports."""
 

@@ -157,8 +157,9 @@ class WorkspaceFacts(TypedDict, total=False):
     hub id with its revision, ``source_content`` and ``source_bytes`` what it holds; ``model_file`` is the fingerprint of the
     GGUF that levels are made from, which for a checkpoint is another file. ``levels`` were asked for by ``command``, which is
     ``finished`` or not; ``measuring`` names the ``evaluate`` at work or interrupted. ``quantized_by``, ``repo``, ``licence``
-    and ``target`` (JSON) are for reports; ``described`` keeps a source's description (JSON) for when its
-    files are gone, ``set_aside`` how a text was cut (JSON).
+    and ``target`` (JSON) are for reports; ``described`` keeps a source's description (JSON) for when its files are gone,
+    ``set_aside`` how a text was cut (JSON). ``original`` is ``released`` when the files that a model was converted from may be
+    gone; ``released`` are the levels whose files were removed after they were published (JSON).
     """
 
     model: str
@@ -179,6 +180,8 @@ class WorkspaceFacts(TypedDict, total=False):
     target: str
     described: str
     set_aside: str
+    original: str
+    released: str
 
 
 FactName = Literal[
@@ -200,6 +203,8 @@ FactName = Literal[
     "target",
     "described",
     "set_aside",
+    "original",
+    "released",
 ]
 """The names of :class:`WorkspaceFacts`."""
 

@@ -1,7 +1,8 @@
 """Values that another program, person or version wrote: decoded by type, bounded in depth, refused in this program's own words.
 
-JSON from files, hubs and workers and TOML from people all pass through here, so every fault in them raises one exception,
-:class:`UnreadableError`; the caller turns it into the error its user can act on. Sizes are bounded where the bytes are read.
+JSON from files, hubs and workers and TOML and YAML from people all pass through here, so every fault in them raises one
+exception, :class:`UnreadableError`; the caller turns it into the error its user can act on. Sizes are bounded where the bytes
+are read.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MAX_DEPTH = 100
 """Levels of lists and objects inside one another. JSON schemas of tools, the deepest real documents, have about twenty."""
 
 _MOST_DIGITS = 18
+_NO_KEY = object()
 _DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 _HALF = "it holds half of a surrogate pair, which is not a character"
 _PLACE = re.compile(r" - at `([^`]+)`$")
@@ -90,6 +92,79 @@ def from_toml(data: bytes) -> dict[str, Any]:
         raise UnreadableError(str(error)[:200]) from error
     _refuse_depth(document)
     return document
+
+
+def from_yaml(data: bytes) -> Any:
+    """Decode YAML of texts, lists and mappings. Every scalar stays the text that was written (``on`` is not true, ``1:30`` no
+    number), so that options read it as they read a command line; an empty one is "". Raises :class:`UnreadableError`, also
+    for a key that a mapping has twice, for anchors and aliases (a small file could mean a huge value), and for tags.
+    """
+    import yaml
+
+    try:
+        text = data.decode("utf-8-sig")
+        value = _only_document(yaml, text)
+    except UnicodeDecodeError as error:
+        raise NotUtf8Error(f"it is not valid UTF-8 (byte {error.start})") from error
+    except RecursionError as error:
+        raise UnreadableError(_DEEP) from error
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark or error.context_mark
+        line = f"line {place.line + 1}: " if place is not None else ""
+        raise UnreadableError(f"{line}{str(error.problem or error.context)[:200]}") from error
+    except yaml.YAMLError as error:
+        raise UnreadableError(f"it is not YAML: {str(error)[:200]}") from error
+    _refuse_depth(value)
+    return value
+
+
+def _only_document(yaml: Any, text: str) -> Any:
+    """The one document of a YAML text, built from its events; None for an empty text."""
+    events = yaml.parse(text, Loader=yaml.SafeLoader)
+    holders: list[tuple[Any, Any]] = []
+    """The lists and mappings that are open, each with the key that waits for its value."""
+    result, documents = None, 0
+
+    def refuse(event: Any, why: str) -> UnreadableError:
+        return UnreadableError(f"line {event.start_mark.line + 1}: {why}")
+
+    for event in events:
+        if isinstance(event, yaml.DocumentStartEvent):
+            documents += 1
+            if documents > 1:
+                raise refuse(event, "a second document begins, and one is expected")
+            continue
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise refuse(event, "anchors and aliases (& and *) are not allowed: write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise refuse(event, "tags (!) are not allowed")
+        if isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
+            value, _ = holders.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            value = event.value
+        elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+            if len(holders) >= MAX_DEPTH:
+                raise UnreadableError(_DEEP)
+            holders.append(([] if isinstance(event, yaml.SequenceStartEvent) else {}, _NO_KEY))
+            continue
+        else:
+            continue
+        if not holders:
+            result = value
+            continue
+        holder, key = holders[-1]
+        if isinstance(holder, list):
+            holder.append(value)
+        elif key is not _NO_KEY:
+            holder[key] = value
+            holders[-1] = (holder, _NO_KEY)
+        elif not isinstance(value, str):
+            raise refuse(event, "a key is a list or a mapping, and a text is expected")
+        elif value in holder:
+            raise refuse(event, f"the key {value[:80]!r} is there twice")
+        else:
+            holders[-1] = (holder, value)
+    return result
 
 
 def _refuse_halves(value: Any) -> None:

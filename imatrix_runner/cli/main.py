@@ -22,6 +22,7 @@ from imatrix_runner.untrusted import is_unicode
 _COMMANDS = {
     "run": ("run", "run", "Take a model through imatrix and quantisation to verified files."),
     "quantize": ("quantize", "quantize", "Quantise with an existing imatrix; never generates one."),
+    "batch": ("batch_group", "batch", "Work through a list of models: run, add, status."),
     "advise": ("advise", "advise", "What fits this machine, what is gained by an imatrix, how long it takes."),
     "report": ("report", "report", "Make report.html, .md, .png and .json of a workspace."),
     "evaluate": ("evaluate", "evaluate", "Measure every level against its source, with and without imatrix."),

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from imatrix_runner.context.context import Session
-from imatrix_runner.context.ownership import SourcePlace, claim, place_of, remember_hub
+from imatrix_runner.context.ownership import RELEASED, SourcePlace, claim, hub_of, place_of, remember_hub
 from imatrix_runner.context.requests import OutType, SourceRequest
 from imatrix_runner.context.source_hashes import Hasher, checkpoint_content, stamped_fingerprint
 from imatrix_runner.errors import InvalidDataError, ToolchainError, UsageError, from_os_error
@@ -80,13 +80,21 @@ def _opened(source: Source, request: SourceRequest, session: Session, *, allow_r
 def _from_hub(source: HubId, request: SourceRequest, session: Session, *, allow_requantize: bool) -> Model:
     from imatrix_runner.models.hub import fetch_model
 
+    if (before := _converted_before(source, request, session)) is not None:
+        return before
     if session.dry_run:
         raise UsageError(
             f"{source} cannot be planned before it is downloaded",
             "the plan is made from the model's own tensors",
             f"Run without --dry-run, or download it and name the file: hf download {source.repo}",
         )
-    fetched = fetch_model(source, trust_remote_code=request.trust_remote_code, stop=session.stop, sink=session.sink)
+    fetched = fetch_model(
+        source,
+        trust_remote_code=request.trust_remote_code,
+        stop=session.stop,
+        sink=session.sink,
+        cache=request.cache,
+    )
     provenance = Provenance("hub", str(source), repo=fetched.repo, revision=source.revision, commit=fetched.commit)
     remember_hub(session.journal, fetched.repo, fetched.commit)
     if fetched.path.is_dir():
@@ -94,6 +102,23 @@ def _from_hub(source: HubId, request: SourceRequest, session: Session, *, allow_
         return _converted(directory, place, provenance, request, session, allow_requantize=allow_requantize)
     _warn_unused(request, session.sink)
     return open_gguf(fetched.path, allow_requantize=allow_requantize, name=session.workspace.model, source=provenance)
+
+
+def _converted_before(source: HubId, request: SourceRequest, session: Session) -> Model | None:
+    """The model as it was converted, where the files that it was converted from were removed on purpose
+    (:func:`~imatrix_runner.context.ownership.release_original`); None if they were not, or if its GGUF is gone."""
+    journal, workspace = session.journal, session.workspace
+    if journal.fact("original") != RELEASED:
+        return None
+    made = {name: record for name, record in journal.of_kind("convert").items() if request.outtype in ("auto", name)}
+    for name, record in made.items():
+        if journal.still_there(step_id("convert", name), save=not session.dry_run):
+            repo, commit = hub_of(journal)
+            dequantised = record.facts_as(ConvertedFacts).dequantised or ""
+            provenance = Provenance("hub", str(source), repo, source.revision, commit, dequantised)
+            model = open_gguf(workspace.root / record.output.name, allow_requantize=True, name=workspace.model)
+            return replace(model, source=provenance)
+    return None
 
 
 def _warn_unused(request: SourceRequest, sink: Sink) -> None:

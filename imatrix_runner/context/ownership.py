@@ -29,6 +29,9 @@ from imatrix_runner.workspace import Workspace
 
 _DIGITS = (6, 8, 12, 16)
 
+RELEASED = "released"
+"""The journal's fact ``original`` once the files that a model was converted from may be gone."""
+
 
 @dataclass(frozen=True)
 class SourcePlace:
@@ -65,6 +68,12 @@ def hub_of(journal: Journal) -> tuple[str, str]:
     """Return the repository and the commit that the model was fetched from; both empty if it was not."""
     repo, _, commit = (journal.fact("hub") or "").partition("@")
     return repo, commit
+
+
+def release_original(journal: Journal) -> None:
+    """Record that the files which the model was converted from are no longer needed, and may be removed: from now on the
+    converted GGUF is the source, as long as it is there."""
+    journal.remember(original=RELEASED)
 
 
 def claim(journal: Journal, place: SourcePlace, content: str, n_bytes: int) -> None:

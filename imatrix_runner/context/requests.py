@@ -117,7 +117,8 @@ class MeasureRequest:
 class SourceRequest:
     """The model as named by the user, and how to convert it to GGUF if needed.
 
-    ``typed``: options given by hand that only matter where a model is converted.
+    ``typed``: options given by hand that only matter where a model is converted. ``cache``: where a hub's files are downloaded
+    to (None: the hub's own cache).
     """
 
     model: str
@@ -125,6 +126,7 @@ class SourceRequest:
     mmproj: bool = False
     trust_remote_code: bool = False
     typed: tuple[str, ...] = ()
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -186,3 +188,16 @@ class EvaluateRequest:
     measure: MeasureRequest
     making: LevelsRequest
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchRequest:
+    """``batch run``. ``file``: the list of models; ``keep``: what stays on the disk; ``max_disk``: bytes that downloads,
+    sources and levels may take together (None: what is free). ``notify``: addresses to send ends and failures to."""
+
+    file: Path
+    environment: EnvironmentRequest
+    keep: Literal["all", "levels", "nothing"] = "all"
+    max_disk: int | None = None
+    notify: tuple[str, ...] = ()
+    trust_remote_code: bool = False

@@ -100,6 +100,17 @@ def resolve_levels(names: Sequence[str], types: Sequence[QuantType]) -> tuple[Le
     return tuple(chosen.values())
 
 
+def usual_names(names: Sequence[str], preset: str) -> tuple[str, ...]:
+    """The names of the levels that a request of ``names`` and a ``preset`` (both may be empty) asks a usual llama.cpp for."""
+    chosen = (*(_PRESETS.get(preset, ()) or (DEFAULT_LEVELS if preset else ())), *(name.upper() for name in names))
+    return tuple(dict.fromkeys(chosen or DEFAULT_LEVELS))
+
+
+def stock_base(name: str) -> str:
+    """The stock level that a publisher's variant is made of (``Q4_K_L``: ``Q4_K_M``); other names stand for themselves."""
+    return _VARIANTS.get(name.upper(), name.upper())
+
+
 def split_rounding(name: str) -> tuple[Rounding, str]:
     """The rounding that a level's name asks for, and the name of the stock level, in upper case: ``feedback-q4_k_m``."""
     name = name.strip().upper()

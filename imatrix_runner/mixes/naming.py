@@ -55,6 +55,13 @@ _PRESETS = {
 }
 
 
+def usual_bits(level: str) -> float | None:
+    """Bits per weight of a stock level, as llama.cpp's own tables give them for a model of 8 billion weights; None if they
+    do not have it."""
+    known = _PRESETS.get(level.upper())
+    return known[1] if known is not None else None
+
+
 def nearest_preset(elements: Mapping[str, int], bits_per_weight: float, offered: Collection[str]) -> str:
     """The file type that describes a mix best. ``elements``: numbers of weights by their ggml type; ``offered``: names of the
     file types that the library in use has.

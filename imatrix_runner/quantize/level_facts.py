@@ -12,8 +12,10 @@ from msgspec import UNSET, UnsetType
 
 from imatrix_runner.engines.jobs import Fallback
 from imatrix_runner.engines.roundings import Rounding
-from imatrix_runner.journal import StepRecord
-from imatrix_runner.steps import Inputs
+from imatrix_runner.files import encode_json
+from imatrix_runner.journal import Journal, StepRecord
+from imatrix_runner.steps import Inputs, step_id
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 
 class LevelInputs(Inputs, frozen=True, kw_only=True):
@@ -76,3 +78,23 @@ def ftype_of(record: StepRecord) -> str:
 def facts_of_level(record: StepRecord) -> LevelFacts:
     """Return the facts from a level's plan. Raises :class:`InvalidDataError` for a journal that stores them differently."""
     return record.facts_as(MadeFacts).level
+
+
+def release_level(journal: Journal, name: str) -> None:
+    """Record that a level's files may be gone, because they were published: reports still list it."""
+    record = journal.get(step_id("level", name))
+    if record is not None:
+        journal.remember(released=encode_json({**_released(journal), name: record.finished}).decode())
+
+
+def is_released(journal: Journal, name: str, record: StepRecord) -> bool:
+    """Whether the files of this making of a level were removed after they were published."""
+    return _released(journal).get(name) == record.finished
+
+
+def _released(journal: Journal) -> dict[str, str]:
+    """When each released level was made, by name."""
+    try:
+        return from_json(journal.fact("released") or "{}", dict[str, str])
+    except UnreadableError:
+        return {}

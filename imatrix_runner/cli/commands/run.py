@@ -92,10 +92,16 @@ def run(invocation: Invocation, options: RunOptions) -> int:
     MODEL is a GGUF file (any shard of a split one), a Hugging Face directory, or a hub id: org/name[@revision][:file.gguf].
     Options after -- are passed to llama-imatrix unread. The same command again continues, or does nothing.
     """
+    request = run_request(invocation, options)
+    return perform(request, options.talk, dry_run=options.dry_run, offline=options.source.offline)
+
+
+def run_request(invocation: Invocation, options: RunOptions) -> RunRequest:
+    """The request that the options make."""
     measure = _measure(options)
     levels = levels_request(options.wanted, options.making, options.compute.threads, options.mixes)
     environment = environment_request(options.place.work_dir, options.compute, invocation, force=options.force)
-    request = RunRequest(
+    return RunRequest(
         source_request(options.model, options.source),
         environment,
         imatrix_request(options.collecting, options.compute, invocation.extra, mode=options.imatrix, levels=levels),
@@ -107,7 +113,6 @@ def run(invocation: Invocation, options: RunOptions) -> int:
         ),
         publish_request(options.model, options.publish, environment, options.publishing) if options.publish else None,
     )
-    return perform(request, options.talk, dry_run=options.dry_run, offline=options.source.offline)
 
 
 def _measure(options: RunOptions) -> MeasureRequest | None:

@@ -8,6 +8,7 @@ from imatrix_runner.models.hub.choose_files import RepoFile
 from imatrix_runner.models.hub.dataset_tables import DatasetId, parse_dataset
 from imatrix_runner.models.hub.datasets import FetchedDataset, fetch_dataset
 from imatrix_runner.models.hub.fetch import Downloaded, fetch_model, hub_endpoint, reachability, token_source
+from imatrix_runner.models.hub.foresee import ForeseenModel, foresee_model
 from imatrix_runner.models.hub.listing import Listing
 from imatrix_runner.models.hub.publishing import Changes, Gating, NewFile, PublishingHub, git_id
 from imatrix_runner.models.hub.remote_repository import RemoteCommit, RemoteFile, RemoteRepository
@@ -20,6 +21,7 @@ __all__ = [
     "DatasetId",
     "Downloaded",
     "FetchedDataset",
+    "ForeseenModel",
     "Gating",
     "Hub",
     "Listing",
@@ -33,6 +35,7 @@ __all__ = [
     "concerns_one_file",
     "fetch_dataset",
     "fetch_model",
+    "foresee_model",
     "git_id",
     "hub_endpoint",
     "is_offline",

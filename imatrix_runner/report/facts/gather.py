@@ -25,7 +25,7 @@ from imatrix_runner.files import encode_json
 from imatrix_runner.journal import Journal, StepRecord, commands_in, outputs_intact
 from imatrix_runner.models.origin import repository_in
 from imatrix_runner.process import Runner
-from imatrix_runner.quantize.level_facts import LevelInputs, MadeFacts, facts_of_level, ftype_of
+from imatrix_runner.quantize.level_facts import LevelInputs, MadeFacts, facts_of_level, ftype_of, is_released
 from imatrix_runner.quantize.plan_notes import same_tensors
 from imatrix_runner.report.document import Report, ReportFile, ReportLevel, WithoutBaseline
 from imatrix_runner.report.facts.caveats import caveats
@@ -52,7 +52,8 @@ def gather(
 ) -> Report:
     """The report of a workspace; nothing in the workspace changes. ``runner`` renders the chat template.
 
-    Left out are levels whose files are gone or changed, levels of another source than the last run's, and figures measured on
+    Left out are levels whose files are gone or changed (unless they were removed after they were published),
+    levels of another source than the last run's, and figures measured on
     another text than the newest ones. ``before``: an earlier report, whose statistics may be reused. Raises
     :class:`InvalidDataError` if there is nothing to report.
     """
@@ -69,7 +70,7 @@ def gather(
         for name, record in records.items()
     ]
     levels = sorted(made, key=lambda level: (-level.n_bytes, level.name))
-    first = workspace.root / levels[0].files[0].name if levels else None
+    first = next((path for each in levels if (path := workspace.root / each.files[0].name).is_file()), None)
     model = describe_source(workspace, journal, source, first, runner, sink)
     if licence := journal.fact("licence"):
         model = replace(model, license=licence, license_name="", license_link="")
@@ -116,7 +117,7 @@ def _levels_here(workspace: Workspace, journal: Journal, sink: Sink) -> tuple[di
     """Return the records of the finished levels of one source by name, and that source's fingerprint."""
     here: dict[str, StepRecord] = {}
     for name, record in levels_made(journal).items():
-        if outputs_intact(record, workspace.root):
+        if outputs_intact(record, workspace.root) or is_released(journal, name, record):
             here[name] = record
         else:
             sink(detail(f"{name} is not in the report: its file is gone or was changed."))

@@ -1,0 +1,225 @@
+"""``batch``: reads a list of models, checks it whole, and works through it; ``batch add`` and ``batch status``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imatrix_runner.app.batch_work import BatchWorker
+from imatrix_runner.batch.batch_journal import (
+    BatchBegan,
+    BatchFolder,
+    BatchHistory,
+    BatchJournal,
+    Failure,
+    ModelFailed,
+    append_addition,
+    hold_batch,
+    read_history,
+    running_owner,
+)
+from imatrix_runner.batch.batch_list import BatchEntry, parse_entry, read_additions, read_list, refuse_twice
+from imatrix_runner.batch.check_list import CheckedModel, ListChecker, RequestOf
+from imatrix_runner.batch.forecast import RemainingWork, batch_seconds, read_speeds, speeds_of
+from imatrix_runner.batch.overview import BatchView, overview
+from imatrix_runner.batch.release_files import bytes_there, remove_unfinished
+from imatrix_runner.batch.schedule import ModelProgress, Stage, peak_bytes
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.requests import BatchRequest
+from imatrix_runner.files import free_bytes
+
+
+@dataclass(frozen=True)
+class EntryReader:
+    """How entries become requests: ``known`` are the options of ``run`` that a list may give, with underscores."""
+
+    known: frozenset[str]
+    request_of: RequestOf
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """A list after its check, in the order of work. ``limit``: bytes that it may take, of which it takes ``peak`` at most;
+    ``misfits``: models that do not fit; ``finished``: those that an earlier command finished; ``seconds``: expected, None where
+    a speed is not known."""
+
+    file: Path
+    models: tuple[CheckedModel, ...]
+    finished: tuple[str, ...]
+    limit: int
+    peak: int
+    misfits: tuple[str, ...]
+    seconds: float | None
+    model_seconds: Mapping[str, float | None]
+    keep: str
+
+    @property
+    def problems(self) -> tuple[CheckedModel, ...]:
+        return tuple(model for model in self.models if model.problem is not None)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """A plan and what became of it; ``view`` is None for a dry run. ``most_held``: bytes reserved on the disk at most."""
+
+    plan: BatchPlan
+    view: BatchView | None
+    seconds: float
+    most_held: int = 0
+
+    @property
+    def failed(self) -> bool:
+        if self.view is None:
+            return bool(self.plan.problems or self.plan.misfits)
+        return any(model.failed or model.state != "done" for model in self.view.models)
+
+
+def run_batch(
+    request: BatchRequest,
+    reader: EntryReader,
+    context: Context,
+    *,
+    dry_run: bool = False,
+    on_plan: Callable[[BatchPlan], None] | None = None,
+    on_view: Callable[[BatchView, BatchFolder], None] = lambda _view, _folder: None,
+    notify: Callable[[str, str, bool], None] = lambda _title, _text, _failed: None,
+) -> BatchResult:
+    """Carry out a request: the same one continues. ``on_plan`` is called with the checked list before anything is fetched; a
+    dry run ends there and writes nothing. ``on_view`` is called whenever something changed.
+
+    Raises :class:`RunnerError` for what ends the whole batch; a model that fails is in the result.
+    """
+    began = time.monotonic()
+    folder = BatchFolder.of(request.file)
+    checker = ListChecker(reader.request_of, context.stop, trust_remote_code=request.trust_remote_code)
+    if dry_run:
+        plan = _plan(request, reader, checker, folder, read_history(folder.journal))
+        if on_plan is not None:
+            on_plan(plan)
+        return BatchResult(plan, None, time.monotonic() - began)
+    read_list(request.file, reader.known)  # a list that cannot be read leaves no folder behind
+    with hold_batch(folder, request.environment.command):
+        remove_unfinished(folder.downloads)
+        journal = BatchJournal(folder.journal)
+        try:
+            plan = _plan(request, reader, checker, folder, journal.history)
+            if on_plan is not None:
+                on_plan(plan)
+            journal.append(BatchBegan(request.environment.command, time.strftime("%Y-%m-%dT%H:%M:%S%z")))
+            for model in plan.problems:
+                assert model.problem is not None
+                journal.append(ModelFailed(model.entry.model, model.entry.fingerprint, "check", model.problem))
+                notify(f"{model.entry.model}: cannot be made", f"{model.problem.what}. {model.problem.why}", True)
+            speeds = read_speeds(request.environment.work_dir)
+            worker = BatchWorker(
+                request,
+                folder,
+                journal,
+                checker,
+                reader.known,
+                context,
+                plan.limit,
+                speeds,
+                lambda view: on_view(view, folder),
+                notify,
+                {model.entry.model: model for model in plan.models},
+            )
+            worker.work()
+            view = worker.view("finished")
+            return BatchResult(plan, view, time.monotonic() - began, worker.most_held)
+        finally:
+            journal.close()
+
+
+def _plan(
+    request: BatchRequest, reader: EntryReader, checker: ListChecker, folder: BatchFolder, history: BatchHistory
+) -> BatchPlan:
+    """Read and check the list. Models that an earlier command finished are not checked again."""
+    entries = read_list(request.file, reader.known)
+    entries = (*entries, *read_additions(folder.additions, reader.known, entries)[0])
+    finished = [entry for entry in entries if is_finished(entry, history)]
+    checked = {model.entry.model: model for model in checker.check([each for each in entries if each not in finished])}
+    for entry in finished:
+        checked[entry.model] = CheckedModel(entry, None, entry.model)
+    models = sorted((checked[entry.model] for entry in entries), key=lambda model: -model.entry.priority)
+    work_dir = request.environment.work_dir
+    files = [file for model in history.models.values() for file in model.files.values()]
+    there = bytes_there(files)
+    room = free_bytes(work_dir) + there
+    limit = min(room, request.max_disk) if request.max_disk is not None else room
+    todo = [model for model in models if model.problem is None and model.entry not in finished]
+    states = [ModelProgress(model.entry.model, model.needs(request.keep)) for model in todo]
+    peak, misfits = peak_bytes(states, limit)
+    speeds = read_speeds(work_dir)
+    works = {model.entry.model: first_work(model, request) for model in todo}
+    return BatchPlan(
+        request.file,
+        tuple(models),
+        tuple(entry.model for entry in finished),
+        limit,
+        peak,
+        misfits,
+        batch_seconds(works.values(), speeds),
+        {name: work.seconds(speeds) for name, work in works.items()},
+        request.keep,
+    )
+
+
+def first_work(model: CheckedModel, request: BatchRequest) -> RemainingWork:
+    """The work on a model of which nothing is done."""
+    needs = model.needs(request.keep)
+    stages: dict[Stage, int] = {
+        "download": needs.download,
+        "prepare": model.source,
+        "make": sum(group + model.source for group in needs.groups),
+    }
+    if needs.publishes:
+        stages["publish" if needs.rotates else "complete"] = sum(needs.groups)
+    return RemainingWork(stages)
+
+
+def is_finished(entry: BatchEntry, history: BatchHistory) -> bool:
+    """Whether an earlier command did everything that an entry asks for."""
+    known = history.models.get(entry.model)
+    return known is not None and known.done is not None and known.entry == entry.fingerprint and not known.failed_levels
+
+
+def add_to_batch(file: Path, entries: Sequence[Mapping[str, Any]], reader: EntryReader) -> tuple[BatchEntry, ...]:
+    """Append entries to the list of a batch, which may be running, and return them. Raises :class:`RunnerError` for an entry
+    that is not understood or names a model that is there already."""
+    folder = BatchFolder.of(file)
+    there = [*read_list(file, reader.known)]
+    there += read_additions(folder.additions, reader.known, there)[0]
+    found = []
+    for raw in entries:
+        entry = parse_entry(raw, reader.known, "batch add")
+        reader.request_of(entry)
+        refuse_twice([*there, entry])
+        there.append(entry)
+        found.append(entry)
+    append_addition(folder, entries)
+    return tuple(found)
+
+
+def batch_status(file: Path, reader: EntryReader) -> BatchView:
+    """The state of a batch, from its list and its journal; nothing is written."""
+    folder = BatchFolder.of(file)
+    entries = list(read_list(file, reader.known))
+    added, faults = read_additions(folder.additions, reader.known, entries)
+    history = read_history(folder.journal)
+    owner = running_owner(folder)
+    files = [file for model in history.models.values() for file in model.files.values()]
+    everything = sorted((*entries, *added), key=lambda entry: -entry.priority)
+    finished = all(is_finished(entry, history) for entry in everything)
+    return overview(
+        str(file),
+        "running" if owner is not None else "finished" if finished else "stopped",
+        everything,
+        history,
+        speeds=speeds_of(history.stages),
+        held=bytes_there(files),
+        faults=[Failure.of(error) for error in faults],
+    )

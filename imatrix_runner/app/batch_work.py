@@ -1,0 +1,362 @@
+"""Works through a batch: begins stages as the schedule says, each in a thread, and records how they end."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imatrix_runner.app.batch_stages import BatchStages
+from imatrix_runner.batch.batch_journal import (
+    BatchFolder,
+    BatchJournal,
+    Failure,
+    ModelFailed,
+    StageBegan,
+    StageDone,
+)
+from imatrix_runner.batch.batch_list import BatchEntry, read_additions
+from imatrix_runner.batch.check_list import CheckedModel, ListChecker, needs_of
+from imatrix_runner.batch.forecast import RemainingWork, Speeds, write_speeds
+from imatrix_runner.batch.overview import BatchState, BatchView, LiveStage, overview, stage_title
+from imatrix_runner.batch.release_files import bytes_there
+from imatrix_runner.batch.schedule import (
+    LANES,
+    ModelNeeds,
+    ModelProgress,
+    Stage,
+    StageStart,
+    held_bytes,
+    next_starts,
+    without_room,
+)
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.requests import BatchRequest
+from imatrix_runner.errors import InterruptedRunError, NoSpaceError, RunnerError
+from imatrix_runner.events import Event, Finished, Notice, Progress, Saved, Sink, Started, info, warning
+from imatrix_runner.files import human_bytes
+
+_POLL_SECONDS = 0.5
+_SHOW_SECONDS = 3.0
+_LEFT_AT_LEAST = 1
+
+
+@dataclass
+class BatchWorker:
+    """One command's work on a batch. ``models``: those to work on, by name; ``known``: options that additions may give."""
+
+    request: BatchRequest
+    folder: BatchFolder
+    journal: BatchJournal
+    checker: ListChecker
+    known: frozenset[str]
+    context: Context
+    limit: int
+    speeds: Speeds
+    show: Callable[[BatchView], None] = lambda _view: None
+    notify: Callable[[str, str, bool], None] = lambda _title, _text, _failed: None
+    models: dict[str, CheckedModel] = field(default_factory=dict)
+    faults: list[Failure] = field(default_factory=list)
+    most_held: int = 0
+
+    def __post_init__(self) -> None:
+        self._stages = BatchStages(self.request, self.folder, self.journal)
+        self._running: dict[Future[None], StageStart] = {}
+        self._live: dict[str, dict[str, LiveStage]] = {}
+        self._downloaded = {name for name, model in self.models.items() if self._stages.is_downloaded(model)}
+        self._prepared: set[str] = set()
+        self._completed: set[str] = set()
+        self._lock = threading.Lock()
+        self._shown = 0.0
+        self._additions = 0
+
+    def work(self) -> None:
+        """Work until every model is done or failed. Raises ``InterruptedRunError`` once a stop was requested and the running
+        stages have ended."""
+        with ThreadPoolExecutor(max_workers=len({*LANES.values()}), thread_name_prefix="batch") as pool:
+            while True:
+                if not self.context.stop.requested:
+                    self._take_additions()
+                    self._begin_stages(pool)
+                if not self._running:
+                    if self.context.stop.requested or not self._make_way():
+                        break
+                    continue
+                done, _ = wait(self._running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in done:
+                    del self._running[future]
+                    future.result()
+                self._show(state="running", now=bool(done))
+        self._show(state="stopped" if self.context.stop.requested else "finished", now=True)
+        self.context.stop.check()
+
+    def view(self, state: BatchState) -> BatchView:
+        """The batch as it is now."""
+        order = self._order()
+        with self._lock:
+            live = {name: tuple(stages.values()) for name, stages in self._live.items()}
+        problems = {name: model.problem for name, model in self.models.items() if model.problem is not None}
+        return overview(
+            str(self.request.file),
+            state,
+            [model.entry for model in order],
+            self.journal.history,
+            live=live,
+            work={model.entry.model: self._remaining(model) for model in order},
+            problems=problems,
+            speeds=self.speeds,
+            held=self._held(order),
+            limit=self.limit,
+            faults=self.faults,
+        )
+
+    # -- scheduling ---------------------------------------------------------------------------------------------------------
+
+    def _order(self) -> list[CheckedModel]:
+        """The models by priority, then by their place in the list."""
+        return sorted(self.models.values(), key=lambda model: -model.entry.priority)
+
+    def _progress(self, model: CheckedModel) -> ModelProgress:
+        """What is done of a model, for the schedule."""
+        name = model.entry.model
+        history = self.journal.history.of(name)
+        current = history.entry in ("", model.entry.fingerprint)
+        needs, names = self._needs(model)
+        over = current and (history.done is not None or history.failure is not None)
+        if over or model.problem is not None:
+            return ModelProgress(name, needs, ended=True, left=bytes_there(list(history.files.values())))
+        done = {*history.published, *history.made} | {*history.failed_levels} if current else set()
+        published = {*history.published, *history.failed_levels} if current else set()
+        return ModelProgress(
+            name,
+            needs,
+            name in self._downloaded,
+            name in self._prepared,
+            frozenset(number for number, group in enumerate(names) if {*group} <= done),
+            frozenset(number for number, group in enumerate(names) if {*group} <= published),
+            name in self._completed,
+            there=bytes_there(list(history.files.values())),
+        )
+
+    def _needs(self, model: CheckedModel) -> tuple[ModelNeeds, list[tuple[str, ...]]]:
+        """The disk that a model takes, exactly once it is planned; and the names of the levels of each group."""
+        history, keep = self.journal.history.of(model.entry.model), self.request.keep
+        prepared = history.prepared
+        if prepared is None or history.entry != model.entry.fingerprint:
+            needs, levels = model.needs(keep), model.levels
+        else:
+            levels = prepared.levels
+            own = self._own_download(model)
+            download = model.download if own else 0
+            converted = prepared.source if prepared.converted else 0
+            sizes = tuple(level.n_bytes for level in levels)
+            needs = needs_of(download, converted, sizes, publishes=bool(model.repo), keep=keep)
+        names: list[tuple[str, ...]] = [(level.name,) for level in levels]
+        if not needs.rotates:
+            names = [tuple(level.name for level in levels)]
+        return needs, names[: len(needs.groups)]
+
+    def _own_download(self, model: CheckedModel) -> bool:
+        return model.own_download or "download" in self.journal.history.of(model.entry.model).intended.values()
+
+    def _begin_stages(self, pool: ThreadPoolExecutor) -> None:
+        models = [self._progress(model) for model in self._order()]
+        running = [*self._running.values()]
+        for start in next_starts(models, running, self.limit):
+            model = self.models[start.model]
+            levels = self._needs(model)[1][start.group] if start.stage in ("make", "publish") else ()
+            self.journal.append(StageBegan(start.model, model.entry.fingerprint, start.stage, levels))
+            with self._lock:
+                title = stage_title(start.stage, levels)
+                self._live.setdefault(start.model, {})[start.stage] = LiveStage(start.stage, title)
+            self._running[pool.submit(self._stage, model, start, levels)] = start
+        self.most_held = max(self.most_held, held_bytes(models, [*self._running.values()]))
+
+    def _make_way(self) -> bool:
+        """Called when nothing runs and nothing can begin: whether there is still something to do afterwards."""
+        models = [self._progress(model) for model in self._order()]
+        if next_starts(models, (), self.limit):
+            return True
+        stuck = without_room(models, (), self.limit)
+        if stuck is None:
+            return False
+        if self.request.keep != "all" and self._free_failed():
+            return True
+        held = held_bytes(models, ())
+        error = NoSpaceError(
+            f"{stuck.name} does not fit on the disk",
+            f"it takes {human_bytes(stuck.needs.peak)} at a time, {human_bytes(held)} are taken by other models, and "
+            f"{human_bytes(self.limit)} may be taken in all",
+            "Raise --max-disk or free some space, ask for fewer levels, or publish with --keep nothing, which takes the source "
+            "and two levels.",
+        )
+        self._fail(self.models[stuck.name], "make" if stuck.prepared else "prepare" if stuck.downloaded else "download", error)
+        return True
+
+    def _free_failed(self) -> bool:
+        """Remove the sources of failed models, which can be fetched again; whether that freed anything."""
+        freed = 0
+        for name, model in self.models.items():
+            if self.journal.history.of(name).failure is not None:
+                freed += self._stages.remove_source(model, self._context(model))
+        return freed >= _LEFT_AT_LEAST
+
+    # -- stages -------------------------------------------------------------------------------------------------------------
+
+    def _stage(self, model: CheckedModel, start: StageStart, levels: Sequence[str]) -> None:
+        """Run one stage, in a thread of the pool. Every way that it can end is recorded; nothing is raised but a stop of the
+        whole command by an error of the journal itself."""
+        name, began = model.entry.model, time.monotonic()
+        context = self._context(model, start)
+        try:
+            outcome = self._stages.work(model, start, levels, context)
+            seconds = time.monotonic() - began
+            done = StageDone(name, model.entry.fingerprint, start.stage, tuple(levels), seconds, outcome.n_bytes)
+            self.journal.append(done)
+            self.speeds = self.speeds.with_stage(done)
+            write_speeds(self.request.environment.work_dir, self.speeds)
+            finished = {"download": self._downloaded, "prepare": self._prepared, "complete": self._completed}
+            finished.get(start.stage, set()).add(name)
+            self._conclude(model, context, outcome.url)
+        except InterruptedRunError:
+            pass  # the whole command ends, and the same command continues
+        except RunnerError as error:
+            self._fail(model, start.stage, error)
+        except Exception:  # noqa: BLE001 - a bug in one model's work must not take the night
+            self._fail(model, start.stage, self._bug(traceback.format_exc(), start))
+        finally:
+            with self._lock:
+                self._live.get(name, {}).pop(start.stage, None)
+                if not self._live.get(name):
+                    self._live.pop(name, None)
+
+    def _conclude(self, model: CheckedModel, context: Context, url: str) -> None:
+        """Record the end of a model that has no stage left."""
+        if not self._progress(model).finished:
+            return
+        self._stages.conclude(model, context, url)
+        failed = self.journal.history.of(model.entry.model).failed_levels
+        text = f"levels that failed: {', '.join(failed)}" if failed else "all levels are finished"
+        self.notify(f"{model.entry.model}: done", f"{text} {url}".strip(), bool(failed))
+
+    def _fail(self, model: CheckedModel, stage: Stage, error: RunnerError) -> None:
+        name = model.entry.model
+        self.journal.append(ModelFailed(name, model.entry.fingerprint, stage, Failure.of(error)))
+        self.context.sink(warning(f"{name} failed: {error.sentence()}"))
+        self.notify(f"{name}: failed", f"{error.what}. {error.why}. {error.todo}", True)
+
+    def _bug(self, trace: str, start: StageStart) -> RunnerError:
+        path = self.folder.root / "bug.log"
+        try:
+            with path.open("a", encoding="utf-8") as handle:
+                handle.write(f"{start.model}, {start.stage}\n{trace}\n")
+        except OSError:
+            self.context.sink(warning(trace))
+        last = trace.strip().splitlines()[-1][:300]
+        return RunnerError(f"A bug in imatrix-runner ended stage {start.stage}", last, f"Please report it with {path}.")
+
+    def _context(self, model: CheckedModel, start: StageStart | None = None) -> Context:
+        """The context of a stage: its events carry the model's name, and its progress is shown on the page."""
+        return Context(_ModelSink(model.entry.model, self.context.sink, self._progressed(start)), self.context.stop)
+
+    def _progressed(self, start: StageStart | None) -> Callable[[str, float | None], None]:
+        def note(title: str, share: float | None) -> None:
+            if start is None:
+                return
+            with self._lock:
+                if start.stage in self._live.get(start.model, {}):
+                    self._live[start.model][start.stage] = LiveStage(start.stage, title, share)
+
+        return note
+
+    # -- what is shown ------------------------------------------------------------------------------------------------------
+
+    def _take_additions(self) -> None:
+        """Read what ``batch add`` appended since; lines that are not understood are reported once and skipped."""
+        try:
+            size = self.folder.additions.stat().st_size if self.folder.additions.exists() else 0
+        except OSError:
+            return
+        if size == self._additions:
+            return
+        self._additions = size
+        listed = [model.entry for model in self.models.values() if not _is_added(model.entry, self.folder.additions)]
+        entries, faults = read_additions(self.folder.additions, self.known, listed)
+        for error in faults:
+            failure = Failure.of(error)
+            if failure not in self.faults:
+                self.faults.append(failure)
+                self.context.sink(warning(f"An addition is skipped: {error.sentence()}"))
+        for entry in entries:
+            if entry.model not in self.models:
+                self.models[entry.model] = self.checker.check_one(entry)
+                self.context.sink(info(f"{entry.model} was added to the list."))
+
+    def _remaining(self, model: CheckedModel) -> RemainingWork:
+        """Bytes that each stage of a model still has to work on."""
+        progress = self._progress(model)
+        needs = progress.needs
+        if progress.ended:
+            return RemainingWork({})
+        prepared = self.journal.history.of(model.entry.model).prepared
+        source = prepared.source if prepared is not None else model.source
+        groups = range(len(needs.groups))
+        missing = [needs.groups[group] + source for group in groups if group not in progress.made]
+        unpublished = [needs.groups[group] for group in groups if group not in progress.published]
+        stages: dict[Stage, int] = {"make": sum(missing)}
+        if not progress.downloaded:
+            stages["download"] = needs.download
+        if not progress.prepared:
+            stages["prepare"] = source
+        if needs.publishes:
+            stages["publish" if needs.rotates else "complete"] = sum(unpublished)
+        return RemainingWork(stages)
+
+    def _held(self, order: Sequence[CheckedModel]) -> int:
+        files = [file for model in order for file in self.journal.history.of(model.entry.model).files.values()]
+        return bytes_there(files)
+
+    def _show(self, state: BatchState, *, now: bool) -> None:
+        if now or time.monotonic() - self._shown > _SHOW_SECONDS:
+            self._shown = time.monotonic()
+            self.show(self.view(state))
+
+
+def _is_added(entry: BatchEntry, additions: Path) -> bool:
+    return entry.where.startswith(f"{additions}, ")
+
+
+@dataclass
+class _ModelSink:
+    """Passes events of one model on with its name, and the progress of its steps to the page."""
+
+    model: str
+    sink: Sink
+    progressed: Callable[[str, float | None], None]
+    steps: dict[str, Started] = field(default_factory=dict)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.steps[event.step] = event
+            self.progressed(event.title, None)
+            event = Started(self._step(event.step), f"{self.model}: {event.title}", event.total, event.unit)
+        elif isinstance(event, Progress):
+            begun = self.steps.get(event.step)
+            total = event.total or (begun.total if begun is not None else None)
+            if begun is not None:
+                self.progressed(begun.title, min(1.0, event.done / total) if total else None)
+            event = Progress(self._step(event.step), event.done, event.total, event.note)
+        elif isinstance(event, Finished):
+            event = Finished(self._step(event.step), event.status, event.detail, event.seconds)
+        elif isinstance(event, Notice):
+            event = Notice(event.level, f"{self.model}: {event.text}")
+        elif not isinstance(event, Saved):
+            return  # metrics of a step have no place among several models
+        self.sink(event)
+
+    def _step(self, step: str) -> str:
+        return f"{self.model} {step}"

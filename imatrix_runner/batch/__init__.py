@@ -1,0 +1,1 @@
+"""A list of models that is worked through: read, checked, scheduled, recorded, shown."""

@@ -1,0 +1,421 @@
+"""The journal of a batch: what was begun, finished, failed, made and removed, one JSON line each, in ``FILE.batch/``.
+
+Lines are only appended, and their order is the order of events: no decision depends on a clock, so one that is set back changes
+nothing. A line that a kill cut short is dropped. One process writes at a time; readers need no lock.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from imatrix_runner.batch.schedule import Stage
+from imatrix_runner.errors import InvalidDataError, RunnerError, WorkspaceLockedError, from_lock_error, from_os_error
+from imatrix_runner.files import Stamp, encode_json, open_to_continue, read_json, sync, write_json
+from imatrix_runner.process import start_time
+from imatrix_runner.untrusted import UnreadableError, from_json
+
+Role = Literal["download", "converted", "level"]
+"""What a file of a batch is: downloaded, converted from that, or a level."""
+
+_MOST_BYTES = 256 << 20
+_MOST_LINE = 1 << 20
+
+
+class BatchBegan(msgspec.Struct, frozen=True, tag_field="event", tag="began"):
+    """A command began to work on the list. ``at`` is the time of day, for people."""
+
+    command: str
+    at: str
+
+
+class StageBegan(msgspec.Struct, frozen=True, tag_field="event", tag="stage-began"):
+    """A stage of a model began. ``levels``: those that it makes or publishes. ``entry``: fingerprint of the list's entry."""
+
+    model: str
+    entry: str
+    stage: Stage
+    levels: tuple[str, ...] = ()
+
+
+class StageDone(msgspec.Struct, frozen=True, tag_field="event", tag="stage-done"):
+    """A stage ended well. ``seconds`` by a clock that is never set; ``n_bytes``: what the stage had to read or send."""
+
+    model: str
+    entry: str
+    stage: Stage
+    levels: tuple[str, ...]
+    seconds: float
+    n_bytes: int
+
+
+class PlannedLevel(msgspec.Struct, frozen=True):
+    """A level as the plan has it; ``n_bytes`` 0 where its size is not known before it is made."""
+
+    name: str
+    n_bytes: int
+
+
+class ModelPrepared(msgspec.Struct, frozen=True, tag_field="event", tag="prepared"):
+    """A model is on the disk and planned. ``source``: bytes of the GGUF that levels are made from; ``converted``: whether that
+    was converted here."""
+
+    model: str
+    entry: str
+    workspace: str
+    source: int
+    converted: bool
+    levels: tuple[PlannedLevel, ...]
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """The three lines of an error."""
+
+    kind: str
+    what: str
+    why: str
+    do: str
+
+    @classmethod
+    def of(cls, error: RunnerError) -> Failure:
+        return cls(error.kind, error.what, error.why, error.todo)
+
+
+class LevelFailed(msgspec.Struct, frozen=True, tag_field="event", tag="level-failed"):
+    """A level could not be made; the model's other levels go on."""
+
+    model: str
+    entry: str
+    level: str
+    error: Failure
+
+
+class ModelFailed(msgspec.Struct, frozen=True, tag_field="event", tag="failed"):
+    """A model could go no further. The next command tries it again."""
+
+    model: str
+    entry: str
+    stage: Stage | Literal["check"]
+    error: Failure
+
+
+class ModelDone(msgspec.Struct, frozen=True, tag_field="event", tag="done"):
+    """Everything that was asked for is done. ``url``: where it was published; empty if it was not."""
+
+    model: str
+    entry: str
+    url: str = ""
+
+
+class FileIntended(msgspec.Struct, frozen=True, tag_field="event", tag="intended"):
+    """Nothing was at ``path`` when a stage began that makes a file, or a folder, there."""
+
+    model: str
+    role: Role
+    path: str
+
+
+class FileMade(msgspec.Struct, frozen=True, tag_field="event", tag="file"):
+    """A file that this batch downloaded or made, as it was then. ``level``: as it was asked for; ``made_as``: its name, which
+    for a mix is another one."""
+
+    model: str
+    role: Role
+    path: str
+    stamp: Stamp
+    level: str = ""
+    made_as: str = ""
+
+
+class FileRemoved(msgspec.Struct, frozen=True, tag_field="event", tag="removed"):
+    """A file of this batch was removed."""
+
+    model: str
+    path: str
+
+
+BatchEvent: TypeAlias = (
+    BatchBegan
+    | StageBegan
+    | StageDone
+    | ModelPrepared
+    | LevelFailed
+    | ModelFailed
+    | ModelDone
+    | FileIntended
+    | FileMade
+    | FileRemoved
+)
+
+
+@dataclass
+class ModelHistory:
+    """What the journal says of a model. Stages, levels and failures are those of its current entry in the list; files are all
+    that the batch ever made for it and has not removed, by path."""
+
+    entry: str = ""
+    running: dict[Stage, tuple[str, ...]] = field(default_factory=dict)
+    downloaded: bool = False
+    prepared: ModelPrepared | None = None
+    made: set[str] = field(default_factory=set)
+    published: set[str] = field(default_factory=set)
+    failed_levels: dict[str, Failure] = field(default_factory=dict)
+    failure: ModelFailed | None = None
+    done: ModelDone | None = None
+    seconds: float = 0.0
+    intended: dict[str, Role] = field(default_factory=dict)
+    files: dict[str, FileMade] = field(default_factory=dict)
+
+    def files_of(self, role: Role, level: str = "") -> list[FileMade]:
+        return [file for file in self.files.values() if file.role == role and level in ("", file.level)]
+
+
+@dataclass
+class BatchHistory:
+    """The whole journal, folded. ``stages``: every finished stage, in order, from which speeds are taken."""
+
+    models: dict[str, ModelHistory] = field(default_factory=dict)
+    stages: list[StageDone] = field(default_factory=list)
+    began: BatchBegan | None = None
+    begun: int = 0
+
+    def of(self, model: str) -> ModelHistory:
+        return self.models.setdefault(model, ModelHistory())
+
+    def add(self, event: BatchEvent) -> None:
+        """Take in the next event."""
+        if isinstance(event, BatchBegan):
+            self.began = event
+            self.begun += 1
+            for model in self.models.values():
+                model.running.clear()  # of a process that was killed
+                if model.failure is not None or model.failed_levels:  # is tried again
+                    model.failure, model.failed_levels, model.done = None, {}, None
+            return
+        history = self.of(event.model)
+        if isinstance(event, FileIntended):
+            history.intended[event.path] = event.role
+        elif isinstance(event, FileMade):
+            history.files[event.path] = event
+        elif isinstance(event, FileRemoved):
+            history.files.pop(event.path, None)
+            history.intended.pop(event.path, None)
+        else:
+            if event.entry != history.entry:
+                kept = history
+                history = self.models[event.model] = ModelHistory(event.entry, intended=kept.intended, files=kept.files)
+            self._advance(history, event)
+
+    def _advance(
+        self, history: ModelHistory, event: StageBegan | StageDone | ModelPrepared | LevelFailed | ModelFailed | ModelDone
+    ) -> None:
+        if isinstance(event, StageBegan):
+            history.running[event.stage] = event.levels
+        elif isinstance(event, StageDone):
+            self.stages.append(event)
+            history.running.pop(event.stage, None)
+            history.seconds += event.seconds
+            history.downloaded |= event.stage == "download"
+            if event.stage == "make":
+                history.made |= {*event.levels}
+            elif event.stage == "publish":
+                history.published |= {*event.levels}
+        elif isinstance(event, ModelPrepared):
+            history.prepared = event
+        elif isinstance(event, LevelFailed):
+            history.failed_levels[event.level] = event.error
+        elif isinstance(event, ModelFailed):
+            history.failure = event
+            if event.stage != "check":
+                history.running.pop(event.stage, None)
+        else:
+            history.done = event
+
+
+class BatchJournal:
+    """Appends events durably and keeps them folded; safe to use from several threads of one process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.history = BatchHistory()
+        self._lock = threading.Lock()
+        self._file = open_to_continue(path, "opening the batch's journal")
+        try:
+            events, end = _events(path, self._file.read(_MOST_BYTES + 1))
+        except BaseException:
+            self._file.close()
+            raise
+        for event in events:
+            self.history.add(event)
+        self._file.seek(end)
+        self._file.truncate()
+
+    def append(self, *events: BatchEvent) -> None:
+        with self._lock:
+            try:
+                for event in events:
+                    self._file.write(encode_json(event) + b"\n")
+                self._file.flush()
+                sync(self._file.fileno())
+            except OSError as error:
+                raise from_os_error(error, "writing the batch's journal", self.path) from error
+            for event in events:
+                self.history.add(event)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_history(path: Path) -> BatchHistory:
+    """What a journal says, without writing to it. Raises :class:`InvalidDataError` for one that cannot be read."""
+    history = BatchHistory()
+    try:
+        data = b""
+        if path.exists():
+            with path.open("rb") as handle:
+                data = handle.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise from_os_error(error, "reading the batch's journal", path) from error
+    for event in _events(path, data)[0]:
+        history.add(event)
+    return history
+
+
+def _events(path: Path, data: bytes) -> tuple[list[BatchEvent], int]:
+    """The events of a journal's bytes, and where its last whole line ends."""
+    if len(data) > _MOST_BYTES:
+        raise _unreadable(path, f"it is larger than {_MOST_BYTES >> 20} MiB")
+    end = data.rfind(b"\n") + 1
+    events = []
+    for number, line in enumerate(data[:end].splitlines(), start=1):
+        if len(line) > _MOST_LINE:
+            raise _unreadable(path, f"line {number} is too long")
+        try:
+            events.append(_decode(line))
+        except UnreadableError as error:
+            raise _unreadable(path, f"line {number}: {error}") from error
+    return events, end
+
+
+_decode: Callable[[bytes], BatchEvent] = lambda line: from_json(line, BatchEvent)  # type: ignore[arg-type]  # noqa: E731
+
+
+def _unreadable(path: Path, why: str) -> InvalidDataError:
+    return InvalidDataError(
+        f"{path} cannot be read",
+        why,
+        "Move it away: finished work is found again, but files that the batch made before are no longer removed by it.",
+    )
+
+
+@dataclass(frozen=True)
+class BatchFolder:
+    """``FILE.batch/``, next to the list: the paths of one batch. Nothing is created by naming them."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, list_file: Path) -> BatchFolder:
+        return cls(list_file.with_name(list_file.name + ".batch"))
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal.jsonl"
+
+    @property
+    def additions(self) -> Path:
+        """What ``batch add`` appended to the list."""
+        return self.root / "added.jsonl"
+
+    @property
+    def downloads(self) -> Path:
+        """A hub's cache with what the batch downloaded."""
+        return self.root / "downloads"
+
+    @property
+    def page(self) -> Path:
+        return self.root / "batch.html"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"
+
+    @property
+    def owner(self) -> Path:
+        return self.root / ".owner.json"
+
+    @property
+    def addition_lock(self) -> Path:
+        return self.root / ".adding"
+
+
+class BatchOwner(msgspec.Struct, frozen=True):
+    """The process that works on a list. It is the same process only if its start time is."""
+
+    pid: int
+    created: float
+    host: str
+    command: str
+
+
+def running_owner(folder: BatchFolder) -> BatchOwner | None:
+    """The process that works on the list now; None if none does."""
+    try:
+        owner = read_json(folder.owner, BatchOwner, limit=1 << 20) if folder.owner.exists() else None
+    except RunnerError:
+        return None  # torn by a dying machine; it only serves to name the holder
+    alive = owner is not None and owner.host == socket.gethostname() and start_time(owner.pid) == owner.created
+    return owner if alive else None
+
+
+@contextmanager
+def hold_batch(folder: BatchFolder, command: str) -> Iterator[None]:
+    """Hold a batch as the only process that works on it. Raises :class:`WorkspaceLockedError` if another one does."""
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.lock)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        owner = running_owner(folder)
+        who = f"process {owner.pid} runs: {owner.command}" if owner is not None else "another process works on it"
+        raise WorkspaceLockedError(
+            "This batch is running already",
+            who,
+            "Append models with: imatrix-runner batch add; see how far it is with: imatrix-runner batch status.",
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise from_lock_error(error, "opening the batch's folder", folder.root) from error
+    try:
+        write_json(folder.owner, BatchOwner(os.getpid(), start_time(os.getpid()) or 0.0, socket.gethostname(), command))
+        yield
+    finally:
+        folder.owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def append_addition(folder: BatchFolder, entries: Sequence[object]) -> None:
+    """Append entries to the list of a batch, whether it runs or not; whole lines at a time."""
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.addition_lock, timeout=10), folder.additions.open("ab+") as handle:
+            handle.seek(0, os.SEEK_END)
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                torn = handle.read(1) != b"\n"
+                handle.seek(0, os.SEEK_END)
+                handle.write(b"\n" if torn else b"")
+            handle.write(b"".join(encode_json(entry) + b"\n" for entry in entries))
+            handle.flush()
+            sync(handle.fileno())
+    except (OSError, Timeout) as error:
+        failure = error if isinstance(error, OSError) else OSError(str(error))
+        raise from_os_error(failure, "appending to the batch's list", folder.additions) from error
