@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imatrix_runner.app.batch_work import BatchWorker
+from imatrix_runner.app.publish import publisher_of
 from imatrix_runner.batch.batch_journal import (
     BatchBegan,
     BatchFolder,
@@ -28,8 +29,9 @@ from imatrix_runner.batch.overview import BatchView, overview
 from imatrix_runner.batch.release_files import bytes_there, remove_unfinished
 from imatrix_runner.batch.schedule import ModelProgress, Stage, peak_bytes
 from imatrix_runner.context.context import Context
-from imatrix_runner.context.requests import BatchRequest
+from imatrix_runner.context.requests import BatchRequest, PublishRequest
 from imatrix_runner.files import free_bytes
+from imatrix_runner.models.hub import PublishingHub
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class EntryReader:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A list after its check, in the order of work. ``limit``: bytes that it may take, of which it takes ``peak`` at most;
+    """A list after its check, in the order of work. ``limit``: bytes that it may take, of ``room`` on the disk; it
+    takes ``peak`` at most;
     ``misfits``: models that do not fit; ``finished``: those that an earlier command finished; ``seconds``: expected, None where
     a speed is not known."""
 
@@ -55,6 +58,7 @@ class BatchPlan:
     seconds: float | None
     model_seconds: Mapping[str, float | None]
     keep: str
+    room: int
 
     @property
     def problems(self) -> tuple[CheckedModel, ...]:
@@ -94,7 +98,11 @@ def run_batch(
     """
     began = time.monotonic()
     folder = BatchFolder.of(request.file)
-    checker = ListChecker(reader.request_of, context.stop, trust_remote_code=request.trust_remote_code)
+
+    def check_target(target: PublishRequest) -> None:
+        publisher_of(target, PublishingHub(context.stop, context.sink), context.sink).check()
+
+    checker = ListChecker(reader.request_of, context.stop, check_target, request.trust_remote_code)
     if dry_run:
         plan = _plan(request, reader, checker, folder, read_history(folder.journal))
         if on_plan is not None:
@@ -121,7 +129,7 @@ def run_batch(
                 checker,
                 reader.known,
                 context,
-                plan.limit,
+                plan.room,
                 speeds,
                 lambda view: on_view(view, folder),
                 notify,
@@ -149,8 +157,10 @@ def _plan(
     files = [file for model in history.models.values() for file in model.files.values()]
     there = bytes_there(files)
     room = free_bytes(work_dir) + there
-    limit = min(room, request.max_disk) if request.max_disk is not None else room
+    room = limit = min(room, request.max_disk) if request.max_disk is not None else room
     todo = [model for model in models if model.problem is None and model.entry not in finished]
+    if request.keep == "nothing" and request.max_disk is None and todo:
+        limit = min(limit, max(model.needs(request.keep).peak for model in todo))
     states = [ModelProgress(model.entry.model, model.needs(request.keep)) for model in todo]
     peak, misfits = peak_bytes(states, limit)
     speeds = read_speeds(work_dir)
@@ -165,6 +175,7 @@ def _plan(
         batch_seconds(works.values(), speeds),
         {name: work.seconds(speeds) for name, work in works.items()},
         request.keep,
+        room,
     )
 
 

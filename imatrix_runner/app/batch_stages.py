@@ -6,11 +6,14 @@ what is finished is found by the stage itself.
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from imatrix_runner.app.publish import PublishJob, publish, publisher_of
 from imatrix_runner.app.run import refuse_hopeless, run
 from imatrix_runner.batch.batch_journal import (
     BatchEvent,
@@ -30,14 +33,16 @@ from imatrix_runner.batch.release_files import remove_files
 from imatrix_runner.batch.schedule import StageStart
 from imatrix_runner.context.context import Context
 from imatrix_runner.context.ownership import find_workspace, release_original
-from imatrix_runner.context.requests import BatchRequest, LevelsRequest, RunRequest
+from imatrix_runner.context.requests import BatchRequest, LevelsRequest, PublishRequest, RunRequest
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Event, Notice, Sink, ignore
 from imatrix_runner.files import stamp
 from imatrix_runner.journal import Journal, outputs_intact
 from imatrix_runner.mixes.targets import mix_targets
-from imatrix_runner.models.hub import fetch_model
+from imatrix_runner.models.hub import PublishingHub, fetch_model
 from imatrix_runner.models.model import HubId, parse_source
+from imatrix_runner.publish.local_files import ready_level
+from imatrix_runner.publish.published_names import check_planned
 from imatrix_runner.quantize.executor import LevelResult
 from imatrix_runner.quantize.level_facts import release_level
 from imatrix_runner.quantize.plan import LevelStep, Plan
@@ -46,9 +51,10 @@ from imatrix_runner.workspace import Workspace, hold
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """``n_bytes`` that a stage worked on; ``url`` of what it completed."""
+    """``n_bytes`` that a stage worked on; ``names`` of the levels that it made; ``url`` of what it completed."""
 
     n_bytes: int
+    names: tuple[str, ...] = ()
     url: str = ""
 
 
@@ -63,6 +69,8 @@ class BatchStages:
     request: BatchRequest
     folder: BatchFolder
     journal: BatchJournal
+    _busy: dict[str, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock), repr=False)
+    """Held while levels of a model are made: their maker may read its other levels, so none is removed meanwhile."""
 
     def work(self, model: CheckedModel, start: StageStart, levels: Sequence[str], context: Context) -> StageOutcome:
         """Carry out a stage. Raises :class:`RunnerError` where it fails."""
@@ -73,7 +81,8 @@ class BatchStages:
         if start.stage == "prepare":
             return StageOutcome(self._prepare(model, context))
         if start.stage == "make":
-            return StageOutcome(self._make(model, levels, context))
+            with self._busy[model.entry.model]:
+                return self._make(model, levels, context)
         return StageOutcome(self._publish(model, levels, context))
 
     def history(self, model: CheckedModel) -> ModelHistory:
@@ -110,11 +119,14 @@ class BatchStages:
 
         def take(plan: Plan) -> None:
             refuse_hopeless(plan, one_by_one=True)
+            if request.publish is not None:
+                makeable = [(step.level.name, step.level.ftype) for step in plan.levels if step.state != "fails"]
+                check_planned(makeable, workspace.model, request.publish.name_template)
             plans.append(plan)
             raise _PlanKnown
 
         with suppress(_PlanKnown):
-            run(request, Context(_without_notices(context.sink), context.stop), on_plan=take)
+            run(replace(request, publish=None), Context(_without_notices(context.sink), context.stop), on_plan=take)
         (plan,) = plans
         conversions = self._conversions(workspace)
         events: list[BatchEvent] = []
@@ -130,8 +142,8 @@ class BatchStages:
         ]
         events += [LevelFailed(name, entry, step.level.name, _refusal(step)) for step in plan.failing]
         source = sum(path.stat().st_size for path in conversions) or model.source
-        makeable = tuple(level for level in levels if level.name not in steps or steps[level.name].state != "fails")
-        events.append(ModelPrepared(name, entry, str(workspace.root), source, bool(conversions), makeable))
+        planned = tuple(level for level in levels if level.name not in steps or steps[level.name].state != "fails")
+        events.append(ModelPrepared(name, entry, str(workspace.root), source, bool(conversions), planned))
         self.journal.append(*events)
         downloads = self.history(model).files_of("download")
         if conversions and downloads and self.request.keep != "all":
@@ -140,28 +152,67 @@ class BatchStages:
             remove_files(downloads, self.journal, self.folder.downloads, context.sink)
         return source
 
-    def _make(self, model: CheckedModel, levels: Sequence[str], context: Context) -> int:
+    def _make(self, model: CheckedModel, levels: Sequence[str], context: Context) -> StageOutcome:
         history = self.history(model)
         request, prepared = self._run_request(model), history.prepared
         assert request.levels is not None
         assert prepared is not None
-        self._note_released(model)
+        self._note_released(model, context)
         whole = {*levels} >= {level.name for level in prepared.levels}
         wanted = request.levels if whole else replace(request.levels, names=tuple(levels), preset="")
-        result = run(replace(request, levels=wanted), context)
+        if history.made:  # what can be said was said for the first levels
+            context = Context(_without_notices(context.sink), context.stop)
+        result = run(replace(request, levels=wanted, publish=None), context)
         self._record_levels(model, result.levels, levels)
         unmeasured = result.evaluated.failed if result.evaluated is not None else {}
         for level, error in unmeasured.items():
             self.journal.append(LevelFailed(model.entry.model, model.entry.fingerprint, level, Failure.of(error)))
         if all(level.status == "failed" for level in result.levels) and result.levels and whole:
             raise result.levels[0].error or InvalidDataError("No level was made", "all of them failed", "See the log.")
-        return prepared.source + sum(level.n_bytes or 0 for level in result.levels)
+        names = tuple(level.step.level.name for level in result.levels if level.error is None)
+        return StageOutcome(prepared.source + sum(level.n_bytes or 0 for level in result.levels), names)
 
     def _publish(self, model: CheckedModel, levels: Sequence[str], context: Context) -> int:
-        raise NotImplementedError(model, levels, context)
+        """Upload levels and look at them on the hub. Nothing is written in the workspace, in which others may be made."""
+        workspace = self._workspace(model, context)
+        request = self._publish_request(model, workspace)
+        job = PublishJob(
+            request,
+            workspace,
+            Journal(workspace.journal),
+            publisher_of(request, PublishingHub(context.stop, context.sink), context.sink),
+        )
+        job.publisher.check()
+        sizes = 0
+        for name in self.history(model).names.get(tuple(levels), ()):
+            level = ready_level(workspace, job.journal, name, save=False)
+            unit = job.level_unit(level, job.paths([level])[name])
+            job.publisher.refuse([unit])
+            job.publisher.bring(unit)
+            sizes += level.n_bytes
+        job.publisher.verify()
+        return sizes
 
     def _complete(self, model: CheckedModel, context: Context) -> StageOutcome:
-        raise NotImplementedError(model, context)
+        """Publish what is not on the hub yet, the card and the report; everything is looked at once more."""
+        self._note_released(model, context)
+        names = tuple(name for group in self.history(model).names.values() for name in group)
+        if not names:
+            raise InvalidDataError("There is nothing to publish", "no level could be made", "See the failures of its levels.")
+        request = self._publish_request(model, self._workspace(model, context))
+        result = publish(replace(request, levels=names), context)
+        return StageOutcome(result.n_bytes, url=result.url)
+
+    def sweep(self, model: CheckedModel, context: Context) -> None:
+        """Remove levels that were published and verified, unless others of the model are being made at the moment."""
+        history, lock = self.history(model), self._busy[model.entry.model]
+        if self.request.keep != "nothing" or not history.published or not lock.acquire(blocking=False):
+            return
+        try:
+            files = [file for file in history.files_of("level") if file.level in history.published]
+            remove_files(files, self.journal, self.folder.downloads, context.sink)
+        finally:
+            lock.release()
 
     def conclude(self, model: CheckedModel, context: Context, url: str = "") -> None:
         """Record that a model is done, and remove its source unless everything is kept."""
@@ -228,20 +279,28 @@ class BatchStages:
                 continue
             for path in result.step.files:
                 if str(path) in history.intended or result.status == "done":
-                    events.append(FileMade(name, "level", str(path), stamp(path), level, made_as))
+                    events.append(FileMade(name, "level", str(path), stamp(path), level))
         self.journal.append(*events)
 
-    def _note_released(self, model: CheckedModel) -> None:
+    def _publish_request(self, model: CheckedModel, workspace: Workspace) -> PublishRequest:
+        """The request of ``publish`` for the model's workspace."""
+        assert model.request is not None
+        assert model.request.publish is not None
+        own = self._run_request(model).environment
+        return replace(model.request.publish, model=str(workspace.root), environment=own)
+
+    def _note_released(self, model: CheckedModel, context: Context) -> None:
         """Tell the workspace which levels were removed after they were published: reports go on to list them. Nothing else
         uses the workspace meanwhile."""
         history = self.history(model)
-        if history.prepared is None or not history.published:
+        published = {name for levels, names in history.names.items() if {*levels} <= history.published for name in names}
+        if not published:
             return
-        workspace = Workspace(Path(history.prepared.workspace), model.name)
+        workspace = self._workspace(model, context)
         with hold(workspace, self.request.environment.command):
             journal = Journal(workspace.journal)
             for level, record in journal.of_kind("level").items():
-                if level in history.published and not outputs_intact(record, workspace.root):
+                if level in published and not outputs_intact(record, workspace.root):
                     release_level(journal, level)
 
 

@@ -40,6 +40,9 @@ from imatrix_runner.errors import InterruptedRunError, NoSpaceError, RunnerError
 from imatrix_runner.events import Event, Finished, Notice, Progress, Saved, Sink, Started, info, warning
 from imatrix_runner.files import human_bytes
 
+DOWNLOAD = "download"
+"""The step of events of a download."""
+
 _POLL_SECONDS = 0.5
 _SHOW_SECONDS = 3.0
 _LEFT_AT_LEAST = 1
@@ -77,6 +80,8 @@ class BatchWorker:
     def work(self) -> None:
         """Work until every model is done or failed. Raises ``InterruptedRunError`` once a stop was requested and the running
         stages have ended."""
+        for model in self.models.values():
+            self._stages.sweep(model, self._context(model))
         with ThreadPoolExecutor(max_workers=len({*LANES.values()}), thread_name_prefix="batch") as pool:
             while True:
                 if not self.context.stop.requested:
@@ -110,7 +115,7 @@ class BatchWorker:
             problems=problems,
             speeds=self.speeds,
             held=self._held(order),
-            limit=self.limit,
+            limit=self._room(),
             faults=self.faults,
         )
 
@@ -131,6 +136,8 @@ class BatchWorker:
             return ModelProgress(name, needs, ended=True, left=bytes_there(list(history.files.values())))
         done = {*history.published, *history.made} | {*history.failed_levels} if current else set()
         published = {*history.published, *history.failed_levels} if current else set()
+        there = {file.level for file in history.files_of("level")}
+        rotating = frozenset(range(len(names))) if needs.rotates else frozenset()
         return ModelProgress(
             name,
             needs,
@@ -138,6 +145,7 @@ class BatchWorker:
             name in self._prepared,
             frozenset(number for number, group in enumerate(names) if {*group} <= done),
             frozenset(number for number, group in enumerate(names) if {*group} <= published),
+            frozenset(number for number, group in enumerate(names) if {*group} <= published - there) & rotating,
             name in self._completed,
             there=bytes_there(list(history.files.values())),
         )
@@ -163,10 +171,17 @@ class BatchWorker:
     def _own_download(self, model: CheckedModel) -> bool:
         return model.own_download or "download" in self.journal.history.of(model.entry.model).intended.values()
 
+    def _room(self) -> int:
+        """Bytes that may be taken. With ``--keep nothing`` and no ``--max-disk`` that is the most that one model takes alone."""
+        if self.request.keep != "nothing" or self.request.max_disk is not None:
+            return self.limit
+        peaks = [self._needs(model)[0].peak for model in self.models.values() if model.problem is None]
+        return min(self.limit, max(peaks, default=self.limit))
+
     def _begin_stages(self, pool: ThreadPoolExecutor) -> None:
         models = [self._progress(model) for model in self._order()]
         running = [*self._running.values()]
-        for start in next_starts(models, running, self.limit):
+        for start in next_starts(models, running, self._room()):
             model = self.models[start.model]
             levels = self._needs(model)[1][start.group] if start.stage in ("make", "publish") else ()
             self.journal.append(StageBegan(start.model, model.entry.fingerprint, start.stage, levels))
@@ -179,9 +194,9 @@ class BatchWorker:
     def _make_way(self) -> bool:
         """Called when nothing runs and nothing can begin: whether there is still something to do afterwards."""
         models = [self._progress(model) for model in self._order()]
-        if next_starts(models, (), self.limit):
+        if next_starts(models, (), self._room()):
             return True
-        stuck = without_room(models, (), self.limit)
+        stuck = without_room(models, (), self._room())
         if stuck is None:
             return False
         if self.request.keep != "all" and self._free_failed():
@@ -190,7 +205,7 @@ class BatchWorker:
         error = NoSpaceError(
             f"{stuck.name} does not fit on the disk",
             f"it takes {human_bytes(stuck.needs.peak)} at a time, {human_bytes(held)} are taken by other models, and "
-            f"{human_bytes(self.limit)} may be taken in all",
+            f"{human_bytes(self._room())} may be taken in all",
             "Raise --max-disk or free some space, ask for fewer levels, or publish with --keep nothing, which takes the source "
             "and two levels.",
         )
@@ -215,8 +230,10 @@ class BatchWorker:
         try:
             outcome = self._stages.work(model, start, levels, context)
             seconds = time.monotonic() - began
-            done = StageDone(name, model.entry.fingerprint, start.stage, tuple(levels), seconds, outcome.n_bytes)
+            entry = model.entry.fingerprint
+            done = StageDone(name, entry, start.stage, tuple(levels), seconds, outcome.n_bytes, outcome.names)
             self.journal.append(done)
+            self._stages.sweep(model, context)
             self.speeds = self.speeds.with_stage(done)
             write_speeds(self.request.environment.work_dir, self.speeds)
             finished = {"download": self._downloaded, "prepare": self._prepared, "complete": self._completed}
@@ -261,7 +278,9 @@ class BatchWorker:
 
     def _context(self, model: CheckedModel, start: StageStart | None = None) -> Context:
         """The context of a stage: its events carry the model's name, and its progress is shown on the page."""
-        return Context(_ModelSink(model.entry.model, self.context.sink, self._progressed(start)), self.context.stop)
+        downloads = start is not None and start.stage == "download"
+        sink = _ModelSink(model.entry.model, self.context.sink, self._progressed(start), downloads)
+        return Context(sink, self.context.stop)
 
     def _progressed(self, start: StageStart | None) -> Callable[[str, float | None], None]:
         def note(title: str, share: float | None) -> None:
@@ -337,9 +356,12 @@ class _ModelSink:
     model: str
     sink: Sink
     progressed: Callable[[str, float | None], None]
+    downloads: bool
     steps: dict[str, Started] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, (Started, Progress, Finished)) and event.step == DOWNLOAD and not self.downloads:
+            return  # what is looked up again in the cache
         if isinstance(event, Started):
             self.steps[event.step] = event
             self.progressed(event.title, None)

@@ -48,7 +48,8 @@ class StageBegan(msgspec.Struct, frozen=True, tag_field="event", tag="stage-bega
 
 
 class StageDone(msgspec.Struct, frozen=True, tag_field="event", tag="stage-done"):
-    """A stage ended well. ``seconds`` by a clock that is never set; ``n_bytes``: what the stage had to read or send."""
+    """A stage ended well. ``seconds`` by a clock that is never set; ``n_bytes``: what the stage had to read or send; ``names``
+    of the levels that it made, which for mixes differ from the ``levels`` that were asked for."""
 
     model: str
     entry: str
@@ -56,6 +57,7 @@ class StageDone(msgspec.Struct, frozen=True, tag_field="event", tag="stage-done"
     levels: tuple[str, ...]
     seconds: float
     n_bytes: int
+    names: tuple[str, ...] = ()
 
 
 class PlannedLevel(msgspec.Struct, frozen=True):
@@ -125,15 +127,13 @@ class FileIntended(msgspec.Struct, frozen=True, tag_field="event", tag="intended
 
 
 class FileMade(msgspec.Struct, frozen=True, tag_field="event", tag="file"):
-    """A file that this batch downloaded or made, as it was then. ``level``: as it was asked for; ``made_as``: its name, which
-    for a mix is another one."""
+    """A file that this batch downloaded or made, as it was then. ``level``: as it was asked for."""
 
     model: str
     role: Role
     path: str
     stamp: Stamp
     level: str = ""
-    made_as: str = ""
 
 
 class FileRemoved(msgspec.Struct, frozen=True, tag_field="event", tag="removed"):
@@ -167,6 +167,8 @@ class ModelHistory:
     downloaded: bool = False
     prepared: ModelPrepared | None = None
     made: set[str] = field(default_factory=set)
+    names: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    """The names of the levels that were made, by the levels that were asked for together."""
     published: set[str] = field(default_factory=set)
     failed_levels: dict[str, Failure] = field(default_factory=dict)
     failure: ModelFailed | None = None
@@ -227,6 +229,7 @@ class BatchHistory:
             history.downloaded |= event.stage == "download"
             if event.stage == "make":
                 history.made |= {*event.levels}
+                history.names[event.levels] = event.names
             elif event.stage == "publish":
                 history.published |= {*event.levels}
         elif isinstance(event, ModelPrepared):

@@ -23,7 +23,7 @@ OptionText: TypeAlias = str | tuple[str, ...]
 """The value of an option, as typed; several for an option that may be given several times, or for a list."""
 
 JSON_LINES = (".jsonl", ".ndjson")
-OWN_KEYS = ("model", "publish", "private", "name_template", "priority")
+OWN_KEYS = ("model", "publish", "priority")
 """Keys of an entry that are not options of ``run``."""
 RENAMED = {"calibration": "text", "file": "text", "mix": "levels"}
 """Other names that a list may use for options of ``run``."""
@@ -41,21 +41,19 @@ _MODEL = "{model}"
 @dataclass(frozen=True)
 class BatchEntry:
     """One model of a list. ``options``: those of ``run`` by the names of their settings, with underscores. ``publish``: the
-    repository ``ORG/NAME``, which may contain ``{model}``; empty: not published. Higher ``priority`` first. ``where`` says
-    where the entry stands, for messages."""
+    repository ``ORG/NAME``, which may contain ``{model}``; empty: not published. A higher ``priority`` comes first. ``where``:
+    the entry's place, for messages."""
 
     model: str
     options: Mapping[str, OptionText] = field(default_factory=dict)
     publish: str = ""
-    private: bool = False
-    name_template: str = ""
     priority: int = 0
     where: str = ""
 
     @property
     def fingerprint(self) -> str:
         """A digest of everything that decides what is made and published."""
-        known = (self.model, sorted(self.options.items()), self.publish, self.private, self.name_template)
+        known = (self.model, sorted(self.options.items()), self.publish)
         return hashlib.sha256(encode_json(known)).hexdigest()[:16]
 
     def repository(self, name: str) -> str:
@@ -69,7 +67,7 @@ def read_list(path: Path, known: Collection[str]) -> tuple[BatchEntry, ...]:
     Raises :class:`UsageError` for anything in it that is not understood.
     """
     raw, defaults = _raw_entries(path, _read(path))
-    common = _options_of(defaults, known, f"{path}, defaults", own=("publish", "private", "name_template", "priority"))
+    common = _options_of(defaults, known, f"{path}, defaults", own=OWN_KEYS[1:])
     entries = [_entry(each, common, known, f"{path}, entry {number}") for number, each in enumerate(raw, start=1)]
     if not entries:
         raise UsageError(f"{path} names no models", "the list is empty", "Write a line for each:  - org/name")
@@ -169,13 +167,10 @@ def _entry(raw: Any, common: Mapping[str, OptionText], known: Collection[str], w
         raise UsageError(f"{where} names no model", "it has no key 'model'", "Write  model: org/name  or a path.")
     options = {name: value for name, value in values.items() if name not in OWN_KEYS}
     _refuse_levels_twice(options, where)
-    template = _single(values.get("name_template", ""), "name-template", where)
     return BatchEntry(
         model,
         options,
         _target(_single(values.get("publish", ""), "publish", where).strip(), where),
-        _switch(values.get("private", "false"), "private", where),
-        template,
         _priority(values.get("priority", "0"), where),
         where,
     )
@@ -235,13 +230,6 @@ def _single(value: OptionText, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"The key {key!r} takes one value", f"{where} gives it a list", "Give one value.")
     return value
-
-
-def _switch(value: OptionText, key: str, where: str) -> bool:
-    found = as_bool(_single(value, key, where))
-    if found is None:
-        raise UsageError(f"The key {key!r} is true or false", f"{where} gives it {value!r}", f"Write  {key}: true")
-    return found
 
 
 def _priority(value: OptionText, where: str) -> int:

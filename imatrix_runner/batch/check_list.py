@@ -13,7 +13,7 @@ from imatrix_runner.batch.batch_list import BatchEntry
 from imatrix_runner.batch.level_sizes import about_levels
 from imatrix_runner.batch.schedule import Keep, ModelNeeds
 from imatrix_runner.context.engine_choice import Machine
-from imatrix_runner.context.requests import MODES, LevelsRequest, RunRequest
+from imatrix_runner.context.requests import MODES, LevelsRequest, PublishRequest, RunRequest
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, RunnerError, ToolchainError, UsageError
 from imatrix_runner.extras import CONVERT
 from imatrix_runner.models.hub import foresee_model
@@ -78,7 +78,7 @@ class ListChecker:
 
     request_of: RequestOf
     stop: Stop
-    check_target: Callable[[BatchEntry, str], None] = lambda _entry, _repo: None
+    check_target: Callable[[PublishRequest], None] = lambda _request: None
     trust_remote_code: bool = False
     llama_cpp: Path | None = field(default=None)
 
@@ -110,8 +110,8 @@ class ListChecker:
             name = model_name(entry.model if isinstance(source, HubId) else source.path)
             known = replace(known, name=name, repo=entry.repository(name))
             found = self._source(source, request, known)
-            if found.repo:
-                self.check_target(entry, found.repo)
+            if request.publish is not None:
+                self.check_target(request.publish)
             assert request.levels is not None
             return replace(found, levels=about_levels(request.levels, found.n_params))
         except InterruptedRunError:

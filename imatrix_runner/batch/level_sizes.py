@@ -13,8 +13,6 @@ _VARIANT = 1.06
 """A publisher's variant against its stock level: 8-bit embeddings and output are 3 to 10 % of models of 7 to 70 billion."""
 _USUAL_BITS = 4.9
 """Of levels that are not known here: those of Q4_K_M."""
-_HEADER = 8 << 20
-"""Metadata and vocabulary of a GGUF."""
 
 
 def about_levels(request: LevelsRequest, n_params: int) -> tuple[PlannedLevel, ...]:
@@ -30,14 +28,14 @@ def _about(name: str, n_params: int) -> int:
     bits = usual_bits(stock)
     if bits is None:
         bits = (usual_bits(stock_base(stock)) or _USUAL_BITS) * _VARIANT
-    return round(n_params * bits / 8) + _HEADER
+    return round(n_params * bits / 8)
 
 
 def _about_mix(name: str, n_params: int) -> int:
     try:
         target = parse_target(name)
     except UsageError:
-        return round(n_params * _USUAL_BITS / 8) + _HEADER  # refused, with its reason, when it is planned
+        return round(n_params * _USUAL_BITS / 8)  # refused, with its reason, when it is planned
     if isinstance(target, SizeTarget):
         return target.n_bytes
     if isinstance(target, MemoryTarget):
@@ -47,4 +45,4 @@ def _about_mix(name: str, n_params: int) -> int:
         bits = target.bits_per_weight
     elif isinstance(target, LikeTarget):
         bits = usual_bits(stock_base(target.level)) or _USUAL_BITS
-    return round(n_params * bits / 8) + _HEADER
+    return round(n_params * bits / 8)

@@ -89,8 +89,9 @@ class StageStart:
 
 @dataclass(frozen=True)
 class ModelProgress:
-    """What is done of a model. ``made``, ``published``: numbers of groups of levels; ``ended``: nothing more is to be done,
-    because it is finished or failed, and ``left`` bytes of it stay on the disk. ``there``: bytes that were found there."""
+    """What is done of a model. ``made``, ``published``, ``gone`` (removed): numbers of groups of levels. ``ended``: nothing more
+    is to be done, because it is finished or failed, and ``left`` bytes of it stay on the disk. ``there``: bytes that were
+    found there."""
 
     name: str
     needs: ModelNeeds
@@ -98,6 +99,7 @@ class ModelProgress:
     prepared: bool = False
     made: frozenset[int] = frozenset()
     published: frozenset[int] = frozenset()
+    gone: frozenset[int] = frozenset()
     completed: bool = False
     ended: bool = False
     left: int = 0
@@ -116,7 +118,7 @@ class ModelProgress:
             fetched = needs.download if self.downloaded or "download" in mine else 0
             return fetched + (needs.converted if "prepare" in mine else 0)
         growing = {mine["make"].group} if "make" in mine else set()
-        groups = (self.made | growing) - (self.published if needs.rotates else frozenset())
+        groups = (self.made | growing) - self.gone
         return needs.source + sum(needs.groups[group] for group in groups)
 
     def begun(self, running: Sequence[StageStart]) -> bool:
@@ -141,7 +143,7 @@ class ModelProgress:
             found += [] if self.completed else [StageStart(self.name, "complete")]
         if all(start.stage != "make" for start in mine):
             missing = [group for group in range(len(needs.groups)) if group not in self.made]
-            there = len(self.made - self.published) if needs.rotates else 0
+            there = len(self.made - self.gone) if needs.rotates else 0
             if missing and there < MOST_GROUPS:
                 found.append(StageStart(self.name, "make", missing[0]))
         return found
@@ -224,6 +226,7 @@ def after(model: ModelProgress, done: StageStart) -> ModelProgress:
         prepared=model.prepared or done.stage == "prepare",
         made=model.made | ({done.group} if done.stage == "make" else set()),
         published=model.published | ({done.group} if done.stage == "publish" else set()),
+        gone=model.gone | ({done.group} if done.stage == "publish" else set()),
         completed=model.completed or done.stage == "complete",
     )
     return replace(now, ended=True, left=now.needs.final) if now.finished else now

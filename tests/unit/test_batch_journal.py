@@ -90,7 +90,11 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
 
 def test_two_batches_on_one_list_are_refused(tmp_path: Path) -> None:
     folder = BatchFolder.of(tmp_path / "m.yaml")
-    with hold_batch(folder, "first"), pytest.raises(WorkspaceLockedError, match="first") as caught, hold_batch(folder, "second"):
+    with (
+        hold_batch(folder, "first"),
+        pytest.raises(WorkspaceLockedError, match="first") as caught,
+        hold_batch(folder, "second"),
+    ):
         pass
     assert caught.value.exit_code == 7
     with hold_batch(folder, "third"):

@@ -1,4 +1,4 @@
-"""The schedule of a batch: order, one stage a lane, and a disk bound that nothing exceeds and that never ends in a standstill."""
+"""The schedule of a batch: order, one stage a lane, a disk bound that nothing exceeds, and no standstill."""
 
 from __future__ import annotations
 
@@ -116,7 +116,5 @@ def test_the_next_model_is_fetched_while_this_one_computes() -> None:
 
 
 def test_an_earlier_model_comes_first_in_every_lane() -> None:
-    ready = [
-        replace(model, downloaded=True, prepared=True) for model in models([ModelNeeds(1, 0, (1,), False, "all")] * 3)
-    ]
+    ready = [replace(model, downloaded=True, prepared=True) for model in models([ModelNeeds(1, 0, (1,), False, "all")] * 3)]
     assert [start.model for start in next_starts(ready, (), 100)] == ["m0"]

@@ -13,10 +13,12 @@ from imatrix_runner.cli.option_fields import fill
 from imatrix_runner.cli.settings import Setting
 from imatrix_runner.context.requests import RunRequest
 from imatrix_runner.errors import RunnerError, UsageError
+from imatrix_runner.models.model import model_name
 from imatrix_runner.safe_text import shown
 
-_NOT_LISTED = ("work_dir", "llama_cpp")
-"""Settings of ``run`` that a list may not give: one for all models, and one that would run programs that came with a list."""
+_NOT_LISTED = ("work_dir", "llama_cpp", "publish")
+"""Settings of ``run`` that are not options of an entry: one is for all models, one would run programs that came with a list,
+and a list spells the third itself."""
 
 
 def known_options() -> frozenset[str]:
@@ -27,6 +29,8 @@ def known_options() -> frozenset[str]:
 def request_of(entry: BatchEntry, invocation: Invocation) -> RunRequest:
     """The request of ``run`` that an entry makes. Raises :class:`UsageError` where ``run`` would refuse the options."""
     words = [word for name, value in entry.options.items() for word in _words(name, value, entry)]
+    if entry.publish:
+        words.append(f"--publish={entry.repository(model_name(entry.model))}")
     try:
         with run.make_context("run", [*words, "--", entry.model], obj=invocation) as ctx:
             return run_request(invocation, fill(RunOptions, ctx.params))
