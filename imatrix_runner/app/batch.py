@@ -15,8 +15,8 @@ from imatrix_runner.batch.batch_journal import (
     BatchFolder,
     BatchHistory,
     BatchJournal,
-    Failure,
     ModelFailed,
+    ThreeLines,
     append_addition,
     hold_batch,
     read_history,
@@ -232,5 +232,5 @@ def batch_status(file: Path, reader: EntryReader) -> BatchView:
         history,
         speeds=speeds_of(history.stages),
         held=bytes_there(files),
-        faults=[Failure.of(error) for error in faults],
+        faults=[ThreeLines.of(error) for error in faults],
     )

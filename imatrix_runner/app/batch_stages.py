@@ -19,7 +19,6 @@ from imatrix_runner.batch.batch_journal import (
     BatchEvent,
     BatchFolder,
     BatchJournal,
-    Failure,
     FileIntended,
     FileMade,
     LevelFailed,
@@ -27,6 +26,7 @@ from imatrix_runner.batch.batch_journal import (
     ModelHistory,
     ModelPrepared,
     PlannedLevel,
+    ThreeLines,
 )
 from imatrix_runner.batch.check_list import CheckedModel
 from imatrix_runner.batch.release_files import remove_files
@@ -166,7 +166,7 @@ class BatchStages:
         self._record_levels(model, result.levels, levels)
         unmeasured = result.evaluated.failed if result.evaluated is not None else {}
         for level, error in unmeasured.items():
-            self.journal.append(LevelFailed(model.entry.model, model.entry.fingerprint, level, Failure.of(error)))
+            self.journal.append(LevelFailed(model.entry.model, model.entry.fingerprint, level, ThreeLines.of(error)))
         if all(level.status == "failed" for level in result.levels) and result.levels and whole:
             raise result.levels[0].error or InvalidDataError("No level was made", "all of them failed", "See the log.")
         names = tuple(level.step.level.name for level in result.levels if level.error is None)
@@ -275,7 +275,7 @@ class BatchStages:
             made_as = result.step.level.name
             level = made_as if made_as in asked or len(asked) != 1 else asked[0]
             if result.error is not None:
-                events.append(LevelFailed(name, entry, level, Failure.of(result.error)))
+                events.append(LevelFailed(name, entry, level, ThreeLines.of(result.error)))
                 continue
             for path in result.step.files:
                 if str(path) in history.intended or result.status == "done":
@@ -331,6 +331,6 @@ def _is_mix(step: LevelStep) -> bool:
     return bool(step.level.pins) or step.level.name.upper().startswith("MIX")
 
 
-def _refusal(step: LevelStep) -> Failure:
+def _refusal(step: LevelStep) -> ThreeLines:
     error = InvalidDataError(f"{step.level.name} was not made", step.reason, step.remedy or "Choose other levels.")
-    return Failure.of(error)
+    return ThreeLines.of(error)

@@ -14,10 +14,10 @@ from imatrix_runner.app.batch_stages import BatchStages
 from imatrix_runner.batch.batch_journal import (
     BatchFolder,
     BatchJournal,
-    Failure,
     ModelFailed,
     StageBegan,
     StageDone,
+    ThreeLines,
 )
 from imatrix_runner.batch.batch_list import BatchEntry, read_additions
 from imatrix_runner.batch.check_list import CheckedModel, ListChecker, needs_of
@@ -40,7 +40,7 @@ from imatrix_runner.errors import InterruptedRunError, NoSpaceError, RunnerError
 from imatrix_runner.events import Event, Finished, Notice, Progress, Saved, Sink, Started, info, warning
 from imatrix_runner.files import human_bytes
 
-DOWNLOAD = "download"
+DOWNLOAD_STEP = "download"
 """The step of events of a download."""
 
 _POLL_SECONDS = 0.5
@@ -63,7 +63,7 @@ class BatchWorker:
     show: Callable[[BatchView], None] = lambda _view: None
     notify: Callable[[str, str, bool], None] = lambda _title, _text, _failed: None
     models: dict[str, CheckedModel] = field(default_factory=dict)
-    faults: list[Failure] = field(default_factory=list)
+    faults: list[ThreeLines] = field(default_factory=list)
     most_held: int = 0
 
     def __post_init__(self) -> None:
@@ -172,7 +172,7 @@ class BatchWorker:
         return model.own_download or "download" in self.journal.history.of(model.entry.model).intended.values()
 
     def _room(self) -> int:
-        """Bytes that may be taken. With ``--keep nothing`` and no ``--max-disk`` that is the most that one model takes alone."""
+        """Bytes that may be taken: with ``--keep nothing`` and no ``--max-disk`` the most that one model takes alone."""
         if self.request.keep != "nothing" or self.request.max_disk is not None:
             return self.limit
         peaks = [self._needs(model)[0].peak for model in self.models.values() if model.problem is None]
@@ -262,7 +262,7 @@ class BatchWorker:
 
     def _fail(self, model: CheckedModel, stage: Stage, error: RunnerError) -> None:
         name = model.entry.model
-        self.journal.append(ModelFailed(name, model.entry.fingerprint, stage, Failure.of(error)))
+        self.journal.append(ModelFailed(name, model.entry.fingerprint, stage, ThreeLines.of(error)))
         self.context.sink(warning(f"{name} failed: {error.sentence()}"))
         self.notify(f"{name}: failed", f"{error.what}. {error.why}. {error.todo}", True)
 
@@ -306,7 +306,7 @@ class BatchWorker:
         listed = [model.entry for model in self.models.values() if not _is_added(model.entry, self.folder.additions)]
         entries, faults = read_additions(self.folder.additions, self.known, listed)
         for error in faults:
-            failure = Failure.of(error)
+            failure = ThreeLines.of(error)
             if failure not in self.faults:
                 self.faults.append(failure)
                 self.context.sink(warning(f"An addition is skipped: {error.sentence()}"))
@@ -360,7 +360,7 @@ class _ModelSink:
     steps: dict[str, Started] = field(default_factory=dict)
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, (Started, Progress, Finished)) and event.step == DOWNLOAD and not self.downloads:
+        if isinstance(event, (Started, Progress, Finished)) and event.step == DOWNLOAD_STEP and not self.downloads:
             return  # what is looked up again in the cache
         if isinstance(event, Started):
             self.steps[event.step] = event

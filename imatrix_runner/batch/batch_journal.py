@@ -79,7 +79,7 @@ class ModelPrepared(msgspec.Struct, frozen=True, tag_field="event", tag="prepare
     levels: tuple[PlannedLevel, ...]
 
 
-class Failure(msgspec.Struct, frozen=True):
+class ThreeLines(msgspec.Struct, frozen=True):
     """The three lines of an error."""
 
     kind: str
@@ -88,7 +88,7 @@ class Failure(msgspec.Struct, frozen=True):
     do: str
 
     @classmethod
-    def of(cls, error: RunnerError) -> Failure:
+    def of(cls, error: RunnerError) -> ThreeLines:
         return cls(error.kind, error.what, error.why, error.todo)
 
 
@@ -98,7 +98,7 @@ class LevelFailed(msgspec.Struct, frozen=True, tag_field="event", tag="level-fai
     model: str
     entry: str
     level: str
-    error: Failure
+    error: ThreeLines
 
 
 class ModelFailed(msgspec.Struct, frozen=True, tag_field="event", tag="failed"):
@@ -107,7 +107,7 @@ class ModelFailed(msgspec.Struct, frozen=True, tag_field="event", tag="failed"):
     model: str
     entry: str
     stage: Stage | Literal["check"]
-    error: Failure
+    error: ThreeLines
 
 
 class ModelDone(msgspec.Struct, frozen=True, tag_field="event", tag="done"):
@@ -170,7 +170,7 @@ class ModelHistory:
     names: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
     """The names of the levels that were made, by the levels that were asked for together."""
     published: set[str] = field(default_factory=set)
-    failed_levels: dict[str, Failure] = field(default_factory=dict)
+    failed_levels: dict[str, ThreeLines] = field(default_factory=dict)
     failure: ModelFailed | None = None
     done: ModelDone | None = None
     seconds: float = 0.0

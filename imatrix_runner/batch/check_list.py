@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from imatrix_runner.batch.batch_journal import Failure, PlannedLevel
+from imatrix_runner.batch.batch_journal import PlannedLevel, ThreeLines
 from imatrix_runner.batch.batch_list import BatchEntry
 from imatrix_runner.batch.level_sizes import about_levels
 from imatrix_runner.batch.schedule import Keep, ModelNeeds
@@ -52,7 +52,7 @@ class CheckedModel:
     levels: tuple[PlannedLevel, ...] = ()
     repo: str = ""
     notes: tuple[str, ...] = ()
-    problem: Failure | None = None
+    problem: ThreeLines | None = None
 
     def needs(self, keep: Keep) -> ModelNeeds:
         """The disk that the model takes."""
@@ -95,7 +95,7 @@ class ListChecker:
                     f"{other} is published there, too",
                     "Give one of them another name with publish: ORG/NAME.",
                 )
-                model = replace(model, problem=Failure.of(error))
+                model = replace(model, problem=ThreeLines.of(error))
             checked.append(model)
         return tuple(checked)
 
@@ -117,7 +117,7 @@ class ListChecker:
         except InterruptedRunError:
             raise
         except RunnerError as error:
-            return replace(known, problem=Failure.of(error))
+            return replace(known, problem=ThreeLines.of(error))
 
     def _source(self, source: Source, request: RunRequest, known: CheckedModel) -> CheckedModel:
         if isinstance(source, LocalFile):

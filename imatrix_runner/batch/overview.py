@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from imatrix_runner.batch.batch_journal import BatchHistory, Failure, ModelHistory
+from imatrix_runner.batch.batch_journal import BatchHistory, ModelHistory, ThreeLines
 from imatrix_runner.batch.batch_list import BatchEntry
 from imatrix_runner.batch.forecast import RemainingWork, Speeds, batch_seconds
 
@@ -56,8 +56,8 @@ class ModelView:
     seconds: float = 0.0
     remaining: float | None = None
     failed_at: str = ""
-    failure: Failure | None = None
-    failed_levels: Mapping[str, Failure] = field(default_factory=dict)
+    failure: ThreeLines | None = None
+    failed_levels: Mapping[str, ThreeLines] = field(default_factory=dict)
 
     @property
     def n_made(self) -> int:
@@ -81,7 +81,7 @@ class BatchView:
     began: str = ""
     held: int = 0
     limit: int | None = None
-    faults: tuple[Failure, ...] = ()
+    faults: tuple[ThreeLines, ...] = ()
 
     def count(self, state: ModelState) -> int:
         return sum(model.state == state for model in self.models)
@@ -95,11 +95,11 @@ def overview(
     *,
     live: Mapping[str, Sequence[LiveStage]] | None = None,
     work: Mapping[str, RemainingWork] | None = None,
-    problems: Mapping[str, Failure] | None = None,
+    problems: Mapping[str, ThreeLines] | None = None,
     speeds: Speeds | None = None,
     held: int = 0,
     limit: int | None = None,
-    faults: Sequence[Failure] = (),
+    faults: Sequence[ThreeLines] = (),
 ) -> BatchView:
     """The view of a batch. ``live``: running stages by model, where this process runs them; ``work``: what is left by model;
     ``problems``: why models cannot be worked on, from the check."""
@@ -135,7 +135,7 @@ def _model(
     entry: BatchEntry,
     history: ModelHistory,
     running: tuple[LiveStage, ...],
-    problem: Failure | None,
+    problem: ThreeLines | None,
     remaining: float | None,
 ) -> ModelView:
     failure = history.failure.error if history.failure is not None else problem

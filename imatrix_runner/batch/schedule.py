@@ -89,8 +89,8 @@ class StageStart:
 
 @dataclass(frozen=True)
 class ModelProgress:
-    """What is done of a model. ``made``, ``published``, ``gone`` (removed): numbers of groups of levels. ``ended``: nothing more
-    is to be done, because it is finished or failed, and ``left`` bytes of it stay on the disk. ``there``: bytes that were
+    """What is done of a model. ``made``, ``published``, ``gone`` (removed): numbers of groups of levels. ``ended``: nothing
+    more is to be done, because it is finished or failed, and ``left`` bytes of it stay on the disk. ``there``: bytes that were
     found there."""
 
     name: str

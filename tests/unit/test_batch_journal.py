@@ -11,7 +11,6 @@ from imatrix_runner.batch.batch_journal import (
     BatchEvent,
     BatchFolder,
     BatchJournal,
-    Failure,
     FileMade,
     FileRemoved,
     LevelFailed,
@@ -21,6 +20,7 @@ from imatrix_runner.batch.batch_journal import (
     PlannedLevel,
     StageBegan,
     StageDone,
+    ThreeLines,
     append_addition,
     hold_batch,
     read_history,
@@ -30,7 +30,7 @@ from imatrix_runner.errors import InvalidDataError, WorkspaceLockedError
 from imatrix_runner.events import Event, Notice
 from imatrix_runner.files import stamp
 
-ERROR = Failure("usage", "what", "why", "do")
+ERROR = ThreeLines("usage", "what", "why", "do")
 EVENTS: tuple[BatchEvent, ...] = (
     BatchBegan("imatrix-runner batch m.yaml", "2026-01-01"),
     StageBegan("a", "e1", "download"),

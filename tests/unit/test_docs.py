@@ -14,6 +14,7 @@ import click
 import msgspec
 import pytest
 
+from imatrix_runner.cli.commands.batch_group import RunByDefault
 from imatrix_runner.cli.main import cli
 from imatrix_runner.documents.manifest import Manifest
 from imatrix_runner.engines.files.kernel_proofs import Proofs
@@ -113,6 +114,7 @@ def parse(command: click.Command, words: list[str], name: str) -> None:
 
     Nothing runs, and no value is looked at otherwise: a document's ``MODEL`` is no file.
     """
+    words = command.whole(words) if isinstance(command, RunByDefault) else words
     context = click.Context(command, info_name=name, **command.context_settings)
     given, rest, _ = command.make_parser(context).parse_args(words)
     for parameter in command.params:

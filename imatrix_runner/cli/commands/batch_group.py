@@ -12,16 +12,19 @@ from imatrix_runner.cli.help_context import HELP_OPTIONS, PageGroup
 _DEFAULT = "run"
 
 
-class _BatchGroup(PageGroup):
+class RunByDefault(PageGroup):
     """A group whose first word may also be the argument or an option of ``run``."""
 
+    def whole(self, words: list[str]) -> list[str]:
+        """The words with the name of the command that they leave out."""
+        known = not words or words[0] in self.commands or words[0] in HELP_OPTIONS
+        return words if known else [_DEFAULT, *words]
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in HELP_OPTIONS:
-            args = [_DEFAULT, *args]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, self.whole(args))
 
 
-@click.group(cls=_BatchGroup, context_settings={"help_option_names": list(HELP_OPTIONS)})
+@click.group(cls=RunByDefault, context_settings={"help_option_names": list(HELP_OPTIONS)})
 def batch() -> None:
     """Work through a list of models: run, add, status.
 

@@ -40,13 +40,13 @@ class BatchRunOptions:
         section=DISK,
         help="Most space for downloads, sources and levels together (default: what is free).",
     )
-    notify: tuple[str, ...] = option(
-        "--notify", multiple=True, metavar="URL", section="Talk", help="Address to notify of ends and failures (Apprise)."
-    )
     trust_remote_code: bool = option(
         "--trust-remote-code", is_flag=True, section="Source", help="Allow the converter to run Python code of every model."
     )
     offline: bool = option("--offline", is_flag=True, section="Source", help="Never use the network.")
+    notify: tuple[str, ...] = option(
+        "--notify", multiple=True, metavar="URL", section="Talk", help="Address to notify of ends and failures (Apprise)."
+    )
     talk: TalkOptions
 
 

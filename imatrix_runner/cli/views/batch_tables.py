@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from imatrix_runner.app.batch import BatchPlan
-from imatrix_runner.batch.batch_journal import Failure
+from imatrix_runner.batch.batch_journal import ThreeLines
 from imatrix_runner.batch.check_list import CheckedModel
 from imatrix_runner.batch.overview import BatchView, ModelView
 from imatrix_runner.cli.views.columns import Column, fitted_table
@@ -72,12 +72,12 @@ def print_failures_of_batch(view: BatchView, console: Console) -> None:
     _print_failures((("An addition", fault) for fault in view.faults), console)
 
 
-def _print_failures(failures: Iterable[tuple[str, Failure]], console: Console) -> None:
+def _print_failures(failures: Iterable[tuple[str, ThreeLines]], console: Console) -> None:
     for name, failure in failures:
         _print_failure(name, failure, console)
 
 
-def _print_failure(name: str, failure: Failure, console: Console) -> None:
+def _print_failure(name: str, failure: ThreeLines, console: Console) -> None:
     console.print(Text(f"{name}: {failure.what}.", style="red"))
     console.print(Text(f"  Why: {failure.why}."))
     console.print(Text(f"  Do:  {failure.do}"))
