@@ -44,6 +44,8 @@ def _unlink(path: Path, downloads: Path) -> None:
     root = downloads.resolve()
     if content != path and content.is_relative_to(root):
         content.unlink(missing_ok=True)
+    with suppress(OSError):  # a folder of shards goes with the last of them; others are not empty
+        path.parent.rmdir()
     for place in (path, content):
         for folder in place.parents:
             if not folder.resolve().is_relative_to(root) or folder.resolve() == root:
