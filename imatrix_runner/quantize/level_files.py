@@ -32,7 +32,7 @@ def plan_shards(
         return (), [Failure(why, "Leave out --split-max-size and --split-max-tensors, and use llama-gguf-split afterwards.")]
     counts = tensors_per_shard(known, options)
     if not counts[0]:
-        why = f"the first tensor, {names[0]}, takes {known[0]} bytes: llama-gguf-split would leave the first shard empty"
+        why = f"the first tensor, {names[0]}, takes {known[0]:,} bytes: llama-gguf-split would leave the first shard empty"
         return (), [Failure(why, f"Give at least --split-max-size {-(-(known[0] + 31) // MEGABYTE)}M.")]
     if len(counts) > MOST_SHARDS:
         why = f"it would become {len(counts)} shards, and a set has at most {MOST_SHARDS}"

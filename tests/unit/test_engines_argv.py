@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from imatrix_runner.engines.jobs import ChunkRange, CollectJob, CollectOptions, QuantizeJob, QuantizeOptions
-from imatrix_runner.engines.llama_cpp.flags import imatrix_command, quantize_command, quantize_options, tokenize_command
+from imatrix_runner.engines.llama_cpp.flags import (
+    imatrix_command,
+    quantize_command,
+    quantize_options,
+    require_splitter,
+    split_words,
+    tokenize_command,
+)
 from imatrix_runner.errors import ToolchainError, UsageError
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.usage import Usage
@@ -151,6 +158,28 @@ def test_tokenising_reads_backslashes_as_the_collector_does() -> None:
 
 FIXED = ("-m", "-f", "-o", "--output-frequency", "--chunk", "--chunks", "-c", "-b", "-ub")
 """What every llama-imatrix is told first, each with a value."""
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        (QuantizeOptions(split_max_size=48_000), ("--split-max-size", "48000M")),
+        (QuantizeOptions(split_max_tensors=9), ("--split-max-tensors", "9")),
+    ],
+    ids=["size", "tensors"],
+)
+def test_cutting_a_level(options: QuantizeOptions, limit: tuple[str, str]) -> None:
+    assert split_words(replace(QUANTIZE, options=options)) == ("--split", *limit, "/out/o.gguf", "/out/o")
+
+
+def test_levels_cannot_be_cut_without_the_program() -> None:
+    require_splitter(QuantizeOptions(), OLD)
+    lacking = replace(OLD, tools={name: path for name, path in OLD.tools.items() if name != "llama-gguf-split"})
+    with pytest.raises(ToolchainError, match="cannot be cut into shards") as caught:
+        require_splitter(QuantizeOptions(split_max_size=1), lacking)
+    assert "--engine embedded" in caught.value.todo
+
+
 OLD_USAGE = Usage(frozenset(("-fa", "--no-mmap")), escapes=True, named_layers=False)
 OLD = fake_toolchain(
     options={

@@ -74,7 +74,7 @@ class TestPlan:
     def test_a_first_tensor_that_does_not_fit(self) -> None:
         counts, (failure,) = plan_shards(["output.weight", "b"], [3 * M + 1, M], BY_SIZE)
         assert counts == ()
-        assert "output.weight, takes 3000001 bytes" in failure.why
+        assert "output.weight, takes 3,000,001 bytes" in failure.why
         assert "--split-max-size 4M" in failure.todo
 
     def test_the_size_that_is_advised_is_enough(self) -> None:

@@ -200,6 +200,19 @@ def test_how_a_level_is_made_is_written_as_in_old_journals(options: dict[str, An
     assert fingerprint_of(made, "level") == " ".join(words)  # spelt as llama-quantize is told them
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (QuantizeOptions(split_max_size=48_000), "--split-max-size 48000M"),
+        (QuantizeOptions(split_max_tensors=128), "--split-max-tensors 128"),
+    ],
+)
+def test_how_a_level_is_cut_counts_and_can_be_left_out(options: QuantizeOptions, text: str) -> None:
+    assert fingerprint_of(options, "level") == fingerprint_of(options, "content") == text
+    assert fingerprint_of(options.unsplit, "level") == fingerprint_of(options.unsplit, "content") == ""
+    assert not quantize_options(options)  # they are llama-gguf-split's, not llama-quantize's
+
+
 def test_what_a_level_of_known_types_holds_depends_on_no_option_that_chooses_types() -> None:
     options = QuantizeOptions(**LEVELS[-1][0])
     content = (
