@@ -178,6 +178,10 @@ def test_levels_cannot_be_cut_without_the_program() -> None:
     with pytest.raises(ToolchainError, match="cannot be cut into shards") as caught:
         require_splitter(QuantizeOptions(split_max_size=1), lacking)
     assert "--engine embedded" in caught.value.todo
+    older = replace(OLD, options={**OLD.options, "llama-gguf-split": frozenset(("--split-max-tensors",))})
+    require_splitter(QuantizeOptions(split_max_tensors=1), older)
+    with pytest.raises(UsageError, match="has no --split-max-size"):
+        require_splitter(QuantizeOptions(split_max_size=1), older)
 
 
 OLD_USAGE = Usage(frozenset(("-fa", "--no-mmap")), escapes=True, named_layers=False)

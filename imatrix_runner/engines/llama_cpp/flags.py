@@ -240,13 +240,18 @@ def split_words(job: QuantizeJob) -> tuple[str, ...]:
 
 
 def require_splitter(options: QuantizeOptions, tools: Toolchain) -> None:
-    """Raise :class:`ToolchainError` if a level is to be cut into shards, and there is no program that does."""
-    if options.is_split and _SPLIT not in tools.tools:
+    """Raise :class:`ToolchainError` if a level is to be cut into shards, and there is no program that does; :class:`UsageError`
+    if that lacks the option."""
+    if not options.is_split:
+        return
+    if _SPLIT not in tools.tools:
         raise ToolchainError(
             "Levels cannot be cut into shards",
             f"--split-max-size and --split-max-tensors need {_SPLIT}, and {tools.directory} has none that runs",
             "Build it with the other programs, or use --engine embedded, which writes shards itself.",
         )
+    if _SPLIT in tools.options:
+        _known(_SPLIT, tools, "--split-max-size" if options.split_max_size is not None else "--split-max-tensors")
 
 
 def quantize_options(options: QuantizeOptions) -> list[str]:
