@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from support.children import eventually
 from support.command_line import started
 from support.hub_server import HubServer, Request, be_quick_and_anonymous
 from support.in_process import CommandLine
+from support.mounts import mounted
 from support.publishing import TO, TOKEN, contents, environment, expected, finished_levels, published, stored_once, titles
 from support.workspaces import copy, run_here
 
@@ -173,6 +176,35 @@ def test_what_is_no_hub_is_said_in_three_lines(own: Workspace, hub: HubServer, c
     assert refused.code == 4
     assert "does not answer like a hub" in refused.err
     assert "Traceback" not in refused.err
+
+
+def test_a_full_disk_is_told_and_loses_nothing(own: Workspace, hub: HubServer, cli: CommandLine, tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=4m", "tmpfs") as disk:
+        workspace = copy(own, disk)
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        done = cli("publish", workspace.root, "--to", TO)
+        assert done.code == 8, done.err
+        assert "Traceback" not in done.err
+        assert expected(workspace) == expected(own)
+        (disk / "filler").unlink()
+        again = cli("publish", workspace.root, "--to", TO)
+        assert again.code == 0, again.err
+        assert whole(hub, workspace)
+
+
+def test_a_clock_that_was_set_back_changes_nothing(
+    own: Workspace, hub: HubServer, cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("publish", own.root, "--to", TO).code == 0
+    there = contents(published(hub))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 1e8)
+    done = cli("publish", own.root, "--to", TO)
+    assert done.code == 0, done.err
+    assert contents(published(hub)) == there
+    assert whole(hub, own)
 
 
 def test_ctrl_c_ends_a_slow_upload_at_once(own: Workspace, hub: HubServer, tmp_path: Path) -> None:
