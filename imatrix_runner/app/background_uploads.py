@@ -109,13 +109,10 @@ class LevelUploads:
 
     def _upload(self, name: str) -> None:
         level = ready_level(self._session.workspace, self._session.journal, name)
-        unit = self._job.level_unit(level, self._job.paths([level])[name])
-        self._job.publisher.refuse([unit])
-        self._job.look_through([unit])
         if not self._template_checked:
             self._template_checked = True
-            self._job.tell_of_template([level], [unit], self._session.runner)
-        self._job.publisher.bring(unit)
+            self._job.tell_of_template([level], self._session.runner)
+        self._job.upload(level)
 
 
 @contextmanager

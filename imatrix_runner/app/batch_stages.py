@@ -186,9 +186,7 @@ class BatchStages:
         sizes = 0
         for name in self.history(model).names.get(tuple(levels), ()):
             level = ready_level(workspace, job.journal, name, save=False)
-            unit = job.level_unit(level, job.paths([level])[name])
-            job.publisher.refuse([unit])
-            job.publisher.bring(unit)
+            job.upload(level)
             sizes += level.n_bytes
         job.publisher.verify()
         return sizes

@@ -81,11 +81,11 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         levels = job.publishable(ready_levels(workspace, journal, request.levels, save=not dry_run))
         paths = job.paths(levels, context.sink)
         units = [job.level_unit(level, paths[level.name]) for level in levels]
-        last = job.last_unit(job.report(runner, context.sink, dry_run=dry_run), levels) if request.describe else None
+        last = job.last_unit(job.report(runner, context.sink, dry_run=dry_run), levels)
         job.warn_of_labels(paths)
-        everything = [*units, *([last] if last is not None else [])]
+        everything = [*units, last]
         job.look_through(everything)
-        job.tell_of_template(levels, units, runner)
+        job.tell_of_template(levels, runner)
         if dry_run:
             return job.dry_run(everything, time.monotonic() - began)
         job.publisher.refuse(everything)
@@ -158,11 +158,17 @@ class PublishJob:
             instead = f"which programs may load instead of {mine}: their labels are the same"
             self.publisher.sink(warning(f"{self.request.to} also holds {shown(other)}, {instead}."))
 
-    def tell_of_template(self, levels: Sequence[ReadyLevel], units: Sequence[PublishUnit], runner: Runner) -> None:
+    def tell_of_template(self, levels: Sequence[ReadyLevel], runner: Runner) -> None:
         """Check the chat template, if a level will be uploaded."""
-        remote = self.publisher.known()
-        if any(unit.level and missing(unit.files, remote) for unit in units):
+        if not all(map(self._is_there, levels)):
             tell_of_template(self.workspace, self.journal, levels, runner, self.publisher.sink)
+
+    def upload(self, level: ReadyLevel) -> None:
+        """Publish one level, after the checks that every file must pass."""
+        unit = self.level_unit(level, self.paths([level])[level.name])
+        self.publisher.refuse([unit])
+        self.look_through([unit])
+        self.publisher.bring(unit)
 
     def publishable(self, levels: Sequence[ReadyLevel]) -> tuple[ReadyLevel, ...]:
         """The levels without those that were not asked for by name and are neither here nor on the hub."""
@@ -193,11 +199,10 @@ class PublishJob:
         found = {name: path for level in shown for (name, _, _), path in zip(level.files, paths[level.name], strict=True)}
         return companions(self.workspace, self.journal, report_on(report, {level.name for level in shown}), found)
 
-    def finish(self, last: PublishUnit | None, began: float) -> PublishResult:
+    def finish(self, last: PublishUnit, began: float) -> PublishResult:
         """Publish what comes with the levels, and verify everything."""
         publisher = self.publisher
-        if last is not None:
-            publisher.bring(last, lambda changes: with_merged_card(last, changes, publisher.sink))
+        publisher.bring(last, lambda changes: with_merged_card(last, changes, publisher.sink))
         verified = publisher.verify()
         collection = publisher.hub.collect(self.request.collection, self.request.to) if self.request.collection else ""
         return PublishResult(

@@ -148,8 +148,7 @@ class PublishRequest:
 
     ``private`` and ``gated`` are of a repository that is made here; an existing one is gated if asked for, and is never made
     more public. ``licence``: as the hub names it (empty: the source's). ``collection``: a slug, or ``OWNER/TITLE``. ``levels``
-    empty: all that are there. ``name_template``: of the published files of levels. ``describe`` False: only files of levels;
-    the card, the imatrix and the report follow with a later request.
+    empty: all that are there. ``name_template``: of the published files of levels.
     """
 
     model: str
@@ -161,7 +160,6 @@ class PublishRequest:
     collection: str = ""
     levels: tuple[str, ...] = ()
     name_template: str = "{model}-{level}"
-    describe: bool = True
 
 
 @dataclass(frozen=True)

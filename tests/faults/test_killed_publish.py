@@ -8,7 +8,7 @@ import pytest
 
 from imatrix_runner.workspace import Workspace
 from support.hub_server import HubServer
-from support.publishing import RUN, TOKEN, contents, publish_and_kill, published, stored_once, titles
+from support.publishing import RUN, TO, TOKEN, contents, publish_and_kill, published, run_and_kill, stored_once, titles
 from support.workspaces import run_here
 
 POINTS = 54
@@ -59,3 +59,17 @@ def test_killed_again_and_again_it_still_ends(
             publish_and_kill(hub, made, tmp_path, point)
         publish_and_kill(hub, made, tmp_path, None)
         assert (contents(published(hub)), titles(published(hub))) == undisturbed
+
+
+@pytest.mark.parametrize("point", [12, 23, 37])
+def test_a_killed_run_that_publishes_continues(tiny_model: Path, tmp_path: Path, point: int) -> None:
+    """Two levels, one by one: killed while the first is uploaded, between both, and near the end."""
+    words = ("run", tiny_model, "--imatrix", "none", "--levels", "Q4_0,Q8_0", "--one-by-one", "-t", "1", "--publish", TO)
+    with HubServer(token=TOKEN) as hub:
+        ended, _ = run_and_kill(hub, words, tmp_path, point)
+        assert ended is None
+        done, _ = run_and_kill(hub, words, tmp_path, None)
+        assert done is not None
+        assert done.code == 0, done.err
+        assert titles(published(hub)) == ["Upload Q4_0", "Upload Q8_0", "Upload card, imatrix and report"]
+        assert stored_once(hub)

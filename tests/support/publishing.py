@@ -90,8 +90,13 @@ class Killer:
 
 def publish_and_kill(hub: HubServer, workspace: Workspace, folder: Path, point: int | None) -> tuple[Ran | None, int]:
     """``publish``, killed at a point; how it ended if it was not, and how many points it had."""
+    return run_and_kill(hub, ("publish", workspace.root, "--to", TO, "-q"), folder, point)
+
+
+def run_and_kill(hub: HubServer, words: tuple[str | Path, ...], folder: Path, point: int | None) -> tuple[Ran | None, int]:
+    """The same for any command."""
     killer = Killer(hub, point)
-    with started("publish", workspace.root, "--to", TO, "-q", cwd=folder, env=environment(hub)) as running:
+    with started(*words, cwd=folder, env=environment(hub)) as running:
         killer.watch(running)
         if point is None:
             return running.finish(), killer.seen
