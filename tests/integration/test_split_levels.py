@@ -13,10 +13,13 @@ from imatrix_runner.engines.jobs import QuantizeOptions
 from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.toolchain.probe import Toolchain
 from support.command_line import Ran, RunCommand, run_command
+from support.hub_server import HubServer
 from support.llama_tools import BareTools, digest, fake_tools, leftovers
 from support.passes import Passes, engine_of, write_imatrix
+from support.publishing import TO, TOKEN, contents, environment, published, titles
 from support.tiny_architectures import write_architecture
 from support.tiny_models import paragraphs, write_llama_gguf
+from support.workspaces import run_here
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 
@@ -139,9 +142,8 @@ class TestChanges:
 
     @staticmethod
     def make(folder: Path, model: Path, *options: str, levels: str = "Q4_K_M", code: int = 0) -> Ran:
-        done = run_command(
-            *("quantize", model, "--imatrix", "none", "--levels", levels, "-t", "1", *options, "--json"), cwd=folder
-        )
+        common: tuple[str | Path, ...] = ("quantize", model, "--imatrix", "none", "--levels", levels, "-t", "1", "--json")
+        done = run_command(*common, *options, cwd=folder)
         assert done.code == code, done.err
         return done
 
@@ -232,6 +234,21 @@ def test_pinned_tensors_and_another_rounding(model: Path, tiny_text: Path, tmp_p
         for tensor in read_header(Path(file)).tensors
     }
     assert types["blk.0.ffn_down.weight"] == "Q6_K"
+
+
+def test_shards_are_published_in_their_folder(tiny_model: Path, tmp_path: Path) -> None:
+    """All of a level in one commit, under the names that they have here."""
+    options = ("--imatrix", "none", "--levels", "Q4_K_M", "-t", "1", "--split-max-tensors", "8")
+    workspace = run_here(tmp_path, "quantize", tiny_model, *options)
+    with HubServer(token=TOKEN) as hub:
+        done = run_command("publish", workspace.root, "--to", TO, cwd=tmp_path, env=environment(hub))
+        assert done.code == 0, done.err
+        repository = published(hub)
+        shards = {f"tiny-Q4_K_M/{name}": content for name, content in split_names(workspace.root / "tiny-Q4_K_M").items()}
+        assert len(shards) == 3
+        assert shards.items() <= contents(repository).items()
+        assert titles(repository).count("Upload Q4_K_M") == 1
+        assert "--include 'tiny-Q4_K_M/tiny-Q4_K_M-*'" in repository.content("README.md").decode()
 
 
 class TestRefused:
