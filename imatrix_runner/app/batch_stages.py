@@ -158,8 +158,7 @@ class BatchStages:
         assert request.levels is not None
         assert prepared is not None
         self._note_released(model, context)
-        whole = {*levels} >= {level.name for level in prepared.levels}
-        wanted = request.levels if whole else replace(request.levels, names=tuple(levels), preset="")
+        wanted = replace(request.levels, names=tuple(levels), preset="")
         if history.made:  # what can be said was said for the first levels
             context = Context(_without_notices(context.sink), context.stop)
         result = run(replace(request, levels=wanted, publish=None), context)
@@ -167,8 +166,6 @@ class BatchStages:
         unmeasured = result.evaluated.failed if result.evaluated is not None else {}
         for level, error in unmeasured.items():
             self.journal.append(LevelFailed(model.entry.model, model.entry.fingerprint, level, ThreeLines.of(error)))
-        if all(level.status == "failed" for level in result.levels) and result.levels and whole:
-            raise result.levels[0].error or InvalidDataError("No level was made", "all of them failed", "See the log.")
         names = tuple(level.step.level.name for level in result.levels if level.error is None)
         return StageOutcome(prepared.source + sum(level.n_bytes or 0 for level in result.levels), names)
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     import pytest
     from typing_extensions import Self
 
-_API = re.compile(r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>.+))?")
+_API = re.compile(
+    r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree|auth-check)(?:/(?P<revision>.+))?)?"
+)
 _RESOLVE = re.compile(r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
 
@@ -260,7 +262,11 @@ class _Handler(WritingRequests, BaseHTTPRequestHandler):
         elif repository is None or (repository.private and not valid):
             # Like the real hub: visitors cannot tell a private repository from a missing one.
             self._refuse(404 if valid else 401, "RepoNotFound")
-        elif repository.gated and "/resolve/" in self.path and not (valid and repository.accepted):
+        elif (
+            repository.gated
+            and ("/resolve/" in self.path or self.path.endswith("/auth-check"))
+            and not (valid and repository.accepted)
+        ):
             self._refuse(401 if sent is None else 403, "GatedRepo")
         elif (found := repository.at(revision)) is None:
             self._refuse(404, "RevisionNotFound")
@@ -289,6 +295,9 @@ class _Handler(WritingRequests, BaseHTTPRequestHandler):
         repository = self._allowed(repo, revision)
         if repository is None:
             return
+        if what == "auth-check":
+            self._send_json({})
+            return
         if what == "tree":
             corrupt = self.server_hub.uploads.corrupt
             self._send_json([entry(repository, name, name in corrupt) for name in sorted(repository.files)])
@@ -301,6 +310,9 @@ class _Handler(WritingRequests, BaseHTTPRequestHandler):
                 sibling["lfs"] = {"sha256": sibling["blobId"], "size": held, "pointerSize": 134}
         shown = {"id": repo.removeprefix("datasets/"), "sha": repository.commit, "private": repository.private}
         shown |= {"gated": repository.gated, "siblings": siblings, "tags": list(repository.tags), "downloads": 0, "likes": 0}
+        if "config.json" in repository.files:
+            config = json.loads(repository.content("config.json"))
+            shown["config"] = {"architectures": config.get("architectures"), "model_type": config.get("model_type")}
         self._send_json(shown | {"cardData": repository.card, "lastModified": repository.date})
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from imatrix_runner.models.hub.advice import Asked, explain, offline_without
+from imatrix_runner.models.hub.advice import Asked, offline_without
 from imatrix_runner.models.hub.choose_files import ChosenFiles, RepoFile, choose
 from imatrix_runner.models.hub.fetch import default_cache, hub_endpoint, quiet_library, token_source
 from imatrix_runner.models.hub.listing import LISTING_SECONDS, Listing, list_cached, list_repository
@@ -60,7 +60,7 @@ def foresee_model(hub_id: HubId, *, stop: Stop, trust_remote_code: bool = False)
     choice = choose(hub_id, listing.files, trust_remote_code=trust_remote_code, base_model=listing.base_model)
     announced = patiently(partial(_announced, asked), asked, stop.check)
     if announced.gated:
-        _check_access(asked)
+        patiently(partial(_check_access, asked), asked, stop.check)
     missing = sum(file.size or 0 for file in choice.files if cached_file(asked, file, listing.commit, cache) is None)
     return ForeseenModel(listing, choice, missing, announced.architecture, announced.n_params, announced.gated)
 
@@ -88,9 +88,7 @@ def _announced(asked: Asked) -> _Announced:
 
 
 def _check_access(asked: Asked) -> None:
+    """Ask whether this account may fetch a gated model. Raises the library's error if not."""
     from huggingface_hub import HfApi
 
-    try:
-        HfApi(endpoint=asked.endpoint, library_name="imatrix-runner").auth_check(asked.hub_id.repo)
-    except Exception as error:
-        raise explain(error, asked) from error
+    HfApi(endpoint=asked.endpoint, library_name="imatrix-runner").auth_check(asked.hub_id.repo)

@@ -1,0 +1,66 @@
+"""``batch --keep nothing`` killed again and again: the same command ends with complete repositories and an empty disk, and never
+has more than a source and two levels there."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from imatrix_runner.batch.batch_journal import BatchFolder, read_history
+from support.batches import check_repository, surroundings, watched, weights_in, write_list
+from support.command_line import Ran, started
+from support.hub_server import HubServer
+from support.publishing import TOKEN, Killer, published, stored_once
+from support.tiny_architectures import write_architecture
+
+LEVELS = ("Q8_0", "Q4_0", "IQ4_XS")
+NAMES = ("qwen3", "mamba")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {name: write_architecture(name, folder / f"{name}-BF16.gguf", dtype="BF16") for name in NAMES}
+
+
+def batch(folder: Path, hub: HubServer, point: int | None) -> Ran | None:
+    """The command, killed at a request of its hub; None if it was killed, else how it ended."""
+    killer = Killer(hub, point)
+    with started("batch", "m.yaml", "--keep", "nothing", "--json", cwd=folder, env=surroundings(hub, folder)) as running:
+        killer.watch(running)
+        code = running.process.wait(200)
+        return None if code == -signal.SIGKILL else running.finish()
+
+
+def test_killed_three_times_and_continued(sources: Mapping[str, Path], tmp_path: Path) -> None:
+    """In a download, in an upload, and between a commit and its answer; a third model fails each time."""
+    with HubServer(token=TOKEN) as hub:
+        for name, path in sources.items():
+            hub.add(f"org/{name}", {path.name: path})
+        hub.add("org/broken", {"broken-BF16.gguf": b"GGUF but not one"})
+        entries = ["org/broken", *(f"org/{name}" for name in NAMES)]
+        file = write_list(tmp_path / "m.yaml", entries, levels=[*LEVELS], publish="me", imatrix="none", threads=1)
+        kills = 0
+        with watched(file) as disk:
+            for point in (34, 60, 101):
+                kills += batch(tmp_path, hub, point) is None
+            done = batch(tmp_path, hub, None)
+        assert kills == 3
+        assert done is not None
+        assert done.code == 100, done.err
+        failed = [model["model"] for model in done.document["batch"]["models"] if model["state"] != "done"]
+        assert failed == ["org/broken"]
+        sizes = {}
+        for name in NAMES:
+            check_repository(hub, name, LEVELS)
+            sizes[name] = [len(published(hub, f"me/{name}-GGUF").content(f"{name}-{level}.gguf")) for level in LEVELS]
+        assert stored_once(hub)
+        assert weights_in(tmp_path / "work") == 0
+        bound = max(sources[name].stat().st_size + max(sum(sizes[name][:2]), sum(sizes[name][1:])) for name in NAMES)
+        assert disk.most <= bound, disk.files
+        history = read_history(BatchFolder.of(file).journal)
+        assert history.begun == 4
+        assert all(history.of(f"org/{name}").files == {} for name in NAMES)
