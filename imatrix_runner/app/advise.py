@@ -18,7 +18,7 @@ from imatrix_runner.advise.recommend import LevelCandidate, Recommendation, reco
 from imatrix_runner.advise.text_suitability import Suitability, Use, suits
 from imatrix_runner.advise.timing_probe import Timing, probe
 from imatrix_runner.app.calibration_inspect import Inspected, InspectRequest, inspect
-from imatrix_runner.app.run import choose_levels
+from imatrix_runner.app.run_levels import choose_levels
 from imatrix_runner.calibration.inspect.findings import TextFinding
 from imatrix_runner.context.context import Context, Session, settle
 from imatrix_runner.context.engine_choice import EngineChoice, EngineNeeds

@@ -9,7 +9,7 @@ from typing import Literal
 
 import psutil
 
-from imatrix_runner.app.run import choose_levels
+from imatrix_runner.app.run_levels import choose_levels
 from imatrix_runner.context.context import Context, settle
 from imatrix_runner.context.engine_choice import EngineNeeds
 from imatrix_runner.context.requests import EnvironmentRequest, LevelsRequest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.advise.memory import SPARE_BYTES, context_memory
-from imatrix_runner.app.background_uploads import LevelUploads, level_uploads, try_to_finish
+from imatrix_runner.app.background_uploads import level_uploads, try_to_finish
 from imatrix_runner.app.evaluate import EvaluateResult, check_request, domain_of, evaluate_levels
 from imatrix_runner.app.publish import PublishResult
 from imatrix_runner.app.report import ReportFiles, make_report
+from imatrix_runner.app.run_levels import choose_levels, make_levels, refuse_hopeless, rounded
 from imatrix_runner.context.context import Context, Session, held, settle
 from imatrix_runner.context.engine_choice import EngineChoice, EngineNeeds, make_checker
 from imatrix_runner.context.open_model import Frozen, announce, freeze, open_source
@@ -21,15 +21,15 @@ from imatrix_runner.context.ownership import claim, find_workspace, place_of
 from imatrix_runner.context.requests import MODES, LevelsRequest, RunRequest
 from imatrix_runner.documents.corpus import open_corpus
 from imatrix_runner.engines.jobs import PassFigures
-from imatrix_runner.engines.levels import DEFAULT_LEVELS, PLAIN_FTYPES, Level, offered, preset_levels, resolve_levels
+from imatrix_runner.engines.levels import Level
 from imatrix_runner.engines.roundings import FEEDBACK, STOCK
-from imatrix_runner.errors import InvalidDataError, NoSpaceError, RunnerError
+from imatrix_runner.errors import InvalidDataError, RunnerError
 from imatrix_runner.evaluate.held_out import foresee
 from imatrix_runner.evaluate.predict_levels import predict_levels
 from imatrix_runner.evaluate.prompt_answers import check_prompts
 from imatrix_runner.evaluate.set_aside import with_part_set_aside
-from imatrix_runner.events import Sink, detail, ignore, info, warning
-from imatrix_runner.files import existing_parent, free_bytes, human_bytes
+from imatrix_runner.events import detail, ignore, info, warning
+from imatrix_runner.files import free_bytes, human_bytes
 from imatrix_runner.imatrix import obtain as imatrix_flow
 from imatrix_runner.imatrix.collection_facts import CollectedFacts
 from imatrix_runner.imatrix.covariances import CovarianceSet
@@ -42,11 +42,11 @@ from imatrix_runner.journal import Journal
 from imatrix_runner.mixes.covariance_source import CovarianceSource
 from imatrix_runner.mixes.mix_planner import MixPlanner, pending_step
 from imatrix_runner.mixes.rounding_planner import RoundingPlanner
-from imatrix_runner.mixes.targets import is_mix, mix_targets, need_text
+from imatrix_runner.mixes.targets import mix_targets, need_text
 from imatrix_runner.models.kind import require_measurable
 from imatrix_runner.models.model import Model, Source, parse_source
 from imatrix_runner.quantize.disk_room import passing_bytes, reserved_bytes
-from imatrix_runner.quantize.executor import LevelMaker, LevelResult, MadeLevels, refused, skipped
+from imatrix_runner.quantize.executor import LevelResult, MadeLevels
 from imatrix_runner.quantize.level_files import finish_renames
 from imatrix_runner.quantize.plan import MOST_JOBS, LevelStep, MeasureStep, MixingStep, Plan, PredictedKld
 from imatrix_runner.quantize.plan_notes import plan_notes
@@ -56,7 +56,6 @@ from imatrix_runner.quantize.warnings import warn_of_level_options, warn_of_maki
 from imatrix_runner.resources import CALIBRATION_TEXT, resource
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.hardware import likes_bf16
-from imatrix_runner.toolchain.quant_type import QuantType
 
 _CONTEXT = 4096
 """Tokens of context that a mix for a given memory leaves room for: the default of ``advise``."""
@@ -252,7 +251,7 @@ class _Job:
         request = self.request.levels
         if request is None:
             return ()
-        levels = tuple(_rounded(level, request) for level in choose_levels(request, self.session.types, self.session.sink))
+        levels = tuple(rounded(level, request) for level in choose_levels(request, self.session.types, self.session.sink))
         ignored = [level.name for level in levels if ignored_tensor_types(level, request.options)]
         if ignored:
             self.session.sink(warning(f"llama.cpp ignores --tensor-type for {', '.join(ignored)}."))
@@ -429,78 +428,3 @@ class _Job:
                     "If the original was published in BF16, a BF16 file of it is as exact and quicker."
                 )
             )
-
-
-def refuse_hopeless(plan: Plan, *, one_by_one: bool = False) -> None:
-    """Raise if the disk cannot hold the plan's files (unless ``one_by_one``), or if no level of it can be made."""
-    needed = plan.new_bytes + plan.passing_bytes
-    if needed > plan.free_bytes and not one_by_one:
-        raise NoSpaceError(
-            f"The {len(plan.todo)} levels do not fit on the disk" if plan.todo else "The imatrix does not fit on the disk",
-            f"{human_bytes(needed)} needed, {human_bytes(plan.free_bytes)} free at {existing_parent(plan.workspace)}",
-            "Free some space, request fewer --levels, make what fits with --one-by-one, or choose another --work-dir.",
-        )
-    if plan.levels and len(plan.failing) == len(plan.levels):
-        first = plan.failing[0]
-        many = len(plan.levels) > 1
-        raise InvalidDataError(
-            f"None of the {len(plan.levels)} levels can be made" if many else f"{first.level.name} cannot be made",
-            f"{first.level.name}: {first.reason}" if many else first.reason,
-            first.remedy or "See every reason with --dry-run, or choose other levels.",
-        )
-
-
-def make_levels(
-    plan: Plan,
-    planner: LevelPlanner,
-    matrix: MatrixFile | None,
-    session: Session,
-    covariances: CovarianceSet | None = None,
-    uploads: LevelUploads | None = None,
-) -> MadeLevels:
-    """Make the levels of a plan that are not up to date; results are in the order of the request. ``covariances``: for those
-    that are rounded with error feedback; ``uploads`` gets every finished level."""
-    results = {step.level.name: skipped(step) for step in plan.levels if step.state == "up-to-date"}
-    if uploads is not None:
-        for name in results:
-            uploads.add(name)
-    results.update({step.level.name: refused(step) for step in plan.failing})
-    _report_changes(plan.todo, session.sink)
-    passes: tuple[PassFigures, ...] = ()
-    if plan.todo:
-        weights = planner.weights(matrix)
-        maker = LevelMaker(planner.request, planner.frozen, session, matrix, weights, session.sink, covariances)
-        maker = replace(maker, on_made=uploads.add) if uploads is not None else maker
-        made = maker.run(plan.todo)
-        passes = made.passes
-        results.update({result.step.level.name: result for result in made.results})
-    else:
-        shutil.rmtree(session.workspace.partial, ignore_errors=True)  # of a run that was killed at its very end
-    return MadeLevels(tuple(results[step.level.name] for step in plan.levels), passes)
-
-
-def _report_changes(steps: tuple[LevelStep, ...], sink: Sink) -> None:
-    """Emit what changed since the levels were made, one line for each reason."""
-    for reason in dict.fromkeys(step.reason for step in steps if step.reason.startswith("changed: ")):
-        names = [step.level.name for step in steps if step.reason == reason]
-        sink(info(f"{', '.join(names)} made again, {reason}"))
-
-
-def _rounded(level: Level, request: LevelsRequest) -> Level:
-    """A level with the rounding of the request, unless it names its own or quantises nothing."""
-    return level if level.rounding != STOCK or level.ftype.upper() in PLAIN_FTYPES else level.rounded(request.rounding)
-
-
-def choose_levels(request: LevelsRequest, types: Sequence[QuantType], sink: Sink) -> tuple[Level, ...]:
-    """The stock levels of a request, each once. A preset's levels that this llama.cpp does not offer are left out, with a
-    warning."""
-    stock = tuple(name for name in request.names if not is_mix(name))
-    if request.preset:
-        levels, missing = preset_levels(request.preset, types)
-        if missing:
-            sink(warning(f"This llama.cpp does not offer {', '.join(missing)}; the preset continues without."))
-        named = resolve_levels(stock, types) if stock else ()
-        return tuple({level.name: level for level in (*levels, *named)}.values())
-    if request.names and not stock:
-        return ()
-    return resolve_levels(stock or tuple(name for name in DEFAULT_LEVELS if name in offered(types)), types)

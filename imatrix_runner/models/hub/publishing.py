@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -245,6 +246,7 @@ def _quiet() -> None:
     from huggingface_hub.utils.logging import set_verbosity
 
     set_verbosity(logging.ERROR)
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # they quote the hub, unread
 
 
 def _named(answer: object) -> object:
