@@ -120,14 +120,14 @@ def test_from_the_plan_to_the_figures(
     assert "llama-gguf-split --split --split-max-size 2M m-Q4_K_M.gguf m-Q4_K_M" in card
 
 
-def test_a_level_in_shards_is_measured(tiny_model: Path, runner: RunCommand, tmp_path: Path) -> None:
-    """llama.cpp loads all shards by the first: the figures are those of the level in one file."""
+def test_a_level_in_shards_is_measured(tiny_model: Path, tiny_imatrix: Path, runner: RunCommand, tmp_path: Path) -> None:
+    """llama.cpp loads all shards by the first: the figures are those of the level in one file. Its baseline is one file."""
     text = tmp_path / "held_out.txt"
     text.write_text(paragraphs(4000), encoding="utf-8")
     figures = []
     ways: dict[str, tuple[str, ...]] = {"whole": (), "cut": ("--split-max-tensors", "4")}
     for work, options in ways.items():
-        made = ("run", tiny_model, "--imatrix", "none", "--levels", "Q4_K_M", "-t", "1", "--work-dir", work, *options)
+        made = ("run", tiny_model, "--imatrix", tiny_imatrix, "--levels", "Q4_K_M", "-t", "1", "--work-dir", work, *options)
         done = runner(*made, "--evaluate", "--text", text, "-c", "128", "--json")
         assert done.code == 0, done.err
         report = json.loads((tmp_path / work / "tiny" / "report.json").read_text(encoding="utf-8"))
@@ -135,6 +135,8 @@ def test_a_level_in_shards_is_measured(tiny_model: Path, runner: RunCommand, tmp
         assert len(level["files"]) == (6 if options else 1)
         figures.append(level["measured"]["kld"])
     assert figures[0] == figures[1]
+    compared = ("evaluate", tiny_model, "--text", text, "-c", "128", "--work-dir", "cut", "--ab", "--dry-run", "--json")
+    assert runner(*compared).document["plan"]["twins"] == ["Q4_K_M"]
 
 
 class TestChanges:
