@@ -100,6 +100,10 @@ class Workspace:
     def level_file(self, level: str) -> Path:
         return self.root / f"{self.model}-{level}.gguf"
 
+    def modelfile(self, level: str) -> Path:
+        """What Ollama makes a model of the level from."""
+        return self.root / f"{self.model}-{level}.Modelfile"
+
     def name_of(self, path: Path) -> str:
         """Return a file's name in the journal: relative if it is in the workspace, so that the folder can be moved."""
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)

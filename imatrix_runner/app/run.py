@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from imatrix_runner.advise.memory import SPARE_BYTES, context_memory
 from imatrix_runner.app.background_uploads import level_uploads, try_to_finish
 from imatrix_runner.app.evaluate import EvaluateResult, check_request, domain_of, evaluate_levels
+from imatrix_runner.app.local_use import write_modelfiles
 from imatrix_runner.app.publish import PublishResult
 from imatrix_runner.app.report import ReportFiles, make_report
 from imatrix_runner.app.run_levels import choose_levels, make_levels, refuse_hopeless, rounded
@@ -67,7 +68,8 @@ class RunResult:
 
     ``engine`` is the engine's name, ``toolchain`` its identity: program or library, version, build. ``collected``: how the
     imatrix was made, from the journal, if it was made here; ``passes``: figures of each single pass over the model.
-    ``unpublished``: why not everything is on the hub, where ``--publish`` asked for it.
+    ``unpublished``: why not everything is on the hub, where ``--publish`` asked for it. ``modelfiles``: those for Ollama, by
+    level.
     """
 
     plan: Plan
@@ -83,6 +85,7 @@ class RunResult:
     report: ReportFiles | None = None
     published: PublishResult | None = None
     unpublished: RunnerError | None = None
+    modelfiles: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def failed(self) -> tuple[LevelResult, ...]:
@@ -148,6 +151,7 @@ def run(
             on_plan(plan)
         matrix = chosen.file
         made, evaluated, report = MadeLevels((), ()), None, None
+        modelfiles: Mapping[str, Path] = {}
         if not dry_run:
             refuse_hopeless(plan, one_by_one=request.levels is not None and request.levels.one_by_one)
             job.begin(source, frozen, tuple(step.level for step in plan.levels))
@@ -167,6 +171,7 @@ def run(
                 if any(result.status != "failed" for result in made.results):
                     command = request.environment.command
                     report = make_report(workspace, journal, runner, context.sink, command=command, strict=False)
+                    modelfiles = write_modelfiles(workspace, journal, runner, context.sink)
             session.journal.remember(finished="yes")
         published, unpublished = try_to_finish(uploads if report is not None else None)
         seconds = time.monotonic() - began
@@ -185,6 +190,7 @@ def run(
             report,
             published,
             unpublished,
+            modelfiles,
         )
 
 

@@ -1,6 +1,6 @@
 """Names under which files are published, checked against the rules of the hub, llama.cpp and Ollama. Pure.
 
-For users, the name decides whether a file exists (:mod:`~imatrix_runner.publish.label_rules`). Each level's file ends with a
+For users, the name decides whether a file exists (:mod:`~imatrix_runner.models.hub.label_rules`). Each level's file ends with a
 label that the hub knows and that agrees with ``general.file_type``; what else distinguishes the level stands in a word after
 the label, which the hub allows, or before it:
 
@@ -30,7 +30,7 @@ from typing import NoReturn
 from imatrix_runner.engines.levels import split_rounding
 from imatrix_runner.engines.roundings import STOCK
 from imatrix_runner.errors import InvalidDataError, UsageError
-from imatrix_runner.publish.label_rules import (
+from imatrix_runner.models.hub.label_rules import (
     FILE_TYPES,
     describes,
     hub_label,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from imatrix_runner.events import Sink, info
+from imatrix_runner.models.hub.label_rules import FILE_TYPES, hub_label, is_model_for_llama_cpp, without_shard
 from imatrix_runner.publish.file_names import PublishedFile, checked_names
-from imatrix_runner.publish.label_rules import FILE_TYPES, hub_label, is_model_for_llama_cpp, without_shard
 from imatrix_runner.publish.local_files import ReadyLevel
 from imatrix_runner.quantize.level_facts import ftype_of
 

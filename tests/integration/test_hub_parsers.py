@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from imatrix_runner.models.gguf_file import read_header
+from imatrix_runner.models.hub.label_rules import FILE_TYPES, LARGE, hub_label
 from imatrix_runner.publish.file_names import PublishedFile, checked_names
-from imatrix_runner.publish.label_rules import FILE_TYPES, LARGE, hub_label
 from support.command_line import run_command
 from support.node_parsers import ask_hub_parsers
 from support.published_names import LABELS, MADE, NUMBERS

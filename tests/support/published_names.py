@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from imatrix_runner.engines.ftypes import quant_types
-from imatrix_runner.publish.label_rules import FILE_TYPES
+from imatrix_runner.models.hub.label_rules import FILE_TYPES
 
 NUMBERS = {label: number for number, label in FILE_TYPES.items()}
 TYPES = quant_types({("ALL_F32" if label == "F32" else f"MOSTLY_{label}"): number for label, number in NUMBERS.items()})

@@ -10,14 +10,14 @@ from imatrix_runner.engines.levels import PRESETS, Level, preset_levels, resolve
 from imatrix_runner.engines.roundings import ROUNDINGS, STOCK
 from imatrix_runner.errors import InvalidDataError, UsageError
 from imatrix_runner.mixes.naming import mix_name
-from imatrix_runner.publish.file_names import DEFAULT_TEMPLATE, NamedFile, PublishedFile, checked_names, published_level
-from imatrix_runner.publish.label_rules import (
+from imatrix_runner.models.hub.label_rules import (
     hub_label,
     is_model_for_llama_cpp,
     is_ollama_tag,
     llama_cpp_finds,
     llama_cpp_slug,
 )
+from imatrix_runner.publish.file_names import DEFAULT_TEMPLATE, NamedFile, PublishedFile, checked_names, published_level
 from support.published_names import LABELS, MADE, NUMBERS, TYPES
 
 

@@ -18,6 +18,7 @@ from imatrix_runner.mixes.measuring_work import describe_work
 from imatrix_runner.quantize.executor import LevelResult
 from imatrix_runner.quantize.level_facts import LevelFacts
 from imatrix_runner.quantize.plan import LevelStep, MeasureStep, Plan
+from imatrix_runner.report.views.running import local_commands
 
 _STATES = {"todo": ("to do", ""), "up-to-date": ("up to date", "green"), "fails": ("will fail", "bold red")}
 _STATUSES = {"done": ("done", "green"), "skipped": ("up to date", ""), "failed": ("failed", "bold red")}
@@ -117,6 +118,10 @@ def print_result(result: RunResult, console: Console) -> None:
             console.print(Text(line))
     if result.report is not None and not result.report.stale:
         print_files(result.report, console)
+    if result.report is not None:
+        modelfiles = result.modelfiles
+        for program, line in local_commands(result.report.report, result.plan.workspace, modelfiles):
+            console.print(Text(f"{program}: {line}"), soft_wrap=True)
     console.print(Text(f"{_summary(result)} in {human_seconds(result.seconds)}, in {result.plan.workspace}"))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +25,7 @@ from imatrix_runner.report.views.markdown import (
     link,
     markdown_templates,
 )
+from imatrix_runner.report.views.running import card_commands
 
 PICTURE = "report.png"
 _UNKNOWN = "–"
@@ -90,7 +89,7 @@ def render_card(report: Report) -> str:
             picture=PICTURE if len(measured) > 1 else "",
             rows=[_row(level, advice[level.name]) for level in levels],
             notes=[*map(inline, report.caveats), *notes_of(levels)],
-            download=_download(report, levels, where or stand_in(report)),
+            download=card_commands(report, levels, where or stand_in(report)),
             stand_in=Markdown("" if where else stand_in(report)),
             matrix=_matrix(report),
             projectors=joined(link(file.name, file_address(file.name)) for file in report.model.files if "mmproj" in file.name),
@@ -209,24 +208,6 @@ def _compared(each: Comparison) -> _Compared:
         same_top=f"{wording.points(each.same_top.value)} points",
         verdict=f"{each.verdict} ({each.remark})" if each.remark else each.verdict,
     )
-
-
-def _download(report: Report, levels: Sequence[ReportLevel], repo: str) -> Markdown:
-    """Commands that download and run one file: a recommended level, else Q4_K_M, else the level of middle size."""
-    if not levels:
-        return Markdown("")
-    picked = {pick.why: pick.level for pick in report.picks}
-    wanted = next((picked[why] for why in ("target", "balanced", "quality", "small") if why in picked), "Q4_K_M")
-    level = next((each for each in levels if each.name == wanted), levels[len(levels) // 2])
-    first = level.files[0].name
-    shard = _SHARD.fullmatch(first) if len(level.files) > 1 else None
-    what = f"--include {_word(f'{glob.escape(shard[1])}-*')}" if shard else _word(first)
-    lines = (f"hf download {repo} {what} --local-dir .", f"llama-cli -m {_word(first)}", f"llama-server -m {_word(first)}")
-    return fenced("\n".join(lines), "sh")
-
-
-def _word(text: str) -> str:
-    return shlex.quote(safe_text.shown(text, 300))
 
 
 def _mix_commands(levels: Sequence[ReportLevel]) -> Markdown:
