@@ -27,6 +27,7 @@ IDS: list[tuple[Kind, str, str]] = [
     ("alone", "Q4_K_M", "alone Q4_K_M"),
     ("against", "MIX-4.25bpw-IQ4_XS", "against MIX-4.25bpw-IQ4_XS"),
     ("answer", "Q4_K_M", "answer Q4_K_M"),
+    ("modelfile", "Q4_K_M", "modelfile Q4_K_M"),
     ("report", "", "report"),
 ]
 
