@@ -10,9 +10,9 @@ from imatrix_runner.files import sha256
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.hub import Changes
 from imatrix_runner.models.hub.cards import card_flaw
+from imatrix_runner.models.hub.label_rules import is_model_for_llama_cpp
 from imatrix_runner.publish.card_merge import MergedCard, has_marks, marked, merge_cards, without_marks
 from imatrix_runner.publish.file_names import PublishedFile, checked_names
-from imatrix_runner.publish.label_rules import is_model_for_llama_cpp
 from imatrix_runner.publish.local_files import (
     calibration_manifest,
     file_on_disk,

@@ -300,6 +300,27 @@ def test_split_files_are_named_by_their_pattern_and_fetched_together() -> None:
     assert "llama-server -m 'big [1]-Q4_K_M-00001-of-00002.gguf'" in card
 
 
+def test_one_file_runs_in_llama_cpp_ollama_and_lm_studio() -> None:
+    """By the label that programs find it by, and from the disk; a level without such a label by its file alone."""
+    card = render_card(sample_report(repo="me/Mine-GGUF"))
+    for line in (
+        "llama-server -hf me/Mine-GGUF:Q5_K_M",
+        "ollama run hf.co/me/Mine-GGUF:Q5_K_M",
+        "llama-server -m Ministral-8B-Q5_K_M.gguf",
+        "lms import --copy --user-repo me/Mine-GGUF Ministral-8B-Q5_K_M.gguf",
+    ):
+        assert f"\n{line}\n" in card
+    assert "ollama create ministral-8b:q5_k_m -f Modelfile" in card
+    assert "`~/.lmstudio/models/me/Mine-GGUF/`" in card
+    shards = tuple(ReportFile(f"big-Q4_K_M-0000{n}-of-00002.gguf", 10) for n in (1, 2))
+    split = render_card(bare_report(levels=(dataclasses.replace(bare_report().levels[0], name="Q4_K_M", files=shards),)))
+    assert "-hf OWNER/tiny-GGUF:Q4_K_M" in split
+    assert "ollama run" not in split
+    assert "Ollama loads no models in shards" in split
+    other = dataclasses.replace(bare_report().levels[0], name="Q4_K_L", files=(ReportFile("big-Q4_K_L.gguf", 10),))
+    assert "-hf" not in render_card(bare_report(levels=(other,)))
+
+
 def test_commands_name_the_repository_where_it_is_known_and_else_a_stand_in_that_is_explained() -> None:
     known, unknown = render_card(sample_report(repo="me/Mine-GGUF")), render_card(sample_report())
     assert "hf download me/Mine-GGUF Ministral-8B-Q5_K_M.gguf --local-dir ." in known
