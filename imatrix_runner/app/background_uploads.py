@@ -15,7 +15,7 @@ from imatrix_runner.errors import InterruptedRunError, RunnerError, UploadError
 from imatrix_runner.events import warning
 from imatrix_runner.models.hub import PublishingHub
 from imatrix_runner.publish.local_files import ready_level
-from imatrix_runner.publish.published_names import check_planned
+from imatrix_runner.publish.published_names import planned_paths
 from imatrix_runner.quantize.plan import LevelStep
 from imatrix_runner.signals import Stop
 
@@ -51,9 +51,15 @@ class LevelUploads:
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def check(self, steps: tuple[LevelStep, ...]) -> None:
-        """Refuse a plan whose levels cannot be published under their names."""
-        levels = [(step.level.name, step.level.ftype) for step in steps if step.state != "fails"]
-        check_planned(levels, self._session.workspace.model, self._job.request.name_template)
+        """Refuse a plan whose levels cannot be published under their names: these are against a rule, or taken."""
+        possible = [step for step in steps if step.state != "fails" and step.files]
+        levels = [(step.level.name, step.level.ftype, len(step.files)) for step in possible]
+        paths = planned_paths(levels, self._session.workspace.model, self._job.request.name_template)
+        todo = [path for step in possible if step.state == "todo" for path in paths[step.level.name]]
+        self._job.publisher.refuse_taken(todo)
+        for step in possible:
+            if len(step.files) == 1:
+                self._job.warn_of_size(step.files[0].name, step.facts.n_bytes or 0)
 
     def begin(self) -> None:
         self._thread.start()

@@ -43,7 +43,7 @@ from imatrix_runner.mixes.targets import mix_targets
 from imatrix_runner.models.hub import PublishingHub, fetch_model
 from imatrix_runner.models.model import HubId, parse_source
 from imatrix_runner.publish.local_files import ready_level
-from imatrix_runner.publish.published_names import check_planned
+from imatrix_runner.publish.published_names import planned_paths
 from imatrix_runner.quantize.executor import LevelResult
 from imatrix_runner.quantize.level_facts import release_level
 from imatrix_runner.quantize.plan import LevelStep, Plan
@@ -121,8 +121,9 @@ class BatchStages:
         def take(plan: Plan) -> None:
             refuse_hopeless(plan, one_by_one=True)
             if request.publish is not None:
-                makeable = [(step.level.name, step.level.ftype) for step in plan.levels if step.state != "fails"]
-                check_planned(makeable, workspace.model, request.publish.name_template)
+                makeable = [step for step in plan.levels if step.state != "fails"]
+                named = [(step.level.name, step.level.ftype, len(step.files)) for step in makeable]
+                planned_paths(named, workspace.model, request.publish.name_template)
             plans.append(plan)
             raise _PlanKnown
 

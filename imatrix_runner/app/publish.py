@@ -14,6 +14,7 @@ from imatrix_runner.context.named_workspace import workspace_of
 from imatrix_runner.context.requests import PublishRequest
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Sink, ignore, info, warning
+from imatrix_runner.files import human_bytes
 from imatrix_runner.journal import Journal
 from imatrix_runner.models.hub import Hub, PublishingHub
 from imatrix_runner.process import Runner
@@ -29,6 +30,9 @@ from imatrix_runner.report.document import Report, read_report
 from imatrix_runner.report.views.forms import JSON
 from imatrix_runner.safe_text import shown
 from imatrix_runner.workspace import Workspace
+
+_MOST_PLAIN_BYTES = 50 * 1000**3
+"""The largest file that a hub serves by plain HTTP."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         units = [job.level_unit(level, paths[level.name]) for level in levels]
         last = job.last_unit(job.report(runner, context.sink, dry_run=dry_run), levels)
         job.warn_of_labels(paths)
+        for name, n_bytes, _ in (file for level in levels for file in level.files):
+            job.warn_of_size(name, n_bytes)
         everything = [*units, last]
         job.look_through(everything)
         job.tell_of_template(levels, runner)
@@ -151,6 +157,12 @@ class PublishJob:
         local = local_names(self.workspace.root, *folders, secrets=self.publisher.hub.held_secrets())
         remote = self.publisher.known()
         refuse_secrets((file for unit in units for file in missing(unit.files, remote)), local, self.publisher.sink)
+
+    def warn_of_size(self, name: str, n_bytes: int) -> None:
+        """Say so if a file is larger than what hubs serve by plain HTTP."""
+        if n_bytes > _MOST_PLAIN_BYTES:
+            text = f"{name} has {human_bytes(n_bytes)}: hubs serve files of more than 50 GB only to programs that know Xet"
+            self.publisher.sink(warning(f"{text}. Make it in shards with --split-max-size 48G."))
 
     def warn_of_labels(self, paths: Mapping[str, tuple[str, ...]]) -> None:
         """Say where programs will find two files of one label, because the repository has another one."""

@@ -23,9 +23,14 @@ def level_paths(levels: Sequence[ReadyLevel], model: str, template: str, sink: S
     return {each.file.level: each.paths for each in named}
 
 
-def check_planned(levels: Sequence[tuple[str, str]], model: str, template: str) -> None:
-    """Check the names of levels that are still to be made, given with the ftype that each is based on. Raises as above."""
-    checked_names([PublishedFile(f"{model}-{name}.gguf", name, model, _number(ftype)) for name, ftype in levels], template)
+def planned_paths(levels: Sequence[tuple[str, str, int]], model: str, template: str) -> Mapping[str, tuple[str, ...]]:
+    """The same for levels that are still to be made, given with the ftype that each is based on and the number of its files.
+    Raises as above."""
+    files = [
+        PublishedFile(f"{model}-{name}.gguf", name, model, _number(ftype), shards if shards > 1 else 0)
+        for name, ftype, shards in levels
+    ]
+    return {each.file.level: each.paths for each in checked_names(files, template)}
 
 
 def same_labels(paths: Iterable[str], there: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -99,6 +99,12 @@ class RepositoryPublisher:
                 "Make it again with imatrix-runner run MODEL, or leave it out with --levels.",
             )
 
+    def refuse_taken(self, names: Sequence[str]) -> None:
+        """Raise if one of these names is that of a file of others; for files that are still to be made."""
+        there = [name for name in names if name in self.known().files]
+        if there and (taken := set(there) - self._replaceable(self.hub.changes(self.known()), there)):
+            raise self._in_the_way(sorted(taken))
+
     def prepare(self) -> RemoteRepository:
         """Make the repository if it is missing, and have it gated if that was asked for, before a file is in it."""
         remote = self.known()

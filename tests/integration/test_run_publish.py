@@ -85,3 +85,13 @@ def test_levels_that_are_there_are_published_too(tiny_model: Path, hub: HubServe
 def test_options_without_publish_are_said_to_do_nothing(tiny_model: Path, hub: HubServer, cli: CommandLine) -> None:
     said = cli("run", tiny_model, "--imatrix", "none", "--levels", "Q4_0", "--dry-run", "--private")
     assert "--private has no effect: nothing is published without --publish." in said.err
+
+
+def test_a_name_that_others_have_taken_is_found_before_any_work(
+    tiny_model: Path, tmp_path: Path, hub: HubServer, cli: CommandLine
+) -> None:
+    hub.add(TO, {"tiny-Q4_0.gguf": b"GGUF of others"})
+    refused = cli("run", tiny_model, *RUN, "--levels", "Q4_0")
+    assert refused.code == 6
+    assert f"{TO} holds another tiny-Q4_0.gguf" in refused.err
+    assert not list((tmp_path / "work").rglob("*.gguf"))
