@@ -139,24 +139,24 @@ class ListChecker:
         found = foresee_model(source, stop=self.stop, trust_remote_code=self.trust_remote_code)
         converted = found.choice.kind == "checkpoint"
         if converted:
-            self._check_converter(found.architecture, entry=known.entry)
+            self._check_converter(found.listing.architecture, entry=known.entry)
         weights = sum(file.size or 0 for file in found.choice.files if file.name.endswith((".safetensors", ".gguf")))
-        notes: tuple[str, ...] = ("gated: this account may fetch it",) if found.gated else ()
-        if converted and not found.architecture:
+        notes: tuple[str, ...] = ("gated: this account may fetch it",) if found.listing.gated else ()
+        if converted and not found.listing.architecture:
             notes += ("the hub does not say its architecture; the converter may refuse it",)
         return replace(
             known,
             kind=found.choice.kind,
             commit=found.listing.commit,
             licence=found.listing.licence or "",
-            architecture=found.architecture,
-            gated=found.gated,
+            architecture=found.listing.architecture,
+            gated=found.listing.gated,
             download=found.n_bytes,
             missing=found.missing,
             own_download=found.missing > 0,
             source=weights,
             converted=converted,
-            n_params=found.n_params or weights // _BYTES_PER_WEIGHT,
+            n_params=found.listing.n_params or weights // _BYTES_PER_WEIGHT,
             notes=notes,
         )
 

@@ -9,6 +9,8 @@ from typing import Literal
 from imatrix_runner.batch.batch_journal import BatchHistory, ModelHistory, ThreeLines
 from imatrix_runner.batch.batch_list import BatchEntry
 from imatrix_runner.batch.forecast import RemainingWork, Speeds, batch_seconds
+from imatrix_runner.errors import RunnerError
+from imatrix_runner.models.model import model_name
 
 ModelState = Literal["waiting", "running", "done", "failed"]
 BatchState = Literal["running", "finished", "stopped"]
@@ -149,7 +151,7 @@ def _model(
         entry.model,
         state,
         entry.priority,
-        entry.publish,
+        _repository(entry),
         history.done.url if history.done is not None else "",
         running,
         levels,
@@ -160,6 +162,14 @@ def _model(
         failure,
         dict(history.failed_levels),
     )
+
+
+def _repository(entry: BatchEntry) -> str:
+    """Where an entry is published to; as the list says it, where its model has no usable name."""
+    try:
+        return entry.repository(model_name(entry.model)) if entry.publish else ""
+    except RunnerError:
+        return entry.publish
 
 
 def _level_state(history: ModelHistory, name: str) -> str:

@@ -26,6 +26,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imatrix_runner.app.status import list_workspaces
+from imatrix_runner.batch.batch_journal import (
+    BatchEvent,
+    FileMade,
+    ModelFailed,
+    ModelPrepared,
+    PlannedLevel,
+    StageDone,
+    ThreeLines,
+    read_history,
+)
+from imatrix_runner.batch.batch_list import read_list
 from imatrix_runner.chat.tokenizer_config import read_config, special_text
 from imatrix_runner.cli.settings import FILE, find_settings
 from imatrix_runner.documents.manifest import DocumentPlace, Manifest, SourceFacts, find_manifest, manifest_path
@@ -57,6 +68,7 @@ from imatrix_runner.engines.worker.quantize import ledger
 from imatrix_runner.errors import DownloadError, EngineError, InvalidDataError, RunnerError
 from imatrix_runner.evaluate.measurements import answered, comparisons, levels_made, measured
 from imatrix_runner.events import Metric, Notice, Progress, ignore
+from imatrix_runner.files import Stamp
 from imatrix_runner.imatrix import checkpoint as checkpoints
 from imatrix_runner.imatrix.convergence import Point
 from imatrix_runner.imatrix.formats import prepare_gguf
@@ -80,6 +92,7 @@ from imatrix_runner.untrusted import (
     from_json,
     from_lenient_json,
     from_toml,
+    from_yaml,
 )
 from imatrix_runner.workspace import Workspace, read_owner
 from support.command_line import RunCommand
@@ -149,7 +162,7 @@ def test_what_json_does_not_have_is_named(value: Any) -> None:
 def test_depth_is_bounded_everywhere() -> None:
     for depth in (MAX_DEPTH + 1, 5000, 200_000):
         deep = b"[" * depth + b"]" * depth
-        for read in (partial(from_json, kind=Any), from_lenient_json, lambda data: from_toml(b"a = " + data)):
+        for read in (partial(from_json, kind=Any), from_lenient_json, lambda data: from_toml(b"a = " + data), from_yaml):
             with pytest.raises(UnreadableError, match="levels deep"):
                 read(deep)
     assert from_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH, Any)
@@ -616,6 +629,42 @@ def test_a_release() -> None:
     survived_all({"tag_name": "b1", "assets": [asset]}, use)
 
 
+# -- lists of models ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_models(tmp_path: Path) -> None:
+    entry = {"model": "org/name", "levels": ["Q4_0"], "evaluate": True, "priority": 3, "publish": "me/x", "threads": 1}
+    path = tmp_path / "list.jsonl"
+    known = frozenset(("levels", "evaluate", "threads"))
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data + b"\n")
+        for found in read_list(path, known):
+            assert found.model.isprintable()
+            assert found.fingerprint
+
+    survived_all(entry, use)
+
+
+EVENTS: tuple[BatchEvent, ...] = (
+    ModelPrepared("a", "e", "work/a", 100, False, (PlannedLevel("Q4_0", 10),)),
+    StageDone("a", "e", "make", ("Q4_0",), 3.0, 110, ("Q4_0",)),
+    ModelFailed("a", "e", "check", ThreeLines("usage", "what", "why", "do")),
+    FileMade("a", "level", "/x", Stamp(1, 2, 3, "s"), "Q4_0"),
+)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_a_batch_s_journal(event: BatchEvent, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data + b"\n")
+        read_history(path)
+
+    survived_all(plain(event), use)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     be_quick_and_anonymous(monkeypatch, tmp_path)
@@ -631,6 +680,8 @@ LISTED = {
     "tags": ["base_model:quantized:org/base", "gguf"],
     "lastModified": "2026-01-01T00:00:00.000Z",
     "cardData": {"license": "mit", "base_model": ["org/base"]},
+    "config": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+    "gguf": {"total": 5, "architecture": "llama"},
     "siblings": [
         {"rfilename": "a.gguf", "size": 5, "blobId": "x", "lfs": {"size": 5, "sha256": "b" * 64, "pointerSize": 3}},
         {"rfilename": "train.jsonl", "size": 9},
@@ -649,7 +700,8 @@ def test_a_hub_s_answer(asked: str, hub: HubServer, tmp_path: Path) -> None:
         found = client.made_from("org/base") if asked == "search" else (client.repository("org/name"),)
         for listing in found:
             texts = (listing.repo, listing.commit, listing.date or "", listing.licence or "", listing.base_model or "")
-            assert "".join((*texts, *(file.name for file in listing.files))).isprintable()
+            assert listing.n_params is None or listing.n_params > 0
+            assert "".join((listing.architecture, *texts, *(file.name for file in listing.files))).isprintable()
             assert all(".." not in file.name.split("/") and (file.size or 0) >= 0 for file in listing.files)
 
     document = [LISTED] if asked == "search" else LISTED

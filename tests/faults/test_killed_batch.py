@@ -1,5 +1,5 @@
-"""``batch --keep nothing`` killed again and again: the same command ends with complete repositories and an empty disk, and never
-has more than a source and two levels there."""
+"""``batch --keep nothing`` killed again and again: the same command ends with complete repositories and an empty disk, with
+never more than a source and two levels on it."""
 
 from __future__ import annotations
 

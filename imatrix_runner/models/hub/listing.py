@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -19,6 +19,7 @@ from imatrix_runner.untrusted import as_type
 
 LISTING_SECONDS = 30.0
 _MAX_LICENCE = 80
+_MOST_PARAMETERS = 1 << 50
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,7 +50,8 @@ class _Answer(msgspec.Struct, frozen=True):
 class Listing:
     """A repository at one commit. ``date``: of its last change, ISO 8601; ``quantised_from``: base repositories by its tags.
 
-    ``licence``: as stated on its card, such as ``mit`` or ``cc-by-sa-3.0, gfdl``.
+    ``licence``: as stated on its card, such as ``mit`` or ``cc-by-sa-3.0, gfdl``. ``architecture``: the class in a model's
+    config.json, or that of its GGUF (empty: not announced); ``n_params``: number of its weights, None if the hub does not say.
     """
 
     repo: str
@@ -60,6 +62,9 @@ class Listing:
     base_model: str | None = None
     quantised_from: tuple[str, ...] = ()
     licence: str | None = None
+    architecture: str = ""
+    n_params: int | None = None
+    gated: bool = False
 
 
 def list_repository(asked: Asked) -> Listing:
@@ -78,6 +83,7 @@ def list_repository(asked: Asked) -> Listing:
         ]
         answer = as_type({"sha": info.sha, "tags": info.tags or [], "siblings": siblings}, _Answer)
         date = iso_date(info.last_modified)
+        announced = _announced(info)
     except HFValidationError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -93,7 +99,20 @@ def list_repository(asked: Asked) -> Listing:
         _base_model(base),
         quantised_from(answer.tags),
         _licence(licence),
+        *announced,
     )
+
+
+def _announced(info: Any) -> tuple[str, int | None, bool]:
+    """What a hub announces of a model besides its files: architecture, number of weights, whether it is gated. Values of other
+    types than a hub's count as not announced."""
+    config, gguf = getattr(info, "config", None), getattr(info, "gguf", None)
+    named = config.get("architectures") if isinstance(config, dict) else None
+    first = named[0] if isinstance(named, list) and named else gguf.get("architecture") if isinstance(gguf, dict) else None
+    total = gguf.get("total") if isinstance(gguf, dict) else getattr(getattr(info, "safetensors", None), "total", None)
+    known = isinstance(total, int) and not isinstance(total, bool) and 0 < total < _MOST_PARAMETERS
+    architecture = printable(first)[:_MAX_LICENCE] if isinstance(first, str) else ""
+    return architecture, total if known else None, getattr(info, "gated", None) not in (None, False)
 
 
 def _base_model(declared: object) -> str | None:
