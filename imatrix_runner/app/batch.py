@@ -102,7 +102,7 @@ def run_batch(
     def check_target(target: PublishRequest) -> None:
         publisher_of(target, PublishingHub(context.stop, context.sink), context.sink).check()
 
-    checker = ListChecker(reader.request_of, context.stop, check_target, request.trust_remote_code)
+    checker = ListChecker(reader.request_of, context.stop, context.sink, check_target, request.trust_remote_code)
     if dry_run:
         plan = _plan(request, reader, checker, folder, read_history(folder.journal))
         if on_plan is not None:

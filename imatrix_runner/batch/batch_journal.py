@@ -32,10 +32,11 @@ _MOST_LINE = 1 << 20
 
 
 class BatchBegan(msgspec.Struct, frozen=True, tag_field="event", tag="began"):
-    """A command began to work on the list. ``at`` is the time of day, for people."""
+    """A command began to work on the list. ``at`` is the time of day, for people; ``version``: of the journal's format."""
 
     command: str
     at: str
+    version: Literal[1] = 1
 
 
 class StageBegan(msgspec.Struct, frozen=True, tag_field="event", tag="stage-began"):

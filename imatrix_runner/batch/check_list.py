@@ -3,10 +3,13 @@ large it and its levels are."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+
+import psutil
 
 from imatrix_runner.batch.batch_journal import PlannedLevel, ThreeLines
 from imatrix_runner.batch.batch_list import BatchEntry
@@ -15,13 +18,18 @@ from imatrix_runner.batch.schedule import Keep, ModelNeeds
 from imatrix_runner.context.engine_choice import Machine
 from imatrix_runner.context.requests import MODES, LevelsRequest, PublishRequest, RunRequest
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, RunnerError, ToolchainError, UsageError
+from imatrix_runner.events import Finished, Progress, Sink, Started
 from imatrix_runner.extras import CONVERT
+from imatrix_runner.files import human_bytes
 from imatrix_runner.models.hub import foresee_model
 from imatrix_runner.models.model import HubId, LocalDirectory, LocalFile, Source, model_name, open_gguf, parse_source
 from imatrix_runner.models.model_folders import check_folder
 from imatrix_runner.models.safetensors_file import check_safetensors, read_model_json
 from imatrix_runner.models.supported_models import supported_models
 from imatrix_runner.signals import Stop
+
+STEP = "check"
+"""The step that events of the check carry."""
 
 _BYTES_PER_WEIGHT = 2
 """Of published models, where the hub does not say how many weights one has."""
@@ -78,6 +86,7 @@ class ListChecker:
 
     request_of: RequestOf
     stop: Stop
+    sink: Sink
     check_target: Callable[[PublishRequest], None] = lambda _request: None
     trust_remote_code: bool = False
     llama_cpp: Path | None = field(default=None)
@@ -86,8 +95,11 @@ class ListChecker:
         """Check every entry; two that would be published to one repository are a problem of the second."""
         checked: list[CheckedModel] = []
         taken: dict[str, str] = {}
-        for entry in entries:
+        began = time.monotonic()
+        self.sink(Started(STEP, f"Checking {len(entries)} models", float(len(entries)), "models"))
+        for number, entry in enumerate(entries, start=1):
             model = self.check_one(entry)
+            self.sink(Progress(STEP, float(number), float(len(entries)), entry.model))
             other = taken.setdefault(model.repo.lower(), entry.model) if model.repo else entry.model
             if other != entry.model and model.problem is None:
                 error = UsageError(
@@ -97,6 +109,9 @@ class ListChecker:
                 )
                 model = replace(model, problem=ThreeLines.of(error))
             checked.append(model)
+        wrong = sum(model.problem is not None for model in checked)
+        detail = f"{wrong} of them cannot be made" if wrong else ""
+        self.sink(Finished(STEP, "done", detail, time.monotonic() - began))
         return tuple(checked)
 
     def check_one(self, entry: BatchEntry) -> CheckedModel:
@@ -113,7 +128,8 @@ class ListChecker:
             if request.publish is not None:
                 self.check_target(request.publish)
             assert request.levels is not None
-            return replace(found, levels=about_levels(request.levels, found.n_params))
+            notes = (*found.notes, *_memory_notes(found.source))
+            return replace(found, notes=notes, levels=about_levels(request.levels, found.n_params))
         except InterruptedRunError:
             raise
         except RunnerError as error:
@@ -192,3 +208,12 @@ def _check_files(request: RunRequest) -> None:
     for what, path in named:
         if path is not None and not path.exists():
             raise UsageError(f"{path} does not exist", f"it was given as {what}", "Check the path.")
+
+
+def _memory_notes(source: int) -> tuple[str, ...]:
+    """What is to be said of a model whose weights do not fit into this machine's memory."""
+    memory = psutil.virtual_memory().total
+    if source <= memory:
+        return ()
+    sizes = f"its weights (about {human_bytes(source)}) are larger than this machine's memory ({human_bytes(memory)})"
+    return (f"{sizes}: an imatrix and measurements are computed from the disk, which is slow",)

@@ -29,6 +29,7 @@ NAME = os.fsdecode(b"caf\xe9")
         ("imatrix", "check", f"{NAME}.dat"),
         ("calibration", "build", f"{NAME}.txt", "-o", "x.txt"),
         ("evaluate", "m.gguf", "--text", f"{NAME}.txt"),
+        ("batch", f"{NAME}.yaml"),
     ],
 )
 def test_an_argument_that_is_not_utf8_is_named(arguments: tuple[str, ...], cli: CommandLine) -> None:

@@ -13,8 +13,10 @@ import pyarrow.parquet
 import pytest
 from packaging.requirements import Requirement
 
+from imatrix_runner.batch.notices import Notifier
 from imatrix_runner.errors import ToolchainError
-from imatrix_runner.extras import CALIBRATION, CONVERT, Extra
+from imatrix_runner.events import ignore
+from imatrix_runner.extras import CALIBRATION, CONVERT, NOTIFY, Extra
 from support.children import python
 from support.command_line import Ran
 from support.evaluations import held_out_text
@@ -32,6 +34,14 @@ _PLAIN = """
     from imatrix_runner.cli.main import main
     main(sys.argv[2:])
 """
+
+
+def test_notifications_need_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imatrix_runner.batch.notices.NOTIFY", Extra("notify", ("no_such_package",)))
+    Notifier((), ignore)
+    with pytest.raises(ToolchainError) as caught:
+        Notifier(("ntfy://topic",), ignore)
+    assert 'pip install "imatrix-runner[notify]"' in caught.value.todo
 
 
 @pytest.fixture
@@ -112,6 +122,7 @@ def test_the_extras_are_those_of_the_package() -> None:
     extras = project["project"]["optional-dependencies"]
     packages = {name: {Requirement(text).name for text in texts} for name, texts in extras.items()}
     assert packages["calibration"] == {module.lower() for module in CALIBRATION.modules}
+    assert packages["notify"] == {*NOTIFY.modules}
     assert {"torch", "transformers", "safetensors", "sentencepiece"} <= packages["convert"] & set(CONVERT.modules)
 
 

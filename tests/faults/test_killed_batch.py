@@ -3,6 +3,7 @@ never more than a source and two levels on it."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,3 +65,26 @@ def test_killed_three_times_and_continued(sources: Mapping[str, Path], tmp_path:
         history = read_history(BatchFolder.of(file).journal)
         assert history.begun == 4
         assert all(history.of(f"org/{name}").files == {} for name in NAMES)
+
+
+def test_ctrl_c_ends_every_stage_and_prints_what_continues(sources: Mapping[str, Path], tmp_path: Path) -> None:
+    with HubServer(token=TOKEN) as hub:
+        hub.add("org/qwen3", {"qwen3-BF16.gguf": sources["qwen3"]})
+        write_list(tmp_path / "m.yaml", ["org/qwen3"], levels=[*LEVELS], imatrix="none", threads=1)
+        arguments = ("batch", "m.yaml", "--keep", "levels")
+        with started(*arguments, cwd=tmp_path, env=surroundings(hub, tmp_path)) as running:
+            hub.trouble.bytes_per_second = 50_000  # the download lasts until it is stopped
+            running.wait_for(lambda: "qwen3-BF16.gguf" in hub.downloads())
+            os.kill(running.pid, signal.SIGINT)
+            stopped = running.finish()
+        hub.trouble.bytes_per_second = 0
+        assert stopped.code == 130
+        assert "Continue with: imatrix-runner batch m.yaml --keep levels" in stopped.err
+        assert running.descendants() == []
+        assert "Stopped: the same command continues" in (tmp_path / "m.yaml.batch" / "batch.html").read_text()
+        with started("batch", "status", "m.yaml", cwd=tmp_path) as status:
+            assert "Continue with: imatrix-runner batch m.yaml --keep levels" in status.finish().out
+        with started(*arguments, cwd=tmp_path, env=surroundings(hub, tmp_path)) as running:
+            done = running.finish()
+        assert done.code == 0, done.err
+        assert sorted(path.suffix for path in tmp_path.rglob("*.gguf")) == [".gguf"] * 3
