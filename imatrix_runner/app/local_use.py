@@ -14,7 +14,7 @@ from imatrix_runner.errors import InvalidDataError, NoSpaceError, from_os_error
 from imatrix_runner.evaluate.measurements import levels_made
 from imatrix_runner.events import Sink, detail, warning
 from imatrix_runner.files import discard, part_path, stamp
-from imatrix_runner.journal import Journal, StepOutput, StepRecord, differences, is_intact
+from imatrix_runner.journal import Journal, StepOutput, StepRecord, differences, is_intact, outputs_intact
 from imatrix_runner.models.gguf_file import GgufHeader, LongArray, long_array, read_header
 from imatrix_runner.process import Runner
 from imatrix_runner.report.views.modelfile import ModelfileFacts, render_modelfile, stops_of
@@ -47,9 +47,10 @@ class _Spoken(NamedTuple):
 def write_modelfiles(workspace: Workspace, journal: Journal, runner: Runner, sink: Sink) -> dict[str, Path]:
     """Write the missing Modelfiles of finished levels; return all by level. The caller holds the workspace's lock.
 
-    Ollama takes no level in shards. A file that was edited, or is somebody's, stays as it is. Nothing that goes wrong here
-    is an error of the run.
+    Ollama takes no level in shards. A file that was edited, or is somebody's, stays as it is; one of a level that is gone goes,
+    too. Nothing that goes wrong here is an error of the run.
     """
+    _remove_orphans(workspace, journal)
     found: dict[str, Path] = {}
     spoken: _Spoken | None = None
     for name in levels_made(journal):
@@ -61,8 +62,7 @@ def write_modelfiles(workspace: Workspace, journal: Journal, runner: Runner, sin
         record = journal.get(step_id("modelfile", name))
         if path.exists():
             found[name] = path
-            ours = record is not None and is_intact(record.outputs[0], workspace.root)
-            if not ours or record is None or not differences(record, inputs):
+            if record is None or not _is_ours(path, record, workspace) or not differences(record, inputs):
                 continue
         try:
             header = read_header(file)
@@ -73,6 +73,21 @@ def write_modelfiles(workspace: Workspace, journal: Journal, runner: Runner, sin
         except (InvalidDataError, NoSpaceError) as error:
             sink(warning(f"No Modelfile for {name}: {error.sentence()}"))
     return found
+
+
+def _remove_orphans(workspace: Workspace, journal: Journal) -> None:
+    """Remove Modelfiles, as they were written here, whose levels were removed."""
+    for name, record in journal.of_kind("modelfile").items():
+        level = journal.get(step_id("level", name))
+        gone = level is not None and not any((workspace.root / output.name).exists() for output in level.outputs)
+        if gone and _is_ours(workspace.modelfile(name), record, workspace):
+            discard(workspace.modelfile(name))
+
+
+def _is_ours(path: Path, record: StepRecord, workspace: Workspace) -> bool:
+    """Whether a file is the record's, unchanged, and lies in the workspace itself. Journals may come from elsewhere."""
+    named = [output.name for output in record.outputs] == [path.name] and path.parent == workspace.root
+    return named and outputs_intact(record, workspace.root)
 
 
 def _write(journal: Journal, step: str, path: Path, text: str, inputs: dict[str, str]) -> None:

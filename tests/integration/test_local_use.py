@@ -58,6 +58,11 @@ def test_modelfiles_stay_until_their_level_changes_and_edited_ones_for_ever(made
     assert files["Q8_0"].read_text(encoding="utf-8") == text
     assert files["Q8_0"].stat().st_mtime_ns != first["Q8_0"]
     assert leftovers(workspace) == []
+    (workspace / "chat-Q8_0.gguf").unlink()
+    (workspace / "chat-Q4_K_M.gguf").unlink()
+    again(folder, "--levels", "Q5_0")
+    assert not files["Q8_0"].exists()
+    assert files["Q4_K_M"].exists()
 
 
 @pytest.mark.parametrize(
