@@ -55,7 +55,7 @@ def test_killed_again_and_again_it_still_ends(
 ) -> None:
     """Each command gets one point further than the one before."""
     with HubServer(token=TOKEN) as hub:
-        for point in range(5, POINTS, 6):
+        for point in range(5, POINTS, 12):
             publish_and_kill(hub, made, tmp_path, point)
         publish_and_kill(hub, made, tmp_path, None)
         assert (contents(published(hub)), titles(published(hub))) == undisturbed
