@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from imatrix_runner.events import Sink, warning
 from imatrix_runner.files import sha256
-from imatrix_runner.journal import Journal
+from imatrix_runner.journal import Journal, outputs_intact
 from imatrix_runner.models.hub import Changes
 from imatrix_runner.models.hub.cards import card_flaw
 from imatrix_runner.models.hub.label_rules import is_model_for_llama_cpp
@@ -22,8 +22,9 @@ from imatrix_runner.publish.local_files import (
     small_file,
 )
 from imatrix_runner.publish.publish_plan import CARD, FileToPublish, PublishUnit, is_published_here, is_same
-from imatrix_runner.report.document import Report, ReportFile, ReportLevel
-from imatrix_runner.report.views.forms import MARKDOWN, render_forms
+from imatrix_runner.report.document import Report, ReportFile, ReportLevel, read_report
+from imatrix_runner.report.views.forms import JSON, MARKDOWN, render_forms
+from imatrix_runner.steps import step_id
 from imatrix_runner.workspace import Workspace
 
 TITLE = "Upload card, imatrix and report"
@@ -37,7 +38,8 @@ def companions(workspace: Workspace, journal: Journal, report: Report, paths: Ma
     imatrix = report.imatrix
     if imatrix is not None:
         paths = {**paths, imatrix.file.name: _imatrix_name(imatrix.file.name)}
-    forms = render_forms(as_published(report, paths))
+    shown = as_published(report, paths)
+    forms = _forms_on_disk(workspace, journal, shown) or render_forms(shown)
     card = small_file(CARD, marked(forms.pop(MARKDOWN).decode()).encode())
     files = [card, *(small_file(name, content) for name, content in forms.items())]
     if imatrix is not None and (imatrix.made_here or imatrix.origin):
@@ -48,6 +50,15 @@ def companions(workspace: Workspace, journal: Journal, report: Report, paths: Ma
     files += [file_on_disk(path.name, path, known_digest(journal, path)) for path in projectors(workspace)]
     checked_names([PublishedFile(file.name) for file in files])
     return PublishUnit(TITLE, tuple(files))
+
+
+def _forms_on_disk(workspace: Workspace, journal: Journal, report: Report) -> dict[str, bytes]:
+    """The report's files in the workspace, if they are of this very report and nobody changed them; else empty. Pictures take
+    seconds to draw."""
+    record, document = journal.get(step_id("report")), workspace.root / JSON
+    if record is None or not outputs_intact(record, workspace.root) or read_report(document) != report:
+        return {}
+    return {output.name: (workspace.root / output.name).read_bytes() for output in record.outputs}
 
 
 def _imatrix_name(name: str) -> str:
