@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,25 @@ class BatchResult:
         return any(model.failed or model.state != "done" for model in self.view.models)
 
 
+@dataclass
+class TargetChecker:
+    """Checks repositories to publish to. What the hub says of an account is asked for once for each owner: it limits how often
+    it tells."""
+
+    context: Context
+    _owners: set[str] = field(default_factory=set)
+
+    def check(self, target: PublishRequest) -> None:
+        """Raises :class:`RunnerError` for a repository that cannot be written or made."""
+        hub = PublishingHub(self.context.stop, self.context.sink)
+        hub.check_usable(target.to)
+        owner = target.to.partition("/")[0].lower()
+        if owner in self._owners and not hub.look(target.to).exists:
+            return
+        publisher_of(target, hub, self.context.sink).check()
+        self._owners.add(owner)
+
+
 def run_batch(
     request: BatchRequest,
     reader: EntryReader,
@@ -98,11 +117,9 @@ def run_batch(
     """
     began = time.monotonic()
     folder = BatchFolder.of(request.file)
-
-    def check_target(target: PublishRequest) -> None:
-        publisher_of(target, PublishingHub(context.stop, context.sink), context.sink).check()
-
-    checker = ListChecker(reader.request_of, context.stop, context.sink, check_target, request.trust_remote_code)
+    checker = ListChecker(
+        reader.request_of, context.stop, context.sink, TargetChecker(context).check, request.trust_remote_code
+    )
     if dry_run:
         plan = _plan(request, reader, checker, folder, read_history(folder.journal))
         if on_plan is not None:

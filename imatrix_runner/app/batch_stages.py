@@ -226,14 +226,14 @@ class BatchStages:
     # -- parts --------------------------------------------------------------------------------------------------------------
 
     def _run_request(self, model: CheckedModel) -> RunRequest:
-        """The request of ``run`` for a model: with the batch's work directory and command, downloading into its folder."""
+        """The request of ``run`` for a model, in the batch's work directory and with its downloads."""
         assert model.request is not None
         request, environment = model.request, self.request.environment
         trust = request.source.trust_remote_code or self.request.trust_remote_code
         source = replace(request.source, trust_remote_code=trust)
         if self._own_download(model):
             source = replace(source, cache=self.folder.downloads)
-        own = replace(request.environment, work_dir=environment.work_dir, command=environment.command)
+        own = replace(request.environment, work_dir=environment.work_dir)
         return replace(request, source=source, environment=own)
 
     def _own_download(self, model: CheckedModel) -> bool:

@@ -27,6 +27,7 @@ from imatrix_runner.models.model_folders import check_folder
 from imatrix_runner.models.safetensors_file import check_safetensors, read_model_json
 from imatrix_runner.models.supported_models import supported_models
 from imatrix_runner.signals import Stop
+from imatrix_runner.toolchain.store import cache_dir
 
 STEP = "check"
 """The step that events of the check carry."""
@@ -195,7 +196,7 @@ class ListChecker:
                 "it comes with llama.cpp's programs, which were not found",
                 "Build a complete toolchain with: imatrix-runner tools build",
             )
-        return supported_models(toolchain.converter)
+        return supported_models(toolchain.converter, cache_dir() / "converters")
 
 
 def _check_files(request: RunRequest) -> None:

@@ -17,7 +17,7 @@ from support.hub_server import HubServer, Request, be_quick_and_anonymous
 from support.in_process import CommandLine
 from support.publishing import TOKEN, published
 from support.tiny_architectures import write_architecture
-from support.tiny_models import write_llama_gguf
+from support.tiny_models import write_hf_directory, write_llama_gguf
 
 QUICK = {"imatrix": "none", "threads": 1}
 
@@ -250,3 +250,51 @@ def test_ends_and_failures_are_notified(tmp_path: Path, hub: HubServer, cli: Com
         assert secret not in done.err + done.out
         assert secret not in written
     assert cli("batch", file, "--notify", "nothing-known://x").code == 2
+
+
+def test_a_changed_entry_is_worked_on_again(tmp_path: Path, models: dict[str, Path], hub: HubServer, cli: CommandLine) -> None:
+    """What is there stays, what is new is made; an unchanged list is done in an instant."""
+    file = write_list(tmp_path / "m.yaml", [str(models["llama"])], levels="Q4_0", **QUICK)
+    assert cli("batch", file, "-q").code == 0
+    level = tmp_path / "work" / "llama" / "llama-Q4_0.gguf"
+    before = level.stat().st_mtime_ns
+    again = cli("batch", file)
+    assert again.code == 0
+    assert "Model llama" not in again.err
+    write_list(file, [str(models["llama"])], levels="Q4_0,Q8_0", **QUICK)
+    changed = cli("batch", file, "--json").document
+    assert [level["state"] for level in changed["batch"]["models"][0]["levels"]] == ["made", "made"]
+    assert level.stat().st_mtime_ns == before
+
+
+@pytest.mark.convert
+def test_the_original_goes_once_it_is_converted(tmp_path: Path, hub: HubServer, cli: CommandLine) -> None:
+    """It is not fetched again when the batch continues: the converted file is the source then."""
+    pytest.importorskip("torch")
+    hub.add_directory("org/tiny", write_hf_directory(tmp_path / "hf"))
+    file = write_list(tmp_path / "m.yaml", [{"model": "org/tiny", "levels": "Q4_0", "publish": "me"}], **QUICK)
+    seen: list[int] = []
+    stopped = threading.Event()
+
+    def refuse_uploads(request: Request, done: bool) -> None:
+        if request.path == "/api/repos/create" and not done and not stopped.is_set():
+            stopped.set()
+            seen.append(weights_in(tmp_path / "m.yaml.batch"))
+            hub.trouble.status, hub.trouble.status_for = 403, "POST /api/repos/create"
+
+    hub.on_request = refuse_uploads
+    failed = cli("batch", file, "--keep", "nothing", "--json")
+    assert failed.code == 100
+    assert by_name(failed.document)["org/tiny"]["failed_at"] == "Publish"
+    assert seen == [0]
+    work = tmp_path / "work" / "tiny"
+    assert sorted(path.name for path in work.glob("*.gguf")) == ["tiny-BF16.gguf", "tiny-Q4_0.gguf"]
+    hub.trouble.status = 0
+    fetched = len(hub.downloads())
+    done = cli("batch", file, "--keep", "nothing", "--json")
+    assert done.code == 0, done.err
+    assert len(hub.downloads()) == fetched
+    assert [*work.glob("*.gguf")] == []
+    check_repository(hub, "tiny", ("Q4_0",))
+    report = json.loads((work / "report.json").read_text())
+    assert report["model"]["repo"] == "org/tiny"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class BatchAddOptions:
         "imatrix-runner batch add models.yaml org/name --preset bartowski --publish my-org --set evaluate=true",
     ),
 )
-def add(invocation: Invocation, options: BatchAddOptions) -> int:
+def add(_invocation: Invocation, options: BatchAddOptions) -> int:
     """Append MODEL... to the list FILE, which may be worked on at the moment.
 
     The list itself is not changed: additions go to FILE.batch/added.jsonl. The list's defaults do not apply to them.
@@ -50,7 +49,7 @@ def add(invocation: Invocation, options: BatchAddOptions) -> int:
     from imatrix_runner.cli.views.batch_documents import added_document
     from imatrix_runner.cli.work import print_result
 
-    reader = EntryReader(known_options(), partial(request_of, invocation=invocation))
+    reader = EntryReader(known_options(), request_of)
     entries = [{"model": model, **_keys(options)} for model in options.models]
     found = add_to_batch(options.file, entries, reader)
     names = ", ".join(entry.model for entry in found)

@@ -26,9 +26,11 @@ def known_options() -> frozenset[str]:
     return frozenset(each.name or "" for each in run.params if isinstance(each, Setting)) - {*_NOT_LISTED}
 
 
-def request_of(entry: BatchEntry, invocation: Invocation) -> RunRequest:
-    """The request of ``run`` that an entry makes. Raises :class:`UsageError` where ``run`` would refuse the options."""
+def request_of(entry: BatchEntry) -> RunRequest:
+    """The request of ``run`` that an entry makes, with the command that would make it. Raises :class:`UsageError` where
+    ``run`` would refuse the options."""
     words = [word for name, value in entry.options.items() for word in _words(name, value, entry)]
+    invocation = Invocation(("run", entry.model, *words), ())
     if entry.publish:
         words.append(f"--publish={entry.repository(model_name(entry.model))}")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -84,7 +83,7 @@ def run_command(invocation: Invocation, options: BatchRunOptions) -> int:
         options.notify,
         options.trust_remote_code,
     )
-    reader = EntryReader(known_options(), partial(request_of, invocation=invocation))
+    reader = EntryReader(known_options(), request_of)
     with at_work(options.talk) as work:
         notifier = Notifier(request.notify, work.context.sink)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from imatrix_runner.cli.command import command
@@ -20,7 +19,7 @@ class BatchStatusOptions:
 
 
 @command(BatchStatusOptions, name="status")
-def status_command(invocation: Invocation, options: BatchStatusOptions) -> int:
+def status_command(_invocation: Invocation, options: BatchStatusOptions) -> int:
     """Show every model of the list FILE: stages, levels, failures, and the command that continues."""
     from imatrix_runner.app.batch import EntryReader, batch_status
     from imatrix_runner.cli.commands.batch_entries import known_options, request_of
@@ -28,7 +27,7 @@ def status_command(invocation: Invocation, options: BatchStatusOptions) -> int:
     from imatrix_runner.cli.views.batch_tables import print_batch
     from imatrix_runner.cli.work import print_result
 
-    reader = EntryReader(known_options(), partial(request_of, invocation=invocation))
+    reader = EntryReader(known_options(), request_of)
     view = batch_status(options.file, reader)
     print_result(options.talk, lambda: view_document("batch-status", view), lambda console: print_batch(view, console))
     return 0
