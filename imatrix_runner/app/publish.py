@@ -95,7 +95,8 @@ def publish(request: PublishRequest, context: Context, *, dry_run: bool = False)
         if dry_run:
             return job.dry_run(everything, time.monotonic() - began)
         job.publisher.refuse(everything)
-        for unit in units:
+        for level, unit in zip(levels, units, strict=True):
+            ready_level(workspace, journal, level.name, save=False)  # uploads of others may have taken hours
             job.publisher.bring(unit)
         return job.finish(last, began)
 
@@ -221,7 +222,7 @@ class PublishJob:
             self.request.to,
             publisher.hub.page(self.request.to),
             publisher.known().commit,
-            tuple(publisher.results),
+            publisher.results,
             time.monotonic() - began,
             verified,
             collection,

@@ -7,8 +7,8 @@ earlier one was killed, and does nothing where all is there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -62,21 +62,29 @@ class RepositoryPublisher:
     hub: PublishingHub
     sink: Sink = field(repr=False)
     remote: RemoteRepository | None = None
-    results: list[FileResult] = field(default_factory=list)
+    _outcomes: dict[str, tuple[FileToPublish, FileResult]] = field(default_factory=dict, repr=False)
+
+    @property
+    def results(self) -> tuple[FileResult, ...]:
+        """What became of every file that was brought, in order; of one that was tried twice, the latter."""
+        return tuple(result for _, result in self._outcomes.values())
 
     def check(self) -> RemoteRepository:
         """Check what can be checked before hours of work: name, token, access, visibility. Nothing is written."""
         self.hub.check_usable(self.target.repo)
         remote = self.hub.look(self.target.repo)
         self.hub.require_access(remote)
+        self._require_private(remote)
+        self.remote = remote
+        return remote
+
+    def _require_private(self, remote: RemoteRepository) -> None:
         if remote.exists and self.target.private and not remote.private:
             raise UploadError(
                 f"{self.target.repo} is public",
                 "--private was given, and the visibility of a repository that exists is not changed here",
                 "Make it private in its settings, leave --private out, or choose another --to.",
             )
-        self.remote = remote
-        return remote
 
     def states(self, units: Sequence[PublishUnit]) -> dict[str, FileState]:
         """The state of every file on the hub, by name."""
@@ -93,11 +101,7 @@ class RepositoryPublisher:
             raise self._in_the_way(taken)
         gone = [file for unit in units for file in unit.files if not file.is_here and found[file.name] != "there"]
         if gone:
-            raise InvalidDataError(
-                f"{gone[0].name} cannot be published",
-                f"it is neither in the workspace any more, nor with this content in {self.target.repo}",
-                "Make it again with imatrix-runner run MODEL, or leave it out with --levels.",
-            )
+            raise self._gone(gone[0])
 
     def refuse_taken(self, names: Sequence[str]) -> None:
         """Raise if one of these names is that of a file of others; for files that are still to be made."""
@@ -110,17 +114,19 @@ class RepositoryPublisher:
         remote = self.known()
         if not remote.exists:
             remote = self.hub.create(self.target.repo, private=self.target.private)
+            self._require_private(remote)  # somebody else may have made it meanwhile
             kind = "private" if remote.private else "public"
             self.sink(info(f"Made the {kind} repository {self.target.repo}."))
         if self.target.gated and remote.gated != self.target.gated:
             self.hub.gate(self.target.repo, self.target.gated)
+            remote = replace(remote, gated=self.target.gated)
         self.remote = remote
         return remote
 
     def bring(self, unit: PublishUnit, latest: Callable[[Changes], PublishUnit] | None = None) -> None:
         """Upload what is missing of a unit. ``latest``: makes it anew from the repository as it is (a card is merged)."""
         remote, began, last = self.prepare(), time.monotonic(), [unit]
-        written: list[str] = []
+        written: set[str] = set()
 
         def decide(changes: Changes) -> Sequence[NewFile]:
             last[0] = latest(changes) if latest is not None else unit
@@ -128,7 +134,9 @@ class RepositoryPublisher:
             others = differing(files, changes.remote)
             if others and (taken := set(others) - self._replaceable(changes, others)):
                 raise self._in_the_way(sorted(taken))
-            written[:] = [file.name for file in files]
+            if lost := next((file for file in files if not file.is_here or _was_removed(file)), None):
+                raise self._gone(lost)
+            written.update(file.name for file in files)
             return [file.new() for file in files]
 
         step = f"publish {unit.title}"
@@ -152,8 +160,7 @@ class RepositoryPublisher:
         """Whether the hub has every file with its hash, asked for once more. Raises :class:`UploadError` if not."""
         remote = self.hub.look(self.target.repo)
         self.remote = remote
-        for result in self.results:
-            file = next(each for each in self._seen if each.name == result.name)
+        for file, _ in self._outcomes.values():
             if not is_same(file, remote.files.get(file.name)):
                 raise UploadError(
                     f"{self.target.repo} does not hold {file.name} as it was uploaded",
@@ -162,13 +169,10 @@ class RepositoryPublisher:
                 )
         return True
 
-    _seen: list[FileToPublish] = field(default_factory=list, repr=False)
-
-    def _note(self, unit: PublishUnit, status: PublishedStatus, names: Sequence[str]) -> None:
+    def _note(self, unit: PublishUnit, status: PublishedStatus, names: Collection[str]) -> None:
         for file in unit.files:
-            self._seen.append(file)
             what = status if file.name in names else "there"
-            self.results.append(FileResult(file.name, unit.level, file.n_bytes, file.sha256, what))
+            self._outcomes[file.name] = (file, FileResult(file.name, unit.level, file.n_bytes, file.sha256, what))
 
     def known(self) -> RemoteRepository:
         """The repository as it was when it was last looked at, or written to."""
@@ -181,6 +185,13 @@ class RepositoryPublisher:
     def _meter(self, step: str, total: int, asked: Asked) -> SendMeter:
         return SendMeter(self.sink, self.hub.stop, asked, step, total)
 
+    def _gone(self, file: FileToPublish) -> InvalidDataError:
+        return InvalidDataError(
+            f"{file.name} cannot be published",
+            f"it is neither in the workspace any more, nor with this content in {self.target.repo}",
+            "Make it again with imatrix-runner run MODEL, or leave it out with --levels.",
+        )
+
     def _in_the_way(self, names: Sequence[str]) -> InvalidDataError:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return InvalidDataError(
@@ -188,3 +199,7 @@ class RepositoryPublisher:
             "it was not published by imatrix-runner, or was changed since, and files of others are never overwritten",
             "Choose another repository with --to, other names with --name-template, or remove the file on the hub.",
         )
+
+
+def _was_removed(file: FileToPublish) -> bool:
+    return file.path is not None and not file.path.is_file()

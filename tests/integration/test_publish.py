@@ -10,10 +10,11 @@ import pytest
 from gguf import GGUFWriter
 from huggingface_hub import ModelCard
 
+from imatrix_runner.files import sha256
 from imatrix_runner.journal import Journal
 from imatrix_runner.workspace import Workspace
 from support.dialogues import TEMPLATE
-from support.hub_server import HubServer, be_quick_and_anonymous
+from support.hub_server import HubServer, Request, be_quick_and_anonymous
 from support.in_process import CommandLine
 from support.publishing import LEVELS, RUN, TO, TOKEN, contents, expected, finished_levels, published, stored_once, titles
 from support.tiny_models import write_llama_gguf
@@ -255,3 +256,20 @@ def test_a_split_level_is_published_in_a_folder(tiny_model: Path, tmp_path: Path
     assert titles(published(hub))[0] == "Upload Q4_0"
     assert shards[0] in published(hub).content("README.md").decode()
     assert cli("publish", tiny_model, "--to", TO, "--dry-run").out.count("is there") == len(done.document["files"])
+
+
+def test_a_level_that_changes_while_others_are_uploaded_is_refused(own: Workspace, hub: HubServer, cli: CommandLine) -> None:
+    """Nothing but what was verified, at the time of its own upload."""
+    files = finished_levels(own)
+
+    def change_the_other(request: Request, done: bool) -> None:
+        if request.path.endswith("/commit/main") and not done and not published(hub).commits:
+            (later,) = (path for path in files.values() if sha256(path) not in hub.uploads.blobs)
+            with later.open("ab") as file:
+                file.write(b"x")
+
+    hub.on_request = change_the_other
+    refused = cli("publish", own.root, "--to", TO)
+    assert refused.code == 6
+    assert "is not what was verified" in refused.err
+    assert len(published(hub).commits) == 1
