@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from imatrix_runner.batch.batch_journal import (
     read_history,
     running_owner,
 )
-from imatrix_runner.batch.batch_list import BatchEntry, parse_entry, read_additions, read_list, refuse_twice
+from imatrix_runner.batch.batch_list import BatchEntry, parse_entry, read_additions, read_defaults, read_list, refuse_twice
 from imatrix_runner.batch.check_list import CheckedModel, ListChecker, RequestOf
 from imatrix_runner.batch.forecast import RemainingWork, batch_seconds, read_speeds, speeds_of
 from imatrix_runner.batch.overview import BatchView, overview
@@ -30,7 +32,8 @@ from imatrix_runner.batch.release_files import bytes_there, remove_unfinished
 from imatrix_runner.batch.schedule import ModelProgress, Stage, peak_bytes
 from imatrix_runner.context.context import Context
 from imatrix_runner.context.requests import BatchRequest, PublishRequest
-from imatrix_runner.files import free_bytes
+from imatrix_runner.errors import RunnerError
+from imatrix_runner.files import free_bytes, read_json, write_json
 from imatrix_runner.models.hub import PublishingHub
 
 
@@ -148,9 +151,10 @@ def run_batch(
                 context,
                 plan.room,
                 speeds,
-                lambda view: on_view(view, folder),
+                partial(_shown, folder, on_view),
                 notify,
                 {model.entry.model: model for model in plan.models},
+                read_defaults(request.file, reader.known),
             )
             worker.work()
             view = worker.view("finished")
@@ -159,12 +163,19 @@ def run_batch(
             journal.close()
 
 
+def _shown(folder: BatchFolder, on_view: Callable[[BatchView, BatchFolder], None], view: BatchView) -> None:
+    """Keep the view for ``batch status``, and pass it on."""
+    with suppress(RunnerError):  # a full disk ends stages, not what is said of them
+        write_json(folder.state, view)
+    on_view(view, folder)
+
+
 def _plan(
     request: BatchRequest, reader: EntryReader, checker: ListChecker, folder: BatchFolder, history: BatchHistory
 ) -> BatchPlan:
     """Read and check the list. Models that an earlier command finished are not checked again."""
     entries = read_list(request.file, reader.known)
-    entries = (*entries, *read_additions(folder.additions, reader.known, entries)[0])
+    entries = (*entries, *read_additions(folder.additions, reader.known, entries, read_defaults(request.file, reader.known))[0])
     finished = [entry for entry in entries if is_finished(entry, history)]
     checked = {model.entry.model: model for model in checker.check([each for each in entries if each not in finished])}
     for entry in finished:
@@ -220,10 +231,11 @@ def add_to_batch(file: Path, entries: Sequence[Mapping[str, Any]], reader: Entry
     that is not understood or names a model that is there already."""
     folder = BatchFolder.of(file)
     there = [*read_list(file, reader.known)]
-    there += read_additions(folder.additions, reader.known, there)[0]
+    common = read_defaults(file, reader.known)
+    there += read_additions(folder.additions, reader.known, there, common)[0]
     found = []
     for raw in entries:
-        entry = parse_entry(raw, reader.known, "batch add")
+        entry = parse_entry(raw, reader.known, "batch add", common)
         reader.request_of(entry)
         refuse_twice([*there, entry])
         there.append(entry)
@@ -233,10 +245,12 @@ def add_to_batch(file: Path, entries: Sequence[Mapping[str, Any]], reader: Entry
 
 
 def batch_status(file: Path, reader: EntryReader) -> BatchView:
-    """The state of a batch, from its list and its journal; nothing is written."""
+    """The state of a batch, as the process at work wrote it down last, else from list and journal; nothing is written."""
     folder = BatchFolder.of(file)
+    if running_owner(folder) is not None and folder.state.exists():
+        return read_json(folder.state, BatchView)
     entries = list(read_list(file, reader.known))
-    added, faults = read_additions(folder.additions, reader.known, entries)
+    added, faults = read_additions(folder.additions, reader.known, entries, read_defaults(file, reader.known))
     history = read_history(folder.journal)
     owner = running_owner(folder)
     files = [file for model in history.models.values() for file in model.files.values()]

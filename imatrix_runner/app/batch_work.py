@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from imatrix_runner.batch.batch_journal import (
     StageDone,
     ThreeLines,
 )
-from imatrix_runner.batch.batch_list import BatchEntry, read_additions
+from imatrix_runner.batch.batch_list import BatchEntry, OptionText, read_additions
 from imatrix_runner.batch.check_list import CheckedModel, ListChecker, needs_of
 from imatrix_runner.batch.forecast import RemainingWork, Speeds, write_speeds
 from imatrix_runner.batch.overview import BatchState, BatchView, LiveStage, overview, stage_title
@@ -50,7 +50,8 @@ _LEFT_AT_LEAST = 1
 
 @dataclass
 class BatchWorker:
-    """One command's work on a batch. ``models``: those to work on, by name; ``known``: options that additions may give."""
+    """One command's work on a batch. ``models``: those to work on, by name; ``known``: options that additions may give, on
+    the list's ``defaults``."""
 
     request: BatchRequest
     folder: BatchFolder
@@ -63,6 +64,7 @@ class BatchWorker:
     show: Callable[[BatchView], None] = lambda _view: None
     notify: Callable[[str, str, bool], None] = lambda _title, _text, _failed: None
     models: dict[str, CheckedModel] = field(default_factory=dict)
+    defaults: Mapping[str, OptionText] = field(default_factory=dict)
     faults: list[ThreeLines] = field(default_factory=list)
     most_held: int = 0
 
@@ -304,7 +306,7 @@ class BatchWorker:
             return
         self._additions = size
         listed = [model.entry for model in self.models.values() if not _is_added(model.entry, self.folder.additions)]
-        entries, faults = read_additions(self.folder.additions, self.known, listed)
+        entries, faults = read_additions(self.folder.additions, self.known, listed, self.defaults)
         for error in faults:
             failure = ThreeLines.of(error)
             if failure not in self.faults:
@@ -336,7 +338,7 @@ class BatchWorker:
         return RemainingWork(stages)
 
     def _held(self, order: Sequence[CheckedModel]) -> int:
-        files = [file for model in order for file in self.journal.history.of(model.entry.model).files.values()]
+        files = [file for model in order for file in [*self.journal.history.of(model.entry.model).files.values()]]
         return bytes_there(files)
 
     def _show(self, state: BatchState, *, now: bool) -> None:

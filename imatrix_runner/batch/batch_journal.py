@@ -179,7 +179,7 @@ class ModelHistory:
     files: dict[str, FileMade] = field(default_factory=dict)
 
     def files_of(self, role: Role, level: str = "") -> list[FileMade]:
-        return [file for file in self.files.values() if file.role == role and level in ("", file.level)]
+        return [file for file in [*self.files.values()] if file.role == role and level in ("", file.level)]
 
 
 @dataclass
@@ -348,6 +348,11 @@ class BatchFolder:
     @property
     def page(self) -> Path:
         return self.root / "batch.html"
+
+    @property
+    def state(self) -> Path:
+        """What the page shows, as JSON, for ``batch status``."""
+        return self.root / "state.json"
 
     @property
     def lock(self) -> Path:

@@ -67,7 +67,7 @@ def read_list(path: Path, known: Collection[str]) -> tuple[BatchEntry, ...]:
     Raises :class:`UsageError` for anything in it that is not understood.
     """
     raw, defaults = _raw_entries(path, _read(path))
-    common = _options_of(defaults, known, f"{path}, defaults", own=OWN_KEYS[1:])
+    common = _common(path, defaults, known)
     entries = [_entry(each, common, known, f"{path}, entry {number}") for number, each in enumerate(raw, start=1)]
     if not entries:
         raise UsageError(f"{path} names no models", "the list is empty", "Write a line for each:  - org/name")
@@ -75,11 +75,16 @@ def read_list(path: Path, known: Collection[str]) -> tuple[BatchEntry, ...]:
     return tuple(entries)
 
 
+def read_defaults(path: Path, known: Collection[str]) -> Mapping[str, OptionText]:
+    """The defaults of a list, which stand under every entry. Raises :class:`UsageError`."""
+    return _common(path, _raw_entries(path, _read(path))[1], known)
+
+
 def read_additions(
-    path: Path, known: Collection[str], there: Sequence[BatchEntry]
+    path: Path, known: Collection[str], there: Sequence[BatchEntry], common: Mapping[str, OptionText]
 ) -> tuple[tuple[BatchEntry, ...], tuple[RunnerError, ...]]:
     """The entries that ``batch add`` appended, and an error for each line that is not understood or names a model that is
-    ``there`` already. A last line without its end is still being written, and left out."""
+    ``there`` already. ``common``: the list's defaults. A last line without its end is still being written, and left out."""
     if not path.exists():
         return (), ()
     entries: list[BatchEntry] = []
@@ -90,7 +95,7 @@ def read_additions(
             continue
         where = f"{path}, line {number}"
         try:
-            entry = _entry(_line(line, where), {}, known, where)
+            entry = _entry(_line(line, where), common, known, where)
             refuse_twice([*there, *entries, entry])
             entries.append(entry)
         except RunnerError as error:
@@ -98,9 +103,13 @@ def read_additions(
     return tuple(entries), tuple(faults)
 
 
-def parse_entry(raw: Mapping[str, Any], known: Collection[str], where: str) -> BatchEntry:
-    """An entry that was not read from a file. Raises :class:`UsageError`."""
-    return _entry(raw, {}, known, where)
+def parse_entry(raw: Mapping[str, Any], known: Collection[str], where: str, common: Mapping[str, OptionText]) -> BatchEntry:
+    """An entry that was not read from a file, on the list's defaults. Raises :class:`UsageError`."""
+    return _entry(raw, common, known, where)
+
+
+def _common(path: Path, defaults: Any, known: Collection[str]) -> Mapping[str, OptionText]:
+    return _options_of(defaults, known, f"{path}, defaults", own=OWN_KEYS[1:])
 
 
 def as_bool(text: str) -> bool | None:

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from imatrix_runner.app.batch import EntryReader, batch_status
 from imatrix_runner.batch.batch_journal import BatchFolder, append_addition, hold_batch
+from imatrix_runner.batch.overview import BatchView
+from imatrix_runner.cli.commands.batch_entries import known_options, request_of
 from support.batches import check_repository, watched, weights_in, write_list
 from support.hub_server import HubServer, Request, be_quick_and_anonymous
 from support.in_process import CommandLine
@@ -159,18 +162,20 @@ def test_models_are_added_while_it_runs(tmp_path: Path, models: dict[str, Path],
     """An addition is taken up; one that is not understood is reported and skipped."""
     file = write_list(tmp_path / "m.yaml", ["org/llama"], levels="Q4_0", **QUICK)
     added = threading.Event()
+    status: list[BatchView] = []
 
     def add_once(request: Request, done: bool) -> None:
         if "/resolve/" in request.path and not done and not added.is_set():
             added.set()
-            append_addition(
-                BatchFolder.of(file), [{"model": "org/qwen3", "levels": "Q8_0", **QUICK}, {"model": "x", "nonsense": 1}]
-            )
+            status.append(batch_status(file, EntryReader(known_options(), request_of)))
+            append_addition(BatchFolder.of(file), [{"model": "org/qwen3", "levels": "Q8_0"}, {"model": "x", "nonsense": 1}])
 
     hub.on_request = add_once
     done = cli("batch", file, "--json", "--keep", "levels")
     assert done.code == 0, done.err
     assert [*by_name(done.document)] == ["org/llama", "org/qwen3"]
+    (seen,) = status
+    assert (seen.state, seen.models[0].state, seen.models[0].stages[0].stage) == ("running", "running", "download")
     assert "An addition is skipped: Unknown key 'nonsense'" in done.err
     assert len(done.document["batch"]["faults"]) == 1
     assert sorted(path.name for path in tmp_path.rglob("*.gguf")) == ["llama-Q4_0.gguf", "qwen3-Q8_0.gguf"]
@@ -179,7 +184,7 @@ def test_models_are_added_while_it_runs(tmp_path: Path, models: dict[str, Path],
     assert (twice.code, "is there twice" in twice.err) == (2, True)
     wrong = cli("batch", "add", file, "org/mamba", "--set", "levles=Q4_0")
     assert (wrong.code, "Did you mean 'levels'?" in wrong.err) == (2, True)
-    assert cli("batch", "add", file, "org/mamba", "--levels", "Q4_0", "--set", "threads=1", "--set", "imatrix=none").code == 0
+    assert cli("batch", "add", file, "org/mamba", "--set", "threads=1").code == 0
     again = cli("batch", file, "--json", "--keep", "levels")
     assert by_name(again.document)["org/mamba"]["state"] == "done"
 

@@ -134,8 +134,10 @@ def test_additions_that_are_not_understood_are_left_out(tmp_path: Path) -> None:
     lines = ['{"model": "org/b", "levels": "Q4_0"}', "{broken", '{"model": "org/a"}', '{"model": "org/c", "levles": 1}']
     lines.append('"org/d"')
     path.write_text("\n".join(lines) + '\n{"model": "org/to', encoding="utf-8")
-    entries, faults = read_additions(path, KNOWN, there)
+    entries, faults = read_additions(path, KNOWN, there, {"evaluate": "true", "preset": "bartowski"})
     assert [entry.model for entry in entries] == ["org/b", "org/d"]
+    assert entries[0].options == {"evaluate": "true", "levels": ("Q4_0",)}
+    assert entries[1].options == {"evaluate": "true", "preset": "bartowski"}
     assert len(faults) == 3
     assert all(isinstance(fault, RunnerError) and "added.jsonl, line" in fault.sentence() for fault in faults)
 

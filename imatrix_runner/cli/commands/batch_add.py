@@ -21,7 +21,7 @@ from imatrix_runner.errors import UsageError
 class BatchAddOptions:
     file: Path = argument(type=FILE)
     models: tuple[str, ...] = argument(nargs=-1, required=True, metavar="MODEL...")
-    levels: str = option("--levels", default="", metavar="A,B,…", help="Levels to make (default: run's).")
+    levels: str = option("--levels", default="", metavar="A,B,…", help="Levels to make (default: the list's).")
     preset: str | None = option("--preset", type=click.Choice(PRESETS), help="A publisher's set of levels.")
     publish: str = option("--publish", default="", metavar="ORG[/NAME]", help="Repository to publish to; {model} is allowed.")
     private: bool = option("--private", is_flag=True, help="Make the repository private.")
@@ -42,7 +42,7 @@ class BatchAddOptions:
 def add(_invocation: Invocation, options: BatchAddOptions) -> int:
     """Append MODEL... to the list FILE, which may be worked on at the moment.
 
-    The list itself is not changed: additions go to FILE.batch/added.jsonl. The list's defaults do not apply to them.
+    The list itself is not changed: additions go to FILE.batch/added.jsonl. Its defaults apply to them.
     """
     from imatrix_runner.app.batch import EntryReader, add_to_batch
     from imatrix_runner.cli.commands.batch_entries import known_options, request_of
