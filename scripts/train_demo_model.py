@@ -17,6 +17,9 @@ its last checkpoint (pass the same arguments)::
 
     nice -n 10 python scripts/train_demo_model.py --minutes 28
 
+With ``--experts 8`` it becomes a mixture of experts, two of which each token
+uses; ``scripts/bench rounding --models moe`` makes itself one in this way.
+
 Verify a finished model (the file read back, its held-out text evaluated)::
 
     python scripts/train_demo_model.py --check
@@ -52,6 +55,7 @@ from torch import Tensor, nn
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 256, 4, 4, 2, 64
 FFN, CONTEXT, VOCAB = 512, 512, 1024
+EXPERT_FFN, EXPERTS_USED, BALANCE = 256, 2, 0.01
 ROPE_BASE, NORM_EPS = 10000.0, 1e-5
 BATCH, PEAK_LR, FINAL_LR, WARMUP_STEPS = 8, 3e-3, 1e-4, 200
 END = "<|endoftext|>"  # both BOS and EOS, as in GPT-2
@@ -80,17 +84,26 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    balance: Tensor
+
+    def __init__(self, experts: int) -> None:
         super().__init__()
+        self.experts = experts
         self.attn_norm = nn.Parameter(torch.ones(HIDDEN))
         self.attn_q = nn.Linear(HIDDEN, HEADS * HEAD_DIM, bias=False)
         self.attn_k = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False)
         self.attn_v = nn.Linear(HIDDEN, KV_HEADS * HEAD_DIM, bias=False)
         self.attn_output = nn.Linear(HEADS * HEAD_DIM, HIDDEN, bias=False)
         self.ffn_norm = nn.Parameter(torch.ones(HIDDEN))
-        self.ffn_gate = nn.Linear(HIDDEN, FFN, bias=False)
-        self.ffn_up = nn.Linear(HIDDEN, FFN, bias=False)
-        self.ffn_down = nn.Linear(FFN, HIDDEN, bias=False)
+        if experts:
+            self.ffn_gate_inp = nn.Linear(HIDDEN, experts, bias=False)
+            self.ffn_gate_exps = nn.Parameter(torch.empty(experts, EXPERT_FFN, HIDDEN))
+            self.ffn_up_exps = nn.Parameter(torch.empty(experts, EXPERT_FFN, HIDDEN))
+            self.ffn_down_exps = nn.Parameter(torch.empty(experts, HIDDEN, EXPERT_FFN))
+        else:
+            self.ffn_gate = nn.Linear(HIDDEN, FFN, bias=False)
+            self.ffn_up = nn.Linear(HIDDEN, FFN, bias=False)
+            self.ffn_down = nn.Linear(FFN, HIDDEN, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -104,21 +117,45 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attn_output(mixed.transpose(1, 2).flatten(2))
         h = F.rms_norm(x, (HIDDEN,), self.ffn_norm, NORM_EPS)
+        if self.experts:
+            return x + mixed_experts(self, h)
         gated = F.silu(self.ffn_gate(h)) * self.ffn_up(h)
         return x + cast(Tensor, self.ffn_down(gated))
+
+
+def mixed_experts(block: Block, h: Tensor) -> Tensor:
+    """What the experts of a block add, as llama.cpp computes it: softmax over
+    all experts, the best ones, their shares scaled to a sum of 1. Leaves in
+    ``block.balance`` how unevenly they were used (Fedus et al., Switch
+    Transformers, equation 4: 1 is even)."""
+    rows = h.flatten(0, 1)
+    shares = block.ffn_gate_inp(rows).float().softmax(-1)
+    best, chosen = shares.topk(EXPERTS_USED)
+    best = best / best.sum(-1, keepdim=True)
+    out, experts = torch.zeros_like(rows), shares.shape[1]
+    for expert in range(experts):
+        token, slot = torch.where(chosen == expert)
+        x = rows[token]
+        gated = F.silu(F.linear(x, block.ffn_gate_exps[expert])) * F.linear(x, block.ffn_up_exps[expert])
+        y = F.linear(gated, block.ffn_down_exps[expert]) * best[token, slot, None]
+        out = out.index_add(0, token, y.to(out.dtype))
+    used = F.one_hot(chosen, experts).float().mean((0, 1))
+    block.balance = experts * (used * shares.mean(0)).sum()
+    return out.view(h.shape)
 
 
 class Llama(nn.Module):
     """Parameter names are those of the GGUF, with ``blk`` for the layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int = 0) -> None:
         super().__init__()
+        self.experts = experts
         self.token_embd = nn.Embedding(VOCAB, HIDDEN)
-        self.blk = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.blk = nn.ModuleList(Block(experts) for _ in range(LAYERS))
         self.output_norm = nn.Parameter(torch.ones(HIDDEN))
         self.output = nn.Linear(HIDDEN, VOCAB, bias=False)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
+            if weight.dim() >= 2:
                 # What is added to the residual stream starts smaller.
                 added = "attn_output" in name or "ffn_down" in name
                 std = 0.02 / math.sqrt(2 * LAYERS) if added else 0.02
@@ -164,13 +201,13 @@ def batch_at(stream: Tokens, step: int, seed: int) -> tuple[Tensor, Tensor]:
 def train(stream: Tokens, args: argparse.Namespace) -> tuple[Llama, int, float]:
     """The trained model, its number of steps, and the seconds they took."""
     torch.manual_seed(args.seed)
-    model = Llama()
-    decayed = [p for p in model.parameters() if p.dim() == 2]
+    model = Llama(args.experts)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(decayed, PEAK_LR, (0.9, 0.95), weight_decay=0.1)
     optimizer.add_param_group({"params": norms, "weight_decay": 0.0})
     step, spent = 0, 0.0
-    plan = [args.seed, args.steps, args.minutes, len(stream), int(stream.sum())]
+    plan = [args.seed, args.steps, args.minutes, len(stream), int(stream.sum()), args.experts]
     checkpoint = args.work / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -199,7 +236,8 @@ def train(stream: Tokens, args: argparse.Namespace) -> tuple[Llama, int, float]:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(inputs)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        balance = BALANCE * sum(block.balance for block in model.blk) / LAYERS if args.experts else 0.0
+        (loss + balance).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -255,7 +293,10 @@ def write_gguf(out: Path, model: Llama, tokenizer: Tokenizer, about: str) -> Non
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(FFN)
+    writer.add_feed_forward_length(EXPERT_FFN if model.experts else FFN)
+    if model.experts:
+        writer.add_expert_count(model.experts)
+        writer.add_expert_used_count(EXPERTS_USED)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_key_length(HEAD_DIM)
@@ -280,10 +321,11 @@ def write_gguf(out: Path, model: Llama, tokenizer: Tokenizer, about: str) -> Non
 
     bf16 = gguf.GGMLQuantizationType.BF16
     for name, weight in model.state_dict().items():
-        if weight.dim() == 2:
-            writer.add_tensor(name, gguf.quantize(weight.numpy(), bf16), raw_dtype=bf16)
+        stored = name if name.endswith(".weight") else f"{name}.weight"
+        if weight.dim() >= 2 and "ffn_gate_inp" not in name:
+            writer.add_tensor(stored, gguf.quantize(weight.numpy(), bf16), raw_dtype=bf16)
         else:
-            writer.add_tensor(f"{name}.weight", weight.numpy())
+            writer.add_tensor(stored, weight.numpy())
 
     temporary = out.with_name(out.name + ".tmp")
     writer.write_header_to_file(temporary)
@@ -300,7 +342,8 @@ def read_gguf(path: Path) -> tuple[Llama, Tokenizer, str]:
     def value(key: str) -> Any:
         return reader.fields[key].contents()
 
-    model = Llama()
+    experts = "llama.expert_count"
+    model = Llama(value(experts) if experts in reader.fields else 0)
     state = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
     model.load_state_dict({k: state[k.removesuffix(".weight") + ".weight"] for k in model.state_dict()})
     vocabulary = {p: i for i, p in enumerate(value("tokenizer.ggml.tokens"))}
@@ -335,6 +378,7 @@ def main() -> int:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=28.0)
     length.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--experts", type=int, default=0, help="make a mixture of as many experts (0: a dense model)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--check", action="store_true", help="only verify --out")
     args = parser.parse_args()
@@ -355,13 +399,14 @@ def main() -> int:
     )
 
     model, steps, seconds = train(stream, args)
-    for weight in model.parameters():  # what the file will hold
-        if weight.dim() == 2:
+    for name, weight in model.named_parameters():  # what the file will hold
+        if weight.dim() >= 2 and "ffn_gate_inp" not in name:
             weight.data = weight.data.bfloat16().float()
     tokens = np.array(tokenizer.encode(held_out).ids, dtype=np.int64)
     loss, _ = evaluate(model, tokens)
+    kind = f"mixture of {args.experts} experts" if args.experts else "demo model"
     about = (
-        "Small llama-architecture demo model trained on the Python "
+        f"Small llama-architecture {kind} trained on the Python "
         f"{platform.python_version()} standard library (sources, and docstrings as "
         f"prose): {steps} steps, {steps * BATCH * CONTEXT} tokens; held-out loss "
         f"{loss:.4f} nats per token (perplexity {math.exp(loss):.2f})."
