@@ -116,7 +116,7 @@ def test_the_document_of_a_run_has_the_promised_shape(preset: Preset) -> None:
     document = preset.again("--json").document
     assert document.keys() == {
         *("schema", "version", "program", "exit_code", "model", "engine", "toolchain", "plan", "imatrix", "collected"),
-        *("levels", "passes", "measured", "report", "seconds"),
+        *("levels", "passes", "measured", "report", "published", "unpublished", "seconds"),
     }
     assert document["engine"] == preset.engine
     assert document["toolchain"].startswith(ENGINES[preset.engine])
