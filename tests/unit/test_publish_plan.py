@@ -90,6 +90,12 @@ def test_what_passes_and_for_how_long() -> None:
     assert passes(wrapped)
 
 
+def test_errors_of_xet_pass_and_show_no_signature() -> None:
+    error = ConnectionError("no answer from https://cas.example/x?X-Amz-Signature=s3cr3t")
+    assert passes(error)
+    assert "s3cr3t" not in explain_upload(error, ASKED).sentence()
+
+
 def test_a_gated_repository_is_not_a_missing_one() -> None:
     response = answer(403).response
     assert explain_upload(GatedRepoError("gated", response=response), ASKED).what == "me/Tiny-GGUF is gated"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ LONGEST_UPLOAD_WAIT = 900.0
 
 _PACKAGE = Path(imatrix_runner.__file__).parent
 _AGAIN = "Run the same command again: it uploads only what is missing."
+_QUERY = re.compile(r"\?\S+")
 _NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, StopIteration)
 _PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 
@@ -42,6 +44,8 @@ def passes(error: BaseException) -> bool:
             return each.response.status_code in _PASSING and (retry_after(each) or 0) <= LONGEST_UPLOAD_WAIT
         if isinstance(each, httpx2.TransportError):
             return not isinstance(each, (httpx2.ProxyError, httpx2.UnsupportedProtocol))
+        if isinstance(each, (ConnectionError, TimeoutError)):  # what hf_xet raises
+            return True
     return False
 
 
@@ -101,9 +105,14 @@ def explain_upload(error: BaseException, asked: Asked) -> RunnerError:
         return UploadError(found.what, found.why, found.todo)
     return UploadError(
         f"The upload to {asked.hub_id.repo} failed",
-        f"{type(innermost).__name__}: {printable(str(innermost))[:200]}" if str(innermost) else type(innermost).__name__,
+        f"{type(innermost).__name__}: {_unsigned(innermost)}" if str(innermost) else type(innermost).__name__,
         f"{_AGAIN} If it fails again, try HF_HUB_DISABLE_XET=1, which uses plain HTTP.",
     )
+
+
+def _unsigned(error: BaseException) -> str:
+    """The text of an error without what follows the question mark in addresses, where signatures stand."""
+    return _QUERY.sub("?…", printable(str(error)))[:200].rstrip(".")
 
 
 def no_token(asked: Asked) -> UploadError:
