@@ -24,7 +24,8 @@ from imatrix_runner.events import Event, Notice, Progress
 from imatrix_runner.extras import Extra
 from imatrix_runner.signals import Stop
 from support.command_line import run_command
-from support.hub_server import HubServer, Trouble, be_quick_and_anonymous
+from support.hub_server import HubServer, be_quick_and_anonymous
+from support.hub_trouble import Trouble
 from support.in_process import CommandLine
 
 V3 = "/bartowski1182/eb213dccb3571f863da82e99418f81e8/raw/calibration_datav3.txt"

@@ -16,7 +16,8 @@ from imatrix_runner.models.hub import FetchedDataset, Hub, fetch_dataset, parse_
 from imatrix_runner.models.hub.choose_files import RepoFile
 from imatrix_runner.models.hub.dataset_tables import DatasetId, choose_table, converted_tables, named_tables
 from imatrix_runner.signals import Stop
-from support.hub_server import HubServer, Trouble, be_quick_and_anonymous
+from support.hub_server import HubServer, be_quick_and_anonymous
+from support.hub_trouble import Trouble
 
 TOKEN = "hf_" + "secret" * 5
 CONVERTED = "refs/convert/parquet"

@@ -22,7 +22,8 @@ from imatrix_runner.models.model import HubId, LocalFile, Model, open_gguf
 from imatrix_runner.signals import Stop
 from imatrix_runner.workspace import Workspace, hold
 from support.command_line import Ran
-from support.hub_server import HubServer, Trouble, be_quick_and_anonymous
+from support.hub_server import HubServer, be_quick_and_anonymous
+from support.hub_trouble import Trouble
 from support.tiny_models import write_hf_directory, write_llama_gguf
 
 TOKEN = "hf_" + "secret" * 5

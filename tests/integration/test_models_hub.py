@@ -19,7 +19,8 @@ from imatrix_runner.events import Event, Finished, Progress, Started, ignore
 from imatrix_runner.models.hub import Downloaded, fetch_model, reachability, token_source
 from imatrix_runner.models.model import HubId, open_gguf
 from imatrix_runner.signals import Stop
-from support.hub_server import HubServer, Trouble, be_quick_and_anonymous
+from support.hub_server import HubServer, be_quick_and_anonymous
+from support.hub_trouble import Trouble
 from support.tiny_models import write_hf_directory, write_llama_gguf
 
 TOKEN = "hf_" + "secret" * 5

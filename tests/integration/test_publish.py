@@ -185,7 +185,7 @@ def test_what_a_person_wrote_into_the_card_stays(own: Workspace, hub: HubServer,
     assert "## Thanks\n\nTo all.\n\n## How it was made" in card.text
     assert "by hand and by" in card.text
     assert "Q4_K_M.gguf" in card.text
-    assert (card.data.thumbnail, card.data.library_name) == ("https://example.org/x.png", "gguf")
+    assert (card.data.get("thumbnail"), card.data.get("library_name")) == ("https://example.org/x.png", "gguf")
     assert (
         "Warning: The card keeps the section 'tiny GGUF' as it was edited on the hub; the new report has another." in more.err
     )

@@ -15,7 +15,8 @@ from imatrix_runner.context.source_hashes import stamped_fingerprint
 from imatrix_runner.extras import CONVERT
 from imatrix_runner.models.gguf_file import read_header
 from support.command_line import Ran, RunCommand
-from support.hub_server import HubServer, Trouble
+from support.hub_server import HubServer
+from support.hub_trouble import Trouble
 from support.in_process import CommandLine
 from support.tiny_models import sample_text, write_hf_directory, write_llama_gguf
 
