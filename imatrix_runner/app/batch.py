@@ -12,18 +12,8 @@ from typing import Any
 
 from imatrix_runner.app.batch_work import BatchWorker
 from imatrix_runner.app.publish import publisher_of
-from imatrix_runner.batch.batch_journal import (
-    BatchBegan,
-    BatchFolder,
-    BatchHistory,
-    BatchJournal,
-    ModelFailed,
-    ThreeLines,
-    append_addition,
-    hold_batch,
-    read_history,
-    running_owner,
-)
+from imatrix_runner.batch.batch_folder import BatchFolder, append_addition, hold_batch, running_owner
+from imatrix_runner.batch.batch_journal import BatchBegan, BatchHistory, BatchJournal, ModelFailed, ThreeLines, read_history
 from imatrix_runner.batch.batch_list import BatchEntry, parse_entry, read_additions, read_defaults, read_list, refuse_twice
 from imatrix_runner.batch.check_list import CheckedModel, ListChecker, RequestOf
 from imatrix_runner.batch.forecast import RemainingWork, batch_seconds, read_speeds, speeds_of

@@ -16,9 +16,9 @@ from pathlib import Path
 from imatrix_runner.app.publish import PublishJob, publish, publisher_of
 from imatrix_runner.app.run import run
 from imatrix_runner.app.run_levels import refuse_hopeless
+from imatrix_runner.batch.batch_folder import BatchFolder
 from imatrix_runner.batch.batch_journal import (
     BatchEvent,
-    BatchFolder,
     BatchJournal,
     FileIntended,
     FileMade,

@@ -11,17 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imatrix_runner.app.batch_stages import BatchStages
-from imatrix_runner.batch.batch_journal import (
-    BatchFolder,
-    BatchJournal,
-    ModelFailed,
-    StageBegan,
-    StageDone,
-    ThreeLines,
-)
+from imatrix_runner.batch.batch_folder import BatchFolder
+from imatrix_runner.batch.batch_journal import BatchJournal, ModelFailed, ModelRetried, StageBegan, StageDone, ThreeLines
 from imatrix_runner.batch.batch_list import BatchEntry, OptionText, read_additions
 from imatrix_runner.batch.check_list import CheckedModel, ListChecker, needs_of
 from imatrix_runner.batch.forecast import RemainingWork, Speeds, write_speeds
+from imatrix_runner.batch.model_sink import ModelSink
 from imatrix_runner.batch.overview import BatchState, BatchView, LiveStage, overview, stage_title
 from imatrix_runner.batch.release_files import bytes_there
 from imatrix_runner.batch.schedule import (
@@ -37,11 +32,12 @@ from imatrix_runner.batch.schedule import (
 from imatrix_runner.context.context import Context
 from imatrix_runner.context.requests import BatchRequest
 from imatrix_runner.errors import InterruptedRunError, NoSpaceError, RunnerError
-from imatrix_runner.events import Event, Finished, Notice, Progress, Saved, Sink, Started, info, warning
-from imatrix_runner.files import human_bytes
+from imatrix_runner.events import info, warning
+from imatrix_runner.files import human_bytes, human_seconds
+from imatrix_runner.models.hub import is_passing
 
-DOWNLOAD_STEP = "download"
-"""The step of events of a download."""
+RETRY_SECONDS = (60.0, 300.0, 900.0)
+"""Pauses before models are tried again that failed by an error of the network that may pass."""
 
 _POLL_SECONDS = 0.5
 _SHOW_SECONDS = 3.0
@@ -75,6 +71,8 @@ class BatchWorker:
         self._downloaded = {name for name, model in self.models.items() if self._stages.is_downloaded(model)}
         self._prepared: set[str] = set()
         self._completed: set[str] = set()
+        self._passing: set[str] = set()
+        self._rounds = 0
         self._lock = threading.Lock()
         self._shown = 0.0
         self._additions = 0
@@ -200,7 +198,7 @@ class BatchWorker:
             return True
         stuck = without_room(models, (), self._room())
         if stuck is None:
-            return False
+            return self._try_again()
         if self.request.keep != "all" and self._free_failed():
             return True
         held = held_bytes(models, ())
@@ -212,6 +210,25 @@ class BatchWorker:
             "and two levels.",
         )
         self._fail(self.models[stuck.name], "make" if stuck.prepared else "prepare" if stuck.downloaded else "download", error)
+        return True
+
+    def _try_again(self) -> bool:
+        """Called when everything else is done: whether models are tried again whose failure was one of the network that may
+        have passed. Waits a while before; the pauses grow, and end when something is added."""
+        passing = [name for name in self._passing if self.journal.history.of(name).failure is not None]
+        self._passing.clear()
+        if not passing or self._rounds >= len(RETRY_SECONDS):
+            return False
+        pause = RETRY_SECONDS[self._rounds]
+        self._rounds += 1
+        self.context.sink(info(f"{', '.join(passing)} will be tried again in {human_seconds(pause)}."))
+        end, before = time.monotonic() + pause, len(self.models)
+        while time.monotonic() < end and not self.context.stop.requested and len(self.models) == before:
+            time.sleep(min(_POLL_SECONDS, pause))
+            self._take_additions()
+            self._show(state="running", now=False)
+        for name in passing:
+            self.journal.append(ModelRetried(name, self.models[name].entry.fingerprint))
         return True
 
     def _free_failed(self) -> bool:
@@ -264,6 +281,8 @@ class BatchWorker:
 
     def _fail(self, model: CheckedModel, stage: Stage, error: RunnerError) -> None:
         name = model.entry.model
+        if error.__cause__ is not None and is_passing(error.__cause__):
+            self._passing.add(name)
         self.journal.append(ModelFailed(name, model.entry.fingerprint, stage, ThreeLines.of(error)))
         self.context.sink(warning(f"{name} failed: {error.sentence()}"))
         self.notify(f"{name}: failed", f"{error.what}. {error.why}. {error.todo}", True)
@@ -281,7 +300,7 @@ class BatchWorker:
     def _context(self, model: CheckedModel, start: StageStart | None = None) -> Context:
         """The context of a stage: its events carry the model's name, and its progress is shown on the page."""
         downloads = start is not None and start.stage == "download"
-        sink = _ModelSink(model.entry.model, self.context.sink, self._progressed(start), downloads)
+        sink = ModelSink(model.entry.model, self.context.sink, self._progressed(start), downloads)
         return Context(sink, self.context.stop)
 
     def _progressed(self, start: StageStart | None) -> Callable[[str, float | None], None]:
@@ -349,38 +368,3 @@ class BatchWorker:
 
 def _is_added(entry: BatchEntry, additions: Path) -> bool:
     return entry.where.startswith(f"{additions}, ")
-
-
-@dataclass
-class _ModelSink:
-    """Passes events of one model on with its name, and the progress of its steps to the page."""
-
-    model: str
-    sink: Sink
-    progressed: Callable[[str, float | None], None]
-    downloads: bool
-    steps: dict[str, Started] = field(default_factory=dict)
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, (Started, Progress, Finished)) and event.step == DOWNLOAD_STEP and not self.downloads:
-            return  # what is looked up again in the cache
-        if isinstance(event, Started):
-            self.steps[event.step] = event
-            self.progressed(event.title, None)
-            event = Started(self._step(event.step), f"{self.model}: {event.title}", event.total, event.unit)
-        elif isinstance(event, Progress):
-            begun = self.steps.get(event.step)
-            total = event.total or (begun.total if begun is not None else None)
-            if begun is not None:
-                self.progressed(begun.title, min(1.0, event.done / total) if total else None)
-            event = Progress(self._step(event.step), event.done, event.total, event.note)
-        elif isinstance(event, Finished):
-            event = Finished(self._step(event.step), event.status, event.detail, event.seconds)
-        elif isinstance(event, Notice):
-            event = Notice(event.level, f"{self.model}: {event.text}")
-        elif not isinstance(event, Saved):
-            return  # metrics of a step have no place among several models
-        self.sink(event)
-
-    def _step(self, step: str) -> str:
-        return f"{self.model} {step}"

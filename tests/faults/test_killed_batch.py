@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from imatrix_runner.batch.batch_journal import BatchFolder, read_history
+from imatrix_runner.batch.batch_folder import BatchFolder
+from imatrix_runner.batch.batch_journal import read_history
 from support.batches import check_repository, surroundings, watched, weights_in, write_list
 from support.command_line import Ran, started
 from support.hub_server import HubServer

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from imatrix_runner.app.batch import EntryReader, batch_status
-from imatrix_runner.batch.batch_journal import BatchFolder, append_addition, hold_batch
+from imatrix_runner.app.batch_work import BatchWorker
+from imatrix_runner.batch.batch_folder import BatchFolder, append_addition, hold_batch
 from imatrix_runner.batch.overview import BatchView
 from imatrix_runner.cli.commands.batch_entries import known_options, request_of
 from support.batches import check_repository, watched, weights_in, write_list
@@ -212,6 +213,31 @@ def test_a_level_that_fails_does_not_take_the_others(tmp_path: Path, hub: HubSer
     model = by_name(done.document)["org/llama"]
     assert {level["name"]: level["state"] for level in model["levels"]} == {"Q4_0": "published"}
     assert [*model["failed_levels"]] == ["IQ2_XXS"]
+    check_repository(hub, "llama", ("Q4_0",))
+
+
+def test_what_the_network_broke_is_tried_again(
+    tmp_path: Path, hub: HubServer, cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage that outlasts the tries of one upload; the other model is finished meanwhile."""
+    monkeypatch.setattr("imatrix_runner.app.batch_work.RETRY_SECONDS", (0.01,))
+    file = write_list(tmp_path / "m.yaml", [{"model": "org/llama", "publish": "me"}, "org/qwen3"], levels="Q4_0", **QUICK)
+    tried = BatchWorker._try_again
+
+    def break_down(request: Request, done: bool) -> None:
+        if request.path == "/api/repos/create":
+            hub.trouble.status, hub.trouble.status_for = 503, request.path
+
+    def heal(worker: BatchWorker) -> bool:
+        hub.on_request, hub.trouble.status = lambda _request, _done: None, 0
+        return tried(worker)
+
+    hub.on_request = break_down
+    monkeypatch.setattr(BatchWorker, "_try_again", heal)
+    done = cli("batch", file, "--json")
+    assert done.code == 0, done.err
+    assert "org/llama will be tried again" in done.err
+    assert by_name(done.document)["org/llama"]["state"] == "done"
     check_repository(hub, "llama", ("Q4_0",))
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from imatrix_runner.batch.batch_folder import BatchFolder, append_addition, hold_batch
 from imatrix_runner.batch.batch_journal import (
     BatchBegan,
     BatchEvent,
-    BatchFolder,
     BatchJournal,
     FileMade,
     FileRemoved,
@@ -21,8 +21,6 @@ from imatrix_runner.batch.batch_journal import (
     StageBegan,
     StageDone,
     ThreeLines,
-    append_addition,
-    hold_batch,
     read_history,
 )
 from imatrix_runner.batch.release_files import remove_files

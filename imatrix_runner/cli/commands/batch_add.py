@@ -40,7 +40,7 @@ class BatchAddOptions:
     ),
 )
 def add(_invocation: Invocation, options: BatchAddOptions) -> int:
-    """Append MODEL... to the list FILE, which may be worked on at the moment.
+    """Append models to the list FILE, which may be worked on at the moment.
 
     The list itself is not changed: additions go to FILE.batch/added.jsonl. Its defaults apply to them.
     """

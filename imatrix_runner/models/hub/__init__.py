@@ -4,6 +4,7 @@
 downloads other files. :class:`PublishingHub` writes to one.
 """
 
+from imatrix_runner.models.hub.advice import is_passing
 from imatrix_runner.models.hub.choose_files import RepoFile
 from imatrix_runner.models.hub.dataset_tables import DatasetId, parse_dataset
 from imatrix_runner.models.hub.datasets import FetchedDataset, fetch_dataset
@@ -39,6 +40,7 @@ __all__ = [
     "git_id",
     "hub_endpoint",
     "is_offline",
+    "is_passing",
     "parse_dataset",
     "reachability",
     "token_source",
