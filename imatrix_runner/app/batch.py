@@ -12,6 +12,7 @@ from typing import Any
 
 from imatrix_runner.app.batch_work import BatchWorker
 from imatrix_runner.app.publish import publisher_of
+from imatrix_runner.app.run_levels import choose_levels
 from imatrix_runner.batch.batch_folder import BatchFolder, append_addition, hold_batch, running_owner
 from imatrix_runner.batch.batch_journal import BatchBegan, BatchHistory, BatchJournal, ModelFailed, ThreeLines, read_history
 from imatrix_runner.batch.batch_list import BatchEntry, parse_entry, read_additions, read_defaults, read_list, refuse_twice
@@ -20,11 +21,16 @@ from imatrix_runner.batch.forecast import RemainingWork, batch_seconds, read_spe
 from imatrix_runner.batch.overview import BatchView, overview
 from imatrix_runner.batch.release_files import bytes_there, remove_unfinished
 from imatrix_runner.batch.schedule import ModelProgress, Stage, peak_bytes
-from imatrix_runner.context.context import Context
-from imatrix_runner.context.requests import BatchRequest, PublishRequest
+from imatrix_runner.context.context import Context, settle
+from imatrix_runner.context.engine_choice import EngineNeeds
+from imatrix_runner.context.requests import BatchRequest, EnvironmentRequest, PublishRequest, RunRequest
 from imatrix_runner.errors import RunnerError
+from imatrix_runner.events import ignore
 from imatrix_runner.files import free_bytes, read_json, write_json
+from imatrix_runner.mixes.targets import mix_targets
 from imatrix_runner.models.hub import PublishingHub
+from imatrix_runner.publish.published_names import planned_paths
+from imatrix_runner.toolchain.quant_type import QuantType
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,35 @@ class BatchResult:
 
 
 @dataclass
-class TargetChecker:
-    """Checks repositories to publish to. What the hub says of an account is asked for once for each owner: it limits how often
-    it tells."""
+class RequestChecker:
+    """Checks what requests ask of this machine's llama.cpp and of the hub. The hub limits how often it describes an account, so
+    that is asked for once for each owner."""
 
     context: Context
     _owners: set[str] = field(default_factory=set)
+    _types: dict[tuple[str, Path | None], tuple[QuantType, ...]] = field(default_factory=dict)
 
-    def check(self, target: PublishRequest) -> None:
-        """Raises :class:`RunnerError` for a repository that cannot be written or made."""
+    def check(self, request: RunRequest, name: str) -> None:
+        """Raises :class:`RunnerError` for a level that cannot be made by any engine here, or not be published under its name,
+        and for a repository that cannot be written or made. ``name``: the model's."""
+        assert request.levels is not None
+        mix_targets(request.levels.names)
+        levels = choose_levels(request.levels, self._offered(request.environment), ignore)
+        if request.publish is not None:
+            planned_paths([(level.name, level.ftype, 1) for level in levels], name, request.publish.name_template)
+            self._check_target(request.publish)
+
+    def _offered(self, environment: EnvironmentRequest) -> tuple[QuantType, ...]:
+        """The types that the engines of a request offer."""
+        key = environment.engine, environment.llama_cpp
+        if key not in self._types:
+            _, choice = settle(environment, EngineNeeds((), (), ""), ignore)
+            runner = self.context.runner(environment)
+            additional = choice.make_additional(runner)
+            self._types[key] = (*choice.make(runner).types, *(additional.types if additional is not None else ()))
+        return self._types[key]
+
+    def _check_target(self, target: PublishRequest) -> None:
         hub = PublishingHub(self.context.stop, self.context.sink)
         hub.check_usable(target.to)
         owner = target.to.partition("/")[0].lower()
@@ -111,7 +137,7 @@ def run_batch(
     began = time.monotonic()
     folder = BatchFolder.of(request.file)
     checker = ListChecker(
-        reader.request_of, context.stop, context.sink, TargetChecker(context).check, request.trust_remote_code
+        reader.request_of, context.stop, context.sink, RequestChecker(context).check, request.trust_remote_code
     )
     if dry_run:
         plan = _plan(request, reader, checker, folder, read_history(folder.journal))

@@ -16,7 +16,7 @@ from imatrix_runner.batch.batch_list import BatchEntry
 from imatrix_runner.batch.level_sizes import about_levels
 from imatrix_runner.batch.schedule import Keep, ModelNeeds
 from imatrix_runner.context.engine_choice import Machine
-from imatrix_runner.context.requests import MODES, LevelsRequest, PublishRequest, RunRequest
+from imatrix_runner.context.requests import MODES, LevelsRequest, RunRequest
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, RunnerError, ToolchainError, UsageError
 from imatrix_runner.events import Finished, Progress, Sink, Started
 from imatrix_runner.extras import CONVERT
@@ -82,13 +82,13 @@ def needs_of(download: int, converted: int, levels: tuple[int, ...], *, publishe
 
 @dataclass(frozen=True)
 class ListChecker:
-    """Checks entries. ``request_of`` makes the request of ``run``; ``check_target`` looks at the repository that is published
-    to. The converter is asked for its models once."""
+    """Checks entries. ``request_of`` makes the request of ``run``; ``check_request`` looks at its levels and at the repository
+    that it publishes to, for a model's name. The converter is asked for its models once."""
 
     request_of: RequestOf
     stop: Stop
     sink: Sink
-    check_target: Callable[[PublishRequest], None] = lambda _request: None
+    check_request: Callable[[RunRequest, str], None] = lambda _request, _name: None
     trust_remote_code: bool = False
     llama_cpp: Path | None = field(default=None)
 
@@ -126,8 +126,7 @@ class ListChecker:
             name = model_name(entry.model if isinstance(source, HubId) else source.path)
             known = replace(known, name=name, repo=entry.repository(name))
             found = self._source(source, request, known)
-            if request.publish is not None:
-                self.check_target(request.publish)
+            self.check_request(request, name)
             assert request.levels is not None
             notes = (*found.notes, *_memory_notes(found.source))
             return replace(found, notes=notes, levels=about_levels(request.levels, found.n_params))

@@ -108,13 +108,18 @@ def test_what_the_user_put_there_stays(tmp_path: Path, models: dict[str, Path], 
     check_repository(hub, "mamba", ("Q8_0", "Q4_0"))
 
 
-def test_the_check_finds_what_is_wrong_and_writes_nothing(tmp_path: Path, hub: HubServer, cli: CommandLine) -> None:
+def test_the_check_finds_what_is_wrong_and_writes_nothing(
+    tmp_path: Path, models: dict[str, Path], hub: HubServer, cli: CommandLine
+) -> None:
     hub.add("org/secret", {"secret-BF16.gguf": b"x" * 100}, gated="manual", accepted=False)
     hub.add("org/strange", {"config.json": b'{"architectures": ["NoSuchForCausalLM"]}', "model.safetensors": b"x" * 100})
     hub.add("org/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
     hub.add("me/taken-GGUF", {"README.md": b"x"})
     entries: list[object] = ["org/llama", "org/secret", "org/strange", "org/adapter", "org/none", "no/such/path.gguf"]
     entries += [{"model": "org/qwen3", "levels": "Q4_0", "rounding": "wild"}, {"model": "org/mamba", "calibration": "none.txt"}]
+    entries += [{"model": "org/other", "levels": "Q4_0,Q9_9"}, {"model": "org/named", "name-template": "{model}"}]
+    hub.add("org/other", {"other-BF16.gguf": models["llama"]})
+    hub.add("org/named", {"named-BF16.gguf": models["llama"]})
     file = write_list(tmp_path / "m.yaml", entries, levels=["Q4_0"], publish="me")
     planned = cli("batch", file, "--dry-run", "--json")
     assert planned.code == 100
@@ -129,7 +134,9 @@ def test_the_check_finds_what_is_wrong_and_writes_nothing(tmp_path: Path, hub: H
     assert "adapter" in said["org/adapter"]
     assert "'--rounding'" in said["org/qwen3"]
     assert "none.txt does not exist" in said["org/mamba"]
-    assert len(said) == 7
+    assert "Unknown level 'Q9_9'" in said["org/other"]
+    assert "org/named" in said
+    assert len(said) == 9
     assert all(model["problem"]["why"] and model["problem"]["do"] for model in found.values() if model["problem"])
     assert not (tmp_path / "m.yaml.batch").exists()
     assert not (tmp_path / "work").exists()
