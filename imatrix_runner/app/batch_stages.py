@@ -145,7 +145,8 @@ class BatchStages:
         events += [LevelFailed(name, entry, step.level.name, _refusal(step)) for step in plan.failing]
         source = sum(path.stat().st_size for path in conversions) or model.source
         planned = tuple(level for level in levels if level.name not in steps or steps[level.name].state != "fails")
-        events.append(ModelPrepared(name, entry, str(workspace.root), source, bool(conversions), planned))
+        working = plan.measure.n_bytes if plan.measure is not None else 0
+        events.append(ModelPrepared(name, entry, str(workspace.root), source, bool(conversions), planned, working))
         self.journal.append(*events)
         downloads = self.history(model).files_of("download")
         if conversions and downloads and self.request.keep != "all":

@@ -162,7 +162,7 @@ class BatchWorker:
             download = model.download if own else 0
             converted = prepared.source if prepared.converted else 0
             sizes = tuple(level.n_bytes for level in levels)
-            needs = needs_of(download, converted, sizes, publishes=bool(model.repo), keep=keep)
+            needs = needs_of(download, converted, sizes, publishes=bool(model.repo), keep=keep, working=prepared.working)
         names: list[tuple[str, ...]] = [(level.name,) for level in levels]
         if not needs.rotates:
             names = [tuple(level.name for level in levels)]

@@ -65,7 +65,7 @@ class PlannedLevel(msgspec.Struct, frozen=True):
 
 class ModelPrepared(msgspec.Struct, frozen=True, tag_field="event", tag="prepared"):
     """A model is on the disk and planned. ``source``: bytes of the GGUF that levels are made from; ``converted``: whether that
-    was converted here."""
+    was converted here; ``working``: bytes of the files of a measurement."""
 
     model: str
     entry: str
@@ -73,6 +73,7 @@ class ModelPrepared(msgspec.Struct, frozen=True, tag_field="event", tag="prepare
     source: int
     converted: bool
     levels: tuple[PlannedLevel, ...]
+    working: int = 0
 
 
 class ThreeLines(msgspec.Struct, frozen=True):

@@ -74,10 +74,12 @@ class CheckedModel:
         )
 
 
-def needs_of(download: int, converted: int, levels: tuple[int, ...], *, publishes: bool, keep: Keep) -> ModelNeeds:
+def needs_of(
+    download: int, converted: int, levels: tuple[int, ...], *, publishes: bool, keep: Keep, working: int = 0
+) -> ModelNeeds:
     """Levels are made one by one where they are removed one by one; otherwise all in one reading of the model."""
     groups = levels if keep == "nothing" and publishes else (sum(levels),) if levels else ()
-    return ModelNeeds(download, converted, groups, publishes, keep)
+    return ModelNeeds(download, converted, groups, publishes, keep, working)
 
 
 @dataclass(frozen=True)

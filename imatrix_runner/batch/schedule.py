@@ -34,13 +34,15 @@ MOST_GROUPS = 2
 class ModelNeeds:
     """Bytes that a model takes. ``download``: of its files on the hub (0: it is on the disk already, and not ours);
     ``converted``: of the GGUF made from them (0: they are one); ``groups``: of the levels that are made and published
-    together. ``publishes``: there is a repository to publish to. ``keep``: what stays."""
+    together. ``publishes``: there is a repository to publish to. ``keep``: what stays;
+    ``working``: bytes of files that are there only while levels are made and measured."""
 
     download: int
     converted: int
     groups: tuple[int, ...]
     publishes: bool
     keep: Keep
+    working: int = 0
 
     @property
     def rotates(self) -> bool:
@@ -71,7 +73,7 @@ class ModelNeeds:
     @property
     def peak(self) -> int:
         """Most bytes at a time."""
-        return max(self.download + self.converted, self.source + self.levels_peak)
+        return max(self.download + self.converted, self.source + self.levels_peak + self.working)
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,11 @@ class ModelProgress:
             return fetched + (needs.converted if "prepare" in mine else 0)
         growing = {mine["make"].group} if "make" in mine else set()
         groups = (self.made | growing) - self.gone
-        return needs.source + sum(needs.groups[group] for group in groups)
+        return needs.source + sum(needs.groups[group] for group in groups) + (needs.working if growing else 0)
 
     def begun(self, running: Sequence[StageStart]) -> bool:
-        return not self.ended and (self.downloaded or self.prepared or any(start.model == self.name for start in running))
+        """Whether the model has bytes on the disk that only its end can free."""
+        return not self.ended and self.held(running) > 0
 
     def next_stages(self, running: Sequence[StageStart]) -> list[StageStart]:
         """The stages that could begin now, if lanes and disk were free."""
