@@ -10,12 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from imatrix_runner.app.batch_watch import BatchWatcher, PlaceLook, WatchLooker
 from imatrix_runner.app.batch_work import BatchWorker
 from imatrix_runner.app.publish import publisher_of
 from imatrix_runner.app.run_levels import choose_levels
 from imatrix_runner.batch.batch_folder import BatchFolder, append_addition, hold_batch, running_owner
 from imatrix_runner.batch.batch_journal import BatchBegan, BatchHistory, BatchJournal, ModelFailed, ThreeLines, read_history
-from imatrix_runner.batch.batch_list import BatchEntry, parse_entry, read_additions, read_defaults, read_list, refuse_twice
+from imatrix_runner.batch.batch_list import (
+    MOST_ENTRIES,
+    BatchEntry,
+    added_models,
+    parse_entry,
+    read_additions,
+    read_defaults,
+    read_list,
+    refuse_twice,
+)
 from imatrix_runner.batch.check_list import CheckedModel, ListChecker, RequestOf
 from imatrix_runner.batch.forecast import RemainingWork, batch_seconds, read_speeds, speeds_of
 from imatrix_runner.batch.overview import BatchView, overview
@@ -24,7 +34,7 @@ from imatrix_runner.batch.schedule import ModelProgress, Stage, peak_bytes
 from imatrix_runner.context.context import Context, settle
 from imatrix_runner.context.engine_choice import EngineNeeds
 from imatrix_runner.context.requests import BatchRequest, EnvironmentRequest, PublishRequest, RunRequest
-from imatrix_runner.errors import RunnerError
+from imatrix_runner.errors import RunnerError, UsageError
 from imatrix_runner.events import ignore
 from imatrix_runner.files import free_bytes, read_json, write_json
 from imatrix_runner.mixes.targets import mix_targets
@@ -66,12 +76,14 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """A plan and what became of it; ``view`` is None for a dry run. ``most_held``: bytes reserved on the disk at most."""
+    """A plan and what became of it; ``view`` is None for a dry run. ``most_held``: bytes reserved on the disk at most;
+    ``looks``: what a dry run found at the places to watch."""
 
     plan: BatchPlan
     view: BatchView | None
     seconds: float
     most_held: int = 0
+    looks: tuple[PlaceLook, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -140,10 +152,13 @@ def run_batch(
         reader.request_of, context.stop, context.sink, RequestChecker(context).check, request.trust_remote_code
     )
     if dry_run:
-        plan = _plan(request, reader, checker, folder, read_history(folder.journal))
+        history = read_history(folder.journal)
+        plan = _plan(request, reader, checker, folder, history)
         if on_plan is not None:
             on_plan(plan)
-        return BatchResult(plan, None, time.monotonic() - began)
+        looker = _looker(request, reader, checker, folder, lambda: history)
+        looks = tuple(looker.looks()) if looker is not None else ()
+        return BatchResult(plan, None, time.monotonic() - began, looks=looks)
     read_list(request.file, reader.known)  # a list that cannot be read leaves no folder behind
     with hold_batch(folder, request.environment.command):
         remove_unfinished(folder.downloads)
@@ -172,11 +187,31 @@ def run_batch(
                 {model.entry.model: model for model in plan.models},
                 read_defaults(request.file, reader.known),
             )
-            worker.work()
+            looker = _looker(request, reader, checker, folder, lambda: journal.history)
+            if looker is None:
+                worker.work()
+            else:
+                worker.watcher = BatchWatcher(looker, journal, context)
+                with worker.watcher.running():
+                    worker.work()
             view = worker.view("finished")
             return BatchResult(plan, view, time.monotonic() - began, worker.most_held)
         finally:
             journal.close()
+
+
+def _looker(
+    request: BatchRequest,
+    reader: EntryReader,
+    checker: ListChecker,
+    folder: BatchFolder,
+    history: Callable[[], BatchHistory],
+) -> WatchLooker | None:
+    """What looks for new models; None if that is not asked for."""
+    if request.watch is None:
+        return None
+    entries, defaults = read_list(request.file, reader.known), read_defaults(request.file, reader.known)
+    return WatchLooker(request.watch, folder, checker, entries, reader.known, defaults, history)
 
 
 def _shown(folder: BatchFolder, on_view: Callable[[BatchView, BatchFolder], None], view: BatchView) -> None:
@@ -256,6 +291,12 @@ def add_to_batch(file: Path, entries: Sequence[Mapping[str, Any]], reader: Entry
         refuse_twice([*there, entry])
         there.append(entry)
         found.append(entry)
+    if added_models(folder.additions)[0] + len(found) > MOST_ENTRIES:
+        raise UsageError(
+            "No more models can be added to this batch",
+            f"{MOST_ENTRIES} were added, which is the most",
+            "Begin another list.",
+        )
     append_addition(folder, entries)
     return tuple(found)
 
@@ -280,4 +321,5 @@ def batch_status(file: Path, reader: EntryReader) -> BatchView:
         speeds=speeds_of(history.stages),
         held=bytes_there(files),
         faults=[ThreeLines.of(error) for error in faults],
+        watching=None if owner is not None else (),
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imatrix_runner.app.batch_stages import BatchStages
+from imatrix_runner.app.batch_watch import BatchWatcher
 from imatrix_runner.batch.batch_folder import BatchFolder
 from imatrix_runner.batch.batch_journal import BatchJournal, ModelFailed, ModelRetried, StageBegan, StageDone, ThreeLines
 from imatrix_runner.batch.batch_list import BatchEntry, OptionText, read_additions
@@ -63,6 +64,7 @@ class BatchWorker:
     defaults: Mapping[str, OptionText] = field(default_factory=dict)
     faults: list[ThreeLines] = field(default_factory=list)
     most_held: int = 0
+    watcher: BatchWatcher | None = None
 
     def __post_init__(self) -> None:
         self._stages = BatchStages(self.request, self.folder, self.journal)
@@ -88,7 +90,7 @@ class BatchWorker:
                     self._take_additions()
                     self._begin_stages(pool)
                 if not self._running:
-                    if self.context.stop.requested or not self._make_way():
+                    if self.context.stop.requested or not (self._make_way() or self._await_additions()):
                         break
                     continue
                 done, _ = wait(self._running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -117,6 +119,7 @@ class BatchWorker:
             held=self._held(order),
             limit=self._room(),
             faults=self.faults,
+            watching=self.watcher.places if self.watcher is not None else (),
         )
 
     # -- scheduling ---------------------------------------------------------------------------------------------------------
@@ -230,6 +233,21 @@ class BatchWorker:
         for name in passing:
             self.journal.append(ModelRetried(name, self.models[name].entry.fingerprint))
         return True
+
+    def _await_additions(self) -> bool:
+        """Called when everything is done: whether something is added while new models are looked for. Waits until then."""
+        before = len(self.models)
+        while self.watcher is not None and not self.context.stop.requested:
+            watched = self.watcher.active  # asked before the list is read: all was appended once it is over
+            self._take_additions()
+            if len(self.models) > before:
+                self._rounds = 0
+                return True
+            if not watched:
+                break
+            self._show(state="running", now=False)
+            time.sleep(_POLL_SECONDS)
+        return False
 
     def _free_failed(self) -> bool:
         """Remove the sources of failed models, which can be fetched again; whether that freed anything."""

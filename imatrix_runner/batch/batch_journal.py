@@ -147,6 +147,26 @@ class FileRemoved(msgspec.Struct, frozen=True, tag_field="event", tag="removed")
     path: str
 
 
+class WatchBegan(msgspec.Struct, frozen=True, tag_field="event", tag="watch-began"):
+    """The first look at an owner's models. ``there``: those that it found, which are not new; ``oldest``: what was created
+    before is not new either, because the listing was longer than what is read of it (empty: it was read whole)."""
+
+    place: str
+    there: tuple[str, ...]
+    oldest: str = ""
+
+
+class WatchLooked(msgspec.Struct, frozen=True, tag_field="event", tag="looked"):
+    """A look at a place. ``at`` is the time of day, for people; ``listed``: models there; ``added``: those that were appended
+    to the list; ``problem``: why it could not be looked at, empty if it could."""
+
+    place: str
+    at: str
+    listed: int = 0
+    added: tuple[str, ...] = ()
+    problem: str = ""
+
+
 BatchEvent: TypeAlias = (
     BatchBegan
     | StageBegan
@@ -159,6 +179,8 @@ BatchEvent: TypeAlias = (
     | FileIntended
     | FileMade
     | FileRemoved
+    | WatchBegan
+    | WatchLooked
 )
 
 
@@ -188,12 +210,16 @@ class ModelHistory:
 
 @dataclass
 class BatchHistory:
-    """The whole journal, folded. ``stages``: every finished stage, in order, from which speeds are taken."""
+    """The whole journal, folded. ``stages``: every finished stage, in order, from which speeds are taken. ``watched``: the
+    first looks at owners; ``looks``: the last look at each place, and ``found``: how many models it has brought in all."""
 
     models: dict[str, ModelHistory] = field(default_factory=dict)
     stages: list[StageDone] = field(default_factory=list)
     began: BatchBegan | None = None
     begun: int = 0
+    watched: dict[str, WatchBegan] = field(default_factory=dict)
+    looks: dict[str, WatchLooked] = field(default_factory=dict)
+    found: dict[str, int] = field(default_factory=dict)
 
     def of(self, model: str) -> ModelHistory:
         return self.models.setdefault(model, ModelHistory())
@@ -207,6 +233,13 @@ class BatchHistory:
                 model.running.clear()  # of a process that was killed
                 if model.failure is not None or model.failed_levels:  # is tried again
                     model.failure, model.failed_levels, model.done = None, {}, None
+            return
+        if isinstance(event, WatchBegan):
+            self.watched[event.place] = event
+            return
+        if isinstance(event, WatchLooked):
+            self.looks[event.place] = event
+            self.found[event.place] = self.found.get(event.place, 0) + len(event.added)
             return
         history = self.of(event.model)
         if isinstance(event, FileIntended):

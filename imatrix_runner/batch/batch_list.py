@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,7 +30,7 @@ RENAMED = {"calibration": "text", "file": "text", "mix": "levels"}
 """Other names that a list may use for options of ``run``."""
 
 _MOST_BYTES = 1 << 20
-_MOST_ENTRIES = 1000
+MOST_ENTRIES = 1000
 _MOST_VALUES = 200
 _MOST_TEXT = 4096
 _MOST_PRIORITY = 1_000_000
@@ -90,7 +91,7 @@ def read_additions(
     entries: list[BatchEntry] = []
     faults: list[RunnerError] = []
     lines = _read(path).split(b"\n")[:-1]
-    for number, line in enumerate(lines[:_MOST_ENTRIES], start=1):
+    for number, line in enumerate(lines[:MOST_ENTRIES], start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -101,6 +102,18 @@ def read_additions(
         except RunnerError as error:
             faults.append(error)
     return tuple(entries), tuple(faults)
+
+
+def added_models(path: Path) -> tuple[int, frozenset[str]]:
+    """The number of lines that were appended to a list, and the models that they name, understood or not."""
+    lines = _read(path).splitlines() if path.exists() else []
+    names: set[str] = set()
+    for line in lines:
+        with suppress(UnreadableError):  # a torn line, or one that was reported already
+            raw = from_json(line, object)
+            model = raw.get("model") if isinstance(raw, dict) else raw
+            names |= {model} if isinstance(model, str) else set()
+    return len(lines), frozenset(names)
 
 
 def parse_entry(raw: Mapping[str, Any], known: Collection[str], where: str, common: Mapping[str, OptionText]) -> BatchEntry:
@@ -154,8 +167,8 @@ def _raw_entries(path: Path, data: bytes) -> tuple[list[Any], Any]:
             f"{'models: ' if defaults else ''}a list is expected, and there is {_kind(value)}",
             "Write a line for each model:  - org/name",
         )
-    if len(value) > _MOST_ENTRIES:
-        raise UsageError(f"{path} has too many models", f"{len(value)}, and at most {_MOST_ENTRIES}", "Split it into several.")
+    if len(value) > MOST_ENTRIES:
+        raise UsageError(f"{path} has too many models", f"{len(value)}, and at most {MOST_ENTRIES}", "Split it into several.")
     return value, defaults
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from imatrix_runner.batch.overview import BatchView
+from imatrix_runner.batch.overview import BatchView, watch_line
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.events import Sink, warning
 from imatrix_runner.files import atomic_writer, human_bytes, human_seconds
@@ -55,7 +55,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "shown": _shown, "web": _web}
+    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "shown": _shown, "web": _web, "watch": watch_line}
     return environment.get_template("batch.html.j2")
 
 

@@ -147,7 +147,7 @@ class ListChecker:
             weights = check_safetensors(source.path)
             named = read_model_json(source.path / "config.json").get("architectures")
             architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-            self._check_converter(architecture, entry=known.entry)
+            self.check_architecture(architecture, known.entry.model)
             n_params = sum(tensor.n_elements for tensor in weights.tensors)
             size = sum(path.stat().st_size for path in weights.files)
             return replace(known, kind="checkpoint", architecture=architecture, n_params=n_params, source=size, converted=True)
@@ -157,7 +157,7 @@ class ListChecker:
         found = foresee_model(source, stop=self.stop, trust_remote_code=self.trust_remote_code)
         converted = found.choice.kind == "checkpoint"
         if converted:
-            self._check_converter(found.listing.architecture, entry=known.entry)
+            self.check_architecture(found.listing.architecture, known.entry.model)
         weights = sum(file.size or 0 for file in found.choice.files if file.name.endswith((".safetensors", ".gguf")))
         notes: tuple[str, ...] = ("gated: this account may fetch it",) if found.listing.gated else ()
         if converted and not found.listing.architecture:
@@ -178,12 +178,14 @@ class ListChecker:
             notes=notes,
         )
 
-    def _check_converter(self, architecture: str, entry: BatchEntry) -> None:
-        CONVERT.require(f"Converting {entry.model}")
+    def check_architecture(self, architecture: str, model: str) -> None:
+        """Raise :class:`RunnerError` for a checkpoint that cannot be converted here; ``architecture``: the class in its
+        config.json, empty if it is not known."""
+        CONVERT.require(f"Converting {model}")
         supported = self._supported
         if architecture and supported and architecture not in supported:
             raise InvalidDataError(
-                f"{entry.model} is a {architecture}, which cannot be converted",
+                f"{model} is a {architecture}, which cannot be converted",
                 f"the converter of the llama.cpp in use knows {len(supported)} architectures, and not this one",
                 "Wait for a llama.cpp that supports it, or give a GGUF of the model.",
             )

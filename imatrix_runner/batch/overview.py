@@ -71,6 +71,20 @@ class ModelView:
 
 
 @dataclass(frozen=True)
+class WatchView:
+    """A place that is watched. ``looked``: when last, as the clock said then (empty: not yet); ``listed``: models there then;
+    ``added``: how many of them were added in all; ``problem``: why the last look failed. ``ended``: it is not looked at any
+    more."""
+
+    place: str
+    looked: str = ""
+    listed: int = 0
+    added: int = 0
+    problem: str = ""
+    ended: bool = False
+
+
+@dataclass(frozen=True)
 class BatchView:
     """A whole batch. ``faults``: lines that were added to the list and are not understood. ``held``: bytes of the batch's own
     files on the disk; ``limit``: bytes that it may take, None where that is not known."""
@@ -84,6 +98,7 @@ class BatchView:
     held: int = 0
     limit: int | None = None
     faults: tuple[ThreeLines, ...] = ()
+    watches: tuple[WatchView, ...] = ()
 
     def count(self, state: ModelState) -> int:
         return sum(model.state == state for model in self.models)
@@ -102,9 +117,11 @@ def overview(
     held: int = 0,
     limit: int | None = None,
     faults: Sequence[ThreeLines] = (),
+    watching: Sequence[str] | None = None,
 ) -> BatchView:
     """The view of a batch. ``live``: running stages by model, where this process runs them; ``work``: what is left by model;
-    ``problems``: why models cannot be worked on, from the check."""
+    ``problems``: why models cannot be worked on, from the check; ``watching``: the places that this process still watches
+    (None: another one may watch those that the journal names)."""
     speeds = speeds or Speeds()
     models = []
     for entry in entries:
@@ -120,7 +137,26 @@ def overview(
     total = batch_seconds(left, speeds) if work is not None else None
     began = history.began
     command, at = (began.command, began.at) if began is not None else ("", "")
-    return BatchView(file, state, tuple(models), total, command, at, held, limit, tuple(faults))
+    return BatchView(file, state, tuple(models), total, command, at, held, limit, tuple(faults), watch_views(history, watching))
+
+
+def watch_views(history: BatchHistory, watching: Sequence[str] | None) -> tuple[WatchView, ...]:
+    """The places that the journal names, and those of ``watching`` that were not looked at yet."""
+    views = []
+    for place in dict.fromkeys((*history.looks, *(watching or ()))):
+        last = history.looks.get(place)
+        ended = watching is not None and place not in watching
+        known = (last.at, last.listed, history.found.get(place, 0), last.problem) if last is not None else ("", 0, 0, "")
+        views.append(WatchView(place, *known, ended))
+    return tuple(views)
+
+
+def watch_line(view: WatchView) -> str:
+    """A watched place for people."""
+    state = "was watched" if view.ended else "is watched"
+    looked = f"last looked at {view.looked}, {view.listed} models there" if view.looked else "not looked at yet"
+    problem = f". The last look failed: {view.problem}" if view.problem else ""
+    return f"{view.place} {state}: {looked}, {view.added} added{problem}"
 
 
 def _running(history: ModelHistory) -> tuple[LiveStage, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ _USUAL_LEVELS = (
     *("F16", "BF16", "F32", "COPY"),
 )
 
+
+_DURATION = re.compile(r"(?P<number>\d{1,9}(?:\.\d{1,3})?) ?(?P<unit>s|sec|m|min|h|d)", re.ASCII)
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST = 366 * 86400.0
+_WEIGHTS = re.compile(r"(?P<number>\d{1,15}(?:\.\d{1,6})?) ?(?P<unit>[KMBT]?)", re.ASCII)
+_THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 _LIKE = "MIX@like:"
 _MIXES = (_LIKE, "MIX@kld:", "MIX@ram:", "MIX@vram:", "MIX@")
@@ -55,6 +62,22 @@ def complete_level(_ctx: click.Context, _param: click.Parameter, incomplete: str
     return [name for name in _USUAL_LEVELS if name.startswith(incomplete.upper())]
 
 
+class Names(click.ParamType[tuple[str, ...]]):
+    """A comma-separated list of names."""
+
+    name = "A,B,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(name for part in str(value).split(",") if (name := part.strip()))
+
+
+def complete_place(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell can know of the places that ``--watch`` takes."""
+    return [name for name in ("trending",) if name.startswith(incomplete)]
+
+
 class Size(click.ParamType[int]):
     """A number of bytes with a unit (:func:`~imatrix_runner.files.parse_bytes`)."""
 
@@ -65,6 +88,42 @@ class Size(click.ParamType[int]):
             return parse_bytes(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Duration(click.ParamType[float]):
+    """A length of time with a unit (``90s``, ``30min``, ``12h``, ``2d``), in seconds. ``least``: the shortest that is
+    accepted."""
+
+    name = "TIME"
+
+    def __init__(self, least: float = 0.0) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = _DURATION.fullmatch(str(value).strip().lower())
+        if match is None:
+            self.fail(f"{str(value)[:40]!r} is not a length of time, such as 90s, 30min, 12h or 2d.", param, ctx)
+        seconds = float(match["number"]) * _UNITS[match["unit"][:1]]
+        if not self.least <= seconds <= _LONGEST:
+            self.fail(f"{value!r} is not between {self.least:g} seconds and a year.", param, ctx)
+        return seconds
+
+
+class WeightCount(click.ParamType[int]):
+    """A number of a model's weights, such as ``500M``, ``8B`` or ``1T``."""
+
+    name = "WEIGHTS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _WEIGHTS.fullmatch(str(value).strip().upper())
+        count = int(float(match["number"]) * _THOUSANDS[match["unit"]]) if match is not None else 0
+        if not count:
+            self.fail(f"{str(value)[:40]!r} is not a number of weights, such as 500M, 8B or 1T.", param, ctx)
+        return count
 
 
 SIZE = Size()

@@ -9,6 +9,7 @@ from typing import Literal
 from imatrix_runner.engines.jobs import CollectOptions, QuantizeOptions
 from imatrix_runner.engines.roundings import STOCK, Rounding
 from imatrix_runner.fingerprints import counted_apart, harmless, spelt
+from imatrix_runner.models.hub import WatchedPlace
 
 OutType = Literal["auto", "f16", "bf16", "f32"]
 
@@ -189,9 +190,27 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True)
+class WatchRequest:
+    """``batch run --watch``. ``places``: where models appear; they are looked at every ``every`` seconds, for ``lasts`` seconds
+    (None: until the command is stopped; 0: once). A look adds ``most`` models at most. Filters: ``most_params``, number of
+    weights; ``architectures`` and ``licences``, names of which one must be announced; ``since``: a date, ``YYYY-MM-DD``, before
+    which nothing was created (empty: of an owner's models those that appear after the first look)."""
+
+    places: tuple[WatchedPlace, ...]
+    every: float = 1800.0
+    lasts: float | None = None
+    most: int = 5
+    most_params: int | None = None
+    architectures: tuple[str, ...] = ()
+    licences: tuple[str, ...] = ()
+    since: str = ""
+
+
+@dataclass(frozen=True)
 class BatchRequest:
     """``batch run``. ``file``: the list of models; ``keep``: what stays on the disk; ``max_disk``: bytes that downloads,
-    sources and levels may take together (None: what is free). ``notify``: addresses to send ends and failures to."""
+    sources and levels may take together (None: what is free). ``notify``: addresses to send ends and failures to; ``watch``:
+    where new models are looked for."""
 
     file: Path
     environment: EnvironmentRequest
@@ -199,3 +218,4 @@ class BatchRequest:
     max_disk: int | None = None
     notify: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    watch: WatchRequest | None = None

@@ -43,6 +43,10 @@ class Repository:
     card: dict[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     date: str = "2026-01-01T00:00:00.000Z"
+    created: str = "2026-01-01T00:00:00.000Z"
+    trending: int = 0
+    described: dict[str, Any] = field(default_factory=dict)
+    """Fields that listings have of it instead of what follows from its files."""
     announced: dict[str, int] = field(default_factory=dict)
     """Sizes to tell (in the listing and on HEAD) instead of the true ones."""
     branches: dict[str, Repository] = field(default_factory=dict)

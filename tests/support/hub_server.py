@@ -1,7 +1,8 @@
 """A hub on the loopback interface: the part of the Hugging Face protocol that a download needs, with switches for trouble.
 
 ``with HubServer() as hub: hub.add("org/name", {"config.json": b"{}"})`` serves that repository at ``hub.endpoint``. It
-answers the listing (``/api/models/...``, at any branch), the tree, the search by ``filter`` (in pages), and ``HEAD`` / ``GET``
+answers the listing (``/api/models/...``, at any branch), the tree, the search by ``filter``, the listing of an owner's models
+and of those that trend (in pages), and ``HEAD`` / ``GET``
 on ``/{repo}/resolve/{revision}/{file}`` with the headers huggingface_hub wants: commit, etag, length, ranges. Data sets are
 repositories whose name begins with ``datasets/``. Every request is kept in ``hub.requests``.
 """
@@ -107,6 +108,19 @@ class HubServer:
     def search(self, tag: str) -> list[tuple[str, Repository]]:
         """The repositories that carry a tag, in the order in which they were added."""
         return [(repo, held) for repo, held in self._repositories.items() if tag in held.tags and not held.private]
+
+    def listed(self, query: Mapping[str, list[str]]) -> list[tuple[str, Repository]]:
+        """The models of an owner, if one is named, sorted as asked: the newest first, or those that trend."""
+        owner = query.get("author", [""])[0].lower()
+        found = [
+            (repo, held)
+            for repo, held in self._repositories.items()
+            if not repo.startswith("datasets/") and not held.private and owner in ("", repo.partition("/")[0].lower())
+        ]
+        by_trend = query["sort"] == ["trendingScore"]
+        return sorted(
+            found, key=lambda each: (each[1].trending, each[1].created) if by_trend else each[1].created, reverse=True
+        )
 
     def record(self, request: Request) -> None:
         with self._lock:
@@ -224,20 +238,18 @@ class _Handler(WritingRequests, BaseHTTPRequestHandler):
         return None
 
     def _search(self) -> None:
-        """The names of the files only, as the real search gives them."""
+        """What the real search gives: the names of the files only, and without ``expand`` nothing but what it always gives."""
         hub = self.server_hub
         query = parse_qs(urlsplit(self.path).query)
         first = int(query.get("cursor", ["0"])[0])
-        found = hub.search(query.get("filter", [""])[0])
+        found = hub.listed(query) if "sort" in query else hub.search(query.get("filter", [""])[0])
         following = hub.trouble.next_page
-        if first + hub.page_size < len(found):
+        size = min(hub.page_size, int(query.get("limit", ["1000"])[0]))
+        if first + size < len(found):
             again = [(name, value) for name, values in query.items() for value in values if name != "cursor"]
-            following = f"{hub.endpoint}/api/models?{urlencode([*again, ('cursor', first + hub.page_size)])}"
-        page = [
-            {"id": repo, "sha": held.commit, "lastModified": held.date, "tags": list(held.tags)}
-            | {"siblings": [{"rfilename": name} for name in sorted(held.files)]}
-            for repo, held in found[first : first + hub.page_size]
-        ]
+            following = f"{hub.endpoint}/api/models?{urlencode([*again, ('cursor', first + size)])}"
+        fields = {*query.get("expand", [])}
+        page = [_listed(repo, held, fields) for repo, held in found[first : first + size]]
         self._send_json(page, {"Link": f'<{following}>; rel="next"'} if following else {})
 
     def _api(self, repo: str, what: str | None, revision: str | None) -> None:
@@ -262,7 +274,9 @@ class _Handler(WritingRequests, BaseHTTPRequestHandler):
         if "config.json" in repository.files:
             config = json.loads(repository.content("config.json"))
             shown["config"] = {"architectures": config.get("architectures"), "model_type": config.get("model_type")}
-        self._send_json(shown | {"cardData": repository.card, "lastModified": repository.date})
+        fields = {*parse_qs(urlsplit(self.path).query).get("expand", [])}
+        whole = shown | {"cardData": repository.card, "lastModified": repository.date}
+        self._send_json(_listed(repo, repository, fields) if fields else whole)
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:
         trouble = self.server_hub.trouble
@@ -334,6 +348,28 @@ class _Handler(WritingRequests, BaseHTTPRequestHandler):
         for start in range(0, len(body), step):
             self.wfile.write(body[start : start + step])
             time.sleep(1 / 50)
+
+
+def _listed(repo: str, held: Repository, fields: set[str]) -> dict[str, Any]:
+    """A model as listings have it, with the fields that were asked for. Licence and base models are among its tags."""
+    bases = held.card.get("base_model", [])
+    config = json.loads(held.content("config.json")) if "config.json" in held.files else None
+    every: dict[str, Any] = {
+        "sha": held.commit,
+        "lastModified": held.date,
+        "createdAt": held.created,
+        "gated": held.gated,
+        "disabled": False,
+        "tags": [
+            *held.tags,
+            *([f"license:{held.card['license']}"] if "license" in held.card else []),
+            *(f"base_model:{base}" for base in ([bases] if isinstance(bases, str) else bases)),
+        ],
+        "siblings": [{"rfilename": name} for name in sorted(held.files)],
+        "config": config,
+        **held.described,
+    }
+    return {"id": repo, **{name: value for name, value in every.items() if name in fields}}
 
 
 def _etag(data: bytes) -> str:

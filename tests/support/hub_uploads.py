@@ -61,7 +61,9 @@ class Collection:
 
     def document(self) -> dict[str, Any]:
         items = [
-            {"_id": f"{number:024x}", "id": item, "type": "model", "position": number} for number, item in enumerate(self.items)
+            {"_id": f"{number:024x}", "id": item.removeprefix("datasets/"), "position": number}
+            | {"type": "dataset" if item.startswith("datasets/") else "model", "lastModified": "2026-01-01T00:00:00.000Z"}
+            for number, item in enumerate(self.items)
         ]
         return {
             "slug": self.slug,

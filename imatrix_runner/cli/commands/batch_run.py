@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import click
 
 from imatrix_runner.cli.command import command
 from imatrix_runner.cli.invocation import Invocation
-from imatrix_runner.cli.option_fields import argument, option
+from imatrix_runner.cli.option_fields import argument, option, typed
 from imatrix_runner.cli.options import MAKE, TalkOptions, WorkDirOptions
-from imatrix_runner.cli.types import FILE, SIZE
+from imatrix_runner.cli.types import FILE, SIZE, Duration, Names, WeightCount, complete_place
 from imatrix_runner.cli.work import at_work, stay_offline
-from imatrix_runner.context.requests import BatchRequest, EnvironmentRequest
-from imatrix_runner.errors import SomeLevelsFailedError
+from imatrix_runner.context.requests import BatchRequest, EnvironmentRequest, WatchRequest
+from imatrix_runner.errors import SomeLevelsFailedError, UsageError
+from imatrix_runner.events import no_effect, warning
+from imatrix_runner.safe_text import shown
 
 DISK = "Disk"
+WATCH = "New models"
+LEAST_EVERY = 60.0
+"""Seconds between two looks at least: a hub limits how often it is asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    SECTION: ClassVar[str] = WATCH
+
+    watch: tuple[str, ...] = option(
+        "--watch",
+        multiple=True,
+        metavar="ORG|COLLECTION|trending",
+        shell_complete=complete_place,
+        help="Add what appears there, until Ctrl-C: models of an organisation or user, of a collection, or that trend.",
+    )
+    watch_every: float = option(
+        "--watch-every", type=Duration(LEAST_EVERY), default="30min", show_default=True, help="How often to look."
+    )
+    watch_for: float | None = option(
+        "--watch-for",
+        type=Duration(),
+        help="End when everything is done after this time; 0s looks once (default: watch until Ctrl-C).",
+    )
+    watch_most: int = option(
+        "--watch-most",
+        type=click.IntRange(1, 100),
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="Models that one look adds at most.",
+    )
+    watch_size: int | None = option(
+        "--watch-size", type=WeightCount(), help="Only models of at most this many weights, such as 32B."
+    )
+    watch_architecture: tuple[str, ...] = option(
+        "--watch-architecture",
+        type=Names(),
+        default=(),
+        metavar="A,B,…",
+        help="Only models that announce one of these architectures.",
+    )
+    watch_licence: tuple[str, ...] = option(
+        "--watch-licence",
+        type=Names(),
+        default=(),
+        metavar="A,B,…",
+        help="Only models under one of these licences, such as apache-2.0.",
+    )
+    watch_since: str = option(
+        "--watch-since",
+        default="",
+        metavar="YYYY-MM-DD",
+        help="Only models created on that day or later, those of an organisation that are there already included.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +101,7 @@ class BatchRunOptions:
         "--trust-remote-code", is_flag=True, section="Source", help="Allow the converter to run Python code of every model."
     )
     offline: bool = option("--offline", is_flag=True, section="Source", help="Never use the network.")
+    watching: WatchOptions
     notify: tuple[str, ...] = option(
         "--notify", multiple=True, metavar="URL", section="Talk", help="Address to notify of ends and failures (Apprise)."
     )
@@ -56,6 +115,7 @@ class BatchRunOptions:
         "imatrix-runner batch run models.yaml --dry-run",
         "imatrix-runner batch run models.yaml --keep nothing --max-disk 500GiB",
         "imatrix-runner batch run models.yaml --notify ntfy://my-topic",
+        "imatrix-runner batch run models.yaml --watch org --watch trending --watch-size 32B",
     ),
 )
 def run_command(invocation: Invocation, options: BatchRunOptions) -> int:
@@ -70,7 +130,7 @@ def run_command(invocation: Invocation, options: BatchRunOptions) -> int:
     from imatrix_runner.batch.notices import Notifier
     from imatrix_runner.cli.commands.batch_entries import known_options, request_of
     from imatrix_runner.cli.views.batch_documents import batch_document
-    from imatrix_runner.cli.views.batch_tables import print_batch, print_batch_plan, print_failures_of_batch
+    from imatrix_runner.cli.views.batch_tables import print_batch, print_batch_plan, print_failures_of_batch, print_looks
     from imatrix_runner.cli.views.console import stderr_console, stdout_console
     from imatrix_runner.cli.views.json_documents import print_document
 
@@ -82,9 +142,12 @@ def run_command(invocation: Invocation, options: BatchRunOptions) -> int:
         options.max_disk,
         options.notify,
         options.trust_remote_code,
+        watch_request(options.watching, offline=options.offline),
     )
     reader = EntryReader(known_options(), request_of)
     with at_work(options.talk) as work:
+        if request.watch is None and (unused := typed(options.watching, *(each.name for each in fields(WatchOptions)))):
+            work.context.sink(warning(no_effect(unused, "nothing is watched without --watch.")))
         notifier = Notifier(request.notify, work.context.sink)
 
         def show(plan: BatchPlan) -> None:
@@ -107,8 +170,37 @@ def run_command(invocation: Invocation, options: BatchRunOptions) -> int:
         print_document(batch_document(result, code))
     elif result.view is None:
         print_batch_plan(result.plan, stdout_console())
+        print_looks(result.looks, stdout_console())
     elif options.talk.quiet:
         print_failures_of_batch(result.view, stderr_console())
     else:
         print_batch(result.view, stdout_console())
     return code
+
+
+def watch_request(options: WatchOptions, *, offline: bool) -> WatchRequest | None:
+    """The request to watch; None without ``--watch``. Raises :class:`UsageError`."""
+    if not options.watch:
+        return None
+    from imatrix_runner.models.hub import parse_place
+
+    if offline:
+        raise UsageError("--watch and --offline exclude each other", "new models are looked for on the hub", "Leave one out.")
+    try:
+        valid = not options.watch_since or date.fromisoformat(options.watch_since).isoformat() == options.watch_since
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UsageError(
+            f"Invalid --watch-since {shown(options.watch_since)!r}", "it takes a day", "For example: --watch-since 2026-01-31"
+        )
+    return WatchRequest(
+        tuple(dict.fromkeys(map(parse_place, options.watch))),
+        options.watch_every,
+        options.watch_for,
+        options.watch_most,
+        options.watch_size,
+        options.watch_architecture,
+        options.watch_licence,
+        options.watch_since,
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from imatrix_runner.app.batch import BatchPlan, BatchResult
+from imatrix_runner.app.batch_watch import PlaceLook
 from imatrix_runner.batch.batch_list import BatchEntry
 from imatrix_runner.batch.check_list import CheckedModel
 from imatrix_runner.batch.overview import BatchView
@@ -23,7 +24,20 @@ def batch_document(result: BatchResult, exit_code: int) -> dict[str, Any]:
         batch=_view(result.view) if result.view is not None else None,
         seconds=round(result.seconds, 3),
         most_held_bytes=result.most_held,
+        looks=[_look(look) for look in result.looks],
     )
+
+
+def _look(look: PlaceLook) -> dict[str, Any]:
+    return {
+        "place": str(look.place),
+        "listed": look.listed,
+        "would_add": [model.entry.model for model in look.fitting],
+        "left_out": dict(look.left_out),
+        "waiting": look.waiting,
+        "first": look.first is not None,
+        "problem": look.problem or None,
+    }
 
 
 def view_document(kind: str, view: BatchView) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from rich.console import Console
 from rich.text import Text
 
 from imatrix_runner.app.batch import BatchPlan
+from imatrix_runner.app.batch_watch import PlaceLook
 from imatrix_runner.batch.batch_journal import ThreeLines
 from imatrix_runner.batch.check_list import CheckedModel
-from imatrix_runner.batch.overview import BatchView, ModelView
+from imatrix_runner.batch.overview import BatchView, ModelView, watch_line
 from imatrix_runner.cli.views.columns import Column, fitted_table
 from imatrix_runner.files import human_bytes, human_seconds
 
 _STYLES = {"running": "cyan", "done": "green", "failed": "red"}
 _NOT_KNOWN = "not known"
+_MOST_LEFT_OUT = 20
 
 
 def print_batch_plan(plan: BatchPlan, console: Console) -> None:
@@ -43,6 +45,24 @@ def print_batch_plan(plan: BatchPlan, console: Console) -> None:
         console.print(Text("Models that do not fit are left out, and tried again by the same command.", style="yellow"))
 
 
+def print_looks(looks: Iterable[PlaceLook], console: Console) -> None:
+    """What a look at each watched place would add now, and what is left out, with the reasons."""
+    for look in looks:
+        if look.problem:
+            console.print(Text(f"{look.place} cannot be looked at now: {look.problem}", style="yellow"))
+        elif look.first is not None:
+            later = "those that appear later are added (--watch-since adds earlier ones)"
+            console.print(Text(f"{look.place}: {look.listed} models are there; {later}."))
+        else:
+            names = ", ".join(model.entry.model for model in look.fitting) or "nothing"
+            more = f", and {look.waiting} more would wait for later looks" if look.waiting else ""
+            console.print(Text(f"{look.place}: {names} would be added now, of {look.listed} models{more}."))
+        for name, why in look.left_out[:_MOST_LEFT_OUT]:
+            console.print(Text(f"  {name} is left out: {why}."))
+        if len(look.left_out) > _MOST_LEFT_OUT:
+            console.print(Text(f"  {len(look.left_out) - _MOST_LEFT_OUT} more are left out (--json has all)."))
+
+
 def print_batch(view: BatchView, console: Console) -> None:
     """The state of every model, then failures and what continues."""
     columns: list[Column[ModelView]] = [
@@ -59,6 +79,8 @@ def print_batch(view: BatchView, console: Console) -> None:
         f"{view.count(state)} {state}" for state in ("done", "failed", "running", "waiting") if view.count(state)
     )
     console.print(Text(f"{len(view.models)} models: {counts}. {human_bytes(view.held)} of the batch's files are on the disk."))
+    for watch in view.watches:
+        console.print(Text(watch_line(watch)))
     print_failures_of_batch(view, console)
     if view.state == "stopped" and view.command:
         console.print(Text(f"Continue with: {view.command}"))

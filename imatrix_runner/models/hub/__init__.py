@@ -1,10 +1,11 @@
 """Access to Hugging Face hubs; no other room imports huggingface_hub.
 
 :func:`fetch_model` downloads a model into the hub's cache, :func:`fetch_dataset` a data set, and :class:`Hub` searches for and
-downloads other files. :class:`PublishingHub` writes to one.
+downloads other files. :class:`Announcements` has what is new, and :class:`PublishingHub` writes to one.
 """
 
 from imatrix_runner.models.hub.advice import is_passing
+from imatrix_runner.models.hub.announcements import Announcement, Announcements, WatchedPlace, parse_place
 from imatrix_runner.models.hub.choose_files import RepoFile
 from imatrix_runner.models.hub.dataset_tables import DatasetId, parse_dataset
 from imatrix_runner.models.hub.datasets import FetchedDataset, fetch_dataset
@@ -18,6 +19,8 @@ from imatrix_runner.models.hub.sending import SendMeter
 from imatrix_runner.models.hub.transfer import is_offline
 
 __all__ = [
+    "Announcement",
+    "Announcements",
     "Changes",
     "DatasetId",
     "Downloaded",
@@ -33,6 +36,7 @@ __all__ = [
     "RemoteRepository",
     "RepoFile",
     "SendMeter",
+    "WatchedPlace",
     "concerns_one_file",
     "fetch_dataset",
     "fetch_model",
@@ -42,6 +46,7 @@ __all__ = [
     "is_offline",
     "is_passing",
     "parse_dataset",
+    "parse_place",
     "reachability",
     "token_source",
 ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import urljoin
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -28,10 +27,11 @@ from imatrix_runner.models.hub.listing import (
     quantised_from,
     remember_revision,
 )
+from imatrix_runner.models.hub.pages import ask_page
 from imatrix_runner.models.hub.transfer import cached_file, is_offline, patiently
 from imatrix_runner.models.model import HubId
 from imatrix_runner.signals import Stop
-from imatrix_runner.untrusted import UnreadableError, from_json, split_url
+from imatrix_runner.untrusted import UnreadableError, from_json
 
 RepoType = Literal["model", "dataset"]
 
@@ -160,25 +160,12 @@ def concerns_one_file(error: DownloadError) -> bool:
 
 
 def _page(asked: Asked, url: str, params: list[tuple[str, str]]) -> tuple[list[_Found], str | None]:
-    """One page of a search, and the address of the next. The library's own paging has no bound on time, and would send the
-    token to any address that a page names as the next."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
-
-    headers: dict[str, Any] = build_hf_headers(library_name="imatrix-runner")
-    answer = get_session().get(url, params=tuple(params) or None, headers=headers, timeout=LISTING_SECONDS)
-    hf_raise_for_status(answer)
+    """One page of a search, and the address of the next."""
+    content, following = ask_page(asked, url, params)
     try:
-        page = from_json(answer.content, list[_Found])
+        return from_json(content, list[_Found]), following
     except UnreadableError as error:
         raise no_hub(asked) from error
-    following = answer.links.get("next", {}).get("url")
-    if following is None:
-        return page, None
-    following = urljoin(url, following)
-    if split_url(following)[:2] != split_url(asked.endpoint)[:2]:
-        raise no_hub(asked)
-    return page, following
 
 
 def _listing(entry: _Found) -> Listing:
