@@ -119,7 +119,7 @@ class BatchWorker:
             held=self._held(order),
             limit=self._room(),
             faults=self.faults,
-            watching=self.watcher.places if self.watcher is not None else (),
+            watching=self.watcher.places if self.watcher is not None and state == "running" else (),
         )
 
     # -- scheduling ---------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class BatchWorker:
 
     def _await_additions(self) -> bool:
         """Called when everything is done: whether something is added while new models are looked for. Waits until then."""
-        before = len(self.models)
+        before, looks = len(self.models), None
         while self.watcher is not None and not self.context.stop.requested:
             watched = self.watcher.active  # asked before the list is read: all was appended once it is over
             self._take_additions()
@@ -245,7 +245,9 @@ class BatchWorker:
                 return True
             if not watched:
                 break
-            self._show(state="running", now=False)
+            if looks != (now := {**self.journal.history.looks}):
+                looks = now
+                self._show(state="running", now=True)  # nothing else changes for hours
             time.sleep(_POLL_SECONDS)
         return False
 

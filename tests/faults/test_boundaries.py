@@ -34,6 +34,8 @@ from imatrix_runner.batch.batch_journal import (
     PlannedLevel,
     StageDone,
     ThreeLines,
+    WatchBegan,
+    WatchLooked,
     read_history,
 )
 from imatrix_runner.batch.batch_list import read_list
@@ -73,6 +75,7 @@ from imatrix_runner.imatrix import checkpoint as checkpoints
 from imatrix_runner.imatrix.convergence import Point
 from imatrix_runner.imatrix.formats import prepare_gguf
 from imatrix_runner.journal import Journal, StepRecord
+from imatrix_runner.models.hub.announcements import Announcements, parse_place
 from imatrix_runner.models.hub.dataset_tables import DatasetId
 from imatrix_runner.models.hub.datasets import fetch_dataset
 from imatrix_runner.models.hub.publishing import PublishingHub
@@ -651,6 +654,8 @@ EVENTS: tuple[BatchEvent, ...] = (
     StageDone("a", "e", "make", ("Q4_0",), 3.0, 110, ("Q4_0",)),
     ModelFailed("a", "e", "check", ThreeLines("usage", "what", "why", "do")),
     FileMade("a", "level", "/x", Stamp(1, 2, 3, "s"), "Q4_0"),
+    WatchBegan("org", ("org/name",), "2026-01-01"),
+    WatchLooked("org", "2026-01-01", 5, ("org/name",), "why"),
 )
 
 
@@ -708,6 +713,40 @@ def test_a_hub_s_answer(asked: str, hub: HubServer, tmp_path: Path) -> None:
     taken = [survived(what, partial(use, data)) for what, data in typed_mutations(document, SEED, 120)]
     assert not all(taken)
     assert any(taken) or asked == "data set"  # whose files are not there: only the listing is answered
+
+
+COLLECTED = {"items": [{"_id": "0" * 24, "id": "org/name", "type": "model", "lastModified": "2026-01-01T00:00:00.000Z"}]}
+
+
+@pytest.mark.parametrize("asked", ["org", "trending", "org/best-" + "0" * 24, "a model"])
+def test_what_a_hub_announces(asked: str, hub: HubServer) -> None:
+    """A part of a model's description that is not a hub's counts as not announced; so one model cannot hide the others."""
+    announcements = Announcements(Stop(), endpoint=hub.endpoint)
+    described = {**LISTED, "createdAt": "2026-01-01T00:00:00.000Z", "disabled": False}
+
+    def use(data: bytes) -> None:
+        hub.trouble.answer = data
+        is_one = asked == "a model"
+        found = [announcements.describe("org/name")] if is_one else announcements.at(parse_place(asked), lambda _repo: False)
+        for each in found:
+            texts = (
+                each.repo,
+                each.version,
+                each.created,
+                each.architecture,
+                *each.architectures,
+                *each.licences,
+                each.problem,
+            )
+            assert "".join(texts).isprintable()
+            assert all(len(text) <= 301 for text in texts)
+            assert each.n_params is None or each.n_params > 0
+            assert ".." not in each.repo.split("/")
+
+    document: object = described if asked == "a model" else COLLECTED if "/" in asked else [described]
+    taken = [survived(what, partial(use, data)) for what, data in typed_mutations(document, SEED, 60)]
+    assert not all(taken)
+    assert any(taken)
 
 
 ACCOUNT = {

@@ -165,6 +165,7 @@ def test_a_look_that_fails_ends_nothing(
     trouble: dict[str, Any], problem: str, hub: HubServer, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it move the moment from which models are new."""
+    write_list(file, ["./none.gguf"], **QUICK)
     for name, value in trouble.items():
         setattr(hub.trouble, name, value)
     if "offline" in trouble:
@@ -172,7 +173,7 @@ def test_a_look_that_fails_ends_nothing(
     _, view = watch(file, "org", lasts=0.0)
     assert problem in view.watches[0].problem
     assert bool(problem) == bool(view.watches[0].problem)
-    assert [each.state for each in view.models] == ["done"]
+    assert [each.state for each in view.models] == ["failed"]
     assert (read_history(BatchFolder.of(file).journal).watched == {}) == bool(problem)
 
 
