@@ -30,6 +30,7 @@ from imatrix_runner.context.context import Context
 from imatrix_runner.context.requests import WatchRequest
 from imatrix_runner.errors import DownloadError, InterruptedRunError, RunnerError, UsageError
 from imatrix_runner.events import info, warning
+from imatrix_runner.files import human_seconds
 from imatrix_runner.models.hub import Announcement, Announcements, WatchedPlace, concerns_one_file
 from imatrix_runner.models.hub.announcements import MOST_PAGES, PAGE
 from imatrix_runner.models.model import model_name, parse_source
@@ -208,6 +209,8 @@ class BatchWatcher:
 
     def __init__(self, looker: WatchLooker, journal: BatchJournal, context: Context) -> None:
         self._looker, self._journal, self._context = looker, journal, context
+        self.checked: dict[str, CheckedModel] = {}
+        """What was added and not taken up yet, which need not be checked again."""
         self._over = threading.Event()
         self._last: dict[str, str] = {}
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -221,6 +224,12 @@ class BatchWatcher:
     def places(self) -> tuple[str, ...]:
         """What is watched; nothing once it is over."""
         return tuple(map(str, self._looker.request.places)) if self.active else ()
+
+    @property
+    def prospect(self) -> str:
+        """When the next look is made, as a sentence."""
+        end = " until Ctrl-C" if self._looker.request.lasts is None else ""
+        return f"New models are looked for every {human_seconds(self._looker.request.every)}{end}."
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -258,6 +267,7 @@ class BatchWatcher:
     def _look(self) -> None:
         for look in self._looker.looks():
             place, names = str(look.place), tuple(model.entry.model for model in look.fitting)
+            self.checked |= {model.entry.model: model for model in look.fitting}
             if names:  # before the journal: what was added is known by the list alone
                 append_addition(self._looker.folder, [{"model": name} for name in names])
             if look.first is not None:

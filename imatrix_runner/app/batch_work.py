@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from imatrix_runner.app.batch_stages import BatchStages
@@ -237,6 +237,8 @@ class BatchWorker:
     def _await_additions(self) -> bool:
         """Called when everything is done: whether something is added while new models are looked for. Waits until then."""
         before, looks = len(self.models), None
+        if self.watcher is not None and self.watcher.active:
+            self.context.sink(info(f"Everything is done. {self.watcher.prospect}"))
         while self.watcher is not None and not self.context.stop.requested:
             watched = self.watcher.active  # asked before the list is read: all was appended once it is over
             self._take_additions()
@@ -353,7 +355,8 @@ class BatchWorker:
                 self.context.sink(warning(f"An addition is skipped: {error.sentence()}"))
         for entry in entries:
             if entry.model not in self.models:
-                self.models[entry.model] = self.checker.check_one(entry)
+                checked = self.watcher.checked.pop(entry.model, None) if self.watcher is not None else None
+                self.models[entry.model] = replace(checked, entry=entry) if checked else self.checker.check_one(entry)
                 self.context.sink(info(f"{entry.model} was added to the list."))
 
     def _remaining(self, model: CheckedModel) -> RemainingWork:

@@ -8,7 +8,7 @@ import pytest
 
 from imatrix_runner.batch.batch_journal import ThreeLines
 from imatrix_runner.batch.batch_page import render_page
-from imatrix_runner.batch.overview import BatchView, LevelView, LiveStage, ModelView
+from imatrix_runner.batch.overview import BatchView, LevelView, LiveStage, ModelView, WatchView
 
 HOSTILE = "<script>document.title='taken'</script>" + "long-" * 40
 ERROR = ThreeLines("download", f"{HOSTILE} is gated", 'a "quoted" <b>why</b>', "Do {{ this }} at javascript:alert(1)")
@@ -27,7 +27,8 @@ def a_view(state: str = "running") -> BatchView:
         ModelView("org/d", "done", url="javascript:alert(1)"),
         ModelView("org/e", "waiting"),
     )
-    return BatchView(f"{HOSTILE}.yaml", state, models, 3600.0, HOSTILE, HOSTILE, 5 << 30, 10 << 30, (ERROR,))  # type: ignore[arg-type]
+    watches = (WatchView("org", "2026-01-01T00:00:00+0000", 7, 2), WatchView(HOSTILE, problem=HOSTILE, ended=True))
+    return BatchView(f"{HOSTILE}.yaml", state, models, 3600.0, HOSTILE, HOSTILE, 5 << 30, 10 << 30, (ERROR,), watches)  # type: ignore[arg-type]
 
 
 def test_text_from_outside_is_escaped_and_only_web_addresses_are_links() -> None:
@@ -38,6 +39,8 @@ def test_text_from_outside_is_escaped_and_only_web_addresses_are_links() -> None
     assert 'http-equiv="refresh"' in page
     assert 'http-equiv="refresh"' not in render_page(a_view("finished"))
     assert "about 1:00:00" in page
+    assert "org is watched: last looked at 2026-01-01T00:00:00+0000, 7 models there, 2 added" in page
+    assert "was watched: not looked at yet, 0 added. The last look failed" in page
 
 
 @pytest.mark.browser

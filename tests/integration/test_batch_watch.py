@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,14 @@ def added(file: Path) -> list[str]:
 
 
 def watch(
-    file: Path, *places: str, until: Callable[[BatchView], bool] = lambda _view: False, **how: Any
+    file: Path,
+    *places: str,
+    until: Callable[[BatchView], bool] = lambda _view: False,
+    said: list[str] | None = None,
+    **how: Any,
 ) -> tuple[list[str], BatchView]:
-    """Run a batch that looks ten times a second, until something is on its page. What it said, and its last page."""
-    said: list[str] = []
+    """Run a batch that looks ten times a second, until something is on its page. What it ``said``, and its last page."""
+    said = said if said is not None else []
     views: list[BatchView] = []
 
     def sink(event: Event) -> None:
@@ -104,17 +109,22 @@ def is_done(name: str) -> Callable[[BatchView], bool]:
 def test_what_appears_is_made_once(
     tmp_path: Path, model: Path, hub: HubServer, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An owner's model that appears after the first look; what was there is left alone. So it is by the next command."""
+    """An owner's model that appears after the first look; what was there is left alone. So it is by the next command. The clock
+    goes backwards all the time, an hour whenever it is read."""
     monkeypatch.setattr("imatrix_runner.app.batch_work._SHOW_SECONDS", 0.0)
+    monkeypatch.setattr("time.time", count(2_000_000_000.0, -3600.0).__next__)
 
     def publish(request: Request, done: bool) -> None:
         if request.path == "/api/models" and done:
             appear(hub, "new", model, created="2025-01-01T00:00:00.000Z")  # it was private until now
 
     hub.on_request = publish
-    said, view = watch(file, "ORG", until=is_done("org/new"))
+    said: list[str] = []
+    idle = "Everything is done. New models are looked for every 0.1 s until Ctrl-C."
+    _, view = watch(file, "ORG", until=lambda view: is_done("org/new")(view) and idle in said, said=said)
     assert "Watching ORG for models that appear from now on; 1 are there." in said
     assert "New at ORG: org/new." in said
+    assert not any("skipped" in line for line in said)
     assert added(file) == ["org/new"]
     (place,) = view.watches
     assert (place.place, place.listed, place.added, place.problem) == ("ORG", 2, 1, "")
@@ -258,6 +268,20 @@ def test_what_is_left_out_and_why(model: Path, hub: HubServer, file: Path, cli: 
     table = cli("batch", file, "--dry-run", "--watch", "org", *SINCE)
     assert "would be added now" in table.out
     assert "org/quants is left out: " in table.out
+
+
+@pytest.mark.convert
+def test_checkpoints_that_can_be_converted(hub: HubServer, file: Path, cli: CommandLine) -> None:
+    """By what the converter knows; one that was first published in FP8 is an original."""
+    pytest.importorskip("torch")
+    fp8 = {**CHECKPOINT, "config.json": CONFIG[:-1] + b', "quantization_config": {"quant_method": "fp8"}}'}
+    hub.add("org/checkpoint", CHECKPOINT, created="2026-01-03T00:00:00.000Z", tags=("base_model:merge:org/llama",))
+    hub.add("org/native", fp8, created="2026-01-02T00:00:00.000Z")
+    hub.add("org/strange", {**CHECKPOINT, "config.json": b'{"architectures": ["NoSuchForCausalLM"]}'})
+    look = dry(cli, file, "--watch", "org", *SINCE, "--watch-architecture", "LLAMA,NoSuchForCausalLM")
+    assert look["would_add"] == ["org/checkpoint", "org/native"]
+    assert "a NoSuchForCausalLM, which cannot be converted" in look["left_out"]["org/strange"]
+    assert not any(request.path.startswith("/api/models/org/strange") for request in hub.requests)
 
 
 def test_a_busy_listing_does_not_flood_the_list(model: Path, hub: HubServer, file: Path, cli: CommandLine) -> None:
