@@ -159,7 +159,7 @@ def run_batch(
         looker = _looker(request, reader, checker, folder, lambda: history)
         looks = tuple(looker.looks()) if looker is not None else ()
         return BatchResult(plan, None, time.monotonic() - began, looks=looks)
-    read_list(request.file, reader.known)  # a list that cannot be read leaves no folder behind
+    _entries(request, reader)  # a list that cannot be read leaves no folder behind
     with hold_batch(folder, request.environment.command):
         remove_unfinished(folder.downloads)
         journal = BatchJournal(folder.journal)
@@ -210,7 +210,7 @@ def _looker(
     """What looks for new models; None if that is not asked for."""
     if request.watch is None:
         return None
-    entries, defaults = read_list(request.file, reader.known), read_defaults(request.file, reader.known)
+    entries, defaults = _entries(request, reader), read_defaults(request.file, reader.known)
     return WatchLooker(request.watch, folder, checker, entries, reader.known, defaults, history)
 
 
@@ -221,11 +221,17 @@ def _shown(folder: BatchFolder, on_view: Callable[[BatchView, BatchFolder], None
     on_view(view, folder)
 
 
+def _entries(request: BatchRequest, reader: EntryReader) -> tuple[BatchEntry, ...]:
+    """The entries of the list; there need be none where models are added."""
+    grows = request.watch is not None or BatchFolder.of(request.file).additions.exists()
+    return read_list(request.file, reader.known, may_be_empty=grows)
+
+
 def _plan(
     request: BatchRequest, reader: EntryReader, checker: ListChecker, folder: BatchFolder, history: BatchHistory
 ) -> BatchPlan:
     """Read and check the list. Models that an earlier command finished are not checked again."""
-    entries = read_list(request.file, reader.known)
+    entries = _entries(request, reader)
     entries = (*entries, *read_additions(folder.additions, reader.known, entries, read_defaults(request.file, reader.known))[0])
     finished = [entry for entry in entries if is_finished(entry, history)]
     checked = {model.entry.model: model for model in checker.check([each for each in entries if each not in finished])}
@@ -281,7 +287,7 @@ def add_to_batch(file: Path, entries: Sequence[Mapping[str, Any]], reader: Entry
     """Append entries to the list of a batch, which may be running, and return them. Raises :class:`RunnerError` for an entry
     that is not understood or names a model that is there already."""
     folder = BatchFolder.of(file)
-    there = [*read_list(file, reader.known)]
+    there = [*read_list(file, reader.known, may_be_empty=True)]
     common = read_defaults(file, reader.known)
     there += read_additions(folder.additions, reader.known, there, common)[0]
     found = []
@@ -306,7 +312,7 @@ def batch_status(file: Path, reader: EntryReader) -> BatchView:
     folder = BatchFolder.of(file)
     if running_owner(folder) is not None and folder.state.exists():
         return read_json(folder.state, BatchView)
-    entries = list(read_list(file, reader.known))
+    entries = list(read_list(file, reader.known, may_be_empty=folder.root.exists()))
     added, faults = read_additions(folder.additions, reader.known, entries, read_defaults(file, reader.known))
     history = read_history(folder.journal)
     owner = running_owner(folder)

@@ -62,16 +62,18 @@ class BatchEntry:
         return self.publish.replace(_MODEL, name)
 
 
-def read_list(path: Path, known: Collection[str]) -> tuple[BatchEntry, ...]:
-    """The entries of a list. ``known``: the options of ``run`` that a list may give, with underscores.
+def read_list(path: Path, known: Collection[str], *, may_be_empty: bool = False) -> tuple[BatchEntry, ...]:
+    """The entries of a list. ``known``: the options of ``run`` that a list may give, with underscores; ``may_be_empty``: models
+    come from elsewhere.
 
     Raises :class:`UsageError` for anything in it that is not understood.
     """
     raw, defaults = _raw_entries(path, _read(path))
     common = _common(path, defaults, known)
     entries = [_entry(each, common, known, f"{path}, entry {number}") for number, each in enumerate(raw, start=1)]
-    if not entries:
-        raise UsageError(f"{path} names no models", "the list is empty", "Write a line for each:  - org/name")
+    if not entries and not may_be_empty:
+        todo = "Write a line for each:  - org/name; or look for new ones with --watch."
+        raise UsageError(f"{path} names no models", "the list is empty", todo)
     refuse_twice(entries)
     return tuple(entries)
 

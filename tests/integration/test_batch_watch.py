@@ -352,3 +352,16 @@ def test_options_at_their_bounds_and_without_effect(hub: HubServer, file: Path, 
     assert "--watch-size has no effect: nothing is watched without --watch." in idle.err
     told = cli("batch", file, "--dry-run", "--watch", "nobody")
     assert "nobody: 0 models are there; those that appear later are added" in told.out
+
+
+def test_a_list_may_hold_its_defaults_alone(model: Path, hub: HubServer, file: Path, cli: CommandLine) -> None:
+    """What is watched, or added, fills it."""
+    write_list(file, [], **QUICK)
+    refused = cli("batch", file)
+    assert (refused.code, "look for new ones with --watch" in refused.err) == (2, True)
+    assert cli("batch", "status", file).code == 2
+    done = cli("batch", file, "--watch", "trending", "--watch-for", "0s", "--json")
+    assert done.code == 0, done.err
+    assert [(each["model"], each["state"]) for each in done.document["batch"]["models"]] == [("org/llama", "done")]
+    assert "trending was watched" in cli("batch", "status", file).out
+    assert "1 done" in cli("batch", file).out
