@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_session
 
 from imatrix_runner.files import sha256
 from imatrix_runner.journal import Journal
+from imatrix_runner.models.hub.limits import _ask_for_gzip, _bound
+from imatrix_runner.models.hub.transfer import _refuse_long_wait, _refuse_odd_etag
 from imatrix_runner.workspace import Workspace
 from support.dialogues import TEMPLATE
 from support.hub_server import HubServer, Request, be_quick_and_anonymous
@@ -82,6 +84,16 @@ def test_only_the_hub_sees_the_token(own: Workspace, hub: HubServer, cli: Comman
     assert not any("authorization" in request.headers for request in storage)
     assert TOKEN not in done.out + done.err
     assert not any(TOKEN.encode() in path.read_bytes() for path in own.root.rglob("*") if path.is_file())
+
+
+def test_it_leaves_nothing_in_the_session_that_all_of_the_process_share(
+    own: Workspace, hub: HubServer, cli: CommandLine
+) -> None:
+    """What is asked of another hub afterwards has a token of its own."""
+    before = {name: list(hooks) for name, hooks in get_session().event_hooks.items()}
+    assert cli("publish", own.root, "--to", TO, "--levels", LEVELS[0]).code == 0
+    assert set(get_session().event_hooks["request"]) - set(before["request"]) <= {_ask_for_gzip}
+    assert set(get_session().event_hooks["response"]) - set(before["response"]) <= {_bound, _refuse_long_wait, _refuse_odd_etag}
 
 
 def test_files_of_others_are_not_overwritten(own: Workspace, hub: HubServer, cli: CommandLine) -> None:

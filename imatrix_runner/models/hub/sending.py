@@ -109,6 +109,8 @@ def send(work: Callable[[], T], asked: Asked, stop: Stop, sink: Sink, meter: Sen
         if explained is error or is_bug(error):
             raise
         raise explained from error
+    finally:
+        hooks.remove()
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
@@ -118,20 +120,28 @@ def _pause(state: tenacity.RetryCallState) -> float:
 
 
 class _Hooks:
-    """Hooks of the library's session: files are counted as they are sent, and the token stays at the hub."""
+    """Hooks of the library's session while something is sent: files are counted, and the token stays at the hub."""
 
     def __init__(self, asked: Asked, meter: SendMeter | None) -> None:
         self._origin = _origin(asked.endpoint)
         self._meter = meter
 
     def install(self) -> None:
-        """Put them into the session in use; the library makes a new one after a close. Those of an earlier call go."""
+        """Put them into the session in use; the library makes a new one after a close."""
         from huggingface_hub import get_session
 
         watch_session(_refuse_long_sleep)
         requests: list[Any] = get_session().event_hooks["request"]
-        requests[:] = [hook for hook in requests if not isinstance(hook, _Hooks)]
-        requests.append(self)
+        requests += [self] if self not in requests else []
+
+    def remove(self) -> None:
+        """Take them out again: all of the process share the session, and later requests may go to another hub. The lists are
+        replaced, because a request of another thread may be going through them."""
+        from huggingface_hub import get_session
+
+        hooks = get_session().event_hooks
+        hooks["request"] = [hook for hook in hooks["request"] if hook is not self]
+        hooks["response"] = [hook for hook in hooks["response"] if hook is not _refuse_long_sleep]
 
     def __call__(self, request: httpx2.Request) -> None:
         if _origin(str(request.url)) != self._origin:
