@@ -23,9 +23,10 @@ OPTIONS = ("-c", "128", "--levels", NAMES, "--feedback-tokens", "4096", "--engin
 
 
 def written(workspace: Path) -> dict[str, str]:
-    """The digest of everything that must not depend on interruptions: covariances, comparisons, levels."""
-    files = (*workspace.glob(".covariances/*"), *workspace.glob(".mixes/*"), *workspace.glob("*.gguf"))
-    return {path.relative_to(workspace).as_posix(): digest(path) for path in files}
+    """What must not depend on interruptions: covariances and levels by their digests, comparisons by their lines."""
+    files = (*workspace.glob(".covariances/*"), *workspace.glob("*.gguf"))
+    lines = {path.name: path.read_text(encoding="utf-8") for path in workspace.glob(".mixes/*")}
+    return {path.relative_to(workspace).as_posix(): digest(path) for path in files} | lines
 
 
 def progress(workspace: Path) -> int:
