@@ -275,6 +275,8 @@ def test_who_gives_up_is_explained_by_its_last_words() -> None:
     said = ("error in line 1", *("ordinary",) * 9, "ops.cpp:7: GGML_ASSERT(false) failed")
     error = explain(failed(*said, code=-signal.SIGABRT), "failed")
     assert error.why == "killed by SIGABRT (the program aborted); ops.cpp:7: GGML_ASSERT(false) failed"
+    among = ("0.01.2 W decode: failed to find a slot", "[1]12.5,ops.cpp:7: GGML_ASSERT(false) failed", "0.01.3 E cannot go on")
+    assert explain(failed(*among, code=-signal.SIGABRT), "failed").why == error.why
     memory = explain(failed("terminate called after throwing an instance of 'std::bad_alloc'", code=-signal.SIGABRT), "failed")
     assert memory.why == "the machine does not have enough memory"
 

@@ -37,6 +37,9 @@ _CRASHED = (
 _LAST_WORDS = 5
 """How many lines before its end hold the reason of a program that gives up."""
 
+_ABORT = re.compile(r"[\w./\\:+-]+\.(?:c|cc|cpp|cu|cuh|h|hpp|m|mm|comp):\d+: [^\n]+")
+"""What ggml_abort writes: file, line, reason. Lines of llama.cpp's log thread may come before, after and on the same line."""
+
 _TOOLS_BUILD = "Build the current tools with: imatrix-runner tools build"
 _CONVERT_AGAIN = "Get the file again, or convert the original model with current tools (imatrix-runner tools build)"
 # What std::regex says, in libstdc++ and in libc++.
@@ -387,7 +390,8 @@ def explain(outcome: Outcome, what: str, *, writes: Path | None = None) -> Runne
     if known is not None:
         return known
     words = outcome.tail[-_LAST_WORDS:] if outcome.gave_up else outcome.tail
-    last = " / ".join(relevant_lines(words, 3)) or "it printed nothing"
+    aborts = _ABORT.findall("\n".join(words)) if outcome.gave_up else []
+    last = aborts[-1] if aborts else " / ".join(relevant_lines(words, 3)) or "it printed nothing"
     why = f"{outcome.ending()}; {last}"
     if outcome.hung:
         todo = "Run the same command again: it continues. A slow machine may need a longer --timeout."
