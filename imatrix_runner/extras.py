@@ -45,3 +45,6 @@ CONVERT = Extra("convert", ("torch", "transformers", "safetensors", "sentencepie
 
 PUBLISH = Extra("publish", ("ggufdoctor", "wasmtime"))
 """What renders chat templates as llama.cpp does, without a build of it."""
+
+RAY = Extra("ray", ("ray",))
+"""What ``--cluster`` spreads work with."""

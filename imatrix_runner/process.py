@@ -130,6 +130,29 @@ def capture(command: Command, *, seconds: float) -> Captured:
     return Captured(child.returncode, said["stdout"].decode("utf-8", "replace"), said["stderr"].decode("utf-8", "replace"))
 
 
+class Orders:
+    """Numbers for a running worker, which it reads from its stdin one after another (see :meth:`Runner.run`)."""
+
+    def __init__(self) -> None:
+        self._given: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+
+    def give(self, number: int) -> None:
+        """Hand over one more number. Never blocks; a worker that has ended does not get it."""
+        self._given.put(number)
+
+    def deliver(self, pipe: IO[bytes]) -> None:
+        """Write numbers to the worker as they are given, until it ends or :meth:`close` is called."""
+        while (number := self._given.get()) is not None:
+            try:
+                pipe.write(b"%d\n" % number)
+                pipe.flush()
+            except (OSError, ValueError):  # it ended, or is to end: its stdin is closed
+                return
+
+    def close(self) -> None:
+        self._given.put(None)
+
+
 class Runner:
     """Runs long children: streams their output, logs it, ends them on a stop request or when they hang.
 
@@ -158,11 +181,13 @@ class Runner:
         log: Path | None = None,
         on_text: OnText | None = None,
         enough: threading.Event | None = None,
+        orders: Orders | None = None,
     ) -> Outcome:
         """Run to the end. A non-zero exit is an :class:`Outcome`, not an exception; a requested stop raises.
 
         With ``enough``, for this program's own workers, stdin stays open until the event is set, a stop is requested or this
-        process dies; the worker then finishes its current unit of work and exits. Any other child is ended on a stop.
+        process dies; the worker then finishes its current unit of work and exits. ``orders`` go to its stdin meanwhile. Any
+        other child is ended on a stop.
         """
         self.stop.check()
         began = time.monotonic()
@@ -172,8 +197,12 @@ class Runner:
             try:
                 if self._on_child:
                     self._on_child(child.pid, True)
+                if orders is not None and child.stdin is not None:
+                    threading.Thread(target=orders.deliver, args=(child.stdin,), daemon=True).start()
                 tail, hung = self._watch(child, sink, on_text, enough)
             finally:
+                if orders is not None:
+                    orders.close()
                 _end(child)
                 if self._on_child:
                     self._on_child(child.pid, False)

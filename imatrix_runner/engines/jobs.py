@@ -98,7 +98,8 @@ class CollectJob:
     """Collect ``ranges`` of chunks in the order given, each into one complete imatrix file ``folder / range.file_name``.
 
     ``fingerprint`` covers everything that the sums depend on: an engine may leave unfinished work in ``folder`` and continue
-    it exactly for a job with the same fingerprint.
+    it exactly for a job with the same fingerprint. ``ordered``: only those ranges whose places in ``ranges`` are given to the
+    engine (:class:`~imatrix_runner.process.Orders`), as they are given.
     """
 
     step: str
@@ -109,6 +110,7 @@ class CollectJob:
     options: CollectOptions
     fingerprint: str
     log: Path | None
+    ordered: bool = False
 
 
 @dataclass(frozen=True)

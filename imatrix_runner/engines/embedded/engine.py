@@ -51,7 +51,7 @@ from imatrix_runner.errors import (
 )
 from imatrix_runner.events import Metric, Notice, Progress, Sink
 from imatrix_runner.models.gguf_file import unknown_types
-from imatrix_runner.process import Outcome, Runner
+from imatrix_runner.process import Orders, Outcome, Runner
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.pip_install import install_hint
 from imatrix_runner.toolchain.quant_type import QuantType
@@ -152,7 +152,8 @@ class EmbeddedEngine:
     def counts_experts(self) -> bool:
         return True
 
-    def collect(self, job: CollectJob, sink: Sink, on_range: OnRange) -> None:
+    def collect(self, job: CollectJob, sink: Sink, on_range: OnRange, orders: Orders | None = None) -> None:
+        """Compute the job's ranges; of an ordered job those that ``orders`` give, until ``on_range`` returns False."""
         enough = threading.Event()
 
         def on_reply(reply: protocol.Reply) -> None:
@@ -162,7 +163,8 @@ class EmbeddedEngine:
                 sink(reply)
 
         job = replace(job, options=self._options(job.options))
-        self._ask(job, Replies(on_reply), job.log, "The imatrix could not be computed", writes=job.folder, enough=enough)
+        what = "The imatrix could not be computed"
+        self._ask(job, Replies(on_reply), job.log, what, writes=job.folder, enough=enough, orders=orders)
 
     def require_enough(self, n_chunks: int, n_ctx: int) -> None:
         """Accept any number: two chunks are enough for every figure, and callers never ask for fewer."""
@@ -344,7 +346,12 @@ class EmbeddedEngine:
         return checked.tensor, checked.why
 
     def _run(
-        self, job: protocol.Job, on_text: Callable[[str, str], object], log: Path | None, enough: threading.Event | None = None
+        self,
+        job: protocol.Job,
+        on_text: Callable[[str, str], object],
+        log: Path | None,
+        enough: threading.Event | None = None,
+        orders: Orders | None = None,
     ) -> Outcome:
         command = worker_command(job, self.bindings.library)
         *program, argument = command.argv
@@ -353,7 +360,7 @@ class EmbeddedEngine:
                 file = folder / "job.json"
                 file.write_text(argument, encoding="utf-8")
                 command = replace(command, argv=(*program, f"@{file}"))
-            return self._runner.run(command, log=log, on_text=on_text, enough=enough)
+            return self._runner.run(command, log=log, on_text=on_text, enough=enough, orders=orders)
 
     def _ask(
         self,
@@ -364,9 +371,10 @@ class EmbeddedEngine:
         *,
         writes: Path | None = None,
         enough: threading.Event | None = None,
+        orders: Orders | None = None,
     ) -> None:
         """Run a worker to its end. Raises a ``RunnerError`` for the failure that it reported, or for how it died."""
-        outcome = self._run(job, replies.feed, log, enough)
+        outcome = self._run(job, replies.feed, log, enough, orders)
         if outcome.ok:
             return
         # Only llama.cpp's own output: the worker's replies do not contain the reason.

@@ -44,7 +44,7 @@ def collect(job: CollectJob, send: Send) -> None:
         work = _Collection(job, collector, feed, stop, pool, send)
         work.learn()
         load_seconds = time.monotonic() - began
-        for chunks in job.ranges:
+        for chunks in stop.units(job.ranges, ordered=job.ordered):
             if not work.compute(chunks, load_seconds):
                 return
             load_seconds = 0.0
