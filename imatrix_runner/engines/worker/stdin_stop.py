@@ -1,5 +1,4 @@
-"""The worker's stdin: numbers of units of work that the parent orders; its end means that the parent wants the worker to finish,
-or died."""
+"""The worker's stdin: numbers of units of work that the parent orders; its end means that it should finish."""
 
 from __future__ import annotations
 
