@@ -135,22 +135,25 @@ class Orders:
 
     def __init__(self) -> None:
         self._given: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.ended = False
 
     def give(self, number: int) -> None:
         """Hand over one more number. Never blocks; a worker that has ended does not get it."""
         self._given.put(number)
 
+    def end(self) -> None:
+        """Let the worker finish, as if it had been told to stop: nothing follows."""
+        self.ended = True
+        self._given.put(None)
+
     def deliver(self, pipe: IO[bytes]) -> None:
-        """Write numbers to the worker as they are given, until it ends or :meth:`close` is called."""
+        """Write numbers to the worker as they are given, until it ends or nothing follows."""
         while (number := self._given.get()) is not None:
             try:
                 pipe.write(b"%d\n" % number)
                 pipe.flush()
             except (OSError, ValueError):  # it ended, or is to end: its stdin is closed
                 return
-
-    def close(self) -> None:
-        self._given.put(None)
 
 
 class Runner:
@@ -199,10 +202,10 @@ class Runner:
                     self._on_child(child.pid, True)
                 if orders is not None and child.stdin is not None:
                     threading.Thread(target=orders.deliver, args=(child.stdin,), daemon=True).start()
-                tail, hung = self._watch(child, sink, on_text, enough)
+                tail, hung = self._watch(child, sink, on_text, enough, orders)
             finally:
                 if orders is not None:
-                    orders.close()
+                    orders.end()
                 _end(child)
                 if self._on_child:
                     self._on_child(child.pid, False)
@@ -213,7 +216,12 @@ class Runner:
         )
 
     def _watch(
-        self, child: subprocess.Popen[bytes], log: IO[bytes], on_text: OnText | None, enough: threading.Event | None
+        self,
+        child: subprocess.Popen[bytes],
+        log: IO[bytes],
+        on_text: OnText | None,
+        enough: threading.Event | None,
+        orders: Orders | None,
     ) -> tuple[tuple[str, ...], bool]:
         reads: queue.SimpleQueue[tuple[Stream, bytes]] = queue.SimpleQueue()
         streams = _pipes(child)
@@ -226,7 +234,8 @@ class Runner:
         still_open, hung = len(streams), False
 
         def must_end() -> bool:
-            if enough is not None and (enough.is_set() or self.stop.requested):
+            over = orders is not None and orders.ended
+            if enough is not None and (over or enough.is_set() or self.stop.requested):
                 _hang_up(child)
             return enough is None and self.stop.requested
 

@@ -62,3 +62,16 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Put the handler of SIGTERM back that a library replaces when it starts. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -97,8 +97,12 @@ def evaluate(
             "no level of this model was made there",
             f"Make some first: imatrix-runner run {shlex.quote(request.source.model)}",
         )
-    with held(workspace, request.environment, context, dry_run=dry_run) as runner:
-        engine, journal = choice.make(runner), Journal(workspace.journal)
+    cluster = None if dry_run else request.environment.cluster
+    with (
+        held(workspace, request.environment, context, dry_run=dry_run) as runner,
+        choice.opened(runner, cluster, context.sink) as engine,
+    ):
+        journal = Journal(workspace.journal)
         if not dry_run:
             finish_renames(journal, workspace)
         session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, choice.make_additional(runner))

@@ -117,7 +117,8 @@ def run(
         scratch_folder() as scratch,
         ExitStack() as stack,
     ):
-        engine = choice.make(runner)
+        cluster = None if dry_run else request.environment.cluster
+        engine = stack.enter_context(choice.opened(runner, cluster, context.sink))
         journal, additional = Journal(workspace.journal), choice.make_additional(runner)
         full = request.levels is not None and request.levels.verify == "full"
         checker = make_checker(machine, runner) if full else None

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import click
 
 from imatrix_runner.cli.option_fields import option, setting
-from imatrix_runner.cli.types import FILE, FOLDER, SIZE, TEXT, LevelNames, complete_level
+from imatrix_runner.cli.types import FILE, FOLDER, SIZE, TEXT, LevelNames, complete_cluster, complete_level
 from imatrix_runner.context.requests import DEFAULT_FEEDBACK_TOKENS, DEFAULT_TOLERANCE, OutType
 from imatrix_runner.engines.levels import PRESETS
 from imatrix_runner.engines.roundings import ROUNDINGS, STOCK, Rounding
@@ -20,6 +20,7 @@ COMPUTE = "Compute"
 QUANTISE = "Quantise"
 MIXES = "Mixes and rounding"
 MEASURE = "Measure"
+CLUSTER = "Cluster"
 SOURCE = "Source"
 TALK = "Talk"
 
@@ -343,6 +344,41 @@ class MeasuringOptions:
         help="Name the smallest level with a mean KLD of at most X.",
     )
     target_size: int | None = setting("--target-size", type=SIZE, help="Name the best level of at most this size.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadingOptions:
+    """Where long work is spread to."""
+
+    SECTION: ClassVar[str] = CLUSTER
+
+    cluster: str = setting(
+        "--cluster",
+        default="",
+        metavar="auto|ADDRESS|local:N",
+        shell_complete=complete_cluster,
+        help="Spread the work over the workers of a Ray cluster, or over N on this machine; the bytes stay the same.",
+    )
+    cpus_per_worker: int | None = setting(
+        "--cpus-per-worker",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Processors for each worker (default: those of its machine).",
+    )
+    gpus_per_worker: float = setting(
+        "--gpus-per-worker",
+        type=click.FloatRange(min=0),
+        metavar="N",
+        default=0.0,
+        show_default=True,
+        help="GPUs for each worker.",
+    )
+    shared_fs: bool = setting(
+        "--shared-fs/--no-shared-fs",
+        default=True,
+        show_default=True,
+        help="Whether folders that look shared between the machines are taken for it.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

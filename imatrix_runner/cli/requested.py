@@ -18,8 +18,10 @@ from imatrix_runner.cli.options import (
     MixOptions,
     QuantisingOptions,
     SourceOptions,
+    SpreadingOptions,
 )
 from imatrix_runner.cli.publishing_options import PublishingOptions
+from imatrix_runner.cluster.cluster_options import ClusterOptions, checked_address
 from imatrix_runner.context.requests import (
     DEFAULT_FEEDBACK_TOKENS,
     EnvironmentRequest,
@@ -41,9 +43,23 @@ from imatrix_runner.untrusted import whole_number
 
 
 def environment_request(
-    work_dir: Path, engine: EngineOptions, invocation: Invocation, *, force: bool = False
+    work_dir: Path,
+    engine: EngineOptions,
+    invocation: Invocation,
+    *,
+    force: bool = False,
+    spreading: SpreadingOptions | None = None,
 ) -> EnvironmentRequest:
-    return EnvironmentRequest(work_dir, engine.engine, engine.llama_cpp, engine.timeout, invocation.command, force)
+    cluster = cluster_request(spreading) if spreading is not None else None
+    return EnvironmentRequest(work_dir, engine.engine, engine.llama_cpp, engine.timeout, invocation.command, force, cluster)
+
+
+def cluster_request(spreading: SpreadingOptions) -> ClusterOptions | None:
+    """Where work is spread to; None without ``--cluster``."""
+    if not spreading.cluster:
+        return None
+    address = checked_address(spreading.cluster)
+    return ClusterOptions(address, spreading.cpus_per_worker, spreading.gpus_per_worker, spreading.shared_fs)
 
 
 def source_request(model: str, source: SourceOptions) -> SourceRequest:

@@ -73,6 +73,11 @@ class Names(click.ParamType[tuple[str, ...]]):
         return tuple(name for part in str(value).split(",") if (name := part.strip()))
 
 
+def complete_cluster(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell can know of the addresses of clusters."""
+    return [name for name in ("auto", "local:", "ray://") if name.startswith(incomplete)]
+
+
 def complete_place(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """What a shell can know of the places that ``--watch`` takes."""
     return [name for name in ("trending",) if name.startswith(incomplete)]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imatrix_runner.cluster.cluster_options import ClusterOptions
 from imatrix_runner.engines.abilities import RowChecker, TextTokeniser
 from imatrix_runner.engines.contract import Engine
 from imatrix_runner.engines.embedded.bindings import LIBRARY_VARIABLE, Bindings, UnusableBindings, find
 from imatrix_runner.engines.ftypes import quant_types
 from imatrix_runner.engines.levels import offered
 from imatrix_runner.errors import ToolchainError, UsageError
-from imatrix_runner.events import Notice, detail, info, warning
+from imatrix_runner.events import Notice, Sink, detail, info, warning
 from imatrix_runner.process import Runner
 from imatrix_runner.toolchain.hardware import may_have_gpu
 from imatrix_runner.toolchain.locate import ENV_VARIABLE, Found, locate, require
@@ -116,6 +118,26 @@ class EngineChoice:
         assert self.toolchain is not None
         return BinariesEngine(self.toolchain, runner, self._proof.repacking, cache_dir())
 
+    @contextmanager
+    def opened(self, runner: Runner, cluster: ClusterOptions | None, sink: Sink) -> Iterator[Engine]:
+        """The engine itself, whose workers on a ``cluster`` are started, and ended afterwards.
+
+        Raises :class:`UsageError` for the binaries engine, :class:`ToolchainError` for a cluster that cannot be used.
+        """
+        if cluster is None:
+            yield self.make(runner)
+            return
+        if self.bindings is None:
+            raise UsageError(
+                "--cluster needs the embedded engine",
+                f"llama.cpp's programs cannot be given parts of a job{_reason(self.notice)}",
+                "Leave out --engine binaries and --llama-cpp; see what is missing with: imatrix-runner doctor",
+            )
+        from imatrix_runner.cluster.cluster_engine import cluster_engine
+
+        with cluster_engine(self.bindings, runner, cache_dir(), cluster, sink) as engine:
+            yield engine
+
     @cached_property
     def _proof(self) -> ProgramProof:
         """Return the proof that the programs multiply correctly here, where they are the engine."""
@@ -134,6 +156,10 @@ class EngineChoice:
         from imatrix_runner.engines.binaries.engine import BinariesEngine
 
         return BinariesEngine(self.additional, runner, cache=cache_dir()) if self.additional is not None else None
+
+
+def _reason(notice: Notice | None) -> str:
+    return f" ({notice.text.rstrip('.')})" if notice is not None else ""
 
 
 def repacking_of_library(bindings: Bindings) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from imatrix_runner.cluster.cluster_options import ClusterOptions
 from imatrix_runner.engines.jobs import CollectOptions, QuantizeOptions
 from imatrix_runner.engines.roundings import STOCK, Rounding
 from imatrix_runner.fingerprints import counted_apart, harmless, spelt
@@ -133,7 +134,8 @@ class SourceRequest:
 @dataclass(frozen=True)
 class EnvironmentRequest:
     """Where to work and with what. ``hang_seconds`` 0 never ends a silent child; ``command`` is the typed line, shown to others
-    while the workspace is held or unfinished; ``force`` takes over the workspace of another source."""
+    while the workspace is held or unfinished; ``force`` takes over the workspace of another source. ``cluster``: where long
+    work is spread to."""
 
     work_dir: Path = Path("work")
     engine: str = "auto"
@@ -141,6 +143,7 @@ class EnvironmentRequest:
     hang_seconds: float = 600.0
     command: str = ""
     force: bool = False
+    cluster: ClusterOptions | None = None
 
 
 @dataclass(frozen=True)

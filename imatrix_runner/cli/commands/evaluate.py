@@ -10,7 +10,15 @@ import click
 from imatrix_runner.cli.command import command
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.option_fields import argument, listed, option, setting, typed
-from imatrix_runner.cli.options import MEASURE, ComputeOptions, MeasuringOptions, SourceOptions, TalkOptions, WorkDirOptions
+from imatrix_runner.cli.options import (
+    MEASURE,
+    ComputeOptions,
+    MeasuringOptions,
+    SourceOptions,
+    SpreadingOptions,
+    TalkOptions,
+    WorkDirOptions,
+)
 from imatrix_runner.cli.requested import (
     compute_request,
     environment_request,
@@ -67,6 +75,7 @@ class EvaluateOptions:
         help="Compare with these log-probabilities, as written by llama-perplexity, instead of the source's on a text.",
     )
     compute: ComputeOptions
+    spreading: SpreadingOptions
     source: SourceOptions
     talk: TalkOptions
 
@@ -102,7 +111,7 @@ def evaluate(invocation: Invocation, options: EvaluateOptions) -> int:
     )
     request = EvaluateRequest(
         source_request(options.model, options.source),
-        environment_request(options.place.work_dir, options.compute, invocation),
+        environment_request(options.place.work_dir, options.compute, invocation, spreading=options.spreading),
         measure,
         LevelsRequest(threads=options.compute.threads),
         _unused(options),

@@ -13,6 +13,7 @@ from imatrix_runner.cli.options import (
     CollectingOptions,
     ComputeOptions,
     SourceOptions,
+    SpreadingOptions,
     TalkOptions,
     WorkDirOptions,
     dry_run_option,
@@ -40,6 +41,7 @@ class GenerateOptions:
     dry_run: bool = dry_run_option()
     collecting: CollectingOptions
     compute: ComputeOptions
+    spreading: SpreadingOptions
     source: SourceOptions
     talk: TalkOptions
 
@@ -57,7 +59,9 @@ def generate(invocation: Invocation, options: GenerateOptions) -> int:
     out = options.out.absolute() if options.out is not None else None
     request = RunRequest(
         source_request(options.model, options.source),
-        environment_request(options.place.work_dir, options.compute, invocation, force=options.force),
+        environment_request(
+            options.place.work_dir, options.compute, invocation, force=options.force, spreading=options.spreading
+        ),
         imatrix_request(options.collecting, options.compute, invocation.extra, mode="generate", out=out),
         None,
     )

@@ -13,6 +13,7 @@ from imatrix_runner.cli.options import (
     MixOptions,
     QuantisingOptions,
     SourceOptions,
+    SpreadingOptions,
     TalkOptions,
     ThreadOptions,
     WorkDirOptions,
@@ -43,6 +44,7 @@ class QuantizeCommandOptions:
     compute: ThreadOptions
     making: QuantisingOptions
     mixes: MixOptions
+    spreading: SpreadingOptions
     source: SourceOptions
     talk: TalkOptions
 
@@ -64,7 +66,9 @@ def quantize(invocation: Invocation, options: QuantizeCommandOptions) -> int:
         )
     request = RunRequest(
         source_request(options.model, options.source),
-        environment_request(options.place.work_dir, options.compute, invocation, force=options.force),
+        environment_request(
+            options.place.work_dir, options.compute, invocation, force=options.force, spreading=options.spreading
+        ),
         ImatrixRequest(mode="there" if options.imatrix == "auto" else options.imatrix),
         levels_request(options.wanted, options.making, options.compute.threads, options.mixes),
     )

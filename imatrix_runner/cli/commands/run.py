@@ -17,6 +17,7 @@ from imatrix_runner.cli.options import (
     MixOptions,
     QuantisingOptions,
     SourceOptions,
+    SpreadingOptions,
     TalkOptions,
     WorkDirOptions,
     dry_run_option,
@@ -72,6 +73,7 @@ class RunOptions:
         help="Upload each level to this hub repository while the next is made (see imatrix-runner publish --help).",
     )
     publishing: PublishingOptions
+    spreading: SpreadingOptions
     source: SourceOptions
     talk: TalkOptions
 
@@ -100,7 +102,9 @@ def run_request(invocation: Invocation, options: RunOptions) -> RunRequest:
     """The request that the options make."""
     measure = _measure(options)
     levels = levels_request(options.wanted, options.making, options.compute.threads, options.mixes)
-    environment = environment_request(options.place.work_dir, options.compute, invocation, force=options.force)
+    environment = environment_request(
+        options.place.work_dir, options.compute, invocation, force=options.force, spreading=options.spreading
+    )
     return RunRequest(
         source_request(options.model, options.source),
         environment,

@@ -21,13 +21,14 @@ class ClusterOptions:
 
     ``cpus_per_worker`` None: a worker takes all processors of its machine, or its share of them for ``local:N``.
     ``gpus_per_worker``: GPUs that Ray gives to each worker. ``shared_files`` false: no folder is taken for shared, although the
-    probe says so.
+    probe says so. ``lane``: only this worker of the cluster, counted from 0.
     """
 
     address: str = field(metadata=_SAME)
     cpus_per_worker: int | None = field(default=None, metadata=_SAME)
     gpus_per_worker: float = field(default=0.0, metadata=_SAME)
     shared_files: bool = field(default=True, metadata=_SAME)
+    lane: int | None = field(default=None, metadata=_SAME)
 
     @property
     def local_workers(self) -> int | None:

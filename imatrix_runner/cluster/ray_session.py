@@ -1,0 +1,451 @@
+"""The connection to a Ray cluster, and its workers. The only module that imports ray.
+
+Ray places workers, restarts them, notices lost machines, and moves objects. What is decided here is which unit goes to which
+worker (:mod:`~imatrix_runner.cluster.unit_queue`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from imatrix_runner.cluster.node_facts import NodeFacts, share_of_processors, why_left_out
+from imatrix_runner.cluster.node_worker import Absent, NodeWorker, Problem, Stopped, Task
+from imatrix_runner.cluster.cluster_options import ClusterOptions
+from imatrix_runner.cluster.shared_files import SharedFile
+from imatrix_runner.cluster.unit_queue import AT_ONCE, MOST_FAILURES, MOST_LOSSES, UnitQueue
+from imatrix_runner.environment import neutral_directory
+from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, UsageError
+from imatrix_runner.events import Sink, detail, info, warning
+from imatrix_runner.extras import RAY
+from imatrix_runner.files import human_bytes
+from imatrix_runner.signals import Stop, handlers_kept
+
+START_SECONDS = 300.0
+"""How long a worker may take to prove its machine: a new machine compiles kernels first."""
+
+LOST_SECONDS = 120.0
+"""How long the run waits for any worker, after all were lost."""
+
+_STOP_SECONDS = 120.0
+_POLL_SECONDS = 0.5
+_MOST_SENT = 16 << 30
+"""Larger files are not sent through Ray's object store: they would take longer than the work is worth."""
+
+_OBJECTS = 512 << 20
+"""Bytes of the object store of ``local:N``, which needs room for a few results at a time."""
+
+_ERRORS: Mapping[int, type[RunnerError]] = {
+    kind.exit_code: kind for kind in (UsageError, ToolchainError, EngineError, InvalidDataError, NoSpaceError)
+}
+
+OnResult = Callable[[int, Any], bool]
+"""Called with a unit's number and its result, in any order; returns whether to continue."""
+
+OnNews = Callable[[Mapping[int, float]], None]
+"""Called with how much of each unit in work is done."""
+
+
+@dataclass
+class _Worker:
+    """A worker as the driver sees it: Ray's handle, its machine, and whether it takes units. ``proof``: of a restarted one."""
+
+    number: int
+    handle: Any
+    facts: NodeFacts
+    takes: bool = True
+    proof: Any = None
+    news: Any = None
+    partial: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A machine with room for ``count`` workers of ``threads`` processors each."""
+
+    node: str
+    count: int
+    threads: int
+
+
+class ClusterWorkers:
+    """The workers of a run. ``ray``: the module, imported by :func:`connected`."""
+
+    def __init__(self, ray: Any, options: ClusterOptions, sink: Sink, stop: Stop) -> None:
+        self._ray, self._options, self._sink, self._stop = ray, options, sink, stop
+        self._workers: list[_Worker] = []
+        self._driver: NodeFacts | None = None
+
+    @property
+    def facts(self) -> tuple[NodeFacts, ...]:
+        """The machines of the workers that are used, one for each worker."""
+        return tuple(worker.facts for worker in self._workers)
+
+    def start(self, driver: NodeFacts) -> None:
+        """Start a worker wherever there is room, and leave out machines that would not compute what ``driver`` would.
+
+        Raises :class:`ToolchainError` if none is left.
+        """
+        self._driver = driver
+        handles = [self._placed(place) for place in _places(self._ray, self._options) for _ in range(place.count)]
+        if self._options.lane is not None:
+            handles = handles[self._options.lane :][:1]
+        if not handles:
+            raise ToolchainError(
+                "The Ray cluster has no room for a worker",
+                f"no machine has {_wanted(self._options)} to give",
+                "Give less with --cpus-per-worker or --gpus-per-worker, or add machines: ray start --address=...",
+            )
+        proofs = [handle.facts.remote() for handle in handles]
+        reasons = []
+        for number, (handle, proof) in enumerate(zip(handles, proofs, strict=True)):
+            host, why = "a machine", ""
+            try:
+                facts = self._ray.get(proof, timeout=START_SECONDS)
+                host, why = facts.host, why_left_out(facts, driver)
+            except self._ray.exceptions.RayError as error:
+                why = _phrase(error)
+            if why:
+                reasons.append(f"{host}: {why}")
+                self._ray.kill(handle)
+            else:
+                self._workers.append(_Worker(number, handle, facts))
+        for reason in dict.fromkeys(reasons):
+            self._sink(warning(f"Left out of the cluster: {reason}"))
+        if not self._workers:
+            raise ToolchainError(
+                "No machine of the cluster can compute",
+                "; ".join(dict.fromkeys(reasons)) or "none answered",
+                "Install the same imatrix-runner and llama-cpp-python everywhere; see there: imatrix-runner doctor",
+            )
+
+    def share_folder(self, folder: Path) -> bool:
+        """Whether every worker reads and writes ``folder`` as the same folder; found out with a probe file."""
+        if not self._options.shared_files:
+            return False
+        nonce = secrets.token_hex(16)
+        probe = folder / f".cluster-probe-{nonce}"
+        answers = [probe.with_name(f"{probe.name}-{worker.number}") for worker in self._workers]
+        try:
+            probe.write_text(nonce, encoding="utf-8")
+            asked = [
+                worker.handle.shares_folder.remote(probe, nonce, answer)
+                for worker, answer in zip(self._workers, answers, strict=True)
+            ]
+            seen = self._ray.get(asked, timeout=START_SECONDS)
+            written = [answer.is_file() and answer.read_text(encoding="utf-8") == nonce for answer in answers]
+            return all(seen) and all(written)
+        except (OSError, UnicodeDecodeError, self._ray.exceptions.RayError):
+            return False
+        finally:
+            for path in (probe, *answers):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+    def spread(
+        self, task: Task, numbers: Sequence[int], on_result: OnResult, on_news: OnNews, *, ahead: int | None = None
+    ) -> None:
+        """Have every unit done, each by one worker; returns when all are, or when ``on_result`` wants no more.
+
+        A unit of a lost worker is given to another. Raises :class:`RunnerError`: of a unit, of one that has lost
+        :data:`~.unit_queue.MOST_LOSSES` workers, if no worker is left, or of a request to stop, for which the units in work end
+        at their next batch.
+        """
+        _Spreading(self._ray, self._workers, self._accept, self._sink, self._stop, task).run(
+            UnitQueue(numbers, ahead=ahead), on_result, on_news
+        )
+
+    def close(self) -> None:
+        """End all workers."""
+        asked = [worker.handle.finish.remote() for worker in self._workers]
+        self._ray.wait(asked, num_returns=len(asked), timeout=5.0)
+        for worker in self._workers:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.kill(worker.handle)
+        self._workers = []
+
+    def _accept(self, facts: NodeFacts) -> str:
+        """Why a restarted worker's machine is not used; empty if it is."""
+        assert self._driver is not None
+        return why_left_out(facts, self._driver)
+
+    def _placed(self, place: _Place) -> Any:
+        strategies = self._ray.util.scheduling_strategies
+        # Soft: where the machine is lost, the worker may be restarted on another that has room.
+        affinity = strategies.NodeAffinitySchedulingStrategy(node_id=place.node, soft=True)
+        actor = self._ray.remote(
+            num_cpus=place.threads,
+            num_gpus=self._options.gpus_per_worker,
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy=affinity,
+            concurrency_groups={"units": AT_ONCE, "aside": 2},
+        )(NodeWorker)
+        return actor.remote(place.threads, self._options.shared_files)
+
+
+class _Spreading:
+    """One task being done by the workers."""
+
+    def __init__(
+        self,
+        ray: Any,
+        workers: list[_Worker],
+        accept: Callable[[NodeFacts], str],
+        sink: Sink,
+        stop: Stop,
+        task: Task,
+    ) -> None:
+        self._ray, self._workers, self._accept, self._sink, self._stop = ray, workers, accept, sink, stop
+        self._key = secrets.token_hex(8)
+        self._task = ray.put(task)
+        self._asked: dict[Any, tuple[_Worker, int]] = {}
+
+    def run(self, queue: UnitQueue, on_result: OnResult, on_news: OnNews) -> None:
+        lonely_since: float | None = None
+        try:
+            while not queue.over:
+                if self._stop.requested:
+                    self._stopped(queue, on_result)
+                    self._stop.check()
+                self._welcome_back()
+                for worker in self._workers:
+                    while worker.takes and (number := queue.take(worker.number)) is not None:
+                        asked = worker.handle.compute.options(concurrency_group="units").remote(self._key, self._task, number)
+                        self._asked[asked] = (worker, number)
+                if not self._asked:
+                    lonely_since = lonely_since or time.monotonic()
+                    if time.monotonic() - lonely_since > LOST_SECONDS:
+                        raise _no_worker()
+                    time.sleep(_POLL_SECONDS)
+                    continue
+                lonely_since = None
+                for ready in self._ray.wait(list(self._asked), num_returns=1, timeout=_POLL_SECONDS)[0]:
+                    if not self._take(ready, queue, on_result):
+                        return
+                self._hear(on_news)
+        finally:
+            self._end_units()
+
+    def _take(self, ready: Any, queue: UnitQueue, on_result: OnResult) -> bool:
+        """Deal with a unit that ended; returns whether to continue."""
+        worker, number = self._asked.pop(ready)
+        try:
+            result = self._ray.get(ready)
+        except self._ray.exceptions.RayTaskError as error:
+            raise EngineError("A worker of the cluster failed", _phrase(error), "Report it.") from error
+        except self._ray.exceptions.RayError as error:
+            self._lost(worker, number, queue, _phrase(error))
+            return True
+        if isinstance(result, Absent):
+            self._send(worker, result.file)
+            queue.put_back(number)
+            return True
+        if isinstance(result, Stopped):
+            queue.put_back(number)
+            return True
+        if isinstance(result, Problem):
+            if result.exit_code != EngineError.exit_code or queue.lost(number) >= MOST_FAILURES:
+                raise _ERRORS.get(result.exit_code, EngineError)(result.what, f"on {result.host}: {result.why}", result.todo)
+            self._sink(warning(f"{result.host}: {result.why}; another worker takes over."))
+            return True
+        return not queue.done(number) or on_result(number, result)
+
+    def _lost(self, worker: _Worker, number: int, queue: UnitQueue, why: str) -> None:
+        losses = queue.lost(number)
+        if worker.takes:
+            self._sink(warning(f"A worker on {worker.facts.host} was lost ({why}); another takes over."))
+            worker.takes, worker.partial, worker.news = False, {}, None
+            worker.proof = worker.handle.facts.remote()  # answered once Ray has restarted it
+        if losses >= MOST_LOSSES:
+            raise EngineError(
+                f"{losses} workers were lost at the same unit of work",
+                why,
+                "Give each worker more memory (fewer workers on a machine: --cpus-per-worker), or a smaller -b; what is "
+                "finished is kept.",
+            )
+
+    def _welcome_back(self) -> None:
+        """Use restarted workers again whose machines compute what the driver would."""
+        for worker in [worker for worker in self._workers if worker.proof is not None]:
+            if not self._ray.wait([worker.proof], timeout=0)[0]:
+                continue
+            proof, worker.proof = worker.proof, None
+            try:
+                facts = self._ray.get(proof)
+            except self._ray.exceptions.ActorUnavailableError:
+                worker.proof = worker.handle.facts.remote()
+                continue
+            except self._ray.exceptions.RayError as error:
+                self._sink(warning(f"A worker on {worker.facts.host} does not come back: {_phrase(error)}"))
+                self._workers.remove(worker)
+                if not self._workers:
+                    raise _no_worker() from error
+                continue
+            if why := self._accept(facts):
+                self._sink(warning(f"Left out of the cluster: {facts.host}: {why}"))
+                self._workers.remove(worker)
+                self._ray.kill(worker.handle)
+                if not self._workers:
+                    raise _no_worker()
+                continue
+            worker.facts, worker.takes = facts, True
+
+    def _send(self, worker: _Worker, file: SharedFile) -> None:
+        """Send a file that is not on a worker's machine. Raises :class:`RunnerError`; a worker that is lost meanwhile is
+        noticed at its next unit."""
+        host = worker.facts.host
+        if file.size > _MOST_SENT:
+            raise InvalidDataError(
+                f"{file.path.name} is not on {host}",
+                f"there is no such file at {file.path}, and {human_bytes(file.size)} are too much to be sent",
+                "Put it where all machines see it under the same path.",
+            )
+        self._sink(info(f"{file.path.name} ({human_bytes(file.size)}) is not on {host}, and is sent there."))
+        try:
+            for place, block in file.blocks():
+                self._stop.check()
+                if (problem := self._ray.get(worker.handle.receive.remote(file, place, block))) is not None:
+                    kind = _ERRORS.get(problem.exit_code, EngineError)
+                    raise kind(problem.what, f"on {host}: {problem.why}", problem.todo)
+        except self._ray.exceptions.RayError as error:
+            self._sink(detail(f"{file.path.name} did not reach {host}: {_phrase(error)}"))
+
+    def _hear(self, on_news: OnNews) -> None:
+        """Ask each worker for its progress without waiting for it."""
+        for worker in self._workers:
+            if worker.news is not None and self._ray.wait([worker.news], timeout=0)[0]:
+                with suppress(self._ray.exceptions.RayError):
+                    worker.partial = self._ray.get(worker.news)
+                worker.news = None
+            if worker.news is None and worker.takes:
+                worker.news = worker.handle.news.options(concurrency_group="aside").remote()
+        on_news({number: done for worker in self._workers for number, done in worker.partial.items()})
+
+    def _stopped(self, queue: UnitQueue, on_result: OnResult) -> None:
+        """Let the units in work end at their next batch, and take what is finished by then."""
+        for worker in self._workers:
+            worker.handle.stop.options(concurrency_group="aside").remote()
+        deadline = time.monotonic() + _STOP_SECONDS
+        while self._asked and time.monotonic() < deadline:
+            for ready in self._ray.wait(list(self._asked), num_returns=1, timeout=_POLL_SECONDS)[0]:
+                _, number = self._asked.pop(ready)
+                with suppress(self._ray.exceptions.RayError):
+                    result = self._ray.get(ready)
+                    if not isinstance(result, (Absent, Stopped, Problem)) and queue.done(number):
+                        on_result(number, result)
+
+    def _end_units(self) -> None:
+        """Forget the units in work; their workers close the task when the next one begins."""
+        self._asked.clear()
+
+
+def _no_worker() -> EngineError:
+    return EngineError(
+        "No worker of the cluster is left",
+        f"all were lost, and none came back within {LOST_SECONDS:.0f} s",
+        "See the cluster's state with: ray status. Run the same command again: it continues.",
+    )
+
+
+def _phrase(error: BaseException) -> str:
+    """The first sentence of one of Ray's errors, without its advice."""
+    cause = getattr(error, "cause", None)
+    text = str(cause or error).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return (lines[-1] if cause is not None else lines[0])[:200] if lines else type(error).__name__
+
+
+def _wanted(options: ClusterOptions) -> str:
+    cpus = f"{options.cpus_per_worker or 1} processors"
+    return f"{cpus} and {options.gpus_per_worker:g} GPUs" if options.gpus_per_worker else cpus
+
+
+def _places(ray: Any, options: ClusterOptions) -> Iterator[_Place]:
+    """The machines with room for workers, by name; what other jobs of the cluster use is not known here."""
+    if options.local_workers is not None:
+        node = next(node for node in ray.nodes() if node["Alive"])
+        threads = options.cpus_per_worker or share_of_processors(options.local_workers)
+        yield _Place(node["NodeID"], options.local_workers, threads)
+        return
+    for node in sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"])):
+        cpus, gpus = int(node["Resources"].get("CPU", 0)), float(node["Resources"].get("GPU", 0))
+        count = cpus // options.cpus_per_worker if options.cpus_per_worker else min(cpus, 1)
+        if options.gpus_per_worker:
+            by_gpu = int(gpus / options.gpus_per_worker)
+            count = min(count, by_gpu) if options.cpus_per_worker else by_gpu
+        if count:
+            yield _Place(node["NodeID"], count, options.cpus_per_worker or max(1, cpus // count))
+
+
+@contextmanager
+def connected(options: ClusterOptions, sink: Sink, stop: Stop) -> Iterator[ClusterWorkers]:
+    """Connect to the cluster (``local:N`` starts one on this machine), and disconnect at the end.
+
+    Raises :class:`ToolchainError` without Ray, for a cluster that cannot be reached, and for one of another version of Ray or
+    Python.
+    """
+    RAY.require("--cluster")
+    import ray
+    import ray.util.scheduling_strategies
+
+    mine = not ray.is_initialized()
+    if mine:
+        _initialise(ray, options)
+    workers = ClusterWorkers(ray, options, sink, stop)
+    try:
+        yield workers
+    finally:
+        workers.close()
+        if mine:
+            ray.shutdown()
+
+
+def _initialise(ray: Any, options: ClusterOptions) -> None:
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": False}
+    try:
+        with _neutral(), handlers_kept():
+            if options.local_workers is not None:
+                cpus = options.local_workers * (options.cpus_per_worker or share_of_processors(options.local_workers))
+                ray.init(
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=_OBJECTS,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+            else:
+                ray.init(address=options.address, **quiet)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError, OSError) as error:
+        text = _phrase(error)
+        if "version" in text.lower():
+            raise ToolchainError(
+                f"The Ray cluster at {options.address} has another version",
+                text,
+                "Install the same versions of Python and ray everywhere (here: ray "
+                f"{ray.__version__}), then run the same command again.",
+            ) from error
+        raise ToolchainError(
+            f"The Ray cluster at {options.address} cannot be reached",
+            text,
+            "Start one with: ray start --head   (or use --cluster local:2 for two workers on this machine)",
+        ) from error
+
+
+@contextmanager
+def _neutral() -> Iterator[None]:
+    """Ray lets workers import modules from the driver's working directory, which may hold anyone's files."""
+    before = Path.cwd()
+    os.chdir(neutral_directory())
+    try:
+        yield
+    finally:
+        os.chdir(before)
