@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from imatrix_runner.cluster.node_facts import NodeFacts, unlike
 from imatrix_runner.cluster.cluster_options import ClusterOptions
+from imatrix_runner.cluster.node_facts import NodeFacts, unlike
 from imatrix_runner.cluster.ray_session import ClusterWorkers, connected
 from imatrix_runner.cluster.shared_files import SharedFile
 from imatrix_runner.cluster.spread_collect import CollectTask, RangeSums

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imatrix_runner.cluster.cluster_options import ClusterOptions
 from imatrix_runner.cluster.node_facts import NodeFacts, share_of_processors, why_left_out
 from imatrix_runner.cluster.node_worker import Absent, NodeWorker, Problem, Stopped, Task
-from imatrix_runner.cluster.cluster_options import ClusterOptions
 from imatrix_runner.cluster.shared_files import SharedFile
 from imatrix_runner.cluster.unit_queue import AT_ONCE, MOST_FAILURES, MOST_LOSSES, UnitQueue
 from imatrix_runner.environment import neutral_directory
