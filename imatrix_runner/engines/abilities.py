@@ -1,9 +1,9 @@
 """Contracts that only some engines fulfil: tokenise texts, answer prompts, check finished levels, measure costs of rounding,
-collect covariances."""
+collect covariances, measure levels in ranges of chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import CheckJob
-from imatrix_runner.engines.measures import AnswerJob
+from imatrix_runner.engines.measures import AnswerJob, RangeScores, RangesJob
 from imatrix_runner.events import Sink
 
 if TYPE_CHECKING:
@@ -80,4 +80,17 @@ class CovarianceCollector(Protocol):
     def collect_covariances(self, job: CovarianceJob, sink: Sink) -> None:
         """Write a file for each input to ``job.folder``. Progress counts chunks, once for each group of inputs; a stop ends the
         job where its work can be kept."""
+        ...
+
+
+OnScores = Callable[[RangeScores], None]
+"""Called with the scores of each subject on each range, in any order, never by two threads at a time."""
+
+
+class RangeMeasurer(Protocol):
+    """Measures levels in ranges of chunks, several at a time."""
+
+    def measure_ranges(self, job: RangesJob, sink: Sink, on_scores: OnScores) -> None:
+        """Compute every range. Progress counts chunks, those of the source included; a stop ends it, and what was not handed
+        over is computed again. Errors of a subject are handed over in place of its scores; those of the source are raised."""
         ...

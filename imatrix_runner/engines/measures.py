@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
+from imatrix_runner.errors import RunnerError
 
 KLD_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
 DP_FRACTIONS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.01, 0.001, 0.0)
@@ -19,7 +20,7 @@ class ReferenceJob:
 
     ``scored`` (:mod:`~imatrix_runner.engines.files.token_scores`, with its own fingerprint) gets the model's exact -ln p of
     every scored token, after those of earlier chunks: ``out`` holds no probability below e^-16 of the likeliest token's.
-    Engines that cannot write it ignore it."""
+    Engines that cannot write it ignore it. ``alone``: it gets those of ``chunks`` only."""
 
     step: str
     model: Path
@@ -30,6 +31,7 @@ class ReferenceJob:
     fingerprint: str
     log: Path | None
     scored: tuple[Path, str] | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class MeasureJob:
     """Compare the predictions of ``model`` with the reference in ``base``, token by token, and write the scores to ``out``
     (:mod:`~imatrix_runner.engines.files.token_scores`). Unfinished work with the same ``fingerprint`` is continued.
 
-    ``base`` holds the text's chunks from number ``first`` on (``out`` holds the scores of those before); the first ``limit``
-    chunks of ``base`` are compared (None: all).
+    ``base`` holds the text's chunks from number ``first`` on (``out`` holds the scores of those before, unless the job stands
+    ``alone``); the first ``limit`` chunks of ``base`` are compared (None: all).
     """
 
     step: str
@@ -50,6 +52,58 @@ class MeasureJob:
     log: Path | None
     first: int = 0
     limit: int | None = None
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class RangeSubject:
+    """A file to compare with the source in ranges of chunks. ``step`` is its step in progress."""
+
+    step: str
+    name: str
+    file: Path
+    log: Path | None
+
+
+@dataclass(frozen=True)
+class MeasuredRange:
+    """Chunks of the text, whole batches, and the places in :attr:`RangesJob.subjects` of those to compare on them."""
+
+    chunks: ChunkRange
+    subjects: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RangesJob:
+    """Compare ``subjects`` with their source ``model`` on each of ``ranges`` of ``text``. No range depends on another, so they
+    may be computed in any order, and on several machines."""
+
+    step: str
+    model: Path
+    text: Path
+    subjects: tuple[RangeSubject, ...]
+    ranges: tuple[MeasuredRange, ...]
+    options: CollectOptions
+    log: Path | None
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks to compute: those of the source, and those of every subject."""
+        return sum(each.chunks.count * (1 + len(each.subjects)) for each in self.ranges)
+
+
+@dataclass(frozen=True)
+class RangeScores:
+    """What one range gave for a subject (its place in :attr:`RangesJob.subjects`; None: the source's own scores).
+
+    ``scores``: :data:`~imatrix_runner.engines.files.token_scores.TOKEN` [count, rows] as bytes, or why there are none.
+    ``seconds``: time it took.
+    """
+
+    chunks: ChunkRange
+    subject: int | None
+    scores: bytes | RunnerError
+    seconds: float
 
 
 @dataclass(frozen=True)

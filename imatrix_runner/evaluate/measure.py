@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,17 +14,26 @@ import numpy.typing as npt
 
 from imatrix_runner.context.context import Session
 from imatrix_runner.context.open_model import Frozen
-from imatrix_runner.documents.corpus import stage
+from imatrix_runner.documents.corpus import Corpus, stage
+from imatrix_runner.engines.abilities import RangeMeasurer
 from imatrix_runner.engines.files.logits import LogitsHead, is_whole, note_path
 from imatrix_runner.engines.files.plausible import no_language_model, no_reference
 from imatrix_runner.engines.files.token_scores import read_token_scores
 from imatrix_runner.engines.jobs import ChunkRange
-from imatrix_runner.engines.measures import Divergence, MeasureJob, ReferenceJob
+from imatrix_runner.engines.measures import (
+    Divergence,
+    MeasureJob,
+    RangesJob,
+    RangeSubject,
+    ReferenceJob,
+)
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, from_os_error
 from imatrix_runner.evaluate.disk_budget import next_range
 from imatrix_runner.evaluate.held_out import REFERENCE, HeldOut, check_content
 from imatrix_runner.evaluate.kld_statistics import perplexity_ratio, summarise
+from imatrix_runner.evaluate.measure_ranges import compute_ranges, missing_ranges, ranges_of
 from imatrix_runner.evaluate.measurements import Measured, ReportEvaluation
+from imatrix_runner.evaluate.range_scores import RangeScoresFile, remove_waiting
 from imatrix_runner.events import Finished, Sink, Started
 from imatrix_runner.files import encode_json, free_bytes, human_bytes
 from imatrix_runner.journal import StepRecord
@@ -93,6 +103,9 @@ class Measurer:
         found: dict[str, Divergence | RunnerError] = {}
         said: set[str] = set()
         self._make_folder()
+        spread = self.session.engine.range_measurer
+        if subjects and spread is not None and self.held_out.text is not None:
+            return self._measure_in_ranges(spread, self.held_out.text, subjects)
         waiting = [_Waiting(subject, self._done(subject)) for subject in subjects]
         source = _Waiting(self._source, self._done(self._source))
         while waiting:
@@ -117,9 +130,11 @@ class Measurer:
         """Delete the token scores of these subjects and of the source, so that they are measured from the first token."""
         for each in (self._source, *subjects):
             self._out(each).unlink(missing_ok=True)
+        remove_waiting(self.folder)
 
     def tidy(self) -> None:
-        """Remove the reference: it is large, and quick to make again."""
+        """Remove the reference: it is large, and quick to make again. So are scores that wait for those of earlier chunks."""
+        remove_waiting(self.folder)
         reference = self.folder / REFERENCE
         for path in (reference, note_path(reference), self.folder / _TEXT, self.folder / _CHECK):
             path.unlink(missing_ok=True)
@@ -237,11 +252,71 @@ class Measurer:
             self.sink(Finished(subject.step, "failed", once(error.why, said), time.monotonic() - began))
             self.frozen.check_unchanged()
             return error
+        self._record(subject, found, waiting.seconds)
+        return found
+
+    def _record(self, subject: Subject, found: Divergence, seconds: float) -> None:
+        """Report a subject's figures, and put them into the journal."""
         measured = self._facts(subject, found)
-        self.sink(Finished(subject.step, "done", describe(measured), waiting.seconds))
-        inputs = {**self.held_out.inputs, "chunks": str(extent.n_chunks), **subject.inputs}
-        record = StepRecord.now(inputs, [], subject.reason, waiting.seconds, commands=[self._command()], facts=measured)
+        self.sink(Finished(subject.step, "done", describe(measured), seconds))
+        inputs = {**self.held_out.inputs, "chunks": str(self.held_out.extent.n_chunks), **subject.inputs}
+        record = StepRecord.now(inputs, [], subject.reason, seconds, commands=[self._command()], facts=measured)
         self.session.journal.record(subject.step, record)
+
+    def _measure_in_ranges(
+        self, measurer: RangeMeasurer, text: Corpus, subjects: Sequence[Subject]
+    ) -> dict[str, Divergence | RunnerError]:
+        """Like :meth:`measure`, with an engine that computes ranges of chunks in any order."""
+        ranges = ranges_of(self.frozen.model, self.session.engine, self.held_out)
+        named = [
+            RangeSubject(each.step, each.name, each.file, self.session.log(each.step.replace(" ", "-"))) for each in subjects
+        ]
+        job = RangesJob(
+            _REFERENCE,
+            self.frozen.model.path,
+            self.folder / _TEXT,
+            tuple(named),
+            (),
+            self.held_out.options,
+            self.session.log("evaluate-reference"),
+        )
+        found: dict[str, Divergence | RunnerError] = {}
+        said: set[str] = set()
+        with ExitStack() as files:
+            source, *each = (
+                files.enter_context(
+                    closing(RangeScoresFile(self._out(one), self._fingerprint(one), self.held_out.options, ranges))
+                )
+                for one in (self._source, *subjects)
+            )
+            job = replace(job, ranges=missing_ranges(ranges, source, each))
+            if job.ranges:
+                stage(text, job.text)
+                compute_ranges(measurer, job, source, each, self.sink)
+                self.frozen.check_unchanged()
+                record = StepRecord.now(
+                    self.held_out.inputs, [], "levels are measured", source.seconds, commands=[self._command()]
+                )
+                whole = f"{job.ranges[0].chunks.first}-{job.ranges[-1].chunks.end}"
+                self.session.journal.record(step_id("reference", whole), record)
+            for subject, scores in zip(subjects, each, strict=True):
+                self.sink(Started(subject.step, f"measure {subject.name}", ranges[-1].end, "chunks"))
+                found[subject.name] = self._finish(subject, scores, said)
+        return found
+
+    def _finish(self, subject: Subject, scores: RangeScoresFile, said: set[str]) -> Divergence | RunnerError:
+        """The figures of a subject whose ranges were computed, or its error. ``said``: the reasons of earlier failures."""
+        try:
+            if scores.error is not None:
+                raise scores.error
+            found = summarise(self.scored(subject))
+            _require_numbers(found, subject, self.held_out.extent.n_vocab)
+        except NoSpaceError:
+            raise
+        except RunnerError as error:
+            self.sink(Finished(subject.step, "failed", once(error.why, said), scores.seconds))
+            return error
+        self._record(subject, found, scores.seconds)
         return found
 
     def _compare(self, subject: Subject, chunks: ChunkRange) -> Divergence | None:

@@ -72,6 +72,7 @@ class SyntheticEngine:
     answerer: None = None
     cost_meter: None = None
     covariance_collector: None = None
+    range_measurer: None = None
 
     def identity(self) -> str:
         return "synthetic 1"

@@ -291,6 +291,11 @@ class BinariesEngine:
         return None
 
     @property
+    def range_measurer(self) -> None:
+        """Levels are measured one after another."""
+        return None
+
+    @property
     def cost_meter(self) -> None:
         """llama.cpp's programs cannot change the weights of a loaded model."""
         return None

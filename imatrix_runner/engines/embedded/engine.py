@@ -203,6 +203,11 @@ class EmbeddedEngine:
             raise EngineError("The worker ended early", f"{job.out.name} is not complete", "Run the same command again.")
 
     @property
+    def range_measurer(self) -> None:
+        """Levels are measured one after another, each loaded once."""
+        return None
+
+    @property
     def cost_meter(self) -> EmbeddedEngine:
         return self
 

@@ -39,18 +39,19 @@ def write_reference(job: ReferenceJob, send: Send) -> None:
         with ExitStack() as files:
             base = files.enter_context(closing(LogitsWriter(job.out, head, rows, job.fingerprint)))
             scored = _open_token_scores(job, files)
-            done = base.chunks if scored is None else min(base.chunks, max(0, scored.chunks - chunks.first))
+            before = 0 if job.alone else chunks.first
+            done = base.chunks if scored is None else min(base.chunks, max(0, scored.chunks - before))
             done = done // options.chunks_at_once * options.chunks_at_once
             base.cut(done)
-            if scored is not None and scored.chunks < chunks.end:
-                scored.cut(chunks.first + done)
+            if scored is not None and scored.chunks < before + chunks.count:
+                scored.cut(before + done)
             loaded = time.monotonic()
 
             exact, begun = _Chunks(), done
 
             def take(chunk: int, row: int, kept: tuple[Rows, F32]) -> None:
                 base.write(chunk, row, kept[0])
-                if scored is not None and chunks.first + chunk >= scored.chunks:
+                if scored is not None and before + chunk >= scored.chunks:
                     exact.take(chunk, row, _exact(kept[1]))
 
             def finish() -> None:
@@ -83,16 +84,17 @@ def measure(job: MeasureJob, send: Send) -> None:
             )
         count = head.n_chunks if job.limit is None else min(job.limit, head.n_chunks)
         chunks = read_tokens(job.base, head)[:count]
+        before = 0 if job.alone else job.first
         with closing(TokenScoresFile(job.out, job.fingerprint, head.n_ctx)) as scored:
-            if scored.chunks < job.first:
+            if scored.chunks < before:
                 raise Refusal.failed(
                     f"{job.model.name} was compared with {scored.chunks} chunks only",
                     f"the reference at hand begins with chunk {job.first}",
                 )
-            done = scored.chunks - job.first
+            done = scored.chunks - before
             if done < count:
                 done = done // options.chunks_at_once * options.chunks_at_once
-                scored.cut(job.first + done)
+                scored.cut(before + done)
                 work.refuse_bad_tensors()
             loaded = time.monotonic()
 
@@ -139,7 +141,7 @@ def _open_token_scores(job: ReferenceJob, files: ExitStack) -> TokenScoresFile |
     if job.scored is None:
         return None
     scored = files.enter_context(closing(TokenScoresFile(*job.scored, job.options.n_ctx)))
-    return scored if scored.chunks >= job.chunks.first else None
+    return scored if job.alone or scored.chunks >= job.chunks.first else None
 
 
 def _exact(nll: F32) -> npt.NDArray[np.void]:
