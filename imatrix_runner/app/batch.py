@@ -30,7 +30,7 @@ from imatrix_runner.batch.check_list import CheckedModel, ListChecker, RequestOf
 from imatrix_runner.batch.forecast import RemainingWork, batch_seconds, read_speeds, speeds_of
 from imatrix_runner.batch.overview import BatchView, overview
 from imatrix_runner.batch.release_files import bytes_there, remove_unfinished
-from imatrix_runner.batch.schedule import ModelProgress, Stage, peak_bytes
+from imatrix_runner.batch.schedule import ModelProgress, Stage, disk_without_bound, peak_bytes
 from imatrix_runner.context.context import Context, settle
 from imatrix_runner.context.engine_choice import EngineNeeds
 from imatrix_runner.context.requests import BatchRequest, EnvironmentRequest, PublishRequest, RunRequest
@@ -56,7 +56,7 @@ class BatchPlan:
     """A list after its check, in the order of work. ``limit``: bytes that it may take, of ``room`` on the disk; it
     takes ``peak`` at most;
     ``misfits``: models that do not fit; ``finished``: those that an earlier command finished; ``seconds``: expected, None where
-    a speed is not known."""
+    a speed is not known; ``lanes``: models that are computed at a time."""
 
     file: Path
     models: tuple[CheckedModel, ...]
@@ -68,6 +68,7 @@ class BatchPlan:
     model_seconds: Mapping[str, float | None]
     keep: str
     room: int
+    lanes: int = 1
 
     @property
     def problems(self) -> tuple[CheckedModel, ...]:
@@ -186,6 +187,7 @@ def run_batch(
                 notify,
                 {model.entry.model: model for model in plan.models},
                 read_defaults(request.file, reader.known),
+                lanes=request.lanes,
             )
             looker = _looker(request, reader, checker, folder, lambda: journal.history)
             if looker is None:
@@ -244,10 +246,11 @@ def _plan(
     room = free_bytes(work_dir) + there
     room = limit = min(room, request.max_disk) if request.max_disk is not None else room
     todo = [model for model in models if model.problem is None and model.entry not in finished]
-    if request.keep == "nothing" and request.max_disk is None and todo:
-        limit = min(limit, max(model.needs(request.keep).peak for model in todo))
+    if request.keep == "nothing" and request.max_disk is None:
+        wanted = disk_without_bound((model.needs(request.keep).peak for model in todo), request.lanes)
+        limit = limit if wanted is None else min(limit, wanted)
     states = [ModelProgress(model.entry.model, model.needs(request.keep)) for model in todo]
-    peak, misfits = peak_bytes(states, limit)
+    peak, misfits = peak_bytes(states, limit, request.lanes)
     speeds = read_speeds(work_dir)
     works = {model.entry.model: first_work(model, request) for model in todo}
     return BatchPlan(
@@ -257,10 +260,11 @@ def _plan(
         limit,
         peak,
         misfits,
-        batch_seconds(works.values(), speeds),
+        batch_seconds(works.values(), speeds, request.lanes),
         {name: work.seconds(speeds) for name, work in works.items()},
         request.keep,
         room,
+        request.lanes,
     )
 
 

@@ -80,10 +80,10 @@ class BatchStages:
         if start.stage == "download":
             return StageOutcome(self._download(model, context))
         if start.stage == "prepare":
-            return StageOutcome(self._prepare(model, context))
+            return StageOutcome(self._prepare(model, start.compute_lane, context))
         if start.stage == "make":
             with self._busy[model.entry.model]:
-                return self._make(model, levels, context)
+                return self._make(model, levels, start.compute_lane, context)
         return StageOutcome(self._publish(model, levels, context))
 
     def history(self, model: CheckedModel) -> ModelHistory:
@@ -110,9 +110,9 @@ class BatchStages:
         self.journal.append(*(FileMade(model.entry.model, "download", str(path), stamp(path)) for path in new))
         return sum(path.stat().st_size for path in new)
 
-    def _prepare(self, model: CheckedModel, context: Context) -> int:
+    def _prepare(self, model: CheckedModel, lane: int, context: Context) -> int:
         workspace = self._workspace(model, context)
-        request, name, entry = self._run_request(model), model.entry.model, model.entry.fingerprint
+        request, name, entry = self._run_request(model, lane), model.entry.model, model.entry.fingerprint
         converted_before = self._conversions(workspace)
         if not converted_before and str(workspace.root) not in self.history(model).intended:
             self.journal.append(FileIntended(name, "converted", str(workspace.root)))
@@ -155,9 +155,9 @@ class BatchStages:
             remove_files(downloads, self.journal, self.folder.downloads, context.sink)
         return source
 
-    def _make(self, model: CheckedModel, levels: Sequence[str], context: Context) -> StageOutcome:
+    def _make(self, model: CheckedModel, levels: Sequence[str], lane: int, context: Context) -> StageOutcome:
         history = self.history(model)
-        request, prepared = self._run_request(model), history.prepared
+        request, prepared = self._run_request(model, lane), history.prepared
         assert request.levels is not None
         assert prepared is not None
         self._note_released(model, context)
@@ -226,15 +226,17 @@ class BatchStages:
 
     # -- parts --------------------------------------------------------------------------------------------------------------
 
-    def _run_request(self, model: CheckedModel) -> RunRequest:
-        """The request of ``run`` for a model, in the batch's work directory and with its downloads."""
+    def _run_request(self, model: CheckedModel, lane: int | None = None) -> RunRequest:
+        """The request of ``run`` for a model, in the batch's work directory and with its downloads. ``lane``: the number of the
+        compute lane, where it computes: on a cluster on that worker alone."""
         assert model.request is not None
         request, environment = model.request, self.request.environment
         trust = request.source.trust_remote_code or self.request.trust_remote_code
         source = replace(request.source, trust_remote_code=trust)
         if self._own_download(model):
             source = replace(source, cache=self.folder.downloads)
-        own = replace(request.environment, work_dir=environment.work_dir)
+        cluster = replace(environment.cluster, lane=lane) if environment.cluster is not None and lane is not None else None
+        own = replace(request.environment, work_dir=environment.work_dir, cluster=cluster)
         return replace(request, source=source, environment=own)
 
     def _own_download(self, model: CheckedModel) -> bool:

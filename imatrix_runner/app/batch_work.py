@@ -26,6 +26,7 @@ from imatrix_runner.batch.schedule import (
     ModelProgress,
     Stage,
     StageStart,
+    disk_without_bound,
     held_bytes,
     next_starts,
     without_room,
@@ -48,7 +49,7 @@ _LEFT_AT_LEAST = 1
 @dataclass
 class BatchWorker:
     """One command's work on a batch. ``models``: those to work on, by name; ``known``: options that additions may give, on
-    the list's ``defaults``."""
+    the list's ``defaults``. ``lanes``: models that are computed at a time, each by a worker of its own."""
 
     request: BatchRequest
     folder: BatchFolder
@@ -64,6 +65,7 @@ class BatchWorker:
     defaults: Mapping[str, OptionText] = field(default_factory=dict)
     faults: list[ThreeLines] = field(default_factory=list)
     most_held: int = 0
+    lanes: int = 1
     watcher: BatchWatcher | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +86,8 @@ class BatchWorker:
         stages have ended."""
         for model in self.models.values():
             self._stages.sweep(model, self._context(model))
-        with ThreadPoolExecutor(max_workers=len({*LANES.values()}), thread_name_prefix="batch") as pool:
+        n_threads = len({*LANES.values()}) + self.lanes - 1
+        with ThreadPoolExecutor(max_workers=n_threads, thread_name_prefix="batch") as pool:
             while True:
                 if not self.context.stop.requested:
                     self._take_additions()
@@ -120,6 +123,7 @@ class BatchWorker:
             limit=self._room(),
             faults=self.faults,
             watching=self.watcher.places if self.watcher is not None and state == "running" else (),
+            lanes=self.lanes,
         )
 
     # -- scheduling ---------------------------------------------------------------------------------------------------------
@@ -151,6 +155,7 @@ class BatchWorker:
             frozenset(number for number, group in enumerate(names) if {*group} <= published - there) & rotating,
             name in self._completed,
             there=bytes_there(list(history.files.values())),
+            compute_lane=history.compute_lane,
         )
 
     def _needs(self, model: CheckedModel) -> tuple[ModelNeeds, list[tuple[str, ...]]]:
@@ -175,22 +180,25 @@ class BatchWorker:
         return model.own_download or "download" in self.journal.history.of(model.entry.model).intended.values()
 
     def _room(self) -> int:
-        """Bytes that may be taken: with ``--keep nothing`` and no ``--max-disk`` the most that one model takes alone."""
+        """Bytes that may be taken: with ``--keep nothing`` and no ``--max-disk`` the most that the models take which are
+        computed at a time."""
         if self.request.keep != "nothing" or self.request.max_disk is not None:
             return self.limit
         peaks = [self._needs(model)[0].peak for model in self.models.values() if model.problem is None]
-        return min(self.limit, max(peaks, default=self.limit))
+        wanted = disk_without_bound(peaks, self.lanes)
+        return self.limit if wanted is None else min(self.limit, wanted)
 
     def _begin_stages(self, pool: ThreadPoolExecutor) -> None:
         models = [self._progress(model) for model in self._order()]
         running = [*self._running.values()]
-        for start in next_starts(models, running, self._room()):
+        for start in next_starts(models, running, self._room(), self.lanes):
             model = self.models[start.model]
             levels = self._needs(model)[1][start.group] if start.stage in ("make", "publish") else ()
-            self.journal.append(StageBegan(start.model, model.entry.fingerprint, start.stage, levels))
+            lane = start.compute_lane if self.lanes > 1 and start.lane == "compute" else None
+            self.journal.append(StageBegan(start.model, model.entry.fingerprint, start.stage, levels, lane))
             with self._lock:
                 title = stage_title(start.stage, levels)
-                self._live.setdefault(start.model, {})[start.stage] = LiveStage(start.stage, title)
+                self._live.setdefault(start.model, {})[start.stage] = LiveStage(start.stage, title, compute_lane=lane)
             self._running[pool.submit(self._stage, model, start, levels)] = start
         self.most_held = max(self.most_held, held_bytes(models, [*self._running.values()]))
 
@@ -275,8 +283,9 @@ class BatchWorker:
             done = StageDone(name, entry, start.stage, tuple(levels), seconds, outcome.n_bytes, outcome.names)
             self.journal.append(done)
             self._stages.sweep(model, context)
-            self.speeds = self.speeds.with_stage(done)
-            write_speeds(self.request.environment.work_dir, self.speeds)
+            with self._lock:  # stages of several models may end at once
+                self.speeds = self.speeds.with_stage(done)
+                write_speeds(self.request.environment.work_dir, self.speeds)
             finished = {"download": self._downloaded, "prepare": self._prepared, "complete": self._completed}
             finished.get(start.stage, set()).add(name)
             self._conclude(model, context, outcome.url)
@@ -330,8 +339,8 @@ class BatchWorker:
             if start is None:
                 return
             with self._lock:
-                if start.stage in self._live.get(start.model, {}):
-                    self._live[start.model][start.stage] = LiveStage(start.stage, title, share)
+                if (before := self._live.get(start.model, {}).get(start.stage)) is not None:
+                    self._live[start.model][start.stage] = replace(before, title=title, share=share)
 
         return note
 

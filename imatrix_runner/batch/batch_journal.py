@@ -35,12 +35,14 @@ class BatchBegan(msgspec.Struct, frozen=True, tag_field="event", tag="began"):
 
 
 class StageBegan(msgspec.Struct, frozen=True, tag_field="event", tag="stage-began"):
-    """A stage of a model began. ``levels``: those that it makes or publishes. ``entry``: fingerprint of the list's entry."""
+    """A stage of a model began. ``levels``: those that it makes or publishes. ``entry``: fingerprint of the list's entry.
+    ``compute_lane``: the number of the worker that computes it, where there are several; else None."""
 
     model: str
     entry: str
     stage: Stage
     levels: tuple[str, ...] = ()
+    compute_lane: int | None = None
 
 
 class StageDone(msgspec.Struct, frozen=True, tag_field="event", tag="stage-done"):
@@ -190,7 +192,9 @@ class ModelHistory:
     that the batch ever made for it and has not removed, by path."""
 
     entry: str = ""
-    running: dict[Stage, tuple[str, ...]] = field(default_factory=dict)
+    running: dict[Stage, StageBegan] = field(default_factory=dict)
+    compute_lane: int | None = None
+    """The one that computed it last, by this or an earlier command."""
     downloaded: bool = False
     prepared: ModelPrepared | None = None
     made: set[str] = field(default_factory=set)
@@ -261,7 +265,9 @@ class BatchHistory:
         event: StageBegan | StageDone | ModelPrepared | LevelFailed | ModelFailed | ModelRetried | ModelDone,
     ) -> None:
         if isinstance(event, StageBegan):
-            history.running[event.stage] = event.levels
+            history.running[event.stage] = event
+            if event.compute_lane is not None:
+                history.compute_lane = event.compute_lane
         elif isinstance(event, StageDone):
             self.stages.append(event)
             history.running.pop(event.stage, None)

@@ -88,8 +88,9 @@ class RemainingWork:
         return sum(known) if len(known) == len(times) else None
 
 
-def batch_seconds(models: Iterable[RemainingWork], speeds: Speeds) -> float | None:
-    """How long all models take: as long as the busiest lane, since stages of different models overlap."""
+def batch_seconds(models: Iterable[RemainingWork], speeds: Speeds, compute_lanes: int = 1) -> float | None:
+    """How long all models take: as long as the busiest lane, since stages of different models overlap. ``compute_lanes``:
+    models that are computed at a time."""
     lanes: dict[Lane, float] = {}
     longest = 0.0
     for model in models:
@@ -98,7 +99,8 @@ def batch_seconds(models: Iterable[RemainingWork], speeds: Speeds) -> float | No
             seconds = speeds.seconds(stage, n_bytes)
             if seconds is None:
                 return None
-            lanes[LANES[stage]] = lanes.get(LANES[stage], 0.0) + seconds
+            lane = LANES[stage]
+            lanes[lane] = lanes.get(lane, 0.0) + seconds / (compute_lanes if lane == "compute" else 1)
             alone += seconds
         longest = max(longest, alone)
     return max((*lanes.values(), longest), default=0.0)

@@ -27,11 +27,18 @@ STAGE_TITLES = {
 
 @dataclass(frozen=True)
 class LiveStage:
-    """How far a running stage is. ``share``: 0 to 1, None where that is not known."""
+    """How far a running stage is. ``share``: 0 to 1, None where that is not known. ``compute_lane``: the number, from 0, of the
+    worker that computes it, where there are several; else None."""
 
     stage: str
     title: str
     share: float | None = None
+    compute_lane: int | None = None
+
+    @property
+    def line(self) -> str:
+        """The stage for people: ``Make levels: Q4_K_M (worker 2)``."""
+        return self.title + (f" (worker {self.compute_lane + 1})" if self.compute_lane is not None else "")
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class WatchView:
 @dataclass(frozen=True)
 class BatchView:
     """A whole batch. ``faults``: lines that were added to the list and are not understood. ``held``: bytes of the batch's own
-    files on the disk; ``limit``: bytes that it may take, None where that is not known."""
+    files on the disk; ``limit``: bytes that it may take, None where that is not known; ``lanes``: models that are computed at
+    a time."""
 
     file: str
     state: BatchState
@@ -99,6 +107,7 @@ class BatchView:
     limit: int | None = None
     faults: tuple[ThreeLines, ...] = ()
     watches: tuple[WatchView, ...] = ()
+    lanes: int = 1
 
     def count(self, state: ModelState) -> int:
         return sum(model.state == state for model in self.models)
@@ -118,10 +127,11 @@ def overview(
     limit: int | None = None,
     faults: Sequence[ThreeLines] = (),
     watching: Sequence[str] | None = None,
+    lanes: int = 1,
 ) -> BatchView:
     """The view of a batch. ``live``: running stages by model, where this process runs them; ``work``: what is left by model;
     ``problems``: why models cannot be worked on, from the check; ``watching``: the places that this process still watches
-    (None: another one may watch those that the journal names)."""
+    (None: another one may watch those that the journal names); ``lanes``: models that are computed at a time."""
     speeds = speeds or Speeds()
     models = []
     for entry in entries:
@@ -134,10 +144,11 @@ def overview(
     left = (
         [work[model.model] for model in models if model.state in ("waiting", "running") and model.model in work] if work else []
     )
-    total = batch_seconds(left, speeds) if work is not None else None
+    total = batch_seconds(left, speeds, lanes) if work is not None else None
     began = history.began
     command, at = (began.command, began.at) if began is not None else ("", "")
-    return BatchView(file, state, tuple(models), total, command, at, held, limit, tuple(faults), watch_views(history, watching))
+    watches = watch_views(history, watching)
+    return BatchView(file, state, tuple(models), total, command, at, held, limit, tuple(faults), watches, lanes)
 
 
 def watch_views(history: BatchHistory, watching: Sequence[str] | None) -> tuple[WatchView, ...]:
@@ -160,7 +171,10 @@ def watch_line(view: WatchView) -> str:
 
 
 def _running(history: ModelHistory) -> tuple[LiveStage, ...]:
-    return tuple(LiveStage(stage, stage_title(stage, levels)) for stage, levels in history.running.items())
+    return tuple(
+        LiveStage(stage, stage_title(stage, began.levels), compute_lane=began.compute_lane)
+        for stage, began in history.running.items()
+    )
 
 
 def stage_title(stage: str, levels: Sequence[str] = ()) -> str:

@@ -2,14 +2,15 @@
 
 Every model goes through *download*, *prepare* (conversion and plan), then for each group of levels *make* and, where they are
 removed afterwards, *publish*; *complete* publishes the rest and looks at everything. Stages
-of different models overlap: one download, one computation, one upload at a time. The disk bound holds at every moment, and no
-order of events can end in two models that wait for each other's space: a stage begins only if afterwards the models could
-still be finished one after another (the banker's algorithm).
+of different models overlap: at a time one download, one upload, and one computation in each compute lane. One machine is one
+compute lane; a cluster has one for each worker. The disk bound holds at every moment, and no order of events can end in two
+models that wait for each other's space: a stage begins only if afterwards the models could still be finished one after another
+(the banker's algorithm).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -24,7 +25,7 @@ LANES: dict[Stage, Lane] = {
     "publish": "network out",
     "complete": "network out",
 }
-"""What each stage occupies; one stage at a time in each lane."""
+"""What each stage occupies; one stage at a time in each lane, of which there may be several to compute."""
 
 MOST_GROUPS = 2
 """Groups of levels of one model that are on the disk at a time, where they are removed after they were published."""
@@ -78,11 +79,13 @@ class ModelNeeds:
 
 @dataclass(frozen=True)
 class StageStart:
-    """A stage of a model. ``group``: the number of the group of levels for ``make`` and ``publish``."""
+    """A stage of a model. ``group``: the number of the group of levels for ``make`` and ``publish``. ``compute_lane``: the
+    number, from 0, of the compute lane that ``prepare`` and ``make`` take; 0 for others."""
 
     model: str
     stage: Stage
     group: int = 0
+    compute_lane: int = 0
 
     @property
     def lane(self) -> Lane:
@@ -93,7 +96,8 @@ class StageStart:
 class ModelProgress:
     """What is done of a model. ``made``, ``published``, ``gone`` (removed): numbers of groups of levels. ``ended``: nothing
     more is to be done, because it is finished or failed, and ``left`` bytes of it stay on the disk. ``there``: bytes that were
-    found there."""
+    found there. ``compute_lane``: the one that computed it last, which takes it again where it is free: the model is known
+    there."""
 
     name: str
     needs: ModelNeeds
@@ -106,6 +110,7 @@ class ModelProgress:
     ended: bool = False
     left: int = 0
     there: int = 0
+    compute_lane: int | None = None
 
     def held(self, running: Sequence[StageStart]) -> int:
         """Bytes that the model has, or has reserved for its ``running`` stages."""
@@ -181,18 +186,25 @@ def held_bytes(models: Models, running: Sequence[StageStart]) -> int:
     return sum(model.held(running) for model in models)
 
 
-def next_starts(models: Models, running: Sequence[StageStart], limit: int) -> list[StageStart]:
-    """The stages to begin now. ``models``: in the order in which they should be worked on; ``limit``: bytes of disk."""
+def next_starts(models: Models, running: Sequence[StageStart], limit: int, lanes: int = 1) -> list[StageStart]:
+    """The stages to begin now. ``models``: in the order in which they should be worked on; ``limit``: bytes of disk; ``lanes``:
+    models that are computed at a time."""
     starts: list[StageStart] = []
-    busy = {start.lane for start in running}
     for model in models:
         for start in model.next_stages(running):
             now = [*running, *starts]
-            if start.lane in busy or not is_safe(models, [*now, start], limit):
+            free = _free_lanes(start.lane, now, lanes)
+            if not free or not is_safe(models, [*now, start], limit):
                 continue
-            starts.append(start)
-            busy.add(start.lane)
+            number = model.compute_lane if model.compute_lane in free else free[0]
+            starts.append(replace(start, compute_lane=number))
     return starts
+
+
+def _free_lanes(lane: Lane, now: Sequence[StageStart], lanes: int) -> list[int]:
+    """The numbers of the lanes of a kind that no stage has."""
+    busy = {start.compute_lane for start in now if start.lane == lane}
+    return [number for number in range(lanes if lane == "compute" else 1) if number not in busy]
 
 
 def without_room(models: Models, running: Sequence[StageStart], limit: int) -> ModelProgress | None:
@@ -202,13 +214,20 @@ def without_room(models: Models, running: Sequence[StageStart], limit: int) -> M
     return next((model for model in models if model.next_stages(running)), None)
 
 
-def peak_bytes(models: Models, limit: int) -> tuple[int, tuple[str, ...]]:
+def disk_without_bound(peaks: Iterable[int], lanes: int = 1) -> int | None:
+    """Bytes that a batch takes which keeps nothing and was given no bound: what its largest models take that are computed at
+    a time; None for no models."""
+    largest = sorted(peaks, reverse=True)[:lanes]
+    return sum(largest) if largest else None
+
+
+def peak_bytes(models: Models, limit: int, lanes: int = 1) -> tuple[int, tuple[str, ...]]:
     """The most bytes that are held at a time if every stage takes equally long, and the models that do not fit."""
     state, running, most = {model.name: model for model in models}, list[StageStart](), 0
     misfits: list[str] = []
     while True:
         now = list(state.values())
-        running += next_starts(now, running, limit)
+        running += next_starts(now, running, limit, lanes)
         most = max(most, held_bytes(now, running))
         if not running:
             stuck = without_room(now, running, limit)
@@ -231,5 +250,6 @@ def after(model: ModelProgress, done: StageStart) -> ModelProgress:
         published=model.published | ({done.group} if done.stage == "publish" else set()),
         gone=model.gone | ({done.group} if done.stage == "publish" else set()),
         completed=model.completed or done.stage == "complete",
+        compute_lane=done.compute_lane if done.lane == "compute" else model.compute_lane,
     )
     return replace(now, ended=True, left=now.needs.final) if now.finished else now

@@ -213,7 +213,8 @@ class WatchRequest:
 class BatchRequest:
     """``batch run``. ``file``: the list of models; ``keep``: what stays on the disk; ``max_disk``: bytes that downloads,
     sources and levels may take together (None: what is free). ``notify``: addresses to send ends and failures to; ``watch``:
-    where new models are looked for."""
+    where new models are looked for. ``lanes``: models that are computed at a time: one, or with ``environment.cluster`` one for
+    each of its workers."""
 
     file: Path
     environment: EnvironmentRequest
@@ -222,3 +223,4 @@ class BatchRequest:
     notify: tuple[str, ...] = ()
     trust_remote_code: bool = False
     watch: WatchRequest | None = None
+    lanes: int = 1

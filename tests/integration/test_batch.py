@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from imatrix_runner.app.batch import EntryReader, batch_status
+from imatrix_runner.app.batch import EntryReader, batch_status, run_batch
 from imatrix_runner.app.batch_work import BatchWorker
 from imatrix_runner.batch.batch_folder import BatchFolder, append_addition, hold_batch
 from imatrix_runner.batch.overview import BatchView
 from imatrix_runner.cli.commands.batch_entries import known_options, request_of
+from imatrix_runner.context.context import Context
+from imatrix_runner.context.requests import BatchRequest, EnvironmentRequest
+from imatrix_runner.events import ignore
 from support.batches import check_repository, watched, weights_in, write_list
 from support.hub_server import HubServer, Request, be_quick_and_anonymous
 from support.in_process import CommandLine
@@ -211,6 +214,32 @@ def test_a_model_that_does_not_fit_is_left_out(
     assert found["org/big"]["failure"]["kind"] == "no-space"
     assert "does not fit" in found["org/big"]["failure"]["what"]
     assert done.document["plan"]["do_not_fit"] == ["org/big"]
+
+
+def test_two_lanes_compute_two_models_at_a_time_with_the_same_files(tmp_path: Path, models: dict[str, Path]) -> None:
+    sources = [*models.values(), write_llama_gguf(tmp_path / "other-BF16.gguf", fluent=True, seed=5)]
+    made: dict[int, dict[str, bytes]] = {}
+    at_once: dict[int, int] = {}
+    for lanes in (1, 2):
+        (folder := tmp_path / str(lanes)).mkdir()
+        file = write_list(folder / "m.yaml", [str(path) for path in sources], levels="Q4_0,Q8_0", **QUICK)
+        request = BatchRequest(file, EnvironmentRequest(folder / "work"), lanes=lanes)
+        seen: list[tuple[int | None, ...]] = []
+
+        def look(view: BatchView, _folder: BatchFolder, seen: list[tuple[int | None, ...]] = seen) -> None:
+            computing = [stage for model in view.models for stage in model.stages if stage.stage in ("prepare", "make")]
+            seen.append(tuple(stage.compute_lane for stage in computing))
+
+        result = run_batch(request, EntryReader(known_options(), request_of), Context(ignore), on_view=look)
+        assert not result.failed
+        levels = sorted((folder / "work").rglob("*.gguf"))
+        made[lanes] = {path.name: path.read_bytes() for path in levels}
+        at_once[lanes] = max(map(len, seen))
+        assert all(len({*numbers}) == len(numbers) for numbers in seen)
+        assert {number for numbers in seen for number in numbers} == ({None} if lanes == 1 else {0, 1})
+    assert at_once == {1: 1, 2: 2}
+    assert len(made[1]) == 8
+    assert made[1] == made[2]
 
 
 def test_a_level_that_fails_does_not_take_the_others(tmp_path: Path, hub: HubServer, cli: CommandLine) -> None:

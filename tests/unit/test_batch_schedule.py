@@ -14,6 +14,7 @@ from imatrix_runner.batch.schedule import (
     ModelProgress,
     StageStart,
     after,
+    disk_without_bound,
     held_bytes,
     is_safe,
     next_starts,
@@ -37,9 +38,9 @@ def models(found: list[ModelNeeds]) -> list[ModelProgress]:
     return [ModelProgress(f"m{number}", each) for number, each in enumerate(found)]
 
 
-@given(st.lists(needs(), min_size=1, max_size=6), st.integers(1, 200), st.integers(0, 1 << 30))
+@given(st.lists(needs(), min_size=1, max_size=6), st.integers(1, 200), st.integers(0, 1 << 30), st.integers(1, 4))
 def test_whatever_ends_first_the_disk_is_never_exceeded_and_everything_that_fits_is_done(
-    found: list[ModelNeeds], limit: int, seed: int
+    found: list[ModelNeeds], limit: int, seed: int, lanes: int
 ) -> None:
     """Stages end in any order, and some fail; afterwards everything is done but what failed or could not fit."""
     chooser = random.Random(seed)
@@ -49,11 +50,11 @@ def test_whatever_ends_first_the_disk_is_never_exceeded_and_everything_that_fits
     failed: set[str] = set()
     for _ in range(400):
         now = list(state.values())
-        starts = next_starts(now, running, limit)
-        running += starts
+        running += next_starts(now, running, limit, lanes)
         assert held_bytes(now, running) <= limit
         assert failed or is_safe(now, running, limit)  # a model that failed leaves more on the disk than one that is done
-        assert max(Counter(start.lane for start in running).values(), default=0) <= 1
+        assert max(Counter((start.lane, start.compute_lane) for start in running).values(), default=0) <= 1
+        assert all(start.compute_lane < (lanes if start.lane == "compute" else 1) for start in running)
         assert len({(start.model, start.stage) for start in running}) == len(running)
         if not running:
             stuck = without_room(now, running, limit)
@@ -84,9 +85,9 @@ def test_whatever_ends_first_the_disk_is_never_exceeded_and_everything_that_fits
             assert ("complete" in stages) == model.needs.publishes
 
 
-@given(st.lists(needs(), min_size=1, max_size=6), st.integers(1, 200))
-def test_the_foreseen_peak_stays_within_the_limit(found: list[ModelNeeds], limit: int) -> None:
-    peak, misfits = peak_bytes(models(found), limit)
+@given(st.lists(needs(), min_size=1, max_size=6), st.integers(1, 200), st.integers(1, 4))
+def test_the_foreseen_peak_stays_within_the_limit(found: list[ModelNeeds], limit: int, lanes: int) -> None:
+    peak, misfits = peak_bytes(models(found), limit, lanes)
     assert peak <= limit
     alone = {f"m{number}" for number, each in enumerate(found) if each.peak > limit}
     assert alone <= {*misfits}
@@ -118,3 +119,27 @@ def test_the_next_model_is_fetched_while_this_one_computes() -> None:
 def test_an_earlier_model_comes_first_in_every_lane() -> None:
     ready = [replace(model, downloaded=True, prepared=True) for model in models([ModelNeeds(1, 0, (1,), False, "all")] * 3)]
     assert [start.model for start in next_starts(ready, (), 100)] == ["m0"]
+
+
+def test_each_compute_lane_takes_a_model_of_its_own_and_keeps_it() -> None:
+    """Two lanes: two models are computed at a time; a model goes on where it was, if that lane is free."""
+    ready = [replace(model, downloaded=True) for model in models([ModelNeeds(1, 0, (1,), False, "all")] * 3)]
+    first, second = next_starts(ready, (), 100, 2)
+    assert [(each.model, each.stage, each.compute_lane) for each in (first, second)] == [
+        ("m0", "prepare", 0),
+        ("m1", "prepare", 1),
+    ]
+    ready[1] = after(ready[1], second)
+    assert next_starts(ready, [first], 100, 2) == [StageStart("m1", "make", 0, compute_lane=1)]
+    ready[0] = after(ready[0], first)
+    both = next_starts(ready, (), 100, 2)
+    assert [(each.model, each.stage, each.compute_lane) for each in both] == [("m0", "make", 0), ("m1", "make", 1)]
+    # Lane 0 is taken meanwhile: the other one is not left idle.
+    taken = StageStart("m2", "prepare", compute_lane=0)
+    assert next_starts([ready[0], ready[2]], [taken], 100, 2) == [StageStart("m0", "make", 0, compute_lane=1)]
+
+
+def test_without_a_bound_the_disk_holds_as_many_models_as_are_computed() -> None:
+    assert disk_without_bound([5, 30, 20]) == 30
+    assert disk_without_bound([5, 30, 20], 2) == 50
+    assert disk_without_bound([]) is None

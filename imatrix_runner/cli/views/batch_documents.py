@@ -55,6 +55,7 @@ def _plan(plan: BatchPlan) -> dict[str, Any]:
         "limit_bytes": plan.limit,
         "peak_bytes": plan.peak,
         "expected_seconds": plan.seconds,
+        "lanes": plan.lanes,
         "finished": list(plan.finished),
         "do_not_fit": list(plan.misfits),
         "models": [_checked(model, plan) for model in plan.models],

@@ -36,7 +36,8 @@ def print_batch_plan(plan: BatchPlan, console: Console) -> None:
     ]
     console.print(fitted_table(columns, plan.models, console))
     room = f"{human_bytes(plan.limit)} may be taken (--keep {plan.keep})"
-    console.print(Text(f"Disk at the peak: about {human_bytes(plan.peak)}; {room}. Time: {_time(plan.seconds)}."))
+    lanes = f", {plan.lanes} models at a time" if plan.lanes > 1 else ""
+    console.print(Text(f"Disk at the peak: about {human_bytes(plan.peak)}; {room}. Time: {_time(plan.seconds)}{lanes}."))
     for model in plan.models:
         for note in model.notes:
             console.print(Text(f"{model.entry.model}: {note}"))
@@ -124,5 +125,5 @@ def _verdict(model: CheckedModel, plan: BatchPlan) -> Text:
 
 
 def _now(model: ModelView) -> str | None:
-    parts = [stage.title + (f" {100 * stage.share:.0f} %" if stage.share is not None else "") for stage in model.stages]
+    parts = [stage.line + (f" {100 * stage.share:.0f} %" if stage.share is not None else "") for stage in model.stages]
     return "; ".join(parts) or (f"failed: {model.failed_at}" if model.failed_at else None)
