@@ -74,7 +74,9 @@ class TrialsJob:
     ``options`` say. In each chunk the tokens from position ``first_scored`` on count. A trial ends after the batch in which the
     standard error of its mean divergence (over chunks, at least four) is below ``enough`` times the mean, and at the last chunk
     at the latest (0: at the last). Unfinished work with the same ``fingerprint`` in ``out`` is continued at a trial: those
-    whose names are there are not measured again. ``covariances``: as in :class:`RoundingErrorsJob`.
+    whose names are there are not measured again. ``covariances``: as in :class:`RoundingErrorsJob`. ``ordered``: only
+    those trials whose places are given to the engine (:class:`~imatrix_runner.process.Orders`), as they are given; their
+    results are handed over, and nothing is written to ``out``.
     """
 
     step: str
@@ -94,6 +96,7 @@ class TrialsJob:
     native_kernels: bool = True
     native: Native | None = None
     covariances: Path | None = None
+    ordered: bool = False
 
 
 @dataclass(frozen=True)

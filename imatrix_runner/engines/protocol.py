@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 
-from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialsJob
+from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialResult, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import CheckJob, CollectJob, Fallback, PassedLevel, PassFigures, PassJob, QuantizeJob
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
@@ -196,6 +196,13 @@ class Costed(msgspec.Struct, frozen=True, tag_field="type", tag="costed"):
     done: bool
 
 
+class TrialMeasured(msgspec.Struct, frozen=True, tag_field="type", tag="trial"):
+    """The result of the trial at this place of an ordered job."""
+
+    place: Count
+    result: TrialResult
+
+
 class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     """The worker failed for a known reason. ``exit_code`` selects the error (3 no engine, 5 it failed, 6 invalid data, 8 no
     space).
@@ -223,6 +230,7 @@ Reply = (
     | Passed
     | Checked
     | Costed
+    | TrialMeasured
     | Failed
     | Progress
     | Metric

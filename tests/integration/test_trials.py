@@ -24,7 +24,7 @@ from imatrix_runner.engines.protocol import Failed, decode_reply, encode_job
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError
 from imatrix_runner.events import Event, Progress, ignore
 from imatrix_runner.models.gguf_file import read_header
-from imatrix_runner.process import Runner
+from imatrix_runner.process import Orders, Runner
 from imatrix_runner.signals import Stop
 from imatrix_runner.toolchain.probe import Toolchain
 from imatrix_runner.toolchain.store import cache_dir
@@ -229,6 +229,32 @@ def test_a_file_is_continued_at_a_trial(small: TrialsJob, costs: Costs) -> None:
         assert small.out.read_bytes() == whole
     costs.trials(replace(small, model=small.model.with_name("gone.gguf")))  # nothing is left to do
     assert small.out.read_bytes() == whole
+
+
+def test_a_result_depends_on_no_trial_before_it(small: TrialsJob, costs: Costs, tmp_path: Path) -> None:
+    """In another order than the job's, one of them twice, without what others rounded between."""
+    whole = list(costs.trials(small).values())
+    for wanted in ((2, 0, 1, 0), (1,)):
+        orders, found, told = Orders(), list[tuple[int, TrialResult]](), list[Event]()
+        for place in wanted:
+            orders.give(place)
+
+        def on_trial(
+            place: int,
+            result: TrialResult,
+            n: int = len(wanted),
+            orders: Orders = orders,
+            to: list[tuple[int, TrialResult]] = found,
+        ) -> None:
+            to.append((place, result))
+            if len(to) == n:
+                orders.end()
+
+        out = tmp_path / "ordered"
+        costs.engine.ordered_trials(replace(small, out=out, ordered=True), told.append, orders, on_trial)
+        assert found == [(place, whole[place]) for place in wanted]
+        assert not list(tmp_path.glob("*ordered*"))
+        assert [event.done for event in told if isinstance(event, Progress)] == list(range(1, 3 * (len(wanted) + 1) + 1))
 
 
 def test_a_stop_finishes_the_batch_and_the_rest_gives_the_same_bytes(small: TrialsJob, costs: Costs, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from imatrix_runner.engines import protocol
 from imatrix_runner.engines.abilities import TokenisedTexts
 from imatrix_runner.engines.contract import EngineCapabilities, OnRange
-from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialsJob
+from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialResult, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.embedded.bindings import Bindings, worker_command
 from imatrix_runner.engines.embedded.native_build import NoNative, compile_kernels
@@ -55,6 +55,9 @@ from imatrix_runner.process import Orders, Outcome, Runner
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.pip_install import install_hint
 from imatrix_runner.toolchain.quant_type import QuantType
+
+OnTrial = Callable[[int, TrialResult], None]
+"""Called with the place of a trial in an ordered job, and its result."""
 
 _LONGEST_ARGUMENT = 30_000
 """Longer requests (many levels with many --tensor-type) go through a file: Windows takes 32767 characters, Linux 128 KiB."""
@@ -219,6 +222,20 @@ class EmbeddedEngine:
         """Measure every trial; a stop ends it after the current batch, and the same job continues at that trial."""
         job = replace(job, options=self._options(job.options))
         self._cost(job, sink, f"What rounding tensors of {job.model.name} changes could not be measured")
+
+    def ordered_trials(self, job: TrialsJob, sink: Sink, orders: Orders, on_trial: OnTrial) -> None:
+        """Measure the trials of an ordered job that ``orders`` give, until they end; a stop ends it after the current batch."""
+
+        def on_reply(reply: protocol.Reply) -> None:
+            if isinstance(reply, protocol.TrialMeasured):
+                on_trial(reply.place, reply.result)
+            elif isinstance(reply, Progress):
+                sink(reply)
+
+        native = self._native() if job.native_kernels else None
+        given = replace(job, options=self._options(job.options), native=native)
+        what = f"What rounding tensors of {job.model.name} changes could not be measured"
+        self._ask(given, Replies(on_reply), job.log, what, writes=job.out, enough=threading.Event(), orders=orders)
 
     @property
     def covariance_collector(self) -> EmbeddedEngine:

@@ -15,7 +15,7 @@ import numpy as np
 
 from imatrix_runner.engines.cost_jobs import Trial, TrialResult, TrialsJob
 from imatrix_runner.engines.files.cost_files import CostFile, reference_of
-from imatrix_runner.engines.protocol import Costed, Send
+from imatrix_runner.engines.protocol import Costed, Send, TrialMeasured
 from imatrix_runner.engines.worker.abi_check import check
 from imatrix_runner.engines.worker.batching import batches
 from imatrix_runner.engines.worker.cost.loaded_weights import LoadedWeights, not_writable
@@ -42,8 +42,15 @@ from imatrix_runner.models.gguf_names import shard_names
 
 
 def measure_trials(job: TrialsJob, send: Send) -> None:
-    """Write the result of every trial that is not in the file yet, in the job's order; at a stop those that are complete."""
+    """Write the result of every trial that is not in the file yet, in the job's order; at a stop those that are complete.
+
+    Of an ordered job send the results, and write none.
+    """
     scratch = reference_of(job.out)
+    if job.ordered:
+        with refusing("measuring trials", job.out), _open(job, job.trials, scratch, send) as trials:
+            send(Costed(trials.serve(send)))
+        return
     with refusing("measuring trials", job.out), closing(CostFile(job.out, job.fingerprint, TrialResult)) as file:
         scratch.unlink(missing_ok=True)  # a killed job's
         known = {result.trial for result in file.records}
@@ -145,6 +152,23 @@ class _Trials:
                 file.cut(known)
                 raise _not_restored(self.job.model, "it predicts otherwise than before the trials")
             file.append([result])
+        return True
+
+    def serve(self, send: Send) -> bool:
+        """Measure the trials that the parent orders, until it ends; returns false if that ended one of them."""
+        if not self._keep_reference():
+            return False
+        proven = False
+        for place in self.logits.stop.units(range(len(self.job.trials)), ordered=True):
+            self.progress.next()
+            result = self._measure(self.job.trials[place])
+            if result is None:
+                return False
+            # Every trial compares the weights' bytes after it; what the model predicts with them is looked at once.
+            if not proven and not self._is_restored():
+                raise _not_restored(self.job.model, "it predicts otherwise than before the trials")
+            proven = True
+            send(TrialMeasured(place, result))
         return True
 
     @property
