@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ from imatrix_runner.batch.forecast import RemainingWork, batch_seconds, read_spe
 from imatrix_runner.batch.overview import BatchView, overview
 from imatrix_runner.batch.release_files import bytes_there, remove_unfinished
 from imatrix_runner.batch.schedule import ModelProgress, Stage, disk_without_bound, peak_bytes
+from imatrix_runner.cluster.ray_session import connected
 from imatrix_runner.context.context import Context, settle
 from imatrix_runner.context.engine_choice import EngineNeeds
 from imatrix_runner.context.requests import BatchRequest, EnvironmentRequest, PublishRequest, RunRequest
 from imatrix_runner.errors import RunnerError, UsageError
-from imatrix_runner.events import ignore
+from imatrix_runner.events import ignore, info
 from imatrix_runner.files import free_bytes, read_json, write_json
 from imatrix_runner.mixes.targets import mix_targets
 from imatrix_runner.models.hub import PublishingHub
@@ -153,6 +154,7 @@ def run_batch(
         reader.request_of, context.stop, context.sink, RequestChecker(context).check, request.trust_remote_code
     )
     if dry_run:
+        request = replace(request, lanes=_expected_lanes(request))
         history = read_history(folder.journal)
         plan = _plan(request, reader, checker, folder, history)
         if on_plan is not None:
@@ -161,7 +163,7 @@ def run_batch(
         looks = tuple(looker.looks()) if looker is not None else ()
         return BatchResult(plan, None, time.monotonic() - began, looks=looks)
     _entries(request, reader)  # a list that cannot be read leaves no folder behind
-    with hold_batch(folder, request.environment.command):
+    with hold_batch(folder, request.environment.command), _connected(request, context) as request:
         remove_unfinished(folder.downloads)
         journal = BatchJournal(folder.journal)
         try:
@@ -200,6 +202,26 @@ def run_batch(
             return BatchResult(plan, view, time.monotonic() - began, worker.most_held)
         finally:
             journal.close()
+
+
+@contextmanager
+def _connected(request: BatchRequest, context: Context) -> Iterator[BatchRequest]:
+    """The request with a lane for each worker of its cluster, if it names one. The connection is held meanwhile: the models'
+    runs use it. Raises :class:`ToolchainError` for a cluster that cannot be used."""
+    cluster = request.environment.cluster
+    if cluster is None:
+        yield request
+        return
+    with connected(cluster, context.sink, context.stop) as workers:
+        lanes = workers.count_room()
+        context.sink(info(f"Cluster {cluster.address}: {lanes} models are computed at a time, each by one worker."))
+        yield replace(request, lanes=lanes)
+
+
+def _expected_lanes(request: BatchRequest) -> int:
+    """The lanes as far as they are known without a connection."""
+    cluster = request.environment.cluster
+    return (cluster.local_workers if cluster is not None else None) or request.lanes
 
 
 def _looker(

@@ -80,7 +80,7 @@ class BatchStages:
         if start.stage == "download":
             return StageOutcome(self._download(model, context))
         if start.stage == "prepare":
-            return StageOutcome(self._prepare(model, start.compute_lane, context))
+            return StageOutcome(self._prepare(model, context))
         if start.stage == "make":
             with self._busy[model.entry.model]:
                 return self._make(model, levels, start.compute_lane, context)
@@ -110,9 +110,9 @@ class BatchStages:
         self.journal.append(*(FileMade(model.entry.model, "download", str(path), stamp(path)) for path in new))
         return sum(path.stat().st_size for path in new)
 
-    def _prepare(self, model: CheckedModel, lane: int, context: Context) -> int:
+    def _prepare(self, model: CheckedModel, context: Context) -> int:
         workspace = self._workspace(model, context)
-        request, name, entry = self._run_request(model, lane), model.entry.model, model.entry.fingerprint
+        request, name, entry = self._run_request(model), model.entry.model, model.entry.fingerprint
         converted_before = self._conversions(workspace)
         if not converted_before and str(workspace.root) not in self.history(model).intended:
             self.journal.append(FileIntended(name, "converted", str(workspace.root)))
@@ -228,7 +228,7 @@ class BatchStages:
 
     def _run_request(self, model: CheckedModel, lane: int | None = None) -> RunRequest:
         """The request of ``run`` for a model, in the batch's work directory and with its downloads. ``lane``: the number of the
-        compute lane, where it computes: on a cluster on that worker alone."""
+        compute lane, where levels are made: on a cluster by that worker alone. All else is done by this machine."""
         assert model.request is not None
         request, environment = model.request, self.request.environment
         trust = request.source.trust_remote_code or self.request.trust_remote_code

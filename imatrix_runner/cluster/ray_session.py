@@ -94,15 +94,12 @@ class ClusterWorkers:
         Raises :class:`ToolchainError` if none is left.
         """
         self._driver = driver
-        handles = [self._placed(place) for place in _places(self._ray, self._options) for _ in range(place.count)]
-        if self._options.lane is not None:
-            handles = handles[self._options.lane :][:1]
-        if not handles:
-            raise ToolchainError(
-                "The Ray cluster has no room for a worker",
-                f"no machine has {_wanted(self._options)} to give",
-                "Give less with --cpus-per-worker or --gpus-per-worker, or add machines: ray start --address=...",
-            )
+        places = self._rooms()
+        if self._options.lane is not None:  # other lanes take the others
+            places = places[self._options.lane :][:1]
+        if not places:
+            raise _no_room(self._options)
+        handles = [self._placed(place) for place in places]
         proofs = [handle.facts.remote() for handle in handles]
         reasons = []
         for number, (handle, proof) in enumerate(zip(handles, proofs, strict=True)):
@@ -125,6 +122,16 @@ class ClusterWorkers:
                 "; ".join(dict.fromkeys(reasons)) or "none answered",
                 "Install the same imatrix-runner and llama-cpp-python everywhere; see there: imatrix-runner doctor",
             )
+
+    def count_room(self) -> int:
+        """How many workers the cluster has room for. Raises :class:`ToolchainError` for none."""
+        if not (rooms := self._rooms()):
+            raise _no_room(self._options)
+        return len(rooms)
+
+    def _rooms(self) -> list[_Place]:
+        """The place of each worker that there is room for."""
+        return [place for place in _places(self._ray, self._options) for _ in range(place.count)]
 
     def share_folder(self, folder: Path) -> bool:
         """Whether every worker reads and writes ``folder`` as the same folder; found out with a probe file."""
@@ -363,6 +370,14 @@ def _phrase(error: BaseException) -> str:
     return (lines[-1] if cause is not None else lines[0])[:200] if lines else type(error).__name__
 
 
+def _no_room(options: ClusterOptions) -> ToolchainError:
+    return ToolchainError(
+        "The Ray cluster has no room for a worker",
+        f"no machine has {_wanted(options)} to give",
+        "Give less with --cpus-per-worker or --gpus-per-worker, or add machines: ray start --address=...",
+    )
+
+
 def _wanted(options: ClusterOptions) -> str:
     cpus = f"{options.cpus_per_worker or 1} processors"
     return f"{cpus} and {options.gpus_per_worker:g} GPUs" if options.gpus_per_worker else cpus
@@ -387,7 +402,8 @@ def _places(ray: Any, options: ClusterOptions) -> Iterator[_Place]:
 
 @contextmanager
 def connected(options: ClusterOptions, sink: Sink, stop: Stop) -> Iterator[ClusterWorkers]:
-    """Connect to the cluster (``local:N`` starts one on this machine), and disconnect at the end.
+    """Connect to the cluster (``local:N`` starts one on this machine), and disconnect at the end. Where this process is
+    connected already, that connection is used.
 
     Raises :class:`ToolchainError` without Ray, for a cluster that cannot be reached, and for one of another version of Ray or
     Python.
@@ -416,6 +432,7 @@ def _initialise(ray: Any, options: ClusterOptions) -> None:
             if options.local_workers is not None:
                 cpus = options.local_workers * (options.cpus_per_worker or share_of_processors(options.local_workers))
                 ray.init(
+                    address="local",  # never a cluster that happens to run here
                     num_cpus=cpus,
                     include_dashboard=False,
                     object_store_memory=_OBJECTS,

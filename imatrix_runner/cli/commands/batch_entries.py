@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import click
 
@@ -10,15 +11,16 @@ from imatrix_runner.batch.batch_list import BatchEntry, OptionText, as_bool
 from imatrix_runner.cli.commands.run import RunOptions, run, run_request
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.option_fields import fill
+from imatrix_runner.cli.options import SpreadingOptions
 from imatrix_runner.cli.settings import Setting
 from imatrix_runner.context.requests import RunRequest
 from imatrix_runner.errors import RunnerError, UsageError
 from imatrix_runner.models.model import model_name
 from imatrix_runner.safe_text import shown
 
-_NOT_LISTED = ("work_dir", "llama_cpp", "publish")
+_NOT_LISTED = ("work_dir", "llama_cpp", "publish", *(each.name for each in fields(SpreadingOptions)))
 """Settings of ``run`` that are not options of an entry: one is for all models, one would run programs that came with a list,
-and a list spells the third itself."""
+a list spells the third itself, and the others are given with ``batch run``: they say which machines compute."""
 
 
 def known_options() -> frozenset[str]:

@@ -12,7 +12,8 @@ import click
 from imatrix_runner.cli.command import command
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.option_fields import argument, option, typed
-from imatrix_runner.cli.options import MAKE, TalkOptions, WorkDirOptions
+from imatrix_runner.cli.options import MAKE, SpreadingOptions, TalkOptions, WorkDirOptions
+from imatrix_runner.cli.requested import cluster_request
 from imatrix_runner.cli.types import FILE, SIZE, Duration, Names, WeightCount, complete_place
 from imatrix_runner.cli.work import at_work, stay_offline
 from imatrix_runner.context.requests import BatchRequest, EnvironmentRequest, WatchRequest
@@ -102,6 +103,7 @@ class BatchRunOptions:
     )
     offline: bool = option("--offline", is_flag=True, section="Source", help="Never use the network.")
     watching: WatchOptions
+    spreading: SpreadingOptions
     notify: tuple[str, ...] = option(
         "--notify", multiple=True, metavar="URL", section="Talk", help="Address to notify of ends and failures (Apprise)."
     )
@@ -116,6 +118,7 @@ class BatchRunOptions:
         "imatrix-runner batch run models.yaml --keep nothing --max-disk 500GiB",
         "imatrix-runner batch run models.yaml --notify ntfy://my-topic",
         "imatrix-runner batch run models.yaml --watch org --watch trending --watch-size 32B",
+        "imatrix-runner batch run models.yaml --cluster auto",
     ),
 )
 def run_command(invocation: Invocation, options: BatchRunOptions) -> int:
@@ -134,7 +137,8 @@ def run_command(invocation: Invocation, options: BatchRunOptions) -> int:
     from imatrix_runner.cli.views.console import stderr_console, stdout_console
     from imatrix_runner.cli.views.json_documents import print_document
 
-    environment = EnvironmentRequest(options.place.work_dir, command=invocation.command)
+    cluster = cluster_request(options.spreading)
+    environment = EnvironmentRequest(options.place.work_dir, command=invocation.command, cluster=cluster)
     request = BatchRequest(
         options.file,
         environment,
