@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from support.dialogues import TEMPLATE
 from support.in_process import CommandLine
 from support.llama_sources import fetch_llama_models
 from support.llama_tools import BareTools
+from support.ray_machines import RayMachines, ray_machines
 from support.tiny_models import sample_text, write_llama_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +110,13 @@ def tools(toolchain: Toolchain) -> BareTools:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense llama of two layers that knows little but how often each token comes: a level of it takes a tenth of a second."""
     return write_llama_gguf(tmp_path_factory.mktemp("tiny") / "tiny-BF16.gguf", fluent=True)
+
+
+@pytest.fixture(scope="session")
+def machines() -> Iterator[RayMachines]:
+    """A Ray cluster of two machines, which are this one."""
+    with ray_machines(2) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")

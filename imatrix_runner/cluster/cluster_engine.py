@@ -68,11 +68,13 @@ def cluster_engine(
 ) -> Iterator[ClusterEngine]:
     """An engine whose workers are started, and ended afterwards. Raises what :func:`~.ray_session.connected` raises."""
     with ExitStack() as stack:
+        driver = NodeFacts.of(EmbeddedEngine(bindings, runner))
         workers = stack.enter_context(connected(options, sink, runner.stop))
-        workers.start(NodeFacts.of(EmbeddedEngine(bindings, runner)))
+        workers.start(driver)
         hosts = {facts.host for facts in workers.facts}
         machines = "1 machine" if len(hosts) == 1 else f"{len(hosts)} machines"
-        sink(info(f"Cluster {options.address}: {len(workers.facts)} workers on {machines}."))
+        later = f"; {workers.expected} more may join" if workers.expected else ""
+        sink(info(f"Cluster {options.address}: {len(workers.facts)} workers on {machines}{later}."))
         if kinds := unlike(workers.facts):
             sink(
                 warning(

@@ -31,6 +31,9 @@ from imatrix_runner.signals import Stop, handlers_kept
 START_SECONDS = 300.0
 """How long a worker may take to prove its machine: a new machine compiles kernels first."""
 
+JOIN_SECONDS = 20.0
+"""How long the run waits for further workers once one is there."""
+
 LOST_SECONDS = 120.0
 """How long the run waits for any worker, after all were lost."""
 
@@ -59,11 +62,15 @@ class _Worker:
 
     number: int
     handle: Any
-    facts: NodeFacts
+    facts: NodeFacts | None = None
     takes: bool = True
     proof: Any = None
     news: Any = None
     partial: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        return self.facts.host if self.facts is not None else "a machine"
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,16 @@ class ClusterWorkers:
     @property
     def facts(self) -> tuple[NodeFacts, ...]:
         """The machines of the workers that are used, one for each worker."""
-        return tuple(worker.facts for worker in self._workers)
+        return tuple(worker.facts for worker in self._workers if worker.facts is not None and worker.takes)
+
+    @property
+    def expected(self) -> int:
+        """How many workers have not proven their machine yet."""
+        return sum(worker.proof is not None for worker in self._workers)
 
     def start(self, driver: NodeFacts) -> None:
-        """Start a worker wherever there is room, and leave out machines that would not compute what ``driver`` would.
+        """Start a worker wherever there is room, and leave out machines that would not compute what ``driver`` would. Those
+        that take longer than others to answer join later.
 
         Raises :class:`ToolchainError` if none is left.
         """
@@ -100,26 +113,22 @@ class ClusterWorkers:
         if not places:
             raise _no_room(self._options)
         handles = [self._placed(place) for place in places]
-        proofs = [handle.facts.remote() for handle in handles]
-        reasons = []
-        for number, (handle, proof) in enumerate(zip(handles, proofs, strict=True)):
-            host, why = "a machine", ""
-            try:
-                facts = self._ray.get(proof, timeout=START_SECONDS)
-                host, why = facts.host, why_left_out(facts, driver)
-            except self._ray.exceptions.RayError as error:
-                why = _phrase(error)
-            if why:
-                reasons.append(f"{host}: {why}")
-                self._ray.kill(handle)
-            else:
-                self._workers.append(_Worker(number, handle, facts))
-        for reason in dict.fromkeys(reasons):
-            self._sink(warning(f"Left out of the cluster: {reason}"))
-        if not self._workers:
+        self._workers = [
+            _Worker(number, handle, takes=False, proof=handle.facts.remote()) for number, handle in enumerate(handles)
+        ]
+        reasons: list[str] = []
+        began = time.monotonic()
+        while waiting := [worker.proof for worker in self._workers if worker.proof is not None]:
+            self._stop.check()
+            reasons += self.welcome()
+            patience = JOIN_SECONDS if any(worker.takes for worker in self._workers) else START_SECONDS
+            if time.monotonic() - began > patience:
+                break  # they join when they answer
+            self._ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_SECONDS)
+        if not any(worker.takes for worker in self._workers):
             raise ToolchainError(
                 "No machine of the cluster can compute",
-                "; ".join(dict.fromkeys(reasons)) or "none answered",
+                "; ".join(dict.fromkeys(reasons)) or f"none answered within {START_SECONDS:.0f} s",
                 "Install the same imatrix-runner and llama-cpp-python everywhere; see there: imatrix-runner doctor",
             )
 
@@ -132,6 +141,31 @@ class ClusterWorkers:
     def _rooms(self) -> list[_Place]:
         """The place of each worker that there is room for."""
         return [place for place in _places(self._ray, self._options) for _ in range(place.count)]
+
+    def welcome(self) -> list[str]:
+        """Use the workers that have proven their machines since; returns why others are left out, after saying so."""
+        reasons = []
+        for worker in [worker for worker in self._workers if worker.proof is not None]:
+            if not self._ray.wait([worker.proof], timeout=0)[0]:
+                continue
+            proof, worker.proof = worker.proof, None
+            try:
+                facts = worker.facts = self._ray.get(proof)
+                assert self._driver is not None
+                why = why_left_out(facts, self._driver)
+            except self._ray.exceptions.ActorUnavailableError:
+                worker.proof = worker.handle.facts.remote()
+                continue
+            except self._ray.exceptions.RayError as error:
+                why = _phrase(error)
+            worker.takes = not why
+            if why:
+                self._workers.remove(worker)
+                self._ray.kill(worker.handle)
+                reasons.append(f"{worker.host}: {why}")
+        for reason in dict.fromkeys(reasons):
+            self._sink(warning(f"Left out of the cluster: {reason}"))
+        return reasons
 
     def share_folder(self, folder: Path) -> bool:
         """Whether every worker reads and writes ``folder`` as the same folder; found out with a probe file."""
@@ -165,7 +199,7 @@ class ClusterWorkers:
         :data:`~.unit_queue.MOST_LOSSES` workers, if no worker is left, or of a request to stop, for which the units in work end
         at their next batch.
         """
-        _Spreading(self._ray, self._workers, self._accept, self._sink, self._stop, task).run(
+        _Spreading(self._ray, self._workers, self.welcome, self._sink, self._stop, task).run(
             UnitQueue(numbers, ahead=ahead), on_result, on_news
         )
 
@@ -177,11 +211,6 @@ class ClusterWorkers:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.kill(worker.handle)
         self._workers = []
-
-    def _accept(self, facts: NodeFacts) -> str:
-        """Why a restarted worker's machine is not used; empty if it is."""
-        assert self._driver is not None
-        return why_left_out(facts, self._driver)
 
     def _placed(self, place: _Place) -> Any:
         strategies = self._ray.util.scheduling_strategies
@@ -205,12 +234,12 @@ class _Spreading:
         self,
         ray: Any,
         workers: list[_Worker],
-        accept: Callable[[NodeFacts], str],
+        welcome: Callable[[], object],
         sink: Sink,
         stop: Stop,
         task: Task,
     ) -> None:
-        self._ray, self._workers, self._accept, self._sink, self._stop = ray, workers, accept, sink, stop
+        self._ray, self._workers, self._welcome, self._sink, self._stop = ray, workers, welcome, sink, stop
         self._key = secrets.token_hex(8)
         self._task = ray.put(task)
         self._asked: dict[Any, tuple[_Worker, int]] = {}
@@ -222,7 +251,9 @@ class _Spreading:
                 if self._stop.requested:
                     self._stopped(queue, on_result)
                     self._stop.check()
-                self._welcome_back()
+                self._welcome()
+                if not self._workers:
+                    raise _no_worker()
                 for worker in self._workers:
                     while worker.takes and (number := queue.take(worker.number)) is not None:
                         asked = worker.handle.compute.options(concurrency_group="units").remote(self._key, self._task, number)
@@ -239,7 +270,7 @@ class _Spreading:
                         return
                 self._hear(on_news)
         finally:
-            self._end_units()
+            self._asked.clear()  # their workers close this task when the next one begins
 
     def _take(self, ready: Any, queue: UnitQueue, on_result: OnResult) -> bool:
         """Deal with a unit that ended; returns whether to continue."""
@@ -249,7 +280,7 @@ class _Spreading:
         except self._ray.exceptions.RayTaskError as error:
             raise EngineError("A worker of the cluster failed", _phrase(error), "Report it.") from error
         except self._ray.exceptions.RayError as error:
-            self._lost(worker, number, queue, _phrase(error))
+            self._lost(worker, number, queue, self._why_lost(error))
             return True
         if isinstance(result, Absent):
             self._send(worker, result.file)
@@ -265,10 +296,18 @@ class _Spreading:
             return True
         return not queue.done(number) or on_result(number, result)
 
+    def _why_lost(self, error: Exception) -> str:
+        kinds = self._ray.exceptions
+        if isinstance(error, kinds.OutOfMemoryError):
+            return "its machine ran out of memory"
+        if isinstance(error, (kinds.ActorDiedError, kinds.ActorUnavailableError, kinds.WorkerCrashedError)):
+            return "its process ended, or its machine is gone"
+        return _phrase(error)
+
     def _lost(self, worker: _Worker, number: int, queue: UnitQueue, why: str) -> None:
         losses = queue.lost(number)
         if worker.takes:
-            self._sink(warning(f"A worker on {worker.facts.host} was lost ({why}); another takes over."))
+            self._sink(warning(f"A worker on {worker.host} was lost ({why}); another takes over."))
             worker.takes, worker.partial, worker.news = False, {}, None
             worker.proof = worker.handle.facts.remote()  # answered once Ray has restarted it
         if losses >= MOST_LOSSES:
@@ -279,36 +318,10 @@ class _Spreading:
                 "finished is kept.",
             )
 
-    def _welcome_back(self) -> None:
-        """Use restarted workers again whose machines compute what the driver would."""
-        for worker in [worker for worker in self._workers if worker.proof is not None]:
-            if not self._ray.wait([worker.proof], timeout=0)[0]:
-                continue
-            proof, worker.proof = worker.proof, None
-            try:
-                facts = self._ray.get(proof)
-            except self._ray.exceptions.ActorUnavailableError:
-                worker.proof = worker.handle.facts.remote()
-                continue
-            except self._ray.exceptions.RayError as error:
-                self._sink(warning(f"A worker on {worker.facts.host} does not come back: {_phrase(error)}"))
-                self._workers.remove(worker)
-                if not self._workers:
-                    raise _no_worker() from error
-                continue
-            if why := self._accept(facts):
-                self._sink(warning(f"Left out of the cluster: {facts.host}: {why}"))
-                self._workers.remove(worker)
-                self._ray.kill(worker.handle)
-                if not self._workers:
-                    raise _no_worker()
-                continue
-            worker.facts, worker.takes = facts, True
-
     def _send(self, worker: _Worker, file: SharedFile) -> None:
         """Send a file that is not on a worker's machine. Raises :class:`RunnerError`; a worker that is lost meanwhile is
         noticed at its next unit."""
-        host = worker.facts.host
+        host = worker.host
         if file.size > _MOST_SENT:
             raise InvalidDataError(
                 f"{file.path.name} is not on {host}",
@@ -348,10 +361,6 @@ class _Spreading:
                     result = self._ray.get(ready)
                     if not isinstance(result, (Absent, Stopped, Problem)) and queue.done(number):
                         on_result(number, result)
-
-    def _end_units(self) -> None:
-        """Forget the units in work; their workers close the task when the next one begins."""
-        self._asked.clear()
 
 
 def _no_worker() -> EngineError:
@@ -409,6 +418,9 @@ def connected(options: ClusterOptions, sink: Sink, stop: Stop) -> Iterator[Clust
     Python.
     """
     RAY.require("--cluster")
+    # Read when ray is imported. It would print its machines' messages to this program's stdout, and report its use.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "(?s).*")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     import ray.util.scheduling_strategies
 
