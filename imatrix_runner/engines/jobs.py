@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from imatrix_runner.engines.pass_parts import PassPart, PassWork, WrittenPair
 from imatrix_runner.engines.roundings import STOCK, Rounding
 from imatrix_runner.fingerprints import counted_apart, harmless, spelt
 
@@ -295,7 +296,8 @@ class PassJob:
     ``lineage`` identifies the model and the library: tensors of a donor with another lineage are not copied.
     ``buffer_bytes`` bounds the memory for tensors. ``native_kernels``: the engine may use kernels that are faster than
     llama.cpp's and give the same bytes; it then sets ``native`` to their library. ``covariances``: the folder of those of the
-    model's inputs, for tensors that are rounded with error feedback.
+    model's inputs, for tensors that are rounded with error feedback. ``part``: what of the pass one of several workers does; it
+    copies nothing, and leaves it to a pass without part to take in what all workers recorded, and to finish the levels.
     """
 
     step: str
@@ -310,6 +312,7 @@ class PassJob:
     native_kernels: bool = True
     native: Native | None = None
     covariances: Path | None = None
+    part: PassPart | None = None
 
 
 @dataclass(frozen=True)
@@ -366,3 +369,37 @@ class PassFigures:
     checking: float
     writing: float
     shares: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreparedPass:
+    """What is left to compute of a pass whose outputs are there, and the elements per checksum."""
+
+    works: tuple[PassWork, ...]
+    slab: int
+
+
+@dataclass(frozen=True)
+class PartEnd:
+    """How a part of a pass ended. ``rest`` is None where it ended by itself; where the library aborted the worker it is the job
+    without the levels that were ``lost``, with which another worker goes on."""
+
+    rest: PassJob | None
+    lost: tuple[PassedLevel, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassedUnit:
+    """A unit of a :class:`~imatrix_runner.engines.pass_parts.PassPart` that is done.
+
+    ``scratch``: the file with its pairs, one after the other, if the part has such a folder. ``spoiled``: the levels that this
+    worker found impossible so far, and why; what only they want is not in ``written``. ``figures``: where the time went since
+    the unit that was reported before. ``without_factor``: the tensors that could not be rounded with error feedback so far.
+    """
+
+    number: int
+    written: tuple[WrittenPair, ...]
+    figures: PassFigures
+    scratch: Path | None = None
+    spoiled: tuple[PassedLevel, ...] = ()
+    without_factor: tuple[str, ...] = ()

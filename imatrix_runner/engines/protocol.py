@@ -11,8 +11,18 @@ import msgspec
 
 from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialResult, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
-from imatrix_runner.engines.jobs import CheckJob, CollectJob, Fallback, PassedLevel, PassFigures, PassJob, QuantizeJob
+from imatrix_runner.engines.jobs import (
+    CheckJob,
+    CollectJob,
+    Fallback,
+    PassedLevel,
+    PassedUnit,
+    PassFigures,
+    PassJob,
+    QuantizeJob,
+)
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
+from imatrix_runner.engines.pass_parts import PassWork
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Metric, Notice, Progress
 from imatrix_runner.files import not_utf8
@@ -68,6 +78,13 @@ class DryRunsJob:
     levels: tuple[QuantizeJob, ...]
 
 
+@dataclass(frozen=True)
+class PreparePassJob:
+    """Create the outputs of a pass, or continue them, and report what is left to compute; the pass itself comes later."""
+
+    job: PassJob
+
+
 Job = (
     ProbeJob
     | CountTokensJob
@@ -79,6 +96,7 @@ Job = (
     | AnswerJob
     | DryRunsJob
     | PassJob
+    | PreparePassJob
     | CheckJob
     | RoundingErrorsJob
     | TrialsJob
@@ -183,6 +201,19 @@ class Passed(msgspec.Struct, frozen=True, tag_field="type", tag="passed"):
     figures: PassFigures | None = None
 
 
+class Prepared(msgspec.Struct, frozen=True, tag_field="type", tag="prepared"):
+    """Reply to a :class:`PreparePassJob`. ``slab``: elements per checksum."""
+
+    works: tuple[PassWork, ...]
+    slab: Count
+
+
+class UnitPassed(msgspec.Struct, frozen=True, tag_field="type", tag="unit"):
+    """A unit of a pass's part is on the disk, and recorded or in its scratch file."""
+
+    unit: PassedUnit
+
+
 class Checked(msgspec.Struct, frozen=True, tag_field="type", tag="checked"):
     """Reply to a :class:`CheckJob`: the first invalid tensor and why; both empty if there is none."""
 
@@ -216,7 +247,7 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     exit_code: int
 
 
-ReplyT = TypeVar("ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Checked, Costed)
+ReplyT = TypeVar("ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Prepared, Checked, Costed)
 
 Reply = (
     Proven
@@ -228,6 +259,8 @@ Reply = (
     | Collected
     | Planned
     | Passed
+    | Prepared
+    | UnitPassed
     | Checked
     | Costed
     | TrialMeasured

@@ -47,7 +47,7 @@ from imatrix_runner.engines.binaries.perplexity import DivergenceOutput
 from imatrix_runner.engines.cost_jobs import RoundedTensor, RoundingError, TrialResult
 from imatrix_runner.engines.covariance_jobs import WeightInput
 from imatrix_runner.engines.embedded.replies import Replies
-from imatrix_runner.engines.files import covariance_file
+from imatrix_runner.engines.files import covariance_file, ledger
 from imatrix_runner.engines.files.completions import CompletionsFile, read_completions
 from imatrix_runner.engines.files.cost_files import CostFile, read_costs
 from imatrix_runner.engines.files.logits import LogitsHead, first_invalid_chunk, read_head, read_tokens
@@ -58,15 +58,16 @@ from imatrix_runner.engines.jobs import (
     CollectOptions,
     Fallback,
     PassedLevel,
+    PassedUnit,
     PassFigures,
     Perplexity,
 )
 from imatrix_runner.engines.llama_cpp.output import ImatrixOutput, QuantizeOutput, parse_token_ids
 from imatrix_runner.engines.measures import Completion
+from imatrix_runner.engines.pass_parts import LedgerEntry, PassWork, WantedPair, WantedPlace, WrittenPair
 from imatrix_runner.engines.protocol import decode_job, decode_reply, encode, encode_job
 from imatrix_runner.engines.worker.collect.covariance_callback import InputSums
 from imatrix_runner.engines.worker.collect.unfinished_sums import find_unfinished, save_unfinished
-from imatrix_runner.engines.worker.quantize import ledger
 from imatrix_runner.errors import DownloadError, EngineError, InvalidDataError, RunnerError
 from imatrix_runner.evaluate.measurements import answered, comparisons, levels_made, measured
 from imatrix_runner.events import Metric, Notice, Progress, ignore
@@ -188,6 +189,12 @@ ANSWERS: tuple[protocol.Reply, ...] = (
     protocol.Answered(4, True, 1.0, 0.5),
     protocol.Planned({"a": "q4_0"}, (Fallback("a", "q2_K", "q4_0"),), False),
     protocol.Passed(PassedLevel("Q4_0"), PassFigures(1, 2, (), 3, 4, 5, 6, 7)),
+    protocol.Prepared((PassWork("a", 64, 128, (WantedPair("q4_0", 36, (WantedPlace("Q4_0", 0, 96),)),)),), 32),
+    protocol.UnitPassed(
+        PassedUnit(
+            3, (WrittenPair({"Q4_0": LedgerEntry("a", "q4_0", "", 0, 96, 36, 7)}, 36),), PassFigures(1, 2, (), 3, 4, 5, 6, 7)
+        )
+    ),
     protocol.Checked("", ""),
     protocol.Costed(done=True),
     protocol.Failed("what", "why", "do", 6),
@@ -322,7 +329,7 @@ def test_an_owner(tmp_path: Path) -> None:
 def test_a_ledger(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     head = ledger.LedgerHead(ledger.VERSION, "lineage", "print", 32)
-    entry = ledger.LedgerEntry("blk.0.attn_q.weight", "q4_K", "none", 0, 0, 144, 7)
+    entry = LedgerEntry("blk.0.attn_q.weight", "q4_K", "none", 0, 0, 144, 7)
     counts = set()
     for number, document in enumerate((head, entry)):
         for what, data in typed_mutations(plain(document), SEED, COUNT):

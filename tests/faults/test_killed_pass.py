@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from imatrix_runner.engines.worker.quantize import ledger
+from imatrix_runner.engines.files import ledger
+from imatrix_runner.engines.pass_parts import LedgerEntry
 from imatrix_runner.models.gguf_file import read_header
 from support.children import is_running
 from support.command_line import Ran, each_tenth, run_command, started, wait_gone
@@ -66,7 +67,7 @@ def pairs_of(file: Path) -> Pairs:
     return {(tensor.name, tensor.type_name.upper()) for tensor in read_header(file).tensors}
 
 
-def recorded(workspace: Path) -> list[ledger.LedgerEntry]:
+def recorded(workspace: Path) -> list[LedgerEntry]:
     """What the ledgers of half levels say is on the disk."""
     found = [ledger.read(path) for path in (workspace / ".partial").glob("*/ledger.jsonl")]
     return [entry for content in found if content is not None for entry in content[1].values()]

@@ -18,8 +18,9 @@ import pytest
 
 from imatrix_runner.engines.embedded.bindings import find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
+from imatrix_runner.engines.files import ledger
 from imatrix_runner.engines.jobs import CheckJob
-from imatrix_runner.engines.worker.quantize import ledger
+from imatrix_runner.engines.pass_parts import LedgerEntry
 from imatrix_runner.events import ignore
 from imatrix_runner.files import stamp
 from imatrix_runner.models.gguf_file import read_header
@@ -159,7 +160,7 @@ def _invert(path: Path, offset: int) -> None:
         handle.write(bytes([byte ^ 0xFF]))
 
 
-def entries_of(path: Path) -> dict[str, ledger.LedgerEntry]:
+def entries_of(path: Path) -> dict[str, LedgerEntry]:
     found = ledger.read(path)
     assert found is not None
     return found[1]

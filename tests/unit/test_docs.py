@@ -18,9 +18,10 @@ from imatrix_runner.cli.commands.batch_group import RunByDefault
 from imatrix_runner.cli.main import cli
 from imatrix_runner.documents.manifest import Manifest
 from imatrix_runner.engines.files.kernel_proofs import Proofs
+from imatrix_runner.engines.files.ledger import LedgerHead
 from imatrix_runner.engines.files.token_scores import TOKEN
 from imatrix_runner.engines.measures import Completion
-from imatrix_runner.engines.worker.quantize.ledger import LedgerEntry, LedgerHead
+from imatrix_runner.engines.pass_parts import LedgerEntry
 from imatrix_runner.files import Stamp
 from imatrix_runner.imatrix import checkpoint
 from imatrix_runner.journal import Hashed, StepOutput, StepRecord

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from imatrix_runner.engines.files.ledger import VERSION, Ledger, LedgerHead, read
 from imatrix_runner.engines.ftypes import guessed_ftype
 from imatrix_runner.engines.jobs import LEDGER_NAME, Donor, PassLevel, QuantizeJob, QuantizeOptions
+from imatrix_runner.engines.pass_parts import LedgerEntry
 from imatrix_runner.engines.worker.quantize.ggml_rows import Type
 from imatrix_runner.engines.worker.quantize.gguf_headers import FileLayout, SourceTensor, TensorPlace
-from imatrix_runner.engines.worker.quantize.ledger import VERSION, Ledger, LedgerEntry, LedgerHead, read
 from imatrix_runner.engines.worker.quantize.output_files import LevelOutput, file_names
 from imatrix_runner.engines.worker.quantize.slabs import combine, fill, memory
 from imatrix_runner.engines.worker.quantize.work_list import Copies, TensorWork, Work, weights_key

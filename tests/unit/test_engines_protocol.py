@@ -27,6 +27,7 @@ from imatrix_runner.engines.jobs import (
     TensorTarget,
 )
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
+from imatrix_runner.engines.pass_parts import PassPart, PassWork, WantedPair, WantedPlace
 from imatrix_runner.engines.worker.__main__ import FUNCTIONS, function_of
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.untrusted import UnreadableError
@@ -36,7 +37,21 @@ COMPUTE = CollectOptions(n_ctx=128, threads=2, override_tensors=("exps=CPU",), r
 LEVEL = QuantizeJob(
     "level-Q4_0", MODEL, OUT, "Q4_0", QuantizeOptions(pins=("attn_q=q8_0",), tensor_type_file=TEXT), OUT, 2, LOG
 )
+PAIR = WantedPair("q4_0", 36, (WantedPlace("Q4_0", 0, 96),), "refined")
 TARGET = TensorTarget("blk.0.a.weight", "blk.1.a.weight", "q4_0")
+PASS = PassJob(
+    step="pass",
+    sources=(MODEL,),
+    levels=(PassLevel("Q4_0", LEVEL, (TARGET,), "print"),),
+    donors=(Donor((OUT,), LOG),),
+    lineage="lineage",
+    imatrix=OUT,
+    threads=None,
+    buffer_bytes=1 << 20,
+    log=LOG,
+    native=Native(OUT, LOG),
+    part=PassPart("a", ((PassWork("blk.1.a.weight", 64, 128, (PAIR,)),),), 32, ordered=True, scratch=OUT),
+)
 
 JOBS: tuple[protocol.Job, ...] = (
     protocol.ProbeJob(OUT, repack=False),
@@ -60,18 +75,8 @@ JOBS: tuple[protocol.Job, ...] = (
     MeasureJob("measure", MODEL, TEXT, OUT, COMPUTE, "print", LOG, first=4, limit=2),
     AnswerJob("answer", MODEL, TEXT, OUT, 128, COMPUTE, "print", LOG),
     protocol.DryRunsJob((LEVEL, replace(LEVEL, imatrix=None))),
-    PassJob(
-        step="pass",
-        sources=(MODEL,),
-        levels=(PassLevel("Q4_0", LEVEL, (TARGET,), "print"),),
-        donors=(Donor((OUT,), LOG),),
-        lineage="lineage",
-        imatrix=OUT,
-        threads=None,
-        buffer_bytes=1 << 20,
-        log=LOG,
-        native=Native(OUT, LOG),
-    ),
+    PASS,
+    protocol.PreparePassJob(PASS),
     CheckJob("check", (OUT,), LOG, None, None),
     RoundingErrorsJob(
         step="errors",

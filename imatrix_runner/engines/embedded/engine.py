@@ -30,10 +30,13 @@ from imatrix_runner.engines.jobs import (
     CollectOptions,
     DryRun,
     Native,
+    PartEnd,
     PassedLevel,
+    PassedUnit,
     PassFigures,
     PassJob,
     Perplexity,
+    PreparedPass,
     QuantizeJob,
 )
 from imatrix_runner.engines.llama_cpp.flags import quantize_options, split_words
@@ -341,10 +344,47 @@ class EmbeddedEngine:
             return tuple(passed[level.name] for level in job.levels), replies.figures[0]
         return tuple(spoiled[level.name] for level in job.levels), PassFigures(0, 0, (), 0, 0, 0, 0, 0)
 
-    def _pass(self, job: PassJob, replies: Replies) -> None:
+    def prepare_pass(self, job: PassJob) -> PreparedPass:
+        """Create the outputs of a pass, or continue them, so that several workers can compute their parts of it."""
+        replies = Replies()
+        what, writes = "The levels could not be prepared", job.levels[0].job.out
+        self._ask(protocol.PreparePassJob(job), replies, job.log, what, writes=writes, enough=threading.Event())
+        reply = replies.only(protocol.Prepared)
+        return PreparedPass(reply.works, reply.slab)
+
+    def pass_part(
+        self, job: PassJob, sink: Sink, on_unit: Callable[[PassedUnit], bool], orders: Orders | None = None
+    ) -> PartEnd:
+        """Compute the units of a job's part; of an ordered part those that ``orders`` give, until ``on_unit`` returns False.
+        Where the library aborted the worker, the returned job goes on with what else was ordered, with new orders."""
+        enough = threading.Event()
+
+        def on_reply(reply: protocol.Reply) -> None:
+            if isinstance(reply, protocol.UnitPassed) and not enough.is_set() and not on_unit(reply.unit):
+                enough.set()
+            elif isinstance(reply, Progress):
+                sink(reply)
+
+        replies = Replies(on_reply)
+        try:
+            self._pass(job, replies, enough, orders)
+        except InterruptedRunError:
+            raise
+        except RunnerError:
+            lost = {level.name: level for level in replies.passed if level.why}
+            if replies.failed is not None or not (lost or self._died_in_kernel(job.native_kernels)):
+                raise
+            rest = tuple(level for level in job.levels if level.name not in lost)
+            return PartEnd(replace(job, levels=rest, native_kernels=job.native_kernels and bool(lost)), tuple(lost.values()))
+        return PartEnd(None)
+
+    def _pass(
+        self, job: PassJob, replies: Replies, enough: threading.Event | None = None, orders: Orders | None = None
+    ) -> None:
         job = replace(job, native=self._native() if job.native_kernels else None)
         writes = job.levels[0].job.out
-        self._ask(job, replies, job.log, "The levels could not be made", writes=writes, enough=threading.Event())
+        what = "The levels could not be made"
+        self._ask(job, replies, job.log, what, writes=writes, enough=enough or threading.Event(), orders=orders)
 
     def _died_in_kernel(self, native_kernels: bool) -> bool:
         """Whether the worker of a job with ``native_kernels`` died while it tested one; ggml's can then do the work."""

@@ -32,6 +32,11 @@ class StdinStop:
     def requested(self) -> bool:
         return self._event.is_set()
 
+    def end(self) -> None:
+        """Order no further unit, as at the end of file."""
+        self._event.set()
+        self._orders.put(None)
+
     def units(self, units: Sequence[UnitT], *, ordered: bool) -> Iterator[UnitT]:
         """All units in their order; with ``ordered`` those that the parent orders, as it orders them, until it ends."""
         if not ordered:

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from imatrix_runner.engines.files import ledger
 from imatrix_runner.engines.jobs import CheckJob
+from imatrix_runner.engines.pass_parts import LedgerEntry
 from imatrix_runner.engines.protocol import Checked, Send
 from imatrix_runner.engines.worker.library import Library, load
 from imatrix_runner.engines.worker.llama_context import usable_cpus
-from imatrix_runner.engines.worker.quantize import ledger
 from imatrix_runner.engines.worker.quantize.ggml_rows import Kernels
 from imatrix_runner.engines.worker.quantize.slabs import SLAB, address, combine, fill, memory
 from imatrix_runner.engines.worker.refusal import Refusal
@@ -49,7 +50,7 @@ class _Reading:
     files: tuple[Path, ...]
     kernels: Kernels
     slab: int
-    entries: dict[tuple[int, int], ledger.LedgerEntry]
+    entries: dict[tuple[int, int], LedgerEntry]
 
     def run(self, threads: int | None, stop: StdinStop, on_progress: Callable[[int], None]) -> tuple[str, str]:
         """The first invalid tensor and why; both empty if there is none. ``on_progress`` gets the number of bytes done."""

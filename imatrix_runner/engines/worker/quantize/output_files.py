@@ -6,16 +6,17 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from imatrix_runner.engines.files.ledger import Ledger, LedgerHead, part_ledger, part_ledgers, read
 from imatrix_runner.engines.jobs import LEDGER_NAME, PassLevel
+from imatrix_runner.engines.pass_parts import LedgerEntry
 from imatrix_runner.engines.shards import shard_paths
 from imatrix_runner.engines.worker.quantize.gguf_headers import FileLayout, TensorPlace
-from imatrix_runner.engines.worker.quantize.ledger import Ledger, LedgerEntry, LedgerHead, read
 from imatrix_runner.engines.worker.refusal import Refusal
 from imatrix_runner.files import sync
 from imatrix_runner.models.gguf_file import MAGIC
@@ -29,17 +30,19 @@ class OutputFile:
     """One file of an output. Until it is finished it begins with four zeros instead of ``GGUF``, so that no program takes it
     for complete; llama-quantize does the same."""
 
-    def __init__(self, path: Path, layout: FileLayout, *, fresh: bool) -> None:
+    def __init__(self, path: Path, layout: FileLayout | None, *, fresh: bool) -> None:
+        """``layout``: None for a file whose space and header are not this worker's concern."""
         self.path = path
         if fresh:
             path.unlink(missing_ok=True)
         self._file: IO[bytes] = path.open("x+b" if fresh else "r+b", buffering=0)
         self._lock = threading.Lock()
         try:
-            if fresh:
+            if fresh and layout is not None:
                 _reserve(self._file.fileno(), layout.size)
             # Also for a continued file: a loss of power may have come before its header was on disk.
-            self.write(len(MAGIC), memoryview(layout.header)[len(MAGIC) :])
+            if layout is not None:
+                self.write(len(MAGIC), memoryview(layout.header)[len(MAGIC) :])
         except OSError:
             self.close()
             if fresh:
@@ -93,12 +96,15 @@ def _reserve(descriptor: int, size: int) -> None:
 
 @dataclass(eq=False)
 class LevelOutput:
-    """One level's files, places and ledger, and its state. ``spoiled``: the tensor that the level failed on, and why."""
+    """One level's files, places and ledger, and its state. ``spoiled``: the tensor that the level failed on, and why.
+
+    An output that another worker prepared has no ``places``. One that is only written to a scratch file has neither files nor
+    a ledger."""
 
     level: PassLevel
     files: list[OutputFile]
     places: dict[str, TensorPlace]
-    ledger: Ledger
+    ledger: Ledger | None
     kept: int
     spoiled: tuple[str, str] | None = None
     computed: int = 0
@@ -116,7 +122,8 @@ class LevelOutput:
         whole = all(path.is_file() and path.stat().st_size == layout.size for path, layout in zip(paths, layouts, strict=True))
         fresh = known is None or known[0] != head or not whole
         if fresh:
-            (folder / LEDGER_NAME).unlink(missing_ok=True)
+            for other in (folder / LEDGER_NAME, *part_ledgers(folder)):
+                other.unlink(missing_ok=True)
             for other in folder.glob("*.gguf"):  # unfinished shards of another number, for example
                 other.unlink()
         files: list[OutputFile] = []
@@ -124,6 +131,7 @@ class LevelOutput:
             for path, layout in zip(paths, layouts, strict=True):
                 files.append(OutputFile(path, layout, fresh=fresh))
             ledger = Ledger(folder / LEDGER_NAME, head)
+            ledger.take_in(part_ledgers(folder))
         except OSError:
             for file in files:
                 file.close()
@@ -131,6 +139,33 @@ class LevelOutput:
                     file.path.unlink(missing_ok=True)
             raise
         return cls(level, files, places, ledger, len(ledger.entries))
+
+    @classmethod
+    def join(cls, level: PassLevel, head: LedgerHead, name: str) -> LevelOutput:
+        """Open files that another worker prepared, and a partial ledger next to its ledger. Raises ``OSError``, and
+        :class:`Refusal` if the files are not there."""
+        folder = level.job.out.parent
+        known = read(folder / LEDGER_NAME)
+        if known is None or known[0] != head:
+            why = f"{folder} does not hold its unfinished files"
+            raise Refusal.invalid(
+                f"{level.name} cannot be written here", why, "If the folder is not shared by all machines, give --no-shared-fs."
+            )
+        files: list[OutputFile] = []
+        try:
+            for path in sorted(folder.glob("*.gguf")):
+                files.append(OutputFile(path, None, fresh=False))
+            ledger = Ledger(part_ledger(folder, name), head)
+        except OSError:
+            for file in files:
+                file.close()
+            raise
+        return cls(level, files, {}, ledger, 0)
+
+    @property
+    def entries(self) -> Mapping[str, LedgerEntry]:
+        """What the ledger records, by the tensor's name in the model."""
+        return self.ledger.entries if self.ledger is not None else {}
 
     def write(self, place: TensorPlace, offset: int, data: memoryview) -> None:
         """Write part of a tensor, ``offset`` bytes from its beginning."""
@@ -140,11 +175,12 @@ class LevelOutput:
         """Sync written tensors to disk, then add them to the ledger."""
         for index in {entry.file for entry in entries}:
             self.files[index].sync()
+        assert self.ledger is not None
         self.ledger.append(entries)
 
     def finish(self) -> None:
         """Complete the files after every tensor was recorded. Raises :class:`Refusal` if one is missing."""
-        if missing := len(self.places) - len(self.ledger.entries):
+        if missing := len(self.places) - len(self.entries):
             raise Refusal.failed(f"{self.level.name} is incomplete", f"{missing} tensors were not written", "Report it.")
         for file in self.files:
             file.finish()
@@ -152,11 +188,12 @@ class LevelOutput:
     def close(self) -> None:
         for file in self.files:
             file.close()
-        self.ledger.close()
+        if self.ledger is not None:
+            self.ledger.close()
 
     def give_up(self) -> None:
         """Remove the files, if nothing is done yet, because the pass cannot begin."""
-        if not self.ledger.entries:
+        if not self.entries:
             self.close()
             for path in (*(file.path for file in self.files), self.level.job.out.parent / LEDGER_NAME):
                 path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
@@ -40,19 +40,24 @@ class Spent:
     checking: float = 0.0
     writing: float = 0.0
 
-    def add(self, other: Spent) -> None:
-        for name, seconds in other.types.items():
-            self.types[name] += seconds
-        self.reading += other.reading
-        self.widening += other.widening
-        self.checking += other.checking
-        self.writing += other.writing
+    @classmethod
+    def total(cls, each: Sequence[Spent], without: Spent | None = None) -> Spent:
+        """The sum, minus ``without``."""
+        total = cls()
+        for one, sign in [*((one, 1) for one in each), *([(without, -1)] if without is not None else [])]:
+            for name, seconds in list(one.types.items()):  # a thread may be adding a type
+                total.types[name] += sign * seconds
+            total.reading += sign * one.reading
+            total.widening += sign * one.widening
+            total.checking += sign * one.checking
+            total.writing += sign * one.writing
+        return total
 
 
 class Slabs:
     """Hands out slabs to threads, in order, until ``stopped`` returns true."""
 
-    def __init__(self, works: Sequence[Work], stopped: Callable[[], bool]) -> None:
+    def __init__(self, works: Iterable[Work], stopped: Callable[[], bool]) -> None:
         self._slabs: Iterator[tuple[Work, int]] = ((work, first) for work in works for first in work.slabs)
         self._stopped = stopped
         self._lock = threading.Lock()
@@ -70,10 +75,10 @@ class Worker:
     """One thread's buffers, files and times. The buffers are as large as the largest slab of ``works`` needs."""
 
     def __init__(
-        self, source: SourceHeader, works: Sequence[Work], kernels: Kernels, rounder: RowRounder, doing: Doing
+        self, source: SourceHeader, works: Sequence[Work], kernels: Kernels, rounder: RowRounder, doing: Doing, spent: Spent
     ) -> None:
         self._source, self._kernels, self._rounder, self._doing = source, kernels, rounder, doing
-        self.spent = Spent()
+        self.spent = spent
         rows = {work.name: min(work.rows, work.tensor.rows) for work in works}
         self._raw = memory(max((rows[w.name] * w.tensor.kind.row_bytes(w.tensor.n_per_row) for w in works), default=0))
         self._wide = memory(4 * max((rows[w.name] * w.tensor.n_per_row for w in works), default=0))
@@ -96,7 +101,7 @@ class Worker:
         if any(part.alive and work.computes(part) for part in work.parts):
             self._widen(work, count)
         for part in work.parts:
-            if alive := part.alive:
+            if part.alive:
                 data = self._make(work, part, first, count)
                 if data is None:
                     _spoil(part, work.name, f"quantised to {part.kind.name} it has NaN or infinite numbers")
@@ -104,8 +109,7 @@ class Worker:
                 began = time.perf_counter()
                 part.crcs[first] = zlib.crc32(data)
                 offset = first * part.kind.row_bytes(work.tensor.n_per_row)
-                for output, place in alive:
-                    output.write(place, offset, data)
+                part.write(offset, data)
                 self.spent.writing += time.perf_counter() - began
 
     def _read(self, work: Work, first: int, count: int) -> bool:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from imatrix_runner.engines.files import ledger
 from imatrix_runner.engines.files.imatrix_weights import Values
 from imatrix_runner.engines.jobs import Donor
+from imatrix_runner.engines.pass_parts import LedgerEntry, PassWork, WantedPair, WantedPlace
 from imatrix_runner.engines.roundings import STOCK, Rounding
-from imatrix_runner.engines.worker.quantize import ledger
 from imatrix_runner.engines.worker.quantize.ggml_rows import Kernels, Type, are_extreme_weights
 from imatrix_runner.engines.worker.quantize.gguf_headers import SourceHeader, SourceTensor, TensorPlace
-from imatrix_runner.engines.worker.quantize.output_files import LevelOutput
+from imatrix_runner.engines.worker.quantize.output_files import LevelOutput, OutputFile
 from imatrix_runner.engines.worker.quantize.rounding.row_rounder import RowRounder
+from imatrix_runner.engines.worker.refusal import Refusal
 from imatrix_runner.models.ggml_types import IGNORE_WEIGHTS
 
 NO_WEIGHTS = "none"
@@ -38,11 +40,19 @@ class Copy:
     crc: int
 
 
+@dataclass(frozen=True)
+class ScratchPlace:
+    """Where a pair goes in place of its outputs: a file, and the byte offset there."""
+
+    file: OutputFile
+    offset: int
+
+
 @dataclass
 class TensorWork:
     """One type of one tensor and the outputs that want it. Without ``copies`` it is computed, or taken unchanged if the type is
     the source's own. ``weighted``: quantised with the tensor's weights; ``rounding``: how; ``crcs``: of every slab written so
-    far."""
+    far; ``scratch``: where it is written, if not to the outputs."""
 
     kind: Type
     weighted: bool
@@ -51,6 +61,15 @@ class TensorWork:
     targets: list[tuple[LevelOutput, TensorPlace]]
     copies: list[Copy]
     crcs: dict[int, int] = field(default_factory=dict)
+    scratch: ScratchPlace | None = None
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write part of the tensor, ``offset`` bytes from its beginning, to every output that is not spoiled."""
+        if self.scratch is not None:
+            self.scratch.file.write(self.scratch.offset + offset, data)
+            return
+        for output, place in self.alive:
+            output.write(place, offset, data)
 
     @property
     def alive(self) -> list[tuple[LevelOutput, TensorPlace]]:
@@ -60,7 +79,7 @@ class TensorWork:
 @dataclass
 class Work:
     """One tensor, cut into slabs of ``rows`` rows; ``left`` slabs are not done. ``read_weights`` reads its slice of the
-    imatrix, which is held from the first slab to the last."""
+    imatrix, which is held from the first slab to the last. ``slab_cost``: elements to quantise in one slab, on average."""
 
     name: str
     tensor: SourceTensor
@@ -69,11 +88,13 @@ class Work:
     read_weights: Callable[[], Values]
     left: int = 0
     extreme_weights: bool = False
+    slab_cost: float = 0.0
     _weights: Values | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.left = len(self.slabs)
+        self.slab_cost = self.cost / self.left
 
     def weights(self) -> Values:
         """One float32 for every column (of every expert)."""
@@ -135,7 +156,7 @@ def plan_work(
         parts: dict[tuple[str, bool, Rounding], TensorWork] = {}
         for output in outputs:
             target = wanted[output].get(name)
-            if target is None or name in output.ledger.entries:
+            if target is None or name in output.entries:
                 continue
             place = output.places[target.name]
             given = known if name.encode() in weights[output.level.name] else None
@@ -153,6 +174,85 @@ def plan_work(
             rows = max(1, slab // tensor.n_per_row)
             works.append(Work(name, tensor, list(parts.values()), rows, read or _no_weights))
     return works
+
+
+def left_works(works: Sequence[Work]) -> tuple[PassWork, ...]:
+    """What of ``works`` has to be computed, as other workers are told."""
+    return tuple(
+        PassWork(work.name, work.tensor.n_elements, work.tensor.n_bytes, pairs) for work in works if (pairs := _pairs_of(work))
+    )
+
+
+def _pairs_of(work: Work) -> tuple[WantedPair, ...]:
+    return tuple(
+        WantedPair(
+            part.kind.name,
+            alive[0][1].n_bytes,
+            tuple(WantedPlace(output.level.name, place.file, place.offset) for output, place in alive),
+            part.rounding,
+        )
+        for part in work.parts
+        if work.computes(part) and (alive := part.alive)
+    )
+
+
+def plan_part(
+    source: SourceHeader,
+    outputs: Mapping[str, LevelOutput],
+    weights: Mapping[str, Mapping[bytes, Values]],
+    kernels: Kernels,
+    rounder: RowRounder,
+    slab: int,
+    unit: Sequence[PassWork],
+) -> list[Work]:
+    """The work of a unit, as another worker planned it; of levels that are not in ``outputs`` nothing.
+
+    Raises :class:`Refusal` if the model is another one."""
+    nothing = Copies("", slab)
+    works: list[Work] = []
+    for wanted in unit:
+        name, key = wanted.tensor, wanted.tensor.encode()
+        tensor = source.tensors.get(name)
+        if tensor is None or (tensor.n_elements, tensor.n_bytes) != (wanted.elements, wanted.source_bytes):
+            raise _another(source, name)
+        read = next((partial(each.__getitem__, key) for each in weights.values() if key in each), None)
+        known = read() if read is not None else None
+        parts: list[TensorWork] = []
+        for pair in wanted.pairs:
+            kind = kernels.type(pair.type)
+            if tensor.rows * kind.row_bytes(tensor.n_per_row) != pair.n_bytes:
+                raise _another(source, name)
+            places = [place for place in pair.places if place.level in outputs]
+            if not places:
+                continue
+            given = known if key in weights[places[0].level] else None
+            values = given if given is not None and given.size == weights_wanted(tensor) else None
+            part = _part(name, tensor, kind, values, pair.rounding, rounder.key(name, pair.rounding), nothing)
+            part.targets += [
+                (outputs[place.level], TensorPlace(place.file, place.offset, kind, pair.n_bytes)) for place in places
+            ]
+            parts.append(part)
+        if parts:
+            works.append(Work(name, tensor, parts, max(1, slab // tensor.n_per_row), read or _no_weights))
+    return works
+
+
+def begun_again(work: Work, scratch: OutputFile | None, offset: int) -> Work:
+    """The same work with nothing done. Its pairs go to ``scratch`` from a byte offset on, one after the other, if that is
+    given."""
+    parts: list[TensorWork] = []
+    for part in work.parts:
+        parts.append(replace(part, crcs={}, scratch=ScratchPlace(scratch, offset) if scratch is not None else None))
+        offset += part.targets[0][1].n_bytes
+    return Work(work.name, work.tensor, parts, work.rows, work.read_weights)
+
+
+def _another(source: SourceHeader, tensor: str) -> Refusal:
+    return Refusal.invalid(
+        f"{source.files[0].name} is not the model of this pass",
+        f"{tensor} differs from what was planned",
+        "Make sure that every machine of the cluster has the same file.",
+    )
 
 
 def _no_weights() -> Values:
@@ -212,9 +312,9 @@ class Copies:
 
     def add_output(self, output: LevelOutput) -> None:
         """Add an output of this pass with tensors from an earlier run."""
-        self._add(output.ledger.entries, [file.path for file in output.files])
+        self._add(output.entries, [file.path for file in output.files])
 
-    def _add(self, entries: Mapping[str, ledger.LedgerEntry], files: Sequence[Path]) -> None:
+    def _add(self, entries: Mapping[str, LedgerEntry], files: Sequence[Path]) -> None:
         for entry in entries.values():
             if entry.file < len(files):
                 copy = Copy(files[entry.file], entry.offset, entry.crc)
