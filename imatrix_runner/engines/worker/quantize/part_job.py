@@ -24,7 +24,10 @@ from imatrix_runner.engines.worker.stdin_stop import StdinStop
 
 
 def compute_part(setting: PassSetting, part: PassPart) -> None:
-    """Compute the units of a part, and send each that is done; end at a stop. Raises :class:`Refusal`."""
+    """Compute the units of a part, and send each that is done; end at a stop.
+
+    Raises :class:`~imatrix_runner.engines.worker.refusal.Refusal`.
+    """
     with ExitStack() as stack:
         outputs: dict[str, LevelOutput] = {}
         for level in setting.job.levels:
