@@ -13,18 +13,21 @@ from pathlib import Path
 
 import psutil
 
+from imatrix_runner.advise.cluster_advice import ClusterAdvice, ClusterRoom, advise_cluster
 from imatrix_runner.advise.memory import Budget, ContextMemory, MemoryFit, context_memory, fit
 from imatrix_runner.advise.recommend import LevelCandidate, Recommendation, recommend
 from imatrix_runner.advise.text_suitability import Suitability, Use, suits
-from imatrix_runner.advise.timing_probe import Timing, probe
+from imatrix_runner.advise.timing_probe import PAIR, Timing, probe
 from imatrix_runner.app.calibration_inspect import Inspected, InspectRequest, inspect
 from imatrix_runner.app.run_levels import choose_levels
 from imatrix_runner.calibration.inspect.findings import TextFinding
+from imatrix_runner.cluster.node_facts import share_of_processors
+from imatrix_runner.cluster.ray_session import connected
 from imatrix_runner.context.context import Context, Session, settle
 from imatrix_runner.context.engine_choice import EngineChoice, EngineNeeds
 from imatrix_runner.context.open_model import Frozen, freeze, open_source
 from imatrix_runner.context.ownership import find_workspace
-from imatrix_runner.context.requests import EnvironmentRequest, LevelsRequest, SourceRequest
+from imatrix_runner.context.requests import EnvironmentRequest, ImatrixRequest, LevelsRequest, SourceRequest
 from imatrix_runner.documents.corpus import Corpus, open_corpus, raw_warnings
 from imatrix_runner.engines.contract import Engine
 from imatrix_runner.engines.jobs import CollectOptions
@@ -38,7 +41,7 @@ from imatrix_runner.files import free_bytes, stamp
 from imatrix_runner.imatrix.expected import ExpectedMatrix, expect
 from imatrix_runner.imatrix.formats import read as read_matrix
 from imatrix_runner.imatrix.obtain import fingerprint as imatrix_fingerprint
-from imatrix_runner.imatrix.plan_generation import matrix_bytes
+from imatrix_runner.imatrix.plan_generation import matrix_bytes, planned_chunks
 from imatrix_runner.journal import Journal
 from imatrix_runner.mixes.targets import require_stock
 from imatrix_runner.models.kind import no_next_token, require_vocabulary
@@ -125,7 +128,8 @@ class TextAdvice:
 @dataclass(frozen=True)
 class Advice:
     """The result of ``advise``. ``untimed``: why there is no ``timing``; ``held_out_chunks``: number of chunks of the shipped
-    held-out text (0 without a timing); ``measured``: levels whose divergence is already in the workspace."""
+    held-out text (0 without a timing); ``measured``: levels whose divergence is already in the workspace. ``cluster``: the
+    imatrix on the cluster that was named."""
 
     model: Model
     trained_context: int | None
@@ -142,6 +146,7 @@ class Advice:
     imatrix_bytes: int
     recommendations: tuple[Recommendation, ...]
     measured: tuple[str, ...]
+    cluster: ClusterAdvice | None = None
 
 
 def advise(request: AdviseRequest, context: Context) -> Advice:
@@ -200,7 +205,32 @@ def advise(request: AdviseRequest, context: Context) -> Advice:
         imatrix_bytes=matrix_bytes(model),
         measured=tuple(measured(journal)),
         recommendations=recommend(_candidates(assessed), facts.budget),
+        cluster=_cluster(request, model, text, options, timing, session, context) if not cannot else None,
     )
+
+
+def _cluster(
+    request: AdviseRequest,
+    model: Model,
+    text: TextAdvice,
+    options: CollectOptions,
+    timing: Timing | None,
+    session: Session,
+    context: Context,
+) -> ClusterAdvice | None:
+    """What the imatrix takes on the cluster, if one is named, and the text has chunks for one. Raises what a connection to it
+    raises."""
+    cluster = request.environment.cluster
+    if cluster is None or text.n_chunks < PAIR:
+        return None
+    if cluster.local_workers is not None:
+        threads = (cluster.cpus_per_worker or share_of_processors(cluster.local_workers),) * cluster.local_workers
+    else:
+        with connected(cluster, context.sink, context.stop) as workers:
+            threads = workers.room()
+    room = ClusterRoom(threads, cluster.local_workers is not None)
+    plan = planned_chunks(ImatrixRequest(options=options), model, text.n_tokens, session.engine)
+    return advise_cluster(model, plan, options, room, timing, options.threads or psutil.cpu_count() or 1)
 
 
 def _levels(request: LevelsRequest, session: Session) -> tuple[tuple[Level, ...], tuple[str, ...]]:

@@ -213,7 +213,7 @@ def _connected(request: BatchRequest, context: Context) -> Iterator[BatchRequest
         yield request
         return
     with connected(cluster, context.sink, context.stop) as workers:
-        lanes = workers.count_room()
+        lanes = len(workers.room())
         context.sink(info(f"Cluster {cluster.address}: {lanes} models are computed at a time, each by one worker."))
         yield replace(request, lanes=lanes)
 

@@ -132,11 +132,11 @@ class ClusterWorkers:
                 "Install the same imatrix-runner and llama-cpp-python everywhere; see there: imatrix-runner doctor",
             )
 
-    def count_room(self) -> int:
-        """How many workers the cluster has room for. Raises :class:`ToolchainError` for none."""
+    def room(self) -> tuple[int, ...]:
+        """The processors of each worker that the cluster has room for. Raises :class:`ToolchainError` for none."""
         if not (rooms := self._rooms()):
             raise _no_room(self._options)
-        return len(rooms)
+        return tuple(place.threads for place in rooms)
 
     def _rooms(self) -> list[_Place]:
         """The place of each worker that there is room for."""

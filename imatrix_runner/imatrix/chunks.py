@@ -77,10 +77,15 @@ def range_chunks(
     """
     chunk = 2 * n_params * options.n_ctx / (_GPU_FLOPS if gpu else _CPU_FLOPS)
     if to_load is None:
-        cheap = (_SAVE_SECONDS + matrix_bytes / _SAVE_BYTES_PER_SECOND) / _SAVE_SHARE / chunk
+        cheap = saving_seconds(matrix_bytes) / _SAVE_SHARE / chunk
     else:
         cheap = (_START_SECONDS + to_load / _LOAD_BYTES_PER_SECOND) / RELOAD_SHARE / chunk
     return whole_batches(math.ceil(max(least, cheap)), options)
+
+
+def saving_seconds(matrix_bytes: int) -> float:
+    """Return about how long it takes to check a range's sums, to add them and to write the checkpoint."""
+    return _SAVE_SECONDS + matrix_bytes / _SAVE_BYTES_PER_SECOND
 
 
 def watched_chunks(cheap: int, n_tokens: int, options: CollectOptions) -> int:

@@ -79,16 +79,7 @@ def plan_generation(
     )
     if corpus.marked and not options.parse_special:
         _warn_unparsed(n_tokens, corpus, model, session)
-    plan = plan_chunks(
-        n_tokens,
-        options,
-        first=request.first_chunk,
-        limit=request.chunks,
-        range_size=_range_size(request, model, n_tokens, session.engine),
-        save_frequency=request.save_frequency,
-        spread=request.until_converged is not None,
-        beyond=request.min_expert_tokens > 0,
-    )
+    plan = planned_chunks(request, model, n_tokens, session.engine)
     for text in ineffective_collection(request, plan, model):
         session.sink(warning(text))
     _report_rounding(request, plan, session.sink)
@@ -105,6 +96,20 @@ def plan_generation(
     # The matrix itself, its snapshots, and in float64 a range's, the checkpoint and the one that replaces it.
     files = 1 + len(plan.snapshots) + 3 * 2
     return ImatrixStep("generate", out, reason, plan.n_chunks, n_tokens, files * matrix_bytes(model)), plan
+
+
+def planned_chunks(request: ImatrixRequest, model: Model, n_tokens: int, engine: Engine) -> ChunkPlan:
+    """Return the ranges of a text of ``n_tokens`` tokens."""
+    return plan_chunks(
+        n_tokens,
+        request.options,
+        first=request.first_chunk,
+        limit=request.chunks,
+        range_size=_range_size(request, model, n_tokens, engine),
+        save_frequency=request.save_frequency,
+        spread=request.until_converged is not None,
+        beyond=request.min_expert_tokens > 0,
+    )
 
 
 def _warn_unparsed(n_tokens: int, corpus: Corpus, model: Model, session: Session) -> None:

@@ -94,17 +94,21 @@ def test_times_come_with_how_they_were_measured(found: Advice) -> None:
 
 
 def test_one_document_with_every_figure_and_its_reason(cli: CommandLine, tiny_model: Path) -> None:
-    ran = cli("advise", tiny_model, *QUICK, "--json", "--vram", "8GiB", "-c", "1024", "--use", "code")
+    ran = cli("advise", tiny_model, *QUICK, "--json", "--vram", "8GiB", "-c", "1024", "--use", "code", "--cluster", "local:3")
     assert ran.code == 0
     document = ran.document
     assert (document["schema"], document["version"], document["exit_code"]) == ("imatrix-runner/advise", 1, 0)
     assert document.keys() == {
         *("schema", "version", "program", "exit_code", "model", "machine", "context", "levels", "left_out", "sources"),
         *("calibration", "engine", "timing", "untimed", "held_out_chunks", "imatrix_bytes", "measured"),
-        *("recommendations", "commands"),
+        *("recommendations", "commands", "cluster"),
     }
     assert document["context"] == {"tokens": 1024, "bytes": 1 << 20, "certainty": "exact", "note": ""}
     assert (document["timing"], document["untimed"]) == (None, "--no-probe")
+    cluster = document["cluster"]  # nothing is started to answer
+    assert (cluster["workers"], cluster["forecasts"], cluster["stops_scaling_at"]) == (3, [], None)
+    assert cluster["n_ranges"] >= 1
+    assert cluster["sums_bytes"] == 2 * cluster["n_ranges"] * document["imatrix_bytes"]
     level = {each["level"]: each for each in document["levels"]}["Q4_K_M"]
     assert level.keys() == {
         *("level", "bytes", "bits_per_weight", "failure", "fit", "imatrix", "fallbacks", "fallback_share", "predicted_kld"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imatrix_runner.advise.cluster_advice import START_SECONDS, ClusterRoom, advise_cluster
 from imatrix_runner.advise.cluster_forecast import (
     ClusterShape,
     WorkPhase,
@@ -15,6 +18,11 @@ from imatrix_runner.advise.cluster_forecast import (
     stops_scaling,
     work_seconds,
 )
+from imatrix_runner.advise.timing_probe import Timing
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
+from imatrix_runner.imatrix.chunks import ChunkPlan
+from imatrix_runner.imatrix.plan_generation import matrix_bytes
+from imatrix_runner.models.model import open_gguf
 
 COSTS = st.floats(0, 1000, allow_nan=False)
 
@@ -79,3 +87,22 @@ def test_where_it_stops_scaling() -> None:
     assert found.seconds == 110
     assert found.bound == "driver"
     assert found.efficiency == pytest.approx(1000 / (64 * 110))
+
+
+def test_an_imatrix_is_forecast_from_a_probe(tiny_model: Path) -> None:
+    """Workers of two threads, measured with one: twice as fast. What is sent follows from the ranges alone."""
+    model = open_gguf(tiny_model, allow_requantize=False)
+    ranges = tuple(ChunkRange(first, 10) for first in range(0, 60, 10))
+    plan, options = ChunkPlan(ranges, 6, (), 60 * 512), CollectOptions()
+    room = ClusterRoom((2, 2, 2), local=False)
+    found = advise_cluster(model, plan, options, room, Timing(4.0, 2.0, 3.0), threads=1)
+    assert (found.workers, found.n_ranges, found.range_chunks) == (3, 6, 10)
+    assert found.sums_bytes == 6 * 2 * matrix_bytes(model)
+    assert found.memory is not None
+    assert found.memory > model.n_bytes
+    by_workers = {each.workers: each for each in found.forecasts}
+    assert by_workers[1].seconds == pytest.approx(START_SECONDS + 3 + 60, abs=0.1)
+    assert by_workers[3].seconds == pytest.approx(START_SECONDS + 3 + 20, abs=0.1)
+    assert {each.moved_bytes for each in found.forecasts} == {found.sums_bytes}
+    assert found.stops in by_workers
+    assert advise_cluster(model, plan, options, room, None, threads=1).forecasts == ()

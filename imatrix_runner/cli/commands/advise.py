@@ -11,7 +11,7 @@ import click
 from imatrix_runner.cli.command import command
 from imatrix_runner.cli.invocation import PROGRAM, Invocation
 from imatrix_runner.cli.option_fields import argument, listed, option, setting
-from imatrix_runner.cli.options import ComputeOptions, TalkOptions, WorkDirOptions
+from imatrix_runner.cli.options import ComputeOptions, SpreadingOptions, TalkOptions, WorkDirOptions
 from imatrix_runner.cli.requested import compute_request, environment_request
 from imatrix_runner.cli.types import SIZE, TEXT, LevelNames
 from imatrix_runner.cli.work import at_work, print_result
@@ -20,6 +20,7 @@ from imatrix_runner.engines.jobs import QuantizeOptions
 from imatrix_runner.engines.levels import PRESETS
 
 if TYPE_CHECKING:
+    from imatrix_runner.advise.cluster_advice import ClusterAdvice
     from imatrix_runner.app.advise import Advice, LevelAdvice
 
 _WHAT, _MACHINE = "What to assess", "Machine"
@@ -89,6 +90,7 @@ class AdviseOptions:
         help="Time two chunks (after two for warming up).",
     )
     compute: ComputeOptions
+    spreading: SpreadingOptions
     talk: TalkOptions
 
 
@@ -98,6 +100,7 @@ class AdviseOptions:
         "imatrix-runner advise model-BF16.gguf",
         "imatrix-runner advise model-BF16.gguf --vram 8GiB --ram 32GiB -c 16384 --preset bartowski",
         "imatrix-runner advise model-BF16.gguf --use chat --calibration chat.txt",
+        "imatrix-runner advise model-BF16.gguf --cluster auto",
     ),
 )
 def advise(invocation: Invocation, options: AdviseOptions) -> int:
@@ -112,7 +115,7 @@ def advise(invocation: Invocation, options: AdviseOptions) -> int:
 
     request = AdviseRequest(
         SourceRequest(options.model),
-        environment_request(options.place.work_dir, options.compute, invocation),
+        environment_request(options.place.work_dir, options.compute, invocation, spreading=options.spreading),
         LevelsRequest(options.levels, options.preset or "", QuantizeOptions(allow_requantize=options.allow_requantize)),
         options.text,
         compute_request(options.compute, parse_special=bool(options.parse_special)),
@@ -177,6 +180,23 @@ def _level(level: LevelAdvice) -> dict[str, Any]:
     }
 
 
+def _cluster(cluster: ClusterAdvice) -> dict[str, Any]:
+    return {
+        **{name: value for name, value in asdict(cluster).items() if name not in ("forecasts", "stops")},
+        "forecasts": [
+            {
+                "workers": each.workers,
+                "seconds": each.seconds,
+                "bound": each.bound,
+                "bytes_moved": each.moved_bytes,
+                "efficiency": each.efficiency,
+            }
+            for each in cluster.forecasts
+        ],
+        "stops_scaling_at": cluster.stops,
+    }
+
+
 def _document(advice: Advice, commands: list[str]) -> dict[str, Any]:
     import msgspec
 
@@ -227,6 +247,7 @@ def _document(advice: Advice, commands: list[str]) -> dict[str, Any]:
         if timing is not None
         else None,
         untimed=advice.untimed,
+        cluster=_cluster(advice.cluster) if advice.cluster is not None else None,
         held_out_chunks=advice.held_out_chunks,
         imatrix_bytes=advice.imatrix_bytes,
         measured=list(advice.measured),

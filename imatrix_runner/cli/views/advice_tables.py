@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -18,6 +18,8 @@ from imatrix_runner.quantize.imatrix_benefit import KLD_SOURCE, PPL_SOURCE, REAS
 from imatrix_runner.safe_text import printable
 
 if TYPE_CHECKING:
+    from imatrix_runner.advise.cluster_advice import ClusterAdvice
+    from imatrix_runner.advise.cluster_forecast import Bound
     from imatrix_runner.advise.timing_probe import Timing
     from imatrix_runner.app.advise import Advice, LevelAdvice, MachineFacts
 
@@ -50,6 +52,8 @@ def print_advice(advice: Advice, commands: Sequence[str], console: Console) -> N
     _rows(console, _notes(advice))
     _part(console, "Calibration", _calibration(advice))
     _part(console, "Time and disk", [*_time(advice), *_disk(advice)])
+    if advice.cluster is not None:
+        _part(console, "Cluster", _cluster(advice.cluster))
     _part(console, "Advice", _recommended(advice, commands))
 
 
@@ -212,6 +216,36 @@ def _how(timing: Timing) -> str:
         f"2 chunks took {timing.second:.2f} s each, the 2 before them {timing.first:.2f} s, loading {timing.load_seconds:.1f} s"
     )
     return how if timing.apart <= _FAR else f"{how}: {100 * timing.apart:.0f} % apart, so this is rough (is the machine busy?)"
+
+
+_BOUNDS: Mapping[Bound, str] = {
+    "workers": "the workers compute all the time",
+    "network": "the network is full",
+    "driver": "this machine adds sums all the time",
+    "loading": "workers load the model longer than they compute",
+    "units": "there are too few ranges for so many workers",
+}
+
+
+def _cluster(cluster: ClusterAdvice) -> Iterator[Row]:
+    workers = f"{_workers(cluster.workers)} with {cluster.threads:g} threads each"
+    yield "Ranges", Text(f"{cluster.n_ranges} of at most {cluster.range_chunks} chunks, for {workers}")
+    memory = f"about {human_bytes(cluster.memory)}" if cluster.memory is not None else "not known"
+    yield "Memory", Text(f"{memory} for each worker")
+    sent = f"{human_bytes(cluster.sums_bytes)} of sums to this machine"
+    model = f"the model's {human_bytes(cluster.model_bytes)} to each worker that does not have it at the same path"
+    yield "Network", Text(f"{sent}; {model}")
+    for label, forecast in zip(_labels("Imatrix"), cluster.forecasts, strict=False):
+        bound = _BOUNDS[forecast.bound]
+        yield label, Text(f"about {human_seconds(forecast.seconds)} with {_workers(forecast.workers)}: {bound}")
+    if cluster.stops is not None:
+        yield "", Text(f"Beyond {_workers(cluster.stops)}, twice as many save less than a tenth of the time.")
+        rate = human_bytes(cluster.bytes_per_second)
+        yield "", Text(f"Taken for granted: workers as fast as this machine for each thread, {rate}/s of network.", style="dim")
+
+
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count} workers"
 
 
 def _disk(advice: Advice) -> Iterator[Row]:
