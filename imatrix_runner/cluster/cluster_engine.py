@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from imatrix_runner.cluster.cluster_options import ClusterOptions
@@ -12,11 +13,19 @@ from imatrix_runner.cluster.node_facts import NodeFacts, unlike
 from imatrix_runner.cluster.ray_session import ClusterWorkers, connected
 from imatrix_runner.cluster.shared_files import SharedFile
 from imatrix_runner.cluster.spread_collect import CollectTask, RangeSums
+from imatrix_runner.cluster.spread_measure import MeasuredUnit, MeasureTask
+from imatrix_runner.cluster.spread_trials import TrialsTask, batches_of, covariance_files
+from imatrix_runner.engines.abilities import OnScores
 from imatrix_runner.engines.contract import OnRange
+from imatrix_runner.engines.cost_jobs import TrialResult, TrialsJob
 from imatrix_runner.engines.embedded.bindings import Bindings
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
+from imatrix_runner.engines.files.cost_files import CostFile, reference_of
 from imatrix_runner.engines.jobs import CollectJob, Perplexity
+from imatrix_runner.engines.measures import RangesJob
+from imatrix_runner.errors import EngineError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink, info, warning
+from imatrix_runner.files import Stamp, stamp
 from imatrix_runner.models.gguf_names import shard_names
 from imatrix_runner.process import Orders, Runner
 
@@ -25,18 +34,20 @@ _AHEAD = 4
 
 
 class ClusterEngine(EmbeddedEngine):
-    """Spreads the ranges of an imatrix. What is not spread is done by this machine, with the same results."""
+    """Spreads the ranges of an imatrix, of a measurement, and trials of roundings. What is not spread is done by this machine,
+    with the same results."""
 
     def __init__(self, bindings: Bindings, runner: Runner, cache: Path, workers: ClusterWorkers) -> None:
         super().__init__(bindings, runner, cache)
         self._workers = workers
+        self._models: dict[Path, tuple[tuple[Stamp, ...], tuple[SharedFile, ...]]] = {}
 
     def collect(self, job: CollectJob, sink: Sink, on_range: OnRange, orders: Orders | None = None) -> None:
         """Have ranges computed in any order, and pass them on in the job's."""
         if job.ordered:  # the caller's own worker
             super().collect(job, sink, on_range, orders)
             return
-        task = CollectTask(job, shared_model(job.model), SharedFile.of(job.text))
+        task = CollectTask(job, self._model(job.model), SharedFile.of(job.text))
         total = sum(chunks.count for chunks in job.ranges)
         waiting: dict[int, RangeSums] = {}
         following, done, said = 0, 0, Perplexity()
@@ -60,6 +71,75 @@ class ClusterEngine(EmbeddedEngine):
 
         ahead = _AHEAD * max(1, len(self._workers.facts))
         self._workers.spread(task, range(len(job.ranges)), on_result, on_news, ahead=ahead)
+
+    @property
+    def range_measurer(self) -> ClusterEngine:
+        return self
+
+    def measure_ranges(self, job: RangesJob, sink: Sink, on_scores: OnScores) -> None:
+        """Have ranges measured in any order."""
+        subjects = tuple(self._model(subject.file) for subject in job.subjects)
+        task = MeasureTask(job, self._model(job.model), SharedFile.of(job.text), subjects)
+        done, missing = 0, set(range(len(job.ranges)))
+
+        def on_result(number: int, unit: MeasuredUnit) -> bool:
+            nonlocal done
+            for scores in unit.scores:
+                on_scores(scores)
+                done += scores.chunks.count
+            if unit.whole:
+                missing.remove(number)
+            return True
+
+        def on_news(partial: Mapping[int, float]) -> None:
+            more = sum(chunks for number, chunks in partial.items() if number in missing)
+            sink(Progress(job.step, min(job.n_chunks, done + more), job.n_chunks))
+
+        self._workers.spread(task, range(len(job.ranges)), on_result, on_news)
+        if missing:
+            raise EngineError("A worker of the cluster stopped early", "a range is incomplete", "Run the same command again.")
+
+    def trials(self, job: TrialsJob, sink: Sink) -> None:
+        """Have trials measured in any order, and write their results in the job's."""
+        covariances = shared_files(covariance_files(job.covariances))
+        imatrix = SharedFile.of(job.imatrix) if job.imatrix is not None else None
+        task = TrialsTask(job, self._model(job.model), SharedFile.of(job.text), imatrix, covariances)
+        reference_of(job.out).unlink(missing_ok=True)  # a killed job's
+        with closing(CostFile(job.out, job.fingerprint, TrialResult)) as file:
+            known = {result.trial for result in file.records}
+            todo = [place for place, trial in enumerate(job.trials) if trial.name not in known]
+            waiting: dict[int, TrialResult] = {}
+            following, each = deque(todo), batches_of(job)
+            total = each * len(job.trials)
+
+            def on_result(place: int, result: TrialResult) -> bool:
+                waiting[place] = result
+                while following and (ready := waiting.pop(following[0], None)) is not None:
+                    following.popleft()
+                    file.append([ready])
+                return True
+
+            def on_news(partial: Mapping[int, float]) -> None:
+                done = len(job.trials) - len(following) + len(waiting)
+                batches = each * done + sum(partial.values())
+                sink(Progress(job.step, min(total, batches), total, f"{done}/{len(job.trials)}"))
+
+            if todo:
+                try:
+                    self._workers.spread(task, todo, on_result, on_news, ahead=_AHEAD * max(1, len(self._workers.facts)))
+                except OSError as error:
+                    raise from_os_error(error, "writing measured costs", job.out) from error
+
+    def _model(self, path: Path) -> tuple[SharedFile, ...]:
+        """The files of a model; of one that did not change the same as before, so that they are sent once."""
+        try:
+            now = tuple(stamp(path.with_name(name)) for name in shard_names(path))
+        except OSError as error:
+            raise from_os_error(error, f"reading {path.name}", path) from error
+        known = self._models.get(path)
+        if known is None or known[0] != now:
+            known = self._models[path] = now, shared_model(path)
+        return known[1]
 
 
 @contextmanager
@@ -87,5 +167,10 @@ def cluster_engine(
 
 def shared_model(path: Path) -> tuple[SharedFile, ...]:
     """The files of a model, the first of which is ``path``."""
+    return shared_files([path.with_name(name) for name in shard_names(path)])
+
+
+def shared_files(paths: Sequence[Path]) -> tuple[SharedFile, ...]:
+    """Files of one folder, which stay together."""
     nonce = secrets.token_hex(16)
-    return tuple(SharedFile.of(path.with_name(name), nonce) for name in shard_names(path))
+    return tuple(SharedFile.of(path, nonce) for path in paths)

@@ -9,6 +9,7 @@ import hashlib
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,13 @@ class Node:
         if self.shares and file.is_at(file.path):
             return file.path
         raise AbsentFileError(file)
+
+    def locals(self, files: Sequence[SharedFile]) -> list[Path]:
+        """Where files of one folder are here, together. Raises :class:`AbsentFileError` for one that is not, or not there."""
+        found = [self.local(file) for file in files]
+        if len({path.parent for path in found}) > 1:
+            raise AbsentFileError(next(file for file, path in zip(files, found, strict=True) if path == file.path))
+        return found
 
     def note(self, number: int, done: float) -> None:
         """Keep how much of a unit is done, in the unit's own measure, for :meth:`NodeWorker.news`."""

@@ -3,15 +3,14 @@ have written."""
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imatrix_runner.cluster.node_worker import Node
+from imatrix_runner.cluster.ordered_child import OnUnit, OrderedChild
 from imatrix_runner.cluster.shared_files import SharedFile
 from imatrix_runner.engines.jobs import ChunkRange, CollectedRange, CollectJob, Perplexity
-from imatrix_runner.errors import EngineError, InterruptedRunError, RunnerError, from_os_error
+from imatrix_runner.errors import from_os_error
 from imatrix_runner.events import Event, Progress
 from imatrix_runner.process import Orders
 
@@ -46,7 +45,7 @@ class CollectTask:
     text: SharedFile
 
     def open(self, node: Node) -> CollectingWorker:
-        model, *_ = [node.local(file) for file in self.files]
+        model = node.locals(self.files)[0]
         return CollectingWorker(self.job, model, node.local(self.text), node)
 
 
@@ -58,61 +57,30 @@ class CollectingWorker:
         options = replace(job.options, threads=job.options.threads or node.threads)
         self._job = replace(job, model=model, text=text, folder=folder, options=options, log=node.scratch / "log", ordered=True)
         self._node = node
-        self._orders = Orders()
-        self._lock = threading.Lock()
-        self._waiting: dict[int, Future[CollectedRange]] = {}
         self._finished_chunks = 0
-        self._ended: RunnerError | None = None
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
+        self._child: OrderedChild[CollectedRange] = OrderedChild(self._serve)
 
     def run(self, number: int) -> RangeSums:
-        """Compute one range. A second call waits for its turn in the child, which need not wait for the caller."""
-        future: Future[CollectedRange] = Future()
-        with self._lock:
-            if self._ended is not None:
-                raise self._ended
-            self._waiting[number] = future
-            self._orders.give(number)
-        found = future.result()
+        """Compute one range."""
+        found = self._child.run(number)
         content = found.path.read_bytes()
         found.path.unlink()
         return RangeSums(found.chunks, content, found.seconds, found.load_seconds, found.perplexity)
 
     def close(self) -> None:
-        """End the child: it stops at its next batch."""
-        self._orders.end()
-        self._thread.join()
+        """End the child."""
+        self._child.close()
 
-    def _serve(self) -> None:
-        try:
-            self._job.folder.mkdir(parents=True, exist_ok=True)
-            self._node.engine.collect(self._job, self._relay, self._finished, self._orders)
-            ended: RunnerError = InterruptedRunError("The worker was closed", "its task is over", "Run the command again.")
-        except RunnerError as error:
-            ended = error
-        except OSError as error:
-            ended = from_os_error(error, "making a folder", self._job.folder)
-        except BaseException as error:  # noqa: BLE001 - a bug: it has to reach the driver
-            ended = EngineError("The worker failed", f"{type(error).__name__}: {error}", "Report it.")
-        with self._lock:
-            self._ended = ended
-            waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            future.set_exception(ended)
-
-    def _finished(self, found: CollectedRange) -> bool:
-        with self._lock:
+    def _serve(self, orders: Orders, on_unit: OnUnit[CollectedRange]) -> None:
+        def on_range(found: CollectedRange) -> bool:
             self._finished_chunks += found.chunks.count
-            future = self._waiting.pop(self._job.ranges.index(found.chunks))
-        future.set_result(found)
-        return True
+            on_unit(self._job.ranges.index(found.chunks), found)
+            return True
+
+        self._job.folder.mkdir(parents=True, exist_ok=True)
+        self._node.engine.collect(self._job, self._relay, on_range, orders)
 
     def _relay(self, event: Event) -> None:
         """Note how far the range in work is: the child counts the chunks of all ranges."""
-        if isinstance(event, Progress):
-            with self._lock:
-                current = next(iter(self._waiting), None)
-                done = event.done - self._finished_chunks
-            if current is not None:
-                self._node.note(current, done)
+        if isinstance(event, Progress) and (current := self._child.current) is not None:
+            self._node.note(current, event.done - self._finished_chunks)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from imatrix_runner.engines.abilities import RangeMeasurer
 from imatrix_runner.engines.contract import Engine
+from imatrix_runner.engines.files.logits import LogitsHead
 from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
 from imatrix_runner.engines.measures import MeasuredRange, RangeScores, RangesJob
+from imatrix_runner.evaluate.disk_budget import DEFAULT_BYTES
 from imatrix_runner.evaluate.held_out import HeldOut
 from imatrix_runner.evaluate.range_scores import RangeScoresFile
 from imatrix_runner.events import Finished, Sink, Started
@@ -23,15 +25,21 @@ _LEAST_RANGE = 4
 def ranges_of(model: Model, engine: Engine, held_out: HeldOut) -> tuple[ChunkRange, ...]:
     """The ranges of the whole text: they follow from the model and the options alone."""
     gpu = bool(engine.devices) and held_out.options.n_gpu_layers != "0"
-    return cut(held_out.extent.n_chunks, measured_chunks(active_params(model), model.n_bytes, held_out.options, gpu=gpu))
+    extent, options = held_out.extent, held_out.options
+    size = measured_chunks(active_params(model), model.n_bytes, extent.n_vocab, options, gpu=gpu)
+    return cut(extent.n_chunks, size)
 
 
-def measured_chunks(n_params: int, n_bytes: int, options: CollectOptions, *, gpu: bool) -> int:
+def measured_chunks(n_params: int, n_bytes: int, n_vocab: int, options: CollectOptions, *, gpu: bool) -> int:
     """How many chunks a range should have, in whole batches.
 
-    So that loading a model of ``n_bytes`` is a small part of computing the chunks. ``n_params`` are those active per token.
+    So that loading a model of ``n_bytes`` is a small part of computing the chunks, and a reference of a vocabulary of
+    ``n_vocab`` tokens takes no more of a worker's disk than a measurement does otherwise. ``n_params`` are those active per
+    token.
     """
-    return range_chunks(n_params, n_bytes, 0, options, gpu=gpu, least=_LEAST_RANGE)
+    cheap = range_chunks(n_params, n_bytes, 0, options, gpu=gpu, least=_LEAST_RANGE)
+    batch = LogitsHead(options.n_ctx, n_vocab, options.chunks_at_once).n_bytes
+    return min(cheap, max(1, DEFAULT_BYTES // batch) * options.chunks_at_once)
 
 
 def cut(n_chunks: int, size: int) -> tuple[ChunkRange, ...]:

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imatrix_runner.engines.files.logits import LogitsHead
 from imatrix_runner.engines.files.token_scores import TOKEN, read_token_scores
 from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
 from imatrix_runner.errors import EngineError, InvalidDataError
+from imatrix_runner.evaluate.disk_budget import DEFAULT_BYTES
 from imatrix_runner.evaluate.measure_ranges import cut, measured_chunks, missing_ranges
 from imatrix_runner.evaluate.range_scores import RangeScoresFile, remove_waiting
 
@@ -38,12 +40,20 @@ def chunks_in(path: Path) -> list[int]:
 @pytest.mark.parametrize(("n_params", "n_bytes"), [(10**6, 2 * 10**6), (150 * 10**6, 3 * 10**8), (3 * 10**9, 6 * 10**10)])
 def test_a_range_has_whole_batches_and_pays_for_loading(n_params: int, n_bytes: int, n_ctx: int) -> None:
     options = CollectOptions(n_ctx=n_ctx)
-    size = measured_chunks(n_params, n_bytes, options, gpu=False)
+    size = measured_chunks(n_params, n_bytes, 256, options, gpu=False)
     assert size >= 4
     assert size % options.chunks_at_once == 0
     computing = 2 * n_params * n_ctx * size / 2e11
     assert n_bytes / 1.5e9 <= 0.05 * computing
-    assert measured_chunks(n_params, n_bytes, options, gpu=True) >= size
+    assert measured_chunks(n_params, n_bytes, 256, options, gpu=True) >= size
+
+
+def test_the_reference_of_a_range_fits_where_that_of_a_measurement_does() -> None:
+    options = CollectOptions(n_ctx=512)
+    fast = measured_chunks(8 * 10**9, 16 * 10**9, 150_000, options, gpu=True)
+    assert 0.9 * DEFAULT_BYTES < LogitsHead(512, 150_000, fast).n_bytes <= DEFAULT_BYTES
+    assert fast % options.chunks_at_once == 0
+    assert measured_chunks(10**9, 10**9, 1 << 24, CollectOptions(n_ctx=8192), gpu=True) == 1
 
 
 def test_the_last_range_ends_with_the_text() -> None:

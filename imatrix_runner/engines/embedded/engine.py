@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from imatrix_runner.engines import protocol
-from imatrix_runner.engines.abilities import TokenisedTexts
+from imatrix_runner.engines.abilities import RangeMeasurer, TokenisedTexts
 from imatrix_runner.engines.contract import EngineCapabilities, OnRange
 from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialResult, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
@@ -209,7 +209,7 @@ class EmbeddedEngine:
             raise EngineError("The worker ended early", f"{job.out.name} is not complete", "Run the same command again.")
 
     @property
-    def range_measurer(self) -> None:
+    def range_measurer(self) -> RangeMeasurer | None:
         """Levels are measured one after another, each loaded once."""
         return None
 

@@ -12,7 +12,7 @@ from imatrix_runner.engines.files.plausible import no_language_model, no_referen
 from imatrix_runner.engines.files.token_scores import read_token_scores
 from imatrix_runner.engines.jobs import ChunkRange
 from imatrix_runner.engines.measures import MeasureJob, RangeScores, RangesJob, ReferenceJob
-from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError
+from imatrix_runner.errors import EngineError, InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError
 from imatrix_runner.events import Event, Progress, Sink
 
 _SOURCE = "source"
@@ -66,12 +66,15 @@ class _RangeProgress:
 
 
 def _scores_of(engine: Engine, job: RangesJob, place: int, chunks: ChunkRange, base: Path, sink: Sink) -> bytes | RunnerError:
-    """The scores of one subject, or its error."""
+    """The scores of one subject, or its error. A child that died is started once more: perhaps it was killed."""
     subject, out = job.subjects[place], base.with_suffix(".scored")
     log = subject.log
     measuring = MeasureJob(subject.step, subject.file, base, out, job.options, subject.name, log, chunks.first, alone=True)
     try:
-        engine.measure_level(measuring, sink)
+        try:
+            engine.measure_level(measuring, sink)
+        except EngineError:
+            engine.measure_level(measuring, sink)
         return _take_scores(out, subject.name, read_head(base))
     except (InterruptedRunError, NoSpaceError):
         raise
