@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,12 +16,9 @@ from support.command_line import run_command
 from support.evaluations import Place, make_levels
 from support.in_process import CommandLine
 from support.llama_tools import digest
-
-pytest.importorskip("ray")
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+from support.ray_machines import RayMachines
 
 MOST = 14
-CLUSTER = ("--cluster", "local:2")
 MIX = ("-c", "64", "--types", "q3_k,q4_k,q6_k", "--like", "Q4_K_M", "--engine", "embedded")
 
 
@@ -32,19 +28,18 @@ def made(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @contextmanager
-def killed_worker(job: str) -> Iterator[list[int]]:
+def killed_worker(machines: RayMachines, job: str) -> Iterator[list[int]]:
     """Kill the first worker of the cluster that has a child with such a job; yields the ids of those killed."""
     killed: list[int] = []
     over = threading.Event()
 
     def watch() -> None:
         while not over.is_set() and not killed:
-            for process in psutil.Process().children(recursive=True):
+            for worker in machines.computing():
                 try:
-                    parent = process.parent()
-                    if job in " ".join(process.cmdline()) and parent is not None and "NodeWorker" in " ".join(parent.cmdline()):
-                        parent.kill()
-                        killed.append(parent.pid)
+                    if any(job in " ".join(child.cmdline()) for child in worker.children()):
+                        worker.kill()
+                        killed.append(worker.pid)
                         return
                 except psutil.Error:
                     continue
@@ -64,13 +59,13 @@ def scored(place: Place) -> dict[str, bytes]:
 
 
 def test_a_measurement_is_that_of_one_machine(
-    made: Place, cli: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    machines: RayMachines, made: Place, cli: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usual, spread = made.copy(tmp_path / "usual"), made.copy(tmp_path / "spread")
     assert usual.evaluate(cli, chunks=MOST).code == 0
     monkeypatch.setattr(measure, "ranges_of", lambda _model, _engine, held_out: measure_ranges.cut(held_out.extent.n_chunks, 4))
-    with killed_worker('"MeasureJob"') as killed:
-        done = spread.evaluate(cli, *CLUSTER, chunks=MOST)
+    with killed_worker(machines, '"MeasureJob"') as killed:
+        done = spread.evaluate(cli, "--cluster", machines.address, chunks=MOST)
     assert done.code == 0, done.err
     assert len(killed) == 1
     assert scored(spread) == scored(usual)
@@ -85,15 +80,15 @@ def costs(work: Path) -> dict[str, str]:
 
 
 def test_a_mix_is_that_of_one_machine(
-    tiny_model: Path, tiny_imatrix: Path, tiny_text: Path, cli: CommandLine, tmp_path: Path
+    machines: RayMachines, tiny_model: Path, tiny_imatrix: Path, tiny_text: Path, cli: CommandLine, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(tiny_text.read_text(encoding="utf-8")[:2600], encoding="utf-8")
     arguments = ("run", tiny_model, "--imatrix", tiny_imatrix, "-f", text, *MIX)
     usual = run_command(*arguments, "--work-dir", tmp_path / "usual", cwd=tmp_path)
     assert usual.code == 0, usual.err
-    with killed_worker('"TrialsJob"') as killed:
-        done = cli(*arguments, *CLUSTER, "--work-dir", tmp_path / "spread")
+    with killed_worker(machines, '"TrialsJob"') as killed:
+        done = cli(*arguments, "--cluster", machines.address, "--work-dir", tmp_path / "spread")
     assert done.code == 0, done.err
     assert len(killed) == 1
     assert costs(tmp_path / "spread") == costs(tmp_path / "usual")
