@@ -95,7 +95,8 @@ class ClusterEngine(EmbeddedEngine):
             more = sum(chunks for number, chunks in partial.items() if number in missing)
             sink(Progress(job.step, min(job.n_chunks, done + more), job.n_chunks))
 
-        self._workers.spread(task, range(len(job.ranges)), on_result, on_news)
+        # A range takes minutes: it is given to whoever is idle first, not in advance.
+        self._workers.spread(task, range(len(job.ranges)), on_result, on_news, at_once=1)
         if missing:
             raise EngineError("A worker of the cluster stopped early", "a range is incomplete", "Run the same command again.")
 

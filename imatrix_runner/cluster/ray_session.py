@@ -191,16 +191,24 @@ class ClusterWorkers:
                     path.unlink(missing_ok=True)
 
     def spread(
-        self, task: Task, numbers: Sequence[int], on_result: OnResult, on_news: OnNews, *, ahead: int | None = None
+        self,
+        task: Task,
+        numbers: Sequence[int],
+        on_result: OnResult,
+        on_news: OnNews,
+        *,
+        ahead: int | None = None,
+        at_once: int = AT_ONCE,
     ) -> None:
-        """Have every unit done, each by one worker; returns when all are, or when ``on_result`` wants no more.
+        """Have every unit done, each by one worker; returns when all are, or when ``on_result`` wants no more. ``ahead`` and
+        ``at_once`` as in :class:`~.unit_queue.UnitQueue`.
 
         A unit of a lost worker is given to another. Raises :class:`RunnerError`: of a unit, of one that has lost
         :data:`~.unit_queue.MOST_LOSSES` workers, if no worker is left, or of a request to stop, for which the units in work end
         at their next batch.
         """
         _Spreading(self._ray, self._workers, self.welcome, self._sink, self._stop, task).run(
-            UnitQueue(numbers, ahead=ahead), on_result, on_news
+            UnitQueue(numbers, ahead=ahead, at_once=at_once), on_result, on_news
         )
 
     def close(self) -> None:
@@ -254,10 +262,7 @@ class _Spreading:
                 self._welcome()
                 if not self._workers:
                     raise _no_worker()
-                for worker in self._workers:
-                    while worker.takes and (number := queue.take(worker.number)) is not None:
-                        asked = worker.handle.compute.options(concurrency_group="units").remote(self._key, self._task, number)
-                        self._asked[asked] = (worker, number)
+                self._give(queue)
                 if not self._asked:
                     lonely_since = lonely_since or time.monotonic()
                     if time.monotonic() - lonely_since > LOST_SECONDS:
@@ -271,6 +276,14 @@ class _Spreading:
                 self._hear(on_news)
         finally:
             self._asked.clear()  # their workers close this task when the next one begins
+
+    def _give(self, queue: UnitQueue) -> None:
+        """Ask the workers for units: each for one, then each for a second."""
+        takers = [worker for worker in self._workers if worker.takes]
+        for worker in takers * queue.at_once:
+            if (number := queue.take(worker.number, len(takers))) is not None:
+                asked = worker.handle.compute.options(concurrency_group="units").remote(self._key, self._task, number)
+                self._asked[asked] = (worker, number)
 
     def _take(self, ready: Any, queue: UnitQueue, on_result: OnResult) -> bool:
         """Deal with a unit that ended; returns whether to continue."""

@@ -12,14 +12,15 @@ MOST_FAILURES = 3
 """How often a unit is tried whose child processes fail."""
 
 AT_ONCE = 2
-"""Units that a worker has at once: it need not wait for the next one while a result travels."""
+"""Units that a worker has at once at most: it need not wait for the next one while a result travels."""
 
 
 class UnitQueue:
     """Units in the order in which they are begun. ``ahead``: no unit is begun that many places after the first one that is not
-    done (None: no bound), so that results which are used in order do not pile up."""
+    done (None: no bound), so that results which are used in order do not pile up. ``at_once``: units that a worker has at
+    once."""
 
-    def __init__(self, numbers: Sequence[int], *, ahead: int | None = None) -> None:
+    def __init__(self, numbers: Sequence[int], *, ahead: int | None = None, at_once: int = AT_ONCE) -> None:
         self._numbers = tuple(numbers)
         self._order = {number: place for place, number in enumerate(numbers)}
         self._waiting = deque(numbers)
@@ -28,6 +29,7 @@ class UnitQueue:
         self._done: set[int] = set()
         self._first = 0
         self._ahead = ahead
+        self.at_once = at_once
 
     @property
     def over(self) -> bool:
@@ -37,9 +39,14 @@ class UnitQueue:
         """The units that a worker has."""
         return [number for number, who in self._running.items() if who == worker]
 
-    def take(self, worker: int) -> int | None:
-        """The next unit for a worker; None if it has enough, or if there is none that may be begun."""
-        if not self._waiting or len(self.running(worker)) >= AT_ONCE:
+    def take(self, worker: int, workers: int) -> int | None:
+        """The next unit for one of ``workers`` workers; None if it has enough, or if there is none that may be begun.
+
+        A worker that has one gets another only while there is one for every worker: none is to wait in turn at one worker while
+        another is idle.
+        """
+        has = len(self.running(worker))
+        if not self._waiting or has >= self.at_once or (has and len(self._waiting) < workers):
             return None
         if self._ahead is not None and self._order[self._waiting[0]] >= self._first + self._ahead:
             return None
