@@ -11,7 +11,8 @@ from imatrix_runner.fingerprints import harmless
 _SAME = harmless("where work is done does not change its result")
 _LOCAL = re.compile(r"local:([1-9]\d{0,3})")
 _CLIENT = re.compile(r"ray://[^\s/:]+(?::\d{1,5})?")
-_DIRECT = re.compile(r"[^\s/:]+:\d{1,5}")
+_CLIENT_PORT = 10001
+_DIRECT = re.compile(r"(?!local:)[^\s/:]+:\d{1,5}")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ class ClusterOptions:
         """N of ``local:N``."""
         match = _LOCAL.fullmatch(self.address)
         return int(match[1]) if match else None
+
+    @property
+    def endpoint(self) -> tuple[str, int] | None:
+        """Host and port that have to answer; None for ``auto`` and ``local:N``."""
+        if self.address == "auto" or self.local_workers is not None:
+            return None
+        host, _, port = self.address.removeprefix("ray://").partition(":")
+        return host, int(port or _CLIENT_PORT)
 
 
 def checked_address(text: str) -> str:

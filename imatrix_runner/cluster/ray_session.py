@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ JOIN_SECONDS = 20.0
 LOST_SECONDS = 120.0
 """How long the run waits for any worker, after all were lost."""
 
+_ANSWER_SECONDS = 10.0
 _STOP_SECONDS = 120.0
 _POLL_SECONDS = 0.5
 _MOST_SENT = 16 << 30
@@ -451,9 +454,11 @@ def connected(options: ClusterOptions, sink: Sink, stop: Stop) -> Iterator[Clust
 
 def _initialise(ray: Any, options: ClusterOptions) -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
+    _require_answer(options)
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": False}
     try:
-        with _neutral(), handlers_kept():
+        with _neutral(), handlers_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say is in the error
             if options.local_workers is not None:
                 cpus = options.local_workers * (options.cpus_per_worker or share_of_processors(options.local_workers))
                 ray.init(
@@ -475,11 +480,25 @@ def _initialise(ray: Any, options: ClusterOptions) -> None:
                 "Install the same versions of Python and ray everywhere (here: ray "
                 f"{ray.__version__}), then run the same command again.",
             ) from error
-        raise ToolchainError(
-            f"The Ray cluster at {options.address} cannot be reached",
-            text,
-            "Start one with: ray start --head   (or use --cluster local:2 for two workers on this machine)",
-        ) from error
+        raise _unreachable(options, text) from error
+
+
+def _require_answer(options: ClusterOptions) -> None:
+    """Raise :class:`ToolchainError` where nothing listens: Ray itself would try for minutes."""
+    if options.endpoint is None:
+        return
+    try:
+        socket.create_connection(options.endpoint, timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise _unreachable(options, f"nothing answers there ({error.strerror or error})") from error
+
+
+def _unreachable(options: ClusterOptions, why: str) -> ToolchainError:
+    return ToolchainError(
+        f"The Ray cluster at {options.address} cannot be reached",
+        why,
+        "Start one with: ray start --head   (or use --cluster local:2 for two workers on this machine)",
+    )
 
 
 @contextmanager

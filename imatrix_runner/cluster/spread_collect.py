@@ -17,13 +17,14 @@ from imatrix_runner.process import Orders
 
 @dataclass(frozen=True)
 class RangeSums:
-    """A finished range: the content of its file, times in seconds, perplexity."""
+    """A finished range: the content of its file, times in seconds, perplexity, the features of the processor."""
 
     chunks: ChunkRange
     content: bytes
     seconds: float
     load_seconds: float
     perplexity: Perplexity
+    processor: str
 
     def placed(self, folder: Path) -> CollectedRange:
         """Write the file into the driver's ``folder``."""
@@ -33,7 +34,7 @@ class RangeSums:
             path.write_bytes(self.content)
         except OSError as error:
             raise from_os_error(error, "writing the sums of a range", path) from error
-        return CollectedRange(self.chunks, path, self.seconds, self.load_seconds, self.perplexity)
+        return CollectedRange(self.chunks, path, self.seconds, self.load_seconds, self.perplexity, self.processor)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class CollectingWorker:
         found = self._child.run(number)
         content = found.path.read_bytes()
         found.path.unlink()
-        return RangeSums(found.chunks, content, found.seconds, found.load_seconds, found.perplexity)
+        return RangeSums(found.chunks, content, found.seconds, found.load_seconds, found.perplexity, found.processor)
 
     def close(self) -> None:
         """End the child."""

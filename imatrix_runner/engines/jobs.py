@@ -146,6 +146,7 @@ class CollectedRange:
     """One finished range: its file (sums and counts of these chunks only), times, and perplexity.
 
     ``perplexity`` may cover fewer chunks than the range: llama-imatrix sometimes loses its last lines of output.
+    ``processor``: features of the one that computed it, as llama.cpp names them (empty: not known).
     """
 
     chunks: ChunkRange
@@ -153,6 +154,7 @@ class CollectedRange:
     seconds: float
     load_seconds: float
     perplexity: Perplexity
+    processor: str = ""
 
 
 LEDGER_NAME = "ledger.jsonl"

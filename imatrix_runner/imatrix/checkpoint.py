@@ -41,7 +41,7 @@ class Checkpoint:
     """The sum of the ranges ``done``, in that order; ``matrix`` is None before the first.
 
     ``inputs`` are the named fingerprints of everything it depends on. ``seconds`` of computing, of which ``load_seconds``
-    went into loading the model.
+    went into loading the model. ``processors``: features of those that computed the ranges, each once, as far as known.
     """
 
     inputs: Mapping[str, str]
@@ -51,6 +51,7 @@ class Checkpoint:
     load_seconds: float = 0.0
     curve: tuple[Point, ...] = ()
     matrix: Matrix | None = None
+    processors: tuple[str, ...] = ()
 
     @property
     def chunks(self) -> int:
@@ -69,6 +70,7 @@ class Checkpoint:
             load_seconds=self.load_seconds + finished.load_seconds,
             curve=(*self.curve, point) if point is not None else self.curve,
             matrix=replace(total, chunk_count=chunks),
+            processors=tuple(sorted({*self.processors, finished.processor} - {""})),
         )
 
 
@@ -82,6 +84,7 @@ class _State(msgspec.Struct, frozen=True):
     seconds: float
     load_seconds: float
     curve: list[Point]
+    processors: list[str] = []
 
 
 def prepare(checkpoint: Checkpoint, path: Path) -> Path:
@@ -95,6 +98,7 @@ def prepare(checkpoint: Checkpoint, path: Path) -> Path:
         checkpoint.seconds,
         checkpoint.load_seconds,
         list(checkpoint.curve),
+        list(checkpoint.processors),
     )
     text = msgspec.json.encode(state).decode()
     summed = _Checked(checkpoint.matrix.entries, checkpoint.matrix)
@@ -137,6 +141,7 @@ def load(path: Path) -> Checkpoint:
         state.load_seconds,
         tuple(state.curve),
         matrix,
+        tuple(state.processors),
     )
 
 

@@ -67,7 +67,7 @@ class CollectRequest:
 class CollectResult:
     """The finished matrix, and what was measured while collecting it. ``stopped`` is why it ended: ``chunks`` (all requested
     ones are done), ``converged``, ``covered`` (after that every expert was reached) or ``text`` (the text ended before
-    that)."""
+    that). ``processors``: as in :class:`~imatrix_runner.imatrix.checkpoint.Checkpoint`."""
 
     matrix: Matrix
     ranges: tuple[ChunkRange, ...]
@@ -76,6 +76,7 @@ class CollectResult:
     load_seconds: float
     perplexity: Perplexity
     curve: tuple[Point, ...]
+    processors: tuple[str, ...] = ()
 
     @property
     def chunks(self) -> int:
@@ -106,6 +107,7 @@ def collect(request: CollectRequest, engine: Engine, workspace: Workspace, journ
         state.load_seconds,
         state.perplexity,
         state.curve,
+        state.processors,
     )
     sink(Finished(STEP, "done", ", ".join(_summary(result, request, kept)), state.seconds))
     return result

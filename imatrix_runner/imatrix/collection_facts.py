@@ -47,7 +47,8 @@ class CalibrationFacts(msgspec.Struct, frozen=True):
 
 class CollectedFacts(msgspec.Struct, frozen=True, kw_only=True):
     """How a matrix was collected. ``tokens``: of the whole text; ``ppl_chunks``: the number of chunks of ``ppl``; ``stopped``:
-    what ended it: ``chunks``, ``converged``, ``covered`` or ``text``; ``parse_special``: whether special tokens were parsed."""
+    what ended it: ``chunks``, ``converged``, ``covered`` or ``text``; ``parse_special``: whether special tokens were parsed;
+    ``processors``: features of those that computed the sums, where they differ."""
 
     chunks: int | UnsetType = UNSET
     ranges: str | UnsetType = UNSET
@@ -61,3 +62,4 @@ class CollectedFacts(msgspec.Struct, frozen=True, kw_only=True):
     stopped: str | None = None
     curve: tuple[Point, ...] | UnsetType = UNSET
     parse_special: bool | UnsetType = UNSET
+    processors: tuple[str, ...] | UnsetType = UNSET

@@ -36,6 +36,7 @@ from imatrix_runner.untrusted import whole_number
 from imatrix_runner.workspace import Workspace
 
 CALIBRATION = "imatrix_runner.calibration"
+PROCESSORS = "imatrix_runner.processors"
 """The key under which an imatrix names the manifest of the text it was made from."""
 
 
@@ -167,7 +168,7 @@ def generate(chosen: ImatrixChoice, session: Session) -> MatrixFile:
     assert chosen.request is not None
     request, workspace, journal = chosen.request, session.workspace, session.journal
     result = collect(request, session.engine, workspace, journal, session.sink)
-    part = prepare_gguf(result.matrix, request.out, facts=provenance(request.corpus))
+    part = prepare_gguf(result.matrix, request.out, facts={**provenance(request.corpus), **_unlike_processors(result)})
     output = StepOutput(workspace.name_of(request.out), stamp(part), sha256(part))
     facts = _facts(result, request)
     reason, commands = chosen.step.reason, [chosen.command]
@@ -182,6 +183,12 @@ def generate(chosen: ImatrixChoice, session: Session) -> MatrixFile:
 def provenance(corpus: Corpus) -> dict[str, str]:
     """Return the metadata about a built text for a matrix's file: enough to find its manifest, without any folder names."""
     return {CALIBRATION: corpus.built.fingerprint} if corpus.built is not None else {}
+
+
+def _unlike_processors(result: CollectResult) -> dict[str, str]:
+    """Return the metadata about the processors that computed the sums, where they differ: the last bits of sums then depend on
+    which of them computed which range."""
+    return {PROCESSORS: "; ".join(result.processors)} if len(result.processors) > 1 else {}
 
 
 def _facts(result: CollectResult, request: CollectRequest) -> CollectedFacts:
@@ -200,6 +207,7 @@ def _facts(result: CollectResult, request: CollectRequest) -> CollectedFacts:
         stopped=result.stopped,
         curve=result.curve,
         parse_special=request.options.parse_special,
+        processors=result.processors if len(result.processors) > 1 else msgspec.UNSET,
     )
 
 

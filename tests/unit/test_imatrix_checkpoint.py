@@ -162,3 +162,12 @@ def test_a_fingerprint_is_of_names_and_values() -> None:
     assert fingerprint(INPUTS) == fingerprint(dict(reversed(INPUTS.items())))
     others = [{**INPUTS, "chunks": "1"}, {**INPUTS, "further": ""}, {}]
     assert len({fingerprint(inputs) for inputs in (INPUTS, *others)}) == 4
+
+
+def test_processors_are_kept_each_once(tmp_path: Path) -> None:
+    """Sums of different processors differ in their last bits: the file says which there were."""
+    path, state = tmp_path / "checkpoint.gguf", Checkpoint(INPUTS)
+    for chunks, processor in zip(RANGES, ("b", "", "a"), strict=True):
+        state = state.with_range(replace(PIECE, chunks=chunks, processor=processor), expected([chunks]), None)
+    publish(prepare(state, path), path)
+    assert load(path).processors == state.processors == ("a", "b")

@@ -163,7 +163,7 @@ class EmbeddedEngine:
         enough = threading.Event()
 
         def on_reply(reply: protocol.Reply) -> None:
-            if isinstance(reply, protocol.Collected) and not enough.is_set() and not on_range(_collected_range(reply)):
+            if isinstance(reply, protocol.Collected) and not enough.is_set() and not on_range(self._collected_range(reply)):
                 enough.set()
             elif isinstance(reply, (Progress, Metric, Notice)):
                 sink(reply)
@@ -171,6 +171,10 @@ class EmbeddedEngine:
         job = replace(job, options=self._options(job.options))
         what = "The imatrix could not be computed"
         self._ask(job, Replies(on_reply), job.log, what, writes=job.folder, enough=enough, orders=orders)
+
+    def _collected_range(self, reply: protocol.Collected) -> CollectedRange:
+        chunks, perplexity = ChunkRange(reply.first, reply.count), Perplexity(reply.nll, reply.nll2, reply.scored)
+        return CollectedRange(chunks, reply.path, reply.seconds, reply.load_seconds, perplexity, self.bindings.features)
 
     def require_enough(self, n_chunks: int, n_ctx: int) -> None:
         """Accept any number: two chunks are enough for every figure, and callers never ask for fewer."""
@@ -459,8 +463,3 @@ def _death(outcome: Outcome, job: QuantizeJob) -> RunnerError:
     if outcome.ok:
         return EngineError("The worker ended without a reply", f"it did not plan {job.ftype}", "Report it.")
     return explain(outcome, f"llama.cpp cannot plan {job.ftype}")
-
-
-def _collected_range(reply: protocol.Collected) -> CollectedRange:
-    perplexity = Perplexity(reply.nll, reply.nll2, reply.scored)
-    return CollectedRange(ChunkRange(reply.first, reply.count), reply.path, reply.seconds, reply.load_seconds, perplexity)
