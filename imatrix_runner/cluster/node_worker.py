@@ -20,6 +20,9 @@ from imatrix_runner.cluster.shared_files import AbsentFileError, SharedFile
 from imatrix_runner.engines.embedded.bindings import UnusableBindings, find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.errors import InterruptedRunError, RunnerError, from_os_error
+from imatrix_runner.events import ignore
+from imatrix_runner.models.hub import fetch_model, hub_id_in_cache
+from imatrix_runner.models.model import HubId
 from imatrix_runner.process import Runner
 from imatrix_runner.scratch import remove_abandoned, scratch_folder
 from imatrix_runner.signals import Stop
@@ -66,9 +69,10 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Absent:
-    """A unit that could not be begun because a file is not on the machine."""
+    """A unit that could not be begun because a file is not on the machine, and ``why`` nothing else brought it there."""
 
     file: SharedFile
+    why: str
 
 
 @dataclass
@@ -89,7 +93,22 @@ class Node:
             return sent
         if self.shares and file.is_at(file.path):
             return file.path
+        if (hub_id := hub_id_in_cache(file.path)) is not None:
+            return self._fetched(file, hub_id)
         raise AbsentFileError(file)
+
+    def _fetched(self, file: SharedFile, hub_id: HubId) -> Path:
+        """The same file from the hub, in this machine's own cache. Raises :class:`AbsentFileError` if it cannot be had."""
+        try:
+            paths = fetch_model(hub_id, stop=self.stop, sink=ignore).files
+        except InterruptedRunError:
+            raise
+        except RunnerError as error:
+            raise AbsentFileError(file, f"the hub: {error}") from error
+        found = next((path for path in paths if path.name == file.path.name and file.is_at(path)), None)
+        if found is None:
+            raise AbsentFileError(file, f"the hub's {hub_id} is another file")
+        return found
 
     def locals(self, files: Sequence[SharedFile]) -> list[Path]:
         """Where files of one folder are here, together. Raises :class:`AbsentFileError` for one that is not, or not there."""
@@ -165,7 +184,7 @@ class NodeWorker:
             self._stop.check()
             return self._open(key, task).run(number)
         except AbsentFileError as absent:
-            return Absent(absent.file)
+            return Absent(absent.file, absent.why)
         except InterruptedRunError:
             return Stopped()
         except RunnerError as error:

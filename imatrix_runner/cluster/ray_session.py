@@ -299,7 +299,7 @@ class _Spreading:
             self._lost(worker, number, queue, self._why_lost(error))
             return True
         if isinstance(result, Absent):
-            self._send(worker, result.file)
+            self._send(worker, result.file, result.why)
             queue.put_back(number)
             return True
         if isinstance(result, Stopped):
@@ -334,15 +334,15 @@ class _Spreading:
                 "finished is kept.",
             )
 
-    def _send(self, worker: _Worker, file: SharedFile) -> None:
+    def _send(self, worker: _Worker, file: SharedFile, why: str) -> None:
         """Send a file that is not on a worker's machine. Raises :class:`RunnerError`; a worker that is lost meanwhile is
         noticed at its next unit."""
         host = worker.host
         if file.size > _MOST_SENT:
             raise InvalidDataError(
                 f"{file.path.name} is not on {host}",
-                f"there is no such file at {file.path}, and {human_bytes(file.size)} are too much to be sent",
-                "Put it where all machines see it under the same path.",
+                f"{why}; {human_bytes(file.size)} are too much to be sent",
+                "Put it where all machines see it under the same path, or name the model by its hub id.",
             )
         self._sink(info(f"{file.path.name} ({human_bytes(file.size)}) is not on {host}, and is sent there."))
         try:

@@ -19,8 +19,9 @@ BLOCK = 32 << 20
 class AbsentFileError(InvalidDataError):
     """A file of the driver's is not on this machine: the driver may send it."""
 
-    def __init__(self, file: SharedFile) -> None:
-        super().__init__(f"{file.path.name} is not on this machine", f"there is no such file at {file.path}", "Send it.")
+    def __init__(self, file: SharedFile, why: str = "") -> None:
+        absent = "; ".join(filter(None, (f"there is no such file at {file.path}", why)))
+        super().__init__(f"{file.path.name} is not on this machine", absent, "Send it.")
         self.file = file
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import socket
 import threading
 import time
@@ -14,11 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from imatrix_runner.cluster.node_worker import Node
+from imatrix_runner.cluster.shared_files import AbsentFileError, SharedFile
+from imatrix_runner.engines.embedded.bindings import find
+from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.errors import DownloadError, InterruptedRunError, InvalidDataError, NoSpaceError, UsageError
 from imatrix_runner.events import Event, Finished, Progress, Started, ignore
 from imatrix_runner.models.hub import Downloaded, fetch_model, reachability, token_source
 from imatrix_runner.models.model import HubId, open_gguf
+from imatrix_runner.process import Runner
 from imatrix_runner.signals import Stop
+from imatrix_runner.toolchain.store import cache_dir
 from support.hub_server import HubServer, be_quick_and_anonymous
 from support.hub_trouble import Trouble
 from support.tiny_models import write_hf_directory, write_llama_gguf
@@ -431,3 +438,25 @@ def test_reachability(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_token_file_is_found(tmp_path: Path) -> None:
     (tmp_path / "no-token").write_text(TOKEN)
     assert token_source() == "token file"
+
+
+def test_a_machine_of_a_cluster_gets_a_model_from_the_hub_itself(
+    hub: HubServer, cache: Path, gguf: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    hub.add("org/tiny", {"BF16/tiny-BF16.gguf": gguf})
+    path = fetch(hub, "org/tiny", cache).path
+    file = SharedFile.of(path)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "there"))
+    engine = EmbeddedEngine(find(os.environ, cache_dir()), Runner())
+    node = Node(engine, tmp_path / "scratch", 1, shares=False, stop=Stop())
+    found = node.local(file)
+    assert found.is_relative_to(tmp_path / "there")
+    assert found.read_bytes() == gguf
+    other = tmp_path / "models--org--tiny" / "snapshots" / ("a" * 40) / "tiny-BF16.gguf"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(gguf)
+    with pytest.raises(AbsentFileError, match="the hub: "):  # no such commit: the driver sends it
+        node.local(SharedFile.of(other))

@@ -9,7 +9,7 @@ from imatrix_runner.models.hub.announcements import Announcement, Announcements,
 from imatrix_runner.models.hub.choose_files import RepoFile
 from imatrix_runner.models.hub.dataset_tables import DatasetId, parse_dataset
 from imatrix_runner.models.hub.datasets import FetchedDataset, fetch_dataset
-from imatrix_runner.models.hub.fetch import Downloaded, fetch_model, hub_endpoint, reachability, token_source
+from imatrix_runner.models.hub.fetch import Downloaded, fetch_model, hub_endpoint, hub_id_in_cache, reachability, token_source
 from imatrix_runner.models.hub.foresee import ForeseenModel, foresee_model
 from imatrix_runner.models.hub.listing import Listing
 from imatrix_runner.models.hub.publishing import Changes, Gating, NewFile, PublishingHub, git_id
@@ -43,6 +43,7 @@ __all__ = [
     "foresee_model",
     "git_id",
     "hub_endpoint",
+    "hub_id_in_cache",
     "is_offline",
     "is_passing",
     "parse_dataset",

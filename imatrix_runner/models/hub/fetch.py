@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from imatrix_runner.models.safetensors_file import read_model_json
 from imatrix_runner.signals import Stop
 
 _DOCTOR_SECONDS = 3.0
+_CACHED = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/(?P<file>.+)$")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ def fetch_model(
     paths = fetch_files(asked, choice.files, listing.commit, cache, stop, sink, look=_Look(str(hub_id), listing))
     remember_revision(asked, listing.commit, cache)
     return _downloaded(asked, choice, listing.commit, paths)
+
+
+def hub_id_in_cache(path: Path) -> HubId | None:
+    """The file of a hub that ``path`` is by its place in a hub's cache, at its commit; None for any other path.
+
+    The cache has ``models--ORG--NAME/snapshots/COMMIT/FILE`` (huggingface_hub's documented layout).
+    """
+    match = _CACHED.search(path.as_posix())
+    return HubId(match["repo"].replace("--", "/"), match["commit"], match["file"]) if match else None
 
 
 def quiet_library() -> None:
