@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from imatrix_runner.cluster.cluster_options import ClusterOptions
 from imatrix_runner.cluster.node_facts import NodeFacts, unlike
 from imatrix_runner.cluster.ray_session import ClusterWorkers, connected
-from imatrix_runner.cluster.shared_files import SharedFile
+from imatrix_runner.cluster.shared_files import SharedFile, shared_files
 from imatrix_runner.cluster.spread_collect import CollectTask, RangeSums
 from imatrix_runner.cluster.spread_measure import MeasuredUnit, MeasureTask
+from imatrix_runner.cluster.spread_pass import PassTask, SpreadPass, folder_probe
 from imatrix_runner.cluster.spread_trials import TrialsTask, batches_of, covariance_files
 from imatrix_runner.engines.abilities import OnScores
 from imatrix_runner.engines.contract import OnRange
@@ -21,10 +21,11 @@ from imatrix_runner.engines.cost_jobs import TrialResult, TrialsJob
 from imatrix_runner.engines.embedded.bindings import Bindings
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.files.cost_files import CostFile, reference_of
-from imatrix_runner.engines.jobs import CollectJob, Perplexity
+from imatrix_runner.engines.jobs import CollectJob, PassedLevel, PassFigures, PassJob, Perplexity
 from imatrix_runner.engines.measures import RangesJob
+from imatrix_runner.engines.pass_units import cut_units
 from imatrix_runner.errors import EngineError, from_os_error
-from imatrix_runner.events import Metric, Progress, Sink, info, warning
+from imatrix_runner.events import Metric, Progress, Sink, ignore, info, warning
 from imatrix_runner.files import Stamp, stamp
 from imatrix_runner.models.gguf_names import shard_names
 from imatrix_runner.process import Orders, Runner
@@ -34,8 +35,8 @@ _AHEAD = 4
 
 
 class ClusterEngine(EmbeddedEngine):
-    """Spreads the ranges of an imatrix, of a measurement, and trials of roundings. What is not spread is done by this machine,
-    with the same results."""
+    """Spreads the ranges of an imatrix and of a measurement, the tensors of levels, and trials of roundings. What is not spread
+    is done by this machine, with the same results."""
 
     def __init__(self, bindings: Bindings, runner: Runner, cache: Path, workers: ClusterWorkers) -> None:
         super().__init__(bindings, runner, cache)
@@ -71,6 +72,17 @@ class ClusterEngine(EmbeddedEngine):
 
         ahead = _AHEAD * max(1, len(self._workers.facts))
         self._workers.spread(task, range(len(job.ranges)), on_result, on_news, ahead=ahead)
+
+    def one_pass(self, job: PassJob, sink: Sink) -> tuple[tuple[PassedLevel, ...], PassFigures]:
+        """Have tensors quantised by the workers; this machine prepares the levels and finishes them."""
+        prepared = self.prepare_pass(job)
+        units = cut_units(prepared.works, len(self._workers.facts) + self._workers.expected)
+        whole = SpreadPass(job, units, sink)
+        if units:
+            with folder_probe(job) as probe:
+                task = PassTask.of(job, units, prepared.slab, self._model(job.sources[0]), probe)
+                whole.spread(self._workers, task)
+        return whole.finish(lambda rest: super(ClusterEngine, self).one_pass(rest, ignore))
 
     @property
     def range_measurer(self) -> ClusterEngine:
@@ -169,9 +181,3 @@ def cluster_engine(
 def shared_model(path: Path) -> tuple[SharedFile, ...]:
     """The files of a model, the first of which is ``path``."""
     return shared_files([path.with_name(name) for name in shard_names(path)])
-
-
-def shared_files(paths: Sequence[Path]) -> tuple[SharedFile, ...]:
-    """Files of one folder, which stay together."""
-    nonce = secrets.token_hex(16)
-    return tuple(SharedFile.of(path, nonce) for path in paths)

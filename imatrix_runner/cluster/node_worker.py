@@ -75,6 +75,15 @@ class Absent:
     why: str
 
 
+@dataclass(frozen=True)
+class FileResult:
+    """A result with a file in the worker's scratch folder. The driver fetches it in blocks; then it is removed."""
+
+    value: Any
+    path: Path
+    size: int
+
+
 @dataclass
 class Node:
     """What a task may use on this machine: ``threads`` to compute with, an empty folder ``scratch``."""
@@ -201,6 +210,18 @@ class NodeWorker:
         except RunnerError as error:
             return Problem.of(error)
         return None
+
+    def fetch(self, file: FileResult, place: int, size: int) -> bytes | Problem:
+        """Some bytes of a result's file, which is removed with the last of them."""
+        try:
+            with file.path.open("rb", buffering=0) as handle:
+                handle.seek(place)
+                block = handle.read(size)
+            if place + size >= file.size:
+                file.path.unlink()
+        except OSError as error:
+            return Problem.of(from_os_error(error, f"reading {file.path.name}", file.path))
+        return block
 
     def news(self) -> dict[int, float]:
         """How much of each unit in work is done, in the unit's own measure."""

@@ -20,8 +20,8 @@ from typing import Any
 
 from imatrix_runner.cluster.cluster_options import ClusterOptions
 from imatrix_runner.cluster.node_facts import NodeFacts, share_of_processors, why_left_out
-from imatrix_runner.cluster.node_worker import Absent, NodeWorker, Problem, Stopped, Task
-from imatrix_runner.cluster.shared_files import SharedFile
+from imatrix_runner.cluster.node_worker import Absent, FileResult, NodeWorker, Problem, Stopped, Task
+from imatrix_runner.cluster.shared_files import BLOCK, SharedFile
 from imatrix_runner.cluster.unit_queue import AT_ONCE, MOST_FAILURES, MOST_LOSSES, UnitQueue
 from imatrix_runner.environment import neutral_directory
 from imatrix_runner.errors import EngineError, InvalidDataError, NoSpaceError, RunnerError, ToolchainError, UsageError
@@ -51,6 +51,16 @@ _OBJECTS = 512 << 20
 _ERRORS: Mapping[int, type[RunnerError]] = {
     kind.exit_code: kind for kind in (UsageError, ToolchainError, EngineError, InvalidDataError, NoSpaceError)
 }
+
+
+@dataclass(frozen=True)
+class FetchedFile:
+    """A :class:`~.node_worker.FileResult` as the driver gets it: the value, and the file's content in blocks with their
+    places, fetched as they are used."""
+
+    value: Any
+    blocks: Iterator[tuple[int, bytes]]
+
 
 OnResult = Callable[[int, Any], bool]
 """Called with a unit's number and its result, in any order; returns whether to continue."""
@@ -307,10 +317,31 @@ class _Spreading:
             return True
         if isinstance(result, Problem):
             if result.exit_code != EngineError.exit_code or queue.lost(number) >= MOST_FAILURES:
-                raise _ERRORS.get(result.exit_code, EngineError)(result.what, f"on {result.host}: {result.why}", result.todo)
+                raise _error_of(result)
             self._sink(warning(f"{result.host}: {result.why}; another worker takes over."))
             return True
+        if isinstance(result, FileResult):
+            try:
+                more = on_result(number, FetchedFile(result.value, self._blocks(worker, result)))
+            except self._ray.exceptions.RayError as error:
+                self._lost(worker, number, queue, self._why_lost(error))
+                return True
+            queue.done(number)
+            return more
         return not queue.done(number) or on_result(number, result)
+
+    def _blocks(self, worker: _Worker, file: FileResult) -> Iterator[tuple[int, bytes]]:
+        """The content of a worker's file; the next block travels while one is used."""
+        fetch = worker.handle.fetch.options(concurrency_group="aside")
+        places = range(0, file.size, BLOCK)
+        following = fetch.remote(file, 0, BLOCK)
+        for place in places:
+            block = self._ray.get(following)
+            if isinstance(block, Problem):
+                raise _error_of(block)
+            if place + BLOCK < file.size:
+                following = fetch.remote(file, place + BLOCK, BLOCK)
+            yield place, block
 
     def _why_lost(self, error: Exception) -> str:
         kinds = self._ray.exceptions
@@ -349,8 +380,7 @@ class _Spreading:
             for place, block in file.blocks():
                 self._stop.check()
                 if (problem := self._ray.get(worker.handle.receive.remote(file, place, block))) is not None:
-                    kind = _ERRORS.get(problem.exit_code, EngineError)
-                    raise kind(problem.what, f"on {host}: {problem.why}", problem.todo)
+                    raise _error_of(problem)
         except self._ray.exceptions.RayError as error:
             self._sink(detail(f"{file.path.name} did not reach {host}: {_phrase(error)}"))
 
@@ -375,8 +405,15 @@ class _Spreading:
                 _, number = self._asked.pop(ready)
                 with suppress(self._ray.exceptions.RayError):
                     result = self._ray.get(ready)
+                    if isinstance(result, FileResult):
+                        continue  # its worker is asked to stop
                     if not isinstance(result, (Absent, Stopped, Problem)) and queue.done(number):
                         on_result(number, result)
+
+
+def _error_of(problem: Problem) -> RunnerError:
+    kind = _ERRORS.get(problem.exit_code, EngineError)
+    return kind(problem.what, f"on {problem.host}: {problem.why}", problem.todo)
 
 
 def _no_worker() -> EngineError:

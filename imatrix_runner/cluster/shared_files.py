@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,12 @@ class SharedFile:
         with self.path.open("rb", buffering=0) as handle:
             for place in range(0, max(self.size, 1), BLOCK):
                 yield place, handle.read(BLOCK)
+
+
+def shared_files(paths: Sequence[Path]) -> tuple[SharedFile, ...]:
+    """Files of one folder, which stay together. Raises :class:`~imatrix_runner.errors.RunnerError` if one cannot be read."""
+    nonce = secrets.token_hex(16)
+    return tuple(SharedFile.of(path, nonce) for path in paths)
 
 
 def _sampled(path: Path, size: int, nonce: str) -> str:
