@@ -76,7 +76,7 @@ class Absent:
 
 
 @dataclass(frozen=True)
-class FileResult:
+class ResultInFile:
     """A result with a file in the worker's scratch folder. The driver fetches it in blocks; then it is removed."""
 
     value: Any
@@ -211,7 +211,7 @@ class NodeWorker:
             return Problem.of(error)
         return None
 
-    def fetch(self, file: FileResult, place: int, size: int) -> bytes | Problem:
+    def fetch(self, file: ResultInFile, place: int, size: int) -> bytes | Problem:
         """Some bytes of a result's file, which is removed with the last of them."""
         try:
             with file.path.open("rb", buffering=0) as handle:

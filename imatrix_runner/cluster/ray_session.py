@@ -20,7 +20,7 @@ from typing import Any
 
 from imatrix_runner.cluster.cluster_options import ClusterOptions
 from imatrix_runner.cluster.node_facts import NodeFacts, share_of_processors, why_left_out
-from imatrix_runner.cluster.node_worker import Absent, FileResult, NodeWorker, Problem, Stopped, Task
+from imatrix_runner.cluster.node_worker import Absent, NodeWorker, Problem, ResultInFile, Stopped, Task
 from imatrix_runner.cluster.shared_files import BLOCK, SharedFile
 from imatrix_runner.cluster.unit_queue import AT_ONCE, MOST_FAILURES, MOST_LOSSES, UnitQueue
 from imatrix_runner.environment import neutral_directory
@@ -55,7 +55,7 @@ _ERRORS: Mapping[int, type[RunnerError]] = {
 
 @dataclass(frozen=True)
 class FetchedFile:
-    """A :class:`~.node_worker.FileResult` as the driver gets it: the value, and the file's content in blocks with their
+    """A :class:`~.node_worker.ResultInFile` as the driver gets it: the value, and the file's content in blocks with their
     places, fetched as they are used."""
 
     value: Any
@@ -320,7 +320,7 @@ class _Spreading:
                 raise _error_of(result)
             self._sink(warning(f"{result.host}: {result.why}; another worker takes over."))
             return True
-        if isinstance(result, FileResult):
+        if isinstance(result, ResultInFile):
             try:
                 more = on_result(number, FetchedFile(result.value, self._blocks(worker, result)))
             except self._ray.exceptions.RayError as error:
@@ -330,7 +330,7 @@ class _Spreading:
             return more
         return not queue.done(number) or on_result(number, result)
 
-    def _blocks(self, worker: _Worker, file: FileResult) -> Iterator[tuple[int, bytes]]:
+    def _blocks(self, worker: _Worker, file: ResultInFile) -> Iterator[tuple[int, bytes]]:
         """The content of a worker's file; the next block travels while one is used."""
         fetch = worker.handle.fetch.options(concurrency_group="aside")
         places = range(0, file.size, BLOCK)
@@ -405,7 +405,7 @@ class _Spreading:
                 _, number = self._asked.pop(ready)
                 with suppress(self._ray.exceptions.RayError):
                     result = self._ray.get(ready)
-                    if isinstance(result, FileResult):
+                    if isinstance(result, ResultInFile):
                         continue  # its worker is asked to stop
                     if not isinstance(result, (Absent, Stopped, Problem)) and queue.done(number):
                         on_result(number, result)

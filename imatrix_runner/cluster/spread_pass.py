@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imatrix_runner.cluster.node_worker import FileResult, Node
+from imatrix_runner.cluster.node_worker import Node, ResultInFile
 from imatrix_runner.cluster.ordered_child import OnUnit, OrderedChild
 from imatrix_runner.cluster.ray_session import ClusterWorkers, FetchedFile
 from imatrix_runner.cluster.shared_files import BLOCK, SharedFile, shared_files
@@ -140,7 +140,7 @@ class PassingWorker:
         self._lost: tuple[PassedLevel, ...] = ()
         self._child: OrderedChild[PassedUnit] | None = self._started(job)
 
-    def run(self, number: int) -> PassedShare | FileResult:
+    def run(self, number: int) -> PassedShare | ResultInFile:
         """Compute one unit."""
         share = PassedShare(self._name, self._computed(number))
         file = share.unit.scratch
@@ -149,7 +149,7 @@ class PassingWorker:
         try:
             size = file.stat().st_size
             if size > BLOCK:
-                return FileResult(share, file, size)
+                return ResultInFile(share, file, size)
             content = file.read_bytes()
             file.unlink()
         except OSError as error:
