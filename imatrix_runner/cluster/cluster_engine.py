@@ -15,6 +15,7 @@ from imatrix_runner.cluster.spread_collect import CollectTask, RangeSums
 from imatrix_runner.cluster.spread_measure import MeasuredUnit, MeasureTask
 from imatrix_runner.cluster.spread_pass import PassTask, SpreadPass, folder_probe
 from imatrix_runner.cluster.spread_trials import TrialsTask, batches_of, covariance_files
+from imatrix_runner.cluster.worker_rates import WorkerRates
 from imatrix_runner.engines.abilities import OnScores
 from imatrix_runner.engines.contract import OnRange
 from imatrix_runner.engines.cost_jobs import TrialResult, TrialsJob
@@ -51,11 +52,12 @@ class ClusterEngine(EmbeddedEngine):
         task = CollectTask(job, self._model(job.model), SharedFile.of(job.text))
         total = sum(chunks.count for chunks in job.ranges)
         waiting: dict[int, RangeSums] = {}
-        following, done, said = 0, 0, Perplexity()
+        following, done, said, rates = 0, 0, Perplexity(), WorkerRates("chunks")
 
         def on_result(number: int, sums: RangeSums) -> bool:
             nonlocal following, done, said
             waiting[number] = sums
+            rates.add(sums.worker, sums.chunks.count)
             while (ready := waiting.pop(following, None)) is not None:
                 following += 1
                 done += ready.chunks.count
@@ -68,7 +70,7 @@ class ClusterEngine(EmbeddedEngine):
 
         def on_news(partial: Mapping[int, float]) -> None:
             beyond = sum(sums.chunks.count for sums in waiting.values())
-            sink(Progress(job.step, min(total, done + beyond + sum(partial.values())), total))
+            sink(Progress(job.step, min(total, done + beyond + sum(partial.values())), total, str(rates)))
 
         ahead = _AHEAD * max(1, len(self._workers.facts))
         self._workers.spread(task, range(len(job.ranges)), on_result, on_news, ahead=ahead)
@@ -92,20 +94,21 @@ class ClusterEngine(EmbeddedEngine):
         """Have ranges measured in any order."""
         subjects = tuple(self._model(subject.file) for subject in job.subjects)
         task = MeasureTask(job, self._model(job.model), SharedFile.of(job.text), subjects)
-        done, missing = 0, set(range(len(job.ranges)))
+        done, missing, rates = 0, set(range(len(job.ranges))), WorkerRates("chunks")
 
         def on_result(number: int, unit: MeasuredUnit) -> bool:
             nonlocal done
             for scores in unit.scores:
                 on_scores(scores)
                 done += scores.chunks.count
+                rates.add(unit.worker, scores.chunks.count)
             if unit.whole:
                 missing.remove(number)
             return True
 
         def on_news(partial: Mapping[int, float]) -> None:
             more = sum(chunks for number, chunks in partial.items() if number in missing)
-            sink(Progress(job.step, min(job.n_chunks, done + more), job.n_chunks))
+            sink(Progress(job.step, min(job.n_chunks, done + more), job.n_chunks, str(rates)))
 
         # A range takes minutes: it is given to whoever is idle first, not in advance.
         self._workers.spread(task, range(len(job.ranges)), on_result, on_news, at_once=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from imatrix_runner.cluster.node_worker import Node
 from imatrix_runner.cluster.ordered_child import OnUnit, OrderedChild
 from imatrix_runner.cluster.shared_files import SharedFile
+from imatrix_runner.cluster.worker_rates import worker_name
 from imatrix_runner.engines.jobs import ChunkRange, CollectedRange, CollectJob, Perplexity
 from imatrix_runner.errors import from_os_error
 from imatrix_runner.events import Event, Progress
@@ -17,7 +18,8 @@ from imatrix_runner.process import Orders
 
 @dataclass(frozen=True)
 class RangeSums:
-    """A finished range: the content of its file, times in seconds, perplexity, the features of the processor."""
+    """A finished range: the content of its file, times in seconds, perplexity, the features of the processor, the
+    worker."""
 
     chunks: ChunkRange
     content: bytes
@@ -25,6 +27,7 @@ class RangeSums:
     load_seconds: float
     perplexity: Perplexity
     processor: str
+    worker: str
 
     def placed(self, folder: Path) -> CollectedRange:
         """Write the file into the driver's ``folder``."""
@@ -66,7 +69,9 @@ class CollectingWorker:
         found = self._child.run(number)
         content = found.path.read_bytes()
         found.path.unlink()
-        return RangeSums(found.chunks, content, found.seconds, found.load_seconds, found.perplexity, found.processor)
+        return RangeSums(
+            found.chunks, content, found.seconds, found.load_seconds, found.perplexity, found.processor, worker_name()
+        )
 
     def close(self) -> None:
         """End the child."""

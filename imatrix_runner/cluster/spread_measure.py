@@ -9,6 +9,7 @@ from pathlib import Path
 
 from imatrix_runner.cluster.node_worker import Node
 from imatrix_runner.cluster.shared_files import SharedFile
+from imatrix_runner.cluster.worker_rates import worker_name
 from imatrix_runner.engines.embedded.measure_range import measure_range
 from imatrix_runner.engines.measures import RangeScores, RangesJob
 from imatrix_runner.errors import InterruptedRunError, RunnerError, from_os_error
@@ -17,10 +18,11 @@ from imatrix_runner.events import Event, Progress
 
 @dataclass(frozen=True)
 class MeasuredUnit:
-    """The scores of one range; not those of all subjects (``whole`` false) if a request to stop came."""
+    """The scores of one range and the worker; not those of all subjects (``whole`` false) if a request to stop came."""
 
     scores: tuple[RangeScores, ...]
     whole: bool
+    worker: str
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ class MeasuringWorker:
         except InterruptedRunError:
             if not found:
                 raise
-            return MeasuredUnit(tuple(found), whole=False)
+            return MeasuredUnit(tuple(found), whole=False, worker=worker_name())
         except OSError as error:
             raise from_os_error(error, "measuring on a worker of the cluster", self._folder) from error
-        return MeasuredUnit(tuple(found), whole=True)
+        return MeasuredUnit(tuple(found), whole=True, worker=worker_name())
 
     def _check(self) -> None:
         self._node.stop.check()

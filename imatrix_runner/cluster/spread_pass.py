@@ -7,9 +7,7 @@ levels.
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
 import threading
 import time
 from collections import defaultdict
@@ -23,6 +21,7 @@ from imatrix_runner.cluster.ordered_child import OnUnit, OrderedChild
 from imatrix_runner.cluster.ray_session import ClusterWorkers, FetchedFile
 from imatrix_runner.cluster.shared_files import BLOCK, SharedFile, shared_files
 from imatrix_runner.cluster.spread_trials import covariance_files
+from imatrix_runner.cluster.worker_rates import WorkerRates, worker_name
 from imatrix_runner.engines.files.ledger import Ledger, LedgerHead, part_ledger, read
 from imatrix_runner.engines.jobs import LEDGER_NAME, PartEnd, PassedLevel, PassedUnit, PassFigures, PassJob, PassLevel, TypeCost
 from imatrix_runner.engines.pass_parts import LedgerEntry, PassPart, PassWork, WrittenPair
@@ -40,9 +39,6 @@ NO_FIGURES = PassFigures(0, 0, (), 0, 0, 0, 0, 0)
 
 OnePassAlone = Callable[[PassJob], tuple[tuple[PassedLevel, ...], PassFigures]]
 """Makes levels on this machine."""
-
-_MOST_NAMED = 4
-"""Workers whose rates are shown."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,7 @@ class PassingWorker:
 
     def __init__(self, job: PassJob, units: Sequence[Sequence[PassWork]], node: Node) -> None:
         self._units, self._node = units, node
-        self._name = f"{socket.gethostname()} {os.getpid()}"
+        self._name = worker_name()
         self._lock = threading.Lock()
         self._lost: tuple[PassedLevel, ...] = ()
         self._child: OrderedChild[PassedUnit] | None = self._started(job)
@@ -304,7 +300,7 @@ class PassTally:
         self._began = time.monotonic()
         self._done = 0
         self._tensors: defaultdict[str, set[str]] = defaultdict(set)
-        self._elements: defaultdict[str, int] = defaultdict(int)
+        self._rates = WorkerRates("M", 1e6)
         self._figures: list[PassFigures] = []
         self._without_factor: set[str] = set()
         self.spoiled: dict[str, PassedLevel] = {}
@@ -313,7 +309,7 @@ class PassTally:
         """Count a unit that is done."""
         unit = share.unit
         self._done += self._sizes[unit.number]
-        self._elements[share.worker] += self._sizes[unit.number]
+        self._rates.add(share.worker, self._sizes[unit.number])
         for pair in unit.written:
             for level, entry in pair.entries.items():
                 self._tensors[level].add(entry.tensor)
@@ -324,7 +320,7 @@ class PassTally:
     def progress(self, partial: Mapping[int, float]) -> Progress:
         """``partial``: elements done of units in work."""
         done = min(self._done + sum(partial.values()), float(sum(self._sizes)))
-        return Progress(self._step, done, float(sum(self._sizes)), self._rates())
+        return Progress(self._step, done, float(sum(self._sizes)), str(self._rates))
 
     def level(self, passed: PassedLevel, planned: PassLevel) -> PassedLevel:
         """A level as the last pass reports it, with what workers did for it."""
@@ -336,13 +332,6 @@ class PassTally:
     def figures(self, last: PassFigures) -> PassFigures:
         """The figures of all workers and of the last pass."""
         return replace(merged_figures([*self._figures, last]), seconds=time.monotonic() - self._began)
-
-    def _rates(self) -> str:
-        """Millions of elements each worker quantises in a second."""
-        seconds = max(1e-3, time.monotonic() - self._began)
-        names = sorted(self._elements)
-        shown = [f"{name.split()[0]} {self._elements[name] / seconds / 1e6:.0f} M/s" for name in names[:_MOST_NAMED]]
-        return ", ".join([*shown, *([f"{len(names)} workers"] if len(names) > _MOST_NAMED else [])])
 
 
 def unit_elements(unit: Sequence[PassWork]) -> int:

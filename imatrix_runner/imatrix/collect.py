@@ -311,7 +311,8 @@ class _Collection:
                 if last is not None:
                     ppl = before + _as_sums(last, int(event.done) * n_tokens)
                 done = base + event.done
-                self._sink(Progress(STEP, done, max(done, total), _note(ppl)))
+                note = ", ".join(filter(None, (_note(ppl), event.note)))
+                self._sink(Progress(STEP, done, max(done, total), note))
             elif isinstance(event, (Notice, Saved)):
                 self._sink(event)
 

@@ -16,6 +16,7 @@ from imatrix_runner.cluster.node_facts import NodeFacts, unlike, why_left_out
 from imatrix_runner.cluster.node_worker import Problem
 from imatrix_runner.cluster.shared_files import BLOCK, SharedFile
 from imatrix_runner.cluster.unit_queue import AT_ONCE, UnitQueue
+from imatrix_runner.cluster.worker_rates import WorkerRates
 from imatrix_runner.errors import NoSpaceError, UsageError
 from support.command_line import run_command
 
@@ -57,7 +58,7 @@ def test_every_unit_is_done_once_whatever_is_lost(
     queue, done = UnitQueue(range(count), ahead=ahead), list[int]()
 
     def turn(worker: int, lost: bool) -> None:
-        while (number := queue.take(worker)) is not None:
+        while (number := queue.take(worker, workers)) is not None:
             assert ahead is None or number < min(set(range(count)) - set(done)) + ahead
         assert len(queue.running(worker)) <= AT_ONCE
         for number in queue.running(worker)[:1]:
@@ -76,9 +77,9 @@ def test_every_unit_is_done_once_whatever_is_lost(
 
 def test_losses_are_counted_by_unit() -> None:
     queue = UnitQueue((5, 3))
-    assert (queue.take(0), queue.take(0), queue.take(0)) == (5, 3, None)
+    assert (queue.take(0, 1), queue.take(0, 1), queue.take(0, 1)) == (5, 3, None)
     assert [queue.lost(5), queue.lost(3)] == [1, 1]
-    assert queue.take(1) == 3
+    assert queue.take(1, 1) == 3
     assert queue.lost(3) == 2
     assert queue.done(3)
     assert not queue.done(3)  # a worker that was thought lost answers
@@ -140,3 +141,18 @@ def test_programs_cannot_be_spread(tiny_model: Path, tmp_path: Path) -> None:
     ran = run_command("imatrix", "generate", tiny_model, "--cluster", "local:1", "--engine", "binaries", cwd=tmp_path)
     assert ran.code == 2
     assert "--cluster needs the embedded engine" in ran.err
+
+
+def test_rates_of_few_workers_are_named_and_of_many_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("imatrix_runner.cluster.worker_rates.time.monotonic", lambda: now)
+    rates = WorkerRates("chunks")
+    now = 10.0
+    assert str(rates) == ""
+    rates.add("box2 7", 20)
+    rates.add("box1 8", 5)
+    rates.add("box1 8", 5)
+    assert str(rates) == "box1 1 chunks/s, box2 2 chunks/s"
+    for number in range(4):
+        rates.add(f"box3 {number}", 30)
+    assert str(rates) == "6 workers, 1 to 3 chunks/s each"
