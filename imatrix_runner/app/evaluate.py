@@ -23,6 +23,7 @@ from imatrix_runner.evaluate.answer_agreement import DomainResult
 from imatrix_runner.evaluate.compare_mixes import compare_mixes
 from imatrix_runner.evaluate.disk_budget import waves
 from imatrix_runner.evaluate.held_out import HeldOut, check_text, choose_held_out
+from imatrix_runner.evaluate.kld_statistics import summarise
 from imatrix_runner.evaluate.measure import Measurer, Subject
 from imatrix_runner.evaluate.measurements import Alone, comparisons, content_of, levels_made, measured
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
@@ -276,7 +277,7 @@ class _Evaluation:
 
     def _subject(self, name: str, record: StepRecord, held_out: HeldOut) -> Subject:
         inputs = {LEVEL_INPUT: content_of(record)}
-        whole = {**held_out.inputs, "chunks": str(held_out.extent.n_chunks), **inputs}
+        whole = {**held_out.whole_inputs, **inputs}
         before = self.session.journal.get(step_id("evaluate", name))
         reason = "not measured yet"
         if before is not None:
@@ -333,8 +334,12 @@ class _Evaluation:
         self, plan: MeasurePlan, measurer: Measurer, name: str, made: Divergence, without: Divergence, baseline: Subject
     ) -> None:
         level = next(subject for subject in plan.subjects if subject.name == name)
-        tokens = measurer.scored(level), measurer.scored(baseline)
-        paired = len(tokens[0]) == len(tokens[1]) == made.n_tokens
+        tokens = measurer.scored(level)[: made.n_tokens], measurer.scored(baseline)[: without.n_tokens]
+        paired = (len(tokens[0]), len(tokens[1])) == (made.n_tokens, without.n_tokens)
+        if paired and made.n_tokens != without.n_tokens:  # --until-precise: the tokens that both have are compared
+            shared = min(made.n_tokens, without.n_tokens)
+            tokens = tokens[0][:shared], tokens[1][:shared]
+            made, without = map(summarise, tokens)
         pair = compare(name, made, without, tokens if paired else None)
         inputs = _pair_inputs(levels_made(self.session.journal)[name], plan.held_out, baseline)
         record = StepRecord.now(inputs, [], "asked for", 0.0, facts=pair)
@@ -361,8 +366,7 @@ class _Evaluation:
 
 
 def _pair_inputs(made: StepRecord, held_out: HeldOut, baseline: Subject) -> dict[str, str]:
-    chunks = str(held_out.extent.n_chunks)
-    return {**held_out.inputs, "chunks": chunks, LEVEL_INPUT: content_of(made), "twin": baseline.inputs[LEVEL_INPUT]}
+    return {**held_out.whole_inputs, LEVEL_INPUT: content_of(made), "twin": baseline.inputs[LEVEL_INPUT]}
 
 
 def _size(made: StepRecord) -> int:

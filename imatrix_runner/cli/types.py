@@ -26,6 +26,9 @@ _LONGEST = 366 * 86400.0
 _WEIGHTS = re.compile(r"(?P<number>\d{1,15}(?:\.\d{1,6})?) ?(?P<unit>[KMBT]?)", re.ASCII)
 _THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
+_SHARE = re.compile(r"(?P<number>\d{1,3}(?:\.\d{1,9})?) ?(?P<percent>%?)", re.ASCII)
+_LARGEST_SHARE = 0.5
+
 _LIKE = "MIX@like:"
 _MIXES = (_LIKE, "MIX@kld:", "MIX@ram:", "MIX@vram:", "MIX@")
 """Beginnings of the names of mixes; a size or a number of bits follows the last."""
@@ -129,6 +132,21 @@ class WeightCount(click.ParamType[int]):
         if not count:
             self.fail(f"{str(value)[:40]!r} is not a number of weights, such as 500M, 8B or 1T.", param, ctx)
         return count
+
+
+class Share(click.ParamType[float]):
+    """A share below a half: ``2%`` or ``0.02``."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = _SHARE.fullmatch(str(value).strip())
+        share = float(match["number"]) / (100 if match["percent"] else 1) if match is not None else 0.0
+        if not 0 < share < _LARGEST_SHARE:
+            self.fail(f"{str(value)[:40]!r} is not a share such as 2% or 0.02, below {_LARGEST_SHARE:g}.", param, ctx)
+        return share
 
 
 SIZE = Size()

@@ -92,7 +92,8 @@ class LevelsRequest:
 @dataclass(frozen=True)
 class MeasureRequest:
     """What is measured and how. ``levels`` empty: all that are there. ``text`` None means the shipped held-out text; of its
-    chunks the first ``chunks``, all without. ``max_disk``: bytes that files of the measurement may take at once. ``base``: a
+    chunks the first ``chunks``, all without; with ``until_precise`` each level on as many as make the standard error of its KLD
+    less than this share of it. ``max_disk``: bytes that files of the measurement may take at once. ``base``: a
     file of log-probabilities to compare with, in place of text and source. ``again``: known figures are measured again.
 
     ``baselines``: each level is compared with one made without imatrix. ``domain``: a file of prompts that source and levels
@@ -104,6 +105,7 @@ class MeasureRequest:
     text: Path | None = None
     options: CollectOptions = field(default_factory=CollectOptions)
     chunks: int | None = None
+    until_precise: float | None = None
     max_disk: int | None = None
     base: Path | None = None
     again: bool = False

@@ -20,7 +20,8 @@ class ReferenceJob:
 
     ``scored`` (:mod:`~imatrix_runner.engines.files.token_scores`, with its own fingerprint) gets the model's exact -ln p of
     every scored token, after those of earlier chunks: ``out`` holds no probability below e^-16 of the likeliest token's.
-    Engines that cannot write it ignore it. ``alone``: it gets those of ``chunks`` only."""
+    Engines that cannot write it ignore it. ``alone``: it gets those of ``chunks`` only. ``order``: the numbers in the text of
+    ``chunks``, where these count in another order than the text's (empty: they do not)."""
 
     step: str
     model: Path
@@ -32,6 +33,7 @@ class ReferenceJob:
     log: Path | None
     scored: tuple[Path, str] | None = None
     alone: bool = False
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ class RangeSubject:
 
 @dataclass(frozen=True)
 class MeasuredRange:
-    """Chunks of the text, whole batches, and the places in :attr:`RangesJob.subjects` of those to compare on them."""
+    """Chunks of the text, whole batches, and the places in :attr:`RangesJob.subjects` of those to compare on them. ``order``:
+    as in :class:`ReferenceJob`."""
 
     chunks: ChunkRange
     subjects: tuple[int, ...]
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def compare_mixes(measurer: Measurer, session: Session) -> tuple[MixVerdict, ...
             todo = f" Make and measure {chosen_against} too." if chosen_against else ""
             session.sink(info(f"{name} is not compared with stock: {missing}.{todo}"))
             continue
-        inputs = {**_text_inputs(measurer), LEVEL_INPUT: content_of(made[name])}
+        inputs = {**measurer.held_out.whole_inputs, LEVEL_INPUT: content_of(made[name])}
         inputs["stock levels"] = joint_sha256([content_of(made[each.level]) for each in verdict.stock])
         journal.record(step_id("against", name), StepRecord.now(inputs, [], "levels are measured", 0.0, facts=verdict))
         found.append(verdict)
@@ -54,17 +54,14 @@ def _chosen_against(session: Session, name: str, record: StepRecord) -> str:
 
 def _measured_here(measurer: Measurer, session: Session, made: Mapping[str, StepRecord]) -> Iterator[MeasuredSize]:
     """The levels whose figures are those of this text, chunks and source."""
-    journal, n_chunks = session.journal, measurer.held_out.extent.n_chunks
+    journal = session.journal
     for name, figures in measured(journal).items():
         record, step = made[name], step_id("evaluate", name)
         level = {LEVEL_INPUT: content_of(record)}
-        if differences(journal[step], {**_text_inputs(measurer), **level}):
+        if differences(journal[step], {**measurer.held_out.whole_inputs, **level}):
             continue
-        tokens = measurer.scored(Subject(name, step, session.workspace.root / record.output.name, level, ""))
-        paired = len(tokens) == figures.divergence.n_tokens and n_chunks
+        n_chunks, n_tokens = figures.evaluation.n_chunks, figures.divergence.n_tokens
+        tokens = measurer.scored(Subject(name, step, session.workspace.root / record.output.name, level, ""))[:n_tokens]
+        paired = len(tokens) == n_tokens and n_chunks
         chunks = tokens["kld"].astype(np.float64).reshape(n_chunks, -1).mean(axis=1) if paired else None
         yield MeasuredSize(name, sum(output.stamp.size for output in record.outputs), figures.divergence.kld, chunks)
-
-
-def _text_inputs(measurer: Measurer) -> dict[str, str]:
-    return {**measurer.held_out.inputs, "chunks": str(measurer.held_out.extent.n_chunks)}

@@ -13,9 +13,10 @@ from imatrix_runner.context.requests import MeasureRequest
 from imatrix_runner.documents.corpus import Corpus, open_corpus, raw_warnings
 from imatrix_runner.engines.files.logits import first_invalid_chunk, read_head, read_tokens
 from imatrix_runner.engines.files.plausible import no_language_model
-from imatrix_runner.engines.jobs import CollectOptions
+from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
 from imatrix_runner.errors import InvalidDataError, NoSpaceError, UsageError, from_os_error
 from imatrix_runner.evaluate.disk_budget import DiskFit, Extent, disk_limit, fit
+from imatrix_runner.evaluate.precision import spread_chunks
 from imatrix_runner.evaluate.set_aside import measuring_text
 from imatrix_runner.events import Finished, Sink, Started, warning
 from imatrix_runner.files import free_bytes, human_bytes, sha256
@@ -36,7 +37,12 @@ _LEAST_CHUNKS = 2
 class HeldOut:
     """The held-out text; ``text`` is None where levels are compared with a given file of log-probabilities, ``base``.
     ``overlap``: share of the text that also occurs in the calibration text, None if unknown. ``inputs``: fingerprints, by name,
-    on which every figure depends."""
+    on which every figure depends.
+
+    ``until``: the share of its mean below which a level's standard error ends its measurement
+    (:mod:`imatrix_runner.evaluate.precision`), and ``order`` that of the text's chunks then; None and empty otherwise: all
+    chunks of ``extent`` are measured, in the text's order.
+    """
 
     name: str
     sha256: str
@@ -47,6 +53,24 @@ class HeldOut:
     fit: DiskFit
     overlap: float | None
     inputs: dict[str, str]
+    until: float | None = None
+    order: tuple[int, ...] = ()
+
+    @property
+    def whole_inputs(self) -> dict[str, str]:
+        """What a level's figures depend on besides the level."""
+        count = str(self.extent.n_chunks)
+        if self.until is not None:
+            count = f"until {self.until:g} of {len(self.order)}"
+        return {**self.inputs, "chunks": count}
+
+    def first(self, n_chunks: int) -> HeldOut:
+        """The same with ``n_chunks`` of it only."""
+        return replace(self, extent=replace(self.extent, n_chunks=n_chunks))
+
+    def numbers(self, chunks: ChunkRange) -> tuple[int, ...]:
+        """The numbers in the text of some chunks of a measurement; empty if they are the same."""
+        return self.order[chunks.first : chunks.end]
 
 
 def foresee(request: MeasureRequest, frozen: Frozen, plan: Plan, session: Session) -> MeasureStep:
@@ -83,6 +107,7 @@ def choose_held_out(
     """
     require_measurable(frozen.model)
     options = replace(request.options, parse_special=False)
+    _check_until(request, session)
     if request.base is not None:
         return _given(request.base, request, options, frozen, n_subjects, baselines, session, to_write or 0)
     corpus = open_corpus(request.text or measuring_text(session), role="held-out text", option="--text")
@@ -123,9 +148,34 @@ def choose_held_out(
         )
         extent = replace(extent, n_chunks=space.chunks)
     named = {"text": f"sha256:{corpus.sha256}", "context": str(options.n_ctx)}
+    order: tuple[int, ...] = ()
+    if request.until_precise is not None:
+        order = spread_chunks(n_chunks, extent.at_once)
+        named["order"] = f"spread over {n_chunks} chunks, {extent.at_once} at once"
+    inputs = _inputs(named, options, frozen, session)
     return HeldOut(
-        corpus.name, corpus.sha256, corpus, None, options, extent, space, share, _inputs(named, options, frozen, session)
+        corpus.name,
+        corpus.sha256,
+        corpus,
+        None,
+        options,
+        extent,
+        space,
+        share,
+        inputs,
+        until=request.until_precise,
+        order=order,
     )
+
+
+def _check_until(request: MeasureRequest, session: Session) -> None:
+    """Raise :class:`UsageError` where a measurement cannot end when it is precise."""
+    if request.until_precise is not None and not session.engine.capabilities.scores_tokens:
+        raise UsageError(
+            "--until-precise needs the embedded engine",
+            "llama-perplexity measures a text from its beginning, and keeps no scores of single tokens",
+            "Leave it out, or use --engine embedded.",
+        )
 
 
 def _given(

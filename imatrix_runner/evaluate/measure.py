@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from imatrix_runner.context.context import Session
 from imatrix_runner.context.open_model import Frozen
 from imatrix_runner.documents.corpus import Corpus, stage
 from imatrix_runner.engines.abilities import RangeMeasurer
-from imatrix_runner.engines.files.logits import LogitsHead, is_whole, note_path
+from imatrix_runner.engines.files.logits import LogitsHead, is_whole, note_path, scored_tokens
 from imatrix_runner.engines.files.plausible import no_language_model, no_reference
 from imatrix_runner.engines.files.token_scores import read_token_scores
 from imatrix_runner.engines.jobs import ChunkRange
@@ -33,8 +33,9 @@ from imatrix_runner.evaluate.held_out import REFERENCE, HeldOut, check_content
 from imatrix_runner.evaluate.kld_statistics import perplexity_ratio, summarise
 from imatrix_runner.evaluate.measure_ranges import compute_ranges, missing_ranges, ranges_of
 from imatrix_runner.evaluate.measurements import Measured, ReportEvaluation
+from imatrix_runner.evaluate.precision import possible_ends, precise_after, relative_error
 from imatrix_runner.evaluate.range_scores import RangeScoresFile, remove_waiting
-from imatrix_runner.events import Finished, Sink, Started
+from imatrix_runner.events import Finished, Sink, Started, warning
 from imatrix_runner.files import encode_json, free_bytes, human_bytes
 from imatrix_runner.journal import StepRecord
 from imatrix_runner.resources import HELD_OUT_TEXT, resource
@@ -96,16 +97,74 @@ class Measurer:
 
     def knows(self, subject: Subject) -> bool:
         """Whether scores of all its tokens are stored, so that its file is not needed."""
+        if self.held_out.until is not None:
+            return self._precise_after(subject) is not None
         return self._done(subject) >= self.held_out.extent.n_chunks
+
+    def _precise_after(self, subject: Subject) -> int | None:
+        """The number of chunks with which its measurement ends; None if more are needed than those stored."""
+        held_out = self.held_out
+        assert held_out.until is not None
+        return precise_after(self._kld(subject), held_out.until, len(held_out.order), held_out.extent.at_once)
+
+    def _kld(self, subject: Subject) -> npt.NDArray[np.float64]:
+        """The stored divergences, float64 [n_chunks, rows]."""
+        return self.scored(subject)["kld"].astype(np.float64).reshape(-1, scored_tokens(self.held_out.extent.n_ctx))
 
     def measure(self, subjects: Sequence[Subject]) -> dict[str, Divergence | RunnerError]:
         """Return the figures of each subject by name, or its error. Errors that concern all of them are raised."""
+        if self.held_out.until is not None:
+            return self._measure_until_precise(subjects, self.held_out.until)
+        return self._measure(subjects, self._record)
+
+    def _measure_until_precise(self, subjects: Sequence[Subject], share: float) -> dict[str, Divergence | RunnerError]:
+        """Like :meth:`measure`, with more and more chunks, until the error of each subject's KLD is below ``share`` of it."""
+        extent, found = self.held_out.extent, dict[str, Divergence | RunnerError]()
+        seconds = dict.fromkeys((subject.name for subject in subjects), 0.0)
+        left = list(subjects)
+
+        def add_time(subject: Subject, _found: Divergence, took: float) -> None:
+            seconds[subject.name] += took
+
+        for n_chunks in possible_ends(extent.n_chunks, extent.at_once):
+            part = replace(self, held_out=self.held_out.first(n_chunks))
+            outcomes = part._measure(left, add_time) if left else {}
+            for subject in left:
+                outcome = outcomes[subject.name]
+                if isinstance(outcome, RunnerError):
+                    found[subject.name] = outcome
+                elif self._precise_after(subject) == n_chunks:
+                    found[subject.name] = outcome
+                    part._record(subject, outcome, seconds[subject.name])
+            left = [subject for subject in left if subject.name not in found]
+        self._warn_of_imprecise([subject for subject in subjects if isinstance(found[subject.name], Divergence)], share)
+        return found
+
+    def _warn_of_imprecise(self, subjects: Sequence[Subject], share: float) -> None:
+        """Say which subjects the whole text was too short for."""
+        n_chunks, name = self.held_out.extent.n_chunks, self.held_out.name
+        ended = [subject for subject in subjects if self._precise_after(subject) == n_chunks]
+        errors = {subject.name: relative_error(self._kld(subject)) for subject in ended}
+        errors = {name: error for name, error in errors.items() if error >= share}
+        if not errors:
+            return
+        worst = max(errors.values())
+        needed = f"; about {math.ceil(n_chunks * (worst / share) ** 2)} would be needed" if math.isfinite(worst) else ""
+        self.sink(
+            warning(
+                f"{', '.join(errors)}: all {n_chunks} chunks of {name} give no error below {100 * share:g} % (up to "
+                f"{100 * worst:.1f} %){needed}."
+            )
+        )
+
+    def _measure(self, subjects: Sequence[Subject], record: _Record) -> dict[str, Divergence | RunnerError]:
+        """:meth:`measure` all chunks of the extent; ``record`` is called with each subject's figures and seconds."""
         found: dict[str, Divergence | RunnerError] = {}
         said: set[str] = set()
         self._make_folder()
         spread = self.session.engine.range_measurer
         if subjects and spread is not None and self.held_out.text is not None:
-            return self._measure_in_ranges(spread, self.held_out.text, subjects)
+            return self._measure_in_ranges(spread, self.held_out.text, subjects, record)
         waiting = [_Waiting(subject, self._done(subject)) for subject in subjects]
         source = _Waiting(self._source, self._done(self._source))
         while waiting:
@@ -113,7 +172,7 @@ class Measurer:
             if chunks is not None:
                 self._refer(chunks, source)
             for each in waiting:
-                outcome = self._measure_subject(each, chunks, said)
+                outcome = self._measure_subject(each, chunks, said, record)
                 if outcome is not None:
                     found[each.subject.name] = outcome
             waiting = [each for each in waiting if each.subject.name not in found]
@@ -181,6 +240,7 @@ class Measurer:
             fingerprint,
             self.session.log("evaluate-reference"),
             (self._out(self._source), self._fingerprint(self._source)),
+            order=held_out.numbers(chunks),
         )
         try:
             self.session.engine.make_reference(job, sink)
@@ -226,7 +286,9 @@ class Measurer:
         except OSError as error:
             raise from_os_error(error, "making room for the measurement", self.folder) from error
 
-    def _measure_subject(self, waiting: _Waiting, chunks: ChunkRange | None, said: set[str]) -> Divergence | RunnerError | None:
+    def _measure_subject(
+        self, waiting: _Waiting, chunks: ChunkRange | None, said: set[str], record: _Record
+    ) -> Divergence | RunnerError | None:
         """Compare a subject with the current reference window; None while further windows follow. ``said``: the reasons of
         earlier failures, to which this adds its own."""
         subject, extent = waiting.subject, self.held_out.extent
@@ -252,19 +314,19 @@ class Measurer:
             self.sink(Finished(subject.step, "failed", once(error.why, said), time.monotonic() - began))
             self.frozen.check_unchanged()
             return error
-        self._record(subject, found, waiting.seconds)
+        record(subject, found, waiting.seconds)
         return found
 
     def _record(self, subject: Subject, found: Divergence, seconds: float) -> None:
         """Report a subject's figures, and put them into the journal."""
         measured = self._facts(subject, found)
         self.sink(Finished(subject.step, "done", describe(measured), seconds))
-        inputs = {**self.held_out.inputs, "chunks": str(self.held_out.extent.n_chunks), **subject.inputs}
+        inputs = {**self.held_out.whole_inputs, **subject.inputs}
         record = StepRecord.now(inputs, [], subject.reason, seconds, commands=[self._command()], facts=measured)
         self.session.journal.record(subject.step, record)
 
     def _measure_in_ranges(
-        self, measurer: RangeMeasurer, text: Corpus, subjects: Sequence[Subject]
+        self, measurer: RangeMeasurer, text: Corpus, subjects: Sequence[Subject], record_figures: _Record
     ) -> dict[str, Divergence | RunnerError]:
         """Like :meth:`measure`, with an engine that computes ranges of chunks in any order."""
         ranges = ranges_of(self.frozen.model, self.session.engine, self.held_out)
@@ -289,7 +351,8 @@ class Measurer:
                 )
                 for one in (self._source, *subjects)
             )
-            job = replace(job, ranges=missing_ranges(ranges, source, each))
+            missing = missing_ranges(ranges, source, each)
+            job = replace(job, ranges=tuple(replace(one, order=self.held_out.numbers(one.chunks)) for one in missing))
             if job.ranges:
                 stage(text, job.text)
                 compute_ranges(measurer, job, source, each, self.sink)
@@ -301,10 +364,10 @@ class Measurer:
                 self.session.journal.record(step_id("reference", whole), record)
             for subject, scores in zip(subjects, each, strict=True):
                 self.sink(Started(subject.step, f"measure {subject.name}", ranges[-1].end, "chunks"))
-                found[subject.name] = self._finish(subject, scores, said)
+                found[subject.name] = self._finish(subject, scores, said, record_figures)
         return found
 
-    def _finish(self, subject: Subject, scores: RangeScoresFile, said: set[str]) -> Divergence | RunnerError:
+    def _finish(self, subject: Subject, scores: RangeScoresFile, said: set[str], record: _Record) -> Divergence | RunnerError:
         """The figures of a subject whose ranges were computed, or its error. ``said``: the reasons of earlier failures."""
         try:
             if scores.error is not None:
@@ -316,7 +379,7 @@ class Measurer:
         except RunnerError as error:
             self.sink(Finished(subject.step, "failed", once(error.why, said), scores.seconds))
             return error
-        self._record(subject, found, scores.seconds)
+        record(subject, found, scores.seconds)
         return found
 
     def _compare(self, subject: Subject, chunks: ChunkRange) -> Divergence | None:
@@ -333,7 +396,7 @@ class Measurer:
         )
 
     def _out(self, subject: Subject) -> Path:
-        return self.folder / f"{subject.name.replace(' ', '-')}.scored"
+        return self.folder / f"{subject.name.replace(' ', '-')}{'.spread' if self.held_out.order else ''}.scored"
 
     def _fingerprint(self, subject: Subject) -> str:
         """Fingerprint of the token scores. The number of chunks is left out, because a longer measurement continues a shorter
@@ -356,6 +419,7 @@ class Measurer:
             f"{model.name} {model.main_type}",
             source,
             held_out.overlap,
+            until=held_out.until,
         )
         return Measured(found, ratio, evaluation)
 
@@ -363,7 +427,10 @@ class Measurer:
         """Words of the command that measures all levels again."""
         held_out, extent = self.held_out, self.held_out.extent
         words = ["imatrix-runner", "evaluate", self.frozen.model.source.location, "-c", str(extent.n_ctx)]
-        words += ["--chunks", str(extent.n_chunks)]
+        if held_out.until is not None:
+            words += ["--chunks", str(len(held_out.order)), "--until-precise", f"{100 * held_out.until:g}%"]
+        else:
+            words += ["--chunks", str(extent.n_chunks)]
         if held_out.base is not None:
             words += ["--kl-divergence-base", str(held_out.base)]
         elif held_out.text is not None and held_out.text.path != resource(HELD_OUT_TEXT):
@@ -383,6 +450,9 @@ class Measurer:
 
 
 _TEXT, _CHECK = "text.txt", "check.scored"
+
+_Record = Callable[[Subject, Divergence, float], None]
+"""Called with a subject, its figures, and the seconds that they took."""
 
 
 @dataclass

@@ -89,7 +89,9 @@ def _holding(journal: Journal, what: Kind, kind: type[T]) -> Iterator[tuple[str,
 @dataclass(frozen=True)
 class ReportEvaluation:
     """The text, chunks and reference with which every level was measured. ``overlap``: share of the text's 13-word stretches
-    that also occur in the calibration text; None if that text is not known."""
+    that also occur in the calibration text; None if that text is not known. ``until``: the share of its mean below which the
+    standard error of a level's KLD ended its measurement, so that levels may have different numbers of chunks; None if all were
+    measured on the same ones."""
 
     text: str
     sha256: str
@@ -101,3 +103,4 @@ class ReportEvaluation:
     ppl: Estimate
     overlap: float | None = None
     seconds: float = 0.0
+    until: float | None = None

@@ -96,14 +96,18 @@ def against_stock(mix: MeasuredSize, stock: Sequence[MeasuredSize], chosen_again
     Stock levels that another beats in both size and KLD do not count. Between the two whose sizes enclose the mix's, log KLD
     is linear in log bytes. Beyond the smallest and the largest the mix is compared with ``chosen_against``, the level that it
     was compared with when its types were chosen. The error is that of paired chunks where all are known, else an upper bound.
+    Where levels were measured on different numbers of chunks, the ratio is that on the chunks that all of them have.
     """
     known = {each.level: each for each in stock if each.kld.value > 0}
     around = _around(mix.n_bytes, known) or tuple(filter(None, [known.get(chosen_against)]))
     if not around or mix.kld.value <= 0:
         return None
     weights = _weights(mix.n_bytes, around)
-    expected = math.exp(sum(weight * math.log(each.kld.value) for each, weight in zip(around, weights, strict=True)))
-    ratio = mix.kld.value / expected
+    own, *theirs = _means((mix, *around))
+    if min(own, *theirs) <= 0:
+        return None
+    expected = math.exp(sum(weight * math.log(mean) for mean, weight in zip(theirs, weights, strict=True)))
+    ratio = own / expected
     nearest = min(around, key=lambda each: abs(math.log(each.n_bytes / mix.n_bytes)))
     return MixVerdict(
         mix.level,
@@ -113,6 +117,14 @@ def against_stock(mix: MeasuredSize, stock: Sequence[MeasuredSize], chosen_again
         nearest.level,
         _typical(mix, around, weights),
     )
+
+
+def _means(levels: Sequence[MeasuredSize]) -> list[float]:
+    """The mean KLD of each level, on the chunks that all of them have where their numbers differ."""
+    counts = {len(each.chunks) for each in levels if each.chunks is not None}
+    if len(counts) < 2 or any(each.chunks is None for each in levels):
+        return [each.kld.value for each in levels]
+    return [float(each.chunks[: min(counts)].mean()) for each in levels if each.chunks is not None]
 
 
 def _around(n_bytes: int, stock: dict[str, MeasuredSize]) -> tuple[MeasuredSize, ...]:
@@ -157,10 +169,10 @@ def _typical(mix: MeasuredSize, around: Sequence[MeasuredSize], weights: Sequenc
 
 
 def _paired(mix: MeasuredSize, around: Sequence[MeasuredSize]) -> list[ChunkMeans] | None:
-    """The chunks of the mix and of each stock level; None if some are not known, or if there is only one."""
+    """The chunks that the mix and each stock level have; None if some are not known, or if there is only one."""
     chunks = [each.chunks for each in (mix, *around) if each.chunks is not None]
-    whole = len(chunks) == 1 + len(around) and len({len(each) for each in chunks}) == 1
-    return chunks if whole and len(chunks[0]) > 1 else None
+    shared = min(map(len, chunks), default=0)
+    return [means[:shared] for means in chunks] if len(chunks) == 1 + len(around) and shared > 1 else None
 
 
 def _signs(weights: Sequence[float]) -> tuple[float, ...]:

@@ -32,6 +32,10 @@ _FEW: Final = 3
 """Names of levels that a sentence has."""
 
 
+_Place = tuple[str, str, float, int]
+"""A held-out text by name and SHA-256, how much of it was used (chunks, or the error that ended it), and ``n_ctx``."""
+
+
 @dataclass(frozen=True)
 class _Known:
     """Levels that were measured: their KLD by name, and the text's name."""
@@ -133,11 +137,12 @@ def _on_one_text(session: Session, figures: dict[str, Measured], recipes: dict[s
     return _Known(klds, text[0] if text is not None else "")
 
 
-def _place(figures: Measured) -> tuple[str, str, int, int]:
+def _place(figures: Measured) -> _Place:
     evaluation = figures.evaluation
-    return evaluation.text, evaluation.sha256, evaluation.n_chunks, evaluation.n_ctx
+    amount = float(evaluation.n_chunks) if evaluation.until is None else evaluation.until
+    return evaluation.text, evaluation.sha256, amount, evaluation.n_ctx
 
 
-def _most(places: Iterable[tuple[str, str, int, int]]) -> tuple[str, str, int, int] | None:
+def _most(places: Iterable[_Place]) -> _Place | None:
     counted = Counter(places).most_common(1)
     return counted[0][0] if counted else None

@@ -18,7 +18,7 @@ from support.in_process import CommandLine
 
 PLAN = {
     *("text", "sha256", "chunks", "context", "tokens", "overlap", "disk_bytes", "passes", "levels", "twins", "without_twin"),
-    "same",
+    *("same", "until_precise"),
 }
 MEASURED = {"levels", "failed", "comparisons", "domain", "mixes", "target", "seconds"}
 
@@ -138,6 +138,8 @@ def test_what_failed_is_an_error_with_all_its_parts_in_the_document(place: Place
         (["evaluate", "MODEL", "--chunks", "0"], 2, ["'--chunks': 0 is not in the range"]),
         (["evaluate", "MODEL", "-c", "8"], 2, ["8 is not in the range"]),
         (["evaluate", "MODEL", "-c", "3000"], 2, ["A context of 3000 tokens cannot be divided into batches of 2048"]),
+        (["evaluate", "MODEL", "--until-precise", "90%"], 2, ["'90%' is not a share such as 2% or 0.02, below 0.5"]),
+        (["evaluate", "MODEL", "--until-precise", "2%", "--kl-divergence-base", "b"], 2, ["exclude each other"]),
         (["evaluate", "MODEL", "--max-disk", "lots"], 2, ["'lots' is not a size", "4GiB"]),
         (["evaluate", "MODEL", "--target-size", "0"], 2, ["'0' is not a size"]),
         (["evaluate", "MODEL", "--target-kld", "0"], 2, ["'--target-kld': 0.0 is not in the range"]),

@@ -13,7 +13,7 @@ from imatrix_runner.cli.command import OptionsCommand, command
 from imatrix_runner.cli.invocation import Invocation
 from imatrix_runner.cli.option_fields import argument, declared, fill, option, typed
 from imatrix_runner.cli.options import TalkOptions
-from imatrix_runner.cli.types import Duration, LevelNames, Names, Size, WeightCount
+from imatrix_runner.cli.types import Duration, LevelNames, Names, Share, Size, WeightCount
 from support.in_process import every_command
 
 COMMANDS = {words: each for words, each in every_command().items() if isinstance(each, OptionsCommand)}
@@ -38,7 +38,7 @@ def converted(kind: click.ParamType[Any]) -> set[Any]:
     for click_type, python_type in (
         (click.types.BoolParamType, bool),
         ((click.types.IntParamType, Size, WeightCount), int),
-        ((click.types.FloatParamType, Duration), float),
+        ((click.types.FloatParamType, Duration, Share), float),
         (click.types.StringParamType, str),
         (click.Path, Path),
         ((LevelNames, Names), tuple[str, ...]),

@@ -26,7 +26,7 @@ from imatrix_runner.cli.requested import (
     source_request,
     unused_measure_options,
 )
-from imatrix_runner.cli.types import FILE, LevelNames
+from imatrix_runner.cli.types import FILE, LevelNames, Share
 from imatrix_runner.cli.work import at_work, stay_offline
 from imatrix_runner.context.requests import EvaluateRequest, LevelsRequest
 from imatrix_runner.errors import SomeLevelsFailedError, UsageError
@@ -67,6 +67,12 @@ class EvaluateOptions:
         section=MEASURE,
         help="Measure on the first N chunks (default: all).",
     )
+    until_precise: float | None = setting(
+        "--until-precise",
+        type=Share(),
+        section=MEASURE,
+        help="Measure each level, on chunks from all over the text, until the standard error of its KLD is below this share.",
+    )
     base: Path | None = setting(
         "--kl-divergence-base",
         type=FILE,
@@ -85,6 +91,7 @@ class EvaluateOptions:
     examples=(
         "imatrix-runner evaluate model-BF16.gguf",
         "imatrix-runner evaluate model-BF16.gguf --levels Q4_K_M,IQ3_XXS --ab",
+        "imatrix-runner evaluate model-BF16.gguf --until-precise 2%",
         "imatrix-runner evaluate model-BF16.gguf --domain prompts.jsonl",
     ),
 )
@@ -95,6 +102,12 @@ def evaluate(invocation: Invocation, options: EvaluateOptions) -> int:
     token: perplexity, KL divergence, and how often both rank the same token first. After an interruption, the same command
     continues.
     """
+    if options.base is not None and options.until_precise is not None:
+        raise UsageError(
+            "--until-precise and --kl-divergence-base exclude each other",
+            "a file of log-probabilities has its chunks in the order of its text, whose beginning is no sample of all of it",
+            "Leave one out.",
+        )
     if options.base is not None and options.measuring.held_out is not None:
         raise UsageError(
             "--text and --kl-divergence-base exclude each other",
@@ -106,6 +119,7 @@ def evaluate(invocation: Invocation, options: EvaluateOptions) -> int:
         compute_request(options.compute, options.ctx_size),
         levels=options.levels,
         chunks=options.chunks,
+        until_precise=options.until_precise,
         base=options.base,
         again=options.again,
     )

@@ -18,6 +18,7 @@ from imatrix_runner.engines.measures import Divergence
 from imatrix_runner.evaluate.ab_verdict import RULE, Comparison
 from imatrix_runner.evaluate.answer_agreement import DomainResult
 from imatrix_runner.evaluate.measure import Subject
+from imatrix_runner.evaluate.measurements import ReportEvaluation
 from imatrix_runner.evaluate.mix_verdict import describe
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.report.document import Report, ReportLevel, source_kind
@@ -44,7 +45,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(
             Text(
                 f"Measured on {shown(evaluation.text)}: {evaluation.n_tokens:,} tokens in {evaluation.n_chunks} chunks of "
-                f"{evaluation.n_ctx}, against the {source_kind(report.model)} source; the source's PPL is "
+                f"{evaluation.n_ctx}{_until(evaluation)}, against the {source_kind(report.model)} source; the source's PPL is "
                 f"{figure(evaluation.ppl.value)} ± {error(evaluation.ppl)}. {_LEGEND}",
                 style="dim",
             )
@@ -125,6 +126,8 @@ def print_measure_plan(plan: MeasurePlan, console: Console) -> None:
     held_out = plan.held_out
     extent, space = held_out.extent, held_out.fit
     what = f"Measured on {shown(held_out.name)}: {extent.n_chunks} chunks of {extent.n_ctx}, {extent.n_tokens:,} tokens scored"
+    if held_out.until is not None:
+        what += f" at most, each level until the standard error of its KLD is below {percent(held_out.until)}"
     console.print(Text(f"{what}."))
     todo = [subject.name for subject in plan.todo]
     known = sum(not subject.todo and subject.name not in plan.same for subject in plan.subjects)
@@ -142,6 +145,11 @@ def print_measure_plan(plan: MeasurePlan, console: Console) -> None:
     passes = "one pass" if space.n_passes == 1 else f"{space.n_passes} passes{anew}, because of --max-disk"
     disk = f"Disk: at most {human_bytes(space.n_bytes)} at a time, {human_bytes(plan.free_bytes)} free"
     console.print(Text(f"{disk}; the source is computed in {passes}."))
+
+
+def _until(evaluation: ReportEvaluation) -> str:
+    """What qualifies the number of chunks."""
+    return f" at most, each level to {percent(evaluation.until)} of its KLD" if evaluation.until is not None else ""
 
 
 def print_reported(report: ReportFiles | None, console: Console) -> None:
@@ -172,6 +180,7 @@ def evaluate_document(result: EvaluateResult, exit_code: int) -> dict[str, Any]:
             "chunks": held_out.extent.n_chunks,
             "context": held_out.extent.n_ctx,
             "tokens": held_out.extent.n_tokens,
+            "until_precise": held_out.until,
             "overlap": held_out.overlap,
             "disk_bytes": held_out.fit.n_bytes,
             "passes": held_out.fit.n_passes,

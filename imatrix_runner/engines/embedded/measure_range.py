@@ -35,7 +35,17 @@ def measure_range(
         own = folder / "range.scored"
         engine.make_reference(
             ReferenceJob(
-                job.step, job.model, job.text, chunks, base, job.options, _SOURCE, job.log, (own, _SOURCE), alone=True
+                job.step,
+                job.model,
+                job.text,
+                chunks,
+                base,
+                job.options,
+                _SOURCE,
+                job.log,
+                (own, _SOURCE),
+                alone=True,
+                order=wanted.order,
             ),
             progress,
         )

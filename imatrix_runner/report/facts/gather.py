@@ -154,7 +154,9 @@ def _measured(
     if len(same) < len(found):
         others = ", ".join(name for name in found if name not in same)
         sink(warning(f"{others}: measured on another text or reference; the report leaves these figures out. Measure again."))
-    return same, replace(held_out, seconds=sum(runs[name].seconds for name in same))
+    longest = max((each.evaluation for each in same.values()), key=lambda each: each.n_tokens)
+    whole = replace(held_out, n_chunks=longest.n_chunks, n_tokens=longest.n_tokens, ppl=longest.ppl)
+    return same, replace(whole, seconds=sum(runs[name].seconds for name in same))
 
 
 def _holding(verdicts: Mapping[str, MixVerdict], figures: Mapping[str, Measured]) -> dict[str, MixVerdict]:
@@ -168,7 +170,8 @@ def _holding(verdicts: Mapping[str, MixVerdict], figures: Mapping[str, Measured]
 
 
 def _held_out_of(evaluation: ReportEvaluation) -> tuple[object, ...]:
-    return evaluation.sha256, evaluation.n_chunks, evaluation.n_ctx, evaluation.reference
+    amount = evaluation.n_chunks if evaluation.until is None else f"until {evaluation.until:g}"
+    return evaluation.sha256, amount, evaluation.n_ctx, evaluation.reference
 
 
 def _imatrix_used(records: Mapping[str, StepRecord], sink: Sink) -> str:

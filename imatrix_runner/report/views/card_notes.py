@@ -119,6 +119,8 @@ def measuring_of(report: Report) -> list[Markdown]:
         return []
     text = f"Text: {code(evaluation.text)}, {wording.many(evaluation.n_chunks, 'chunk')} of {evaluation.n_ctx:,} tokens"
     n_scored = f"{wording.count(evaluation.n_tokens)} of them scored (the second half of every chunk)"
+    if evaluation.until is not None:
+        n_scored += f"; at most: each level until the standard error of its KLD was below {wording.percent(evaluation.until)}"
     found = [
         Markdown(f"{text}, {n_scored}"),
         Markdown(

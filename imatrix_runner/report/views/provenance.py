@@ -97,6 +97,7 @@ def _evaluation(report: Report) -> list[ProvenanceLine]:
     return _known(
         ProvenanceLine("Text", safe_text.shown(found.text), safe_text.shown(found.sha256)),
         ProvenanceLine("Chunks", f"{found.n_chunks:,} of {found.n_ctx:,} tokens; {found.n_tokens:,} tokens scored"),
+        ProvenanceLine("Until", f"an error of {wording.percent(found.until)} of the KLD" if found.until is not None else ""),
         ProvenanceLine("Overlap", overlap),
         ProvenanceLine("Reference", code=safe_text.shown(found.reference)),
         ProvenanceLine("Source’s PPL", f"{wording.figure(found.ppl.value)} ± {wording.error(found.ppl)}"),

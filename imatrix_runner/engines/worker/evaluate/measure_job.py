@@ -26,15 +26,17 @@ def write_reference(job: ReferenceJob, send: Send) -> None:
     """Write the reference's log-probabilities; after a stop the same job continues from the complete batches."""
     began = time.monotonic()
     options, chunks = job.options, job.chunks
-    with open_chunk_logits(job.model, options, range(chunks.first, chunks.end)) as work:
+    numbers = job.order or range(chunks.first, chunks.end)
+    with open_chunk_logits(job.model, options, numbers) as work:
         tokens = tokenize(work.context.library, work.context.vocab, job.text, parse_special=options.parse_special)
-        if len(tokens) < chunks.end * options.n_ctx:
+        needed = max(numbers) + 1
+        if len(tokens) < needed * options.n_ctx:
             raise Refusal.invalid(
-                f"The text has {len(tokens)} tokens, too few for {chunks.end} chunks of {options.n_ctx}",
+                f"The text has {len(tokens)} tokens, too few for {needed} chunks of {options.n_ctx}",
                 "it is shorter now than when its tokens were counted",
                 "Run the same command again.",
             )
-        rows = tokens[chunks.first * options.n_ctx : chunks.end * options.n_ctx].reshape(-1, options.n_ctx)
+        rows = tokens[: needed * options.n_ctx].reshape(-1, options.n_ctx)[list(numbers)]
         head = LogitsHead(options.n_ctx, work.context.n_vocab, chunks.count)
         with ExitStack() as files:
             base = files.enter_context(closing(LogitsWriter(job.out, head, rows, job.fingerprint)))
