@@ -19,7 +19,7 @@ from imatrix_runner.engines.pass_parts import LedgerEntry
 from imatrix_runner.engines.worker.quantize.ggml_rows import Type
 from imatrix_runner.engines.worker.quantize.gguf_headers import FileLayout, SourceTensor, TensorPlace
 from imatrix_runner.engines.worker.quantize.output_files import LevelOutput, file_names
-from imatrix_runner.engines.worker.quantize.slabs import combine, fill, memory
+from imatrix_runner.engines.worker.quantize.slabs import Slabs, combine, fill, memory, slabs_at_once
 from imatrix_runner.engines.worker.quantize.work_list import Copies, TensorWork, Work, weights_key
 from imatrix_runner.models.gguf_file import MAGIC
 
@@ -241,8 +241,12 @@ class TestWork:
         work = Work("t", tensor, [part], rows, lambda: np.empty(0, np.float32))
         covered = [row for first in work.slabs for row in range(first, min(first + rows, n_rows))]
         assert covered == list(range(n_rows))
-        assert [work.slab_done() for _ in work.slabs] == [False] * (len(work.slabs) - 1) + [True]
+        assert [work.slabs_done(1) for _ in work.slabs] == [False] * (len(work.slabs) - 1) + [True]
         assert work.cost == tensor.n_elements
+        taken = Slabs([work], lambda: False, slabs_at_once(192))
+        several = [slabs for _, slabs in iter(taken.take, None)]
+        assert [first for slabs in several for first in slabs] == list(work.slabs)
+        assert len(several) < len(work.slabs) or len(work.slabs) == 1
 
     def test_weights_are_read_once_and_let_go_at_the_end(self) -> None:
         reads: list[int] = []
@@ -253,7 +257,7 @@ class TestWork:
 
         work = Work("t", SourceTensor(0, 0, (8, 4), F32, 128), [], 2, read_weights)
         assert work.weights() is work.weights()
-        assert [work.slab_done(), work.slab_done()] == [False, True]
+        assert [work.slabs_done(1), work.slabs_done(1)] == [False, True]
         work.weights()
         assert len(reads) == 2
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from imatrix_runner.engines.jobs import TensorTarget
@@ -40,18 +41,18 @@ class SourceTensor:
     kind: Type
     n_bytes: int
 
-    @property
+    @cached_property
     def n_per_row(self) -> int:
         return self.shape[0] if self.shape else 1
 
-    @property
+    @cached_property
     def n_elements(self) -> int:
         count = 1
         for size in self.shape:
             count *= size
         return count
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return self.n_elements // self.n_per_row
 

@@ -22,6 +22,7 @@ from imatrix_runner.files import sync
 from imatrix_runner.models.gguf_file import MAGIC
 
 _MOST_FILES = 1 << 16
+_WRITES_AT = hasattr(os, "pwrite")
 
 _NOT_POSSIBLE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -50,6 +51,11 @@ class OutputFile:
             raise
 
     def write(self, offset: int, data: memoryview) -> None:
+        if _WRITES_AT:
+            while data:
+                done = os.pwrite(self._file.fileno(), data, offset)
+                data, offset = data[done:], offset + done
+            return
         with self._lock:
             self._file.seek(offset)
             while data:

@@ -18,7 +18,7 @@ from imatrix_runner.engines.worker.quantize.pass_figures import pass_figures
 from imatrix_runner.engines.worker.quantize.pass_progress import PassProgress
 from imatrix_runner.engines.worker.quantize.pass_setting import PassSetting
 from imatrix_runner.engines.worker.quantize.recorder import Recorder
-from imatrix_runner.engines.worker.quantize.slabs import Slabs, Spent, Worker, combine
+from imatrix_runner.engines.worker.quantize.slabs import Slabs, Spent, Worker, combine, slabs_at_once
 from imatrix_runner.engines.worker.quantize.work_list import Work, begun_again, plan_part
 from imatrix_runner.engines.worker.stdin_stop import StdinStop
 
@@ -71,7 +71,8 @@ class _Part:
         self._stop = StdinStop()
         self._recorder = Recorder(self._stop.end)
         self._failed = threading.Event()
-        self._slabs = Slabs(self._ordered(), lambda: self._stop.requested or self._failed.is_set() or self._recorder.failed)
+        stopped = lambda: self._stop.requested or self._failed.is_set() or self._recorder.failed  # noqa: E731
+        self._slabs = Slabs(self._ordered(), stopped, slabs_at_once(setting.threads))
         self._lock = threading.Lock()
         self._open: dict[int, _OpenUnit] = {}
         total = float(sum(work.cost for works in units for work in works))
@@ -114,10 +115,11 @@ class _Part:
     def _serve(self, worker: Worker) -> None:
         try:
             while (taken := self._slabs.take()) is not None:
-                work, first = taken
-                worker.process(work, first)
-                self._progress.slab(work)
-                if work.slab_done():
+                work, slabs = taken
+                for first in slabs:
+                    worker.process(work, first)
+                self._progress.slabs(work, len(slabs))
+                if work.slabs_done(len(slabs)):
                     self._finish(work)
         except BaseException:
             self._failed.set()

@@ -25,7 +25,7 @@ from imatrix_runner.engines.worker.quantize.pass_figures import pass_figures
 from imatrix_runner.engines.worker.quantize.pass_progress import PassProgress
 from imatrix_runner.engines.worker.quantize.pass_setting import PassSetting
 from imatrix_runner.engines.worker.quantize.recorder import Recorder
-from imatrix_runner.engines.worker.quantize.slabs import Slabs, Spent, Worker, combine
+from imatrix_runner.engines.worker.quantize.slabs import Slabs, Spent, Worker, combine, slabs_at_once
 from imatrix_runner.engines.worker.quantize.work_list import Copies, Work, left_works, plan_work
 from imatrix_runner.engines.worker.refusal import Refusal
 from imatrix_runner.engines.worker.stdin_stop import StdinStop
@@ -148,7 +148,8 @@ class _Round:
     def __init__(self, whole: _Pass, works: Sequence[Work], recorder: Recorder) -> None:
         self._setting, self._works, self._recorder = whole.setting, works, recorder
         self._failed = threading.Event()
-        self._slabs = Slabs(works, lambda: whole.over() or self._failed.is_set() or recorder.failed)
+        stopped = lambda: whole.over() or self._failed.is_set() or recorder.failed  # noqa: E731
+        self._slabs = Slabs(works, stopped, slabs_at_once(whole.setting.threads))
         self._again: list[Work] = []
         total = float(sum(work.cost for work in works))
         self._progress = PassProgress(whole.setting.send, whole.setting.job.step, total, len(works))
@@ -164,10 +165,11 @@ class _Round:
     def _serve(self, worker: Worker) -> None:
         try:
             while (taken := self._slabs.take()) is not None:
-                work, first = taken
-                worker.process(work, first)
-                self._progress.slab(work)
-                if work.slab_done():
+                work, slabs = taken
+                for first in slabs:
+                    worker.process(work, first)
+                self._progress.slabs(work, len(slabs))
+                if work.slabs_done(len(slabs)):
                     self._finish(work)
         except BaseException:
             self._failed.set()

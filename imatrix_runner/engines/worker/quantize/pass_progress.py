@@ -23,11 +23,11 @@ class PassProgress:
         self._lock = threading.Lock()
         self._reported = 0.0
 
-    def slab(self, work: Work) -> None:
-        """Count a slab of a work as done."""
+    def slabs(self, work: Work, count: int) -> None:
+        """Count slabs of a work as done."""
         with self._lock:
             number = self._numbers.setdefault(work.name, len(self._numbers) + 1)
-            self._done += work.slab_cost
+            self._done += count * work.slab_cost
             now = time.monotonic()
             if now - self._reported < _PROGRESS_SECONDS:
                 return

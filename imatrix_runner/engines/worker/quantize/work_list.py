@@ -72,6 +72,11 @@ class TensorWork:
             output.write(place, offset, data)
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether an output that is not spoiled wants it."""
+        return self.targets[0][0].spoiled is None or any(output.spoiled is None for output, _ in self.targets)
+
+    @property
     def alive(self) -> list[tuple[LevelOutput, TensorPlace]]:
         return [target for target in self.targets if target[0].spoiled is None]
 
@@ -104,10 +109,10 @@ class Work:
                 self.extreme_weights = are_extreme_weights(self._weights)
             return self._weights
 
-    def slab_done(self) -> bool:
-        """Count one more slab as done; returns whether it was the last."""
+    def slabs_done(self, count: int) -> bool:
+        """Count more slabs as done; returns whether the last was among them."""
         with self._lock:
-            self.left -= 1
+            self.left -= count
             if self.left == 0:
                 self._weights = None
             return self.left == 0
@@ -118,7 +123,7 @@ class Work:
         return range(0, max(self.tensor.rows, 1), self.rows)
 
     def computes(self, part: TensorWork) -> bool:
-        return part.kind != self.tensor.kind and not part.copies
+        return not part.copies and part.kind.number != self.tensor.kind.number
 
     @property
     def cost(self) -> int:

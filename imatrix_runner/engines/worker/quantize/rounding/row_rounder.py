@@ -110,10 +110,14 @@ class RowRounder:
         ``extreme``: see :meth:`Kernels.quantize`. It describes the whole slab, so other roundings check rows themselves:
         bytes may not depend on where a tensor is cut."""
         n_per_row, row_bytes = tensor.n_per_row, kind.row_bytes(tensor.n_per_row)
+        first = None if weights is None else int(weights.ctypes.data)
+        if rounding == STOCK and (first is None or rows.stop <= tensor.rows_per_expert):  # the shortest way, most often taken
+            self._kernels.quantize(kind, source, target, len(rows), n_per_row, first, extreme=extreme)
+            return
         split = weights is not None or rounding == FEEDBACK
         for expert, some in expert_rows(tensor, rows) if split else [(0, rows)]:
             at = some.start - rows.start
-            given = None if weights is None else int(weights.ctypes.data) + 4 * expert * n_per_row
+            given = None if first is None else first + 4 * expert * n_per_row
             numbers, into = source + 4 * at * n_per_row, target + at * row_bytes
             if rounding == STOCK:
                 self._kernels.quantize(kind, numbers, into, len(some), n_per_row, given, extreme=extreme)
