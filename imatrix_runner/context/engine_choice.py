@@ -26,6 +26,7 @@ from imatrix_runner.toolchain.program_proof import ProgramProof, prove_programs
 from imatrix_runner.toolchain.store import ORIGIN, cache_dir
 
 if TYPE_CHECKING:
+    from imatrix_runner.engines.embedded.engine import EmbeddedEngine
     from imatrix_runner.toolchain.probe import Toolchain
 
 EMBEDDED, BINARIES = "embedded", "binaries"
@@ -197,6 +198,17 @@ def make_checker(machine: Machine, runner: Runner) -> RowChecker:
     if isinstance(bindings, UnusableBindings):
         raise ToolchainError("--verify full needs llama-cpp-python", bindings.why, bindings.todo) from bindings
     return EmbeddedEngine(bindings, runner)
+
+
+def make_embedded(machine: Machine, runner: Runner, what: str) -> EmbeddedEngine:
+    """Return the embedded engine for work that only it does. ``what`` needs it, as a phrase. Raises
+    :class:`ToolchainError`."""
+    from imatrix_runner.engines.embedded.engine import EmbeddedEngine
+
+    bindings = machine.bindings
+    if isinstance(bindings, UnusableBindings):
+        raise ToolchainError(f"{what} needs llama-cpp-python", bindings.why, bindings.todo) from bindings
+    return EmbeddedEngine(bindings, runner, cache_dir())
 
 
 def choose(asked: str, needs: EngineNeeds, machine: Machine) -> EngineChoice:

@@ -1,13 +1,14 @@
 """Contracts that only some engines fulfil: tokenise texts, answer prompts, check finished levels, measure costs of rounding,
-collect covariances, measure levels in ranges of chunks."""
+collect covariances, measure levels in ranges of chunks, compare files with what llama-quantize makes of their source."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from imatrix_runner.engines.audit_jobs import AuditJob, TensorFindings
 from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import CheckJob
@@ -93,4 +94,23 @@ class RangeMeasurer(Protocol):
     def measure_ranges(self, job: RangesJob, sink: Sink, on_scores: OnScores) -> None:
         """Compute every range. Progress counts chunks, those of the source included; a stop ends it, and what was not handed
         over is computed again. Errors of a subject are handed over in place of its scores; those of the source are raised."""
+        ...
+
+
+@runtime_checkable
+class TensorAuditor(Protocol):
+    """Compares tensors of quantised files with what llama-quantize makes of their source."""
+
+    @property
+    def libraries_digest(self) -> str:
+        """The SHA-256 over the libraries that compute."""
+        ...
+
+    def fp_contract(self) -> str:
+        """``off`` where every kernel that was compiled with ``-ffp-contract=off`` and compared with ggml's function gave the
+        same bytes, so that ggml's own code fuses nothing that matters; empty where that is not known."""
+        ...
+
+    def audit_tensors(self, job: AuditJob, sink: Sink) -> tuple[TensorFindings, ...]:
+        """The findings of each tensor, in the job's order. Progress counts the file's elements."""
         ...

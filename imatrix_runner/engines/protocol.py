@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 
+from imatrix_runner.engines.audit_jobs import AuditJob, TensorFindings
 from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialResult, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import (
@@ -100,6 +101,7 @@ Job = (
     | CheckJob
     | RoundingErrorsJob
     | TrialsJob
+    | AuditJob
 )
 """Every job that a worker takes. Those defined in this module serve the engine itself; its callers give the others."""
 
@@ -234,6 +236,18 @@ class TrialMeasured(msgspec.Struct, frozen=True, tag_field="type", tag="trial"):
     result: TrialResult
 
 
+class TensorAudited(msgspec.Struct, frozen=True, tag_field="type", tag="tensor-audited"):
+    """A tensor of an audit is compared."""
+
+    found: TensorFindings
+
+
+class Audited(msgspec.Struct, frozen=True, tag_field="type", tag="audited"):
+    """All tensors of an audit are compared (``done``), or some of them because of a stop."""
+
+    done: bool
+
+
 class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     """The worker failed for a known reason. ``exit_code`` selects the error (3 no engine, 5 it failed, 6 invalid data, 8 no
     space).
@@ -247,7 +261,9 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     exit_code: int
 
 
-ReplyT = TypeVar("ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Prepared, Checked, Costed)
+ReplyT = TypeVar(
+    "ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Prepared, Checked, Costed, Audited
+)
 
 Reply = (
     Proven
@@ -264,6 +280,8 @@ Reply = (
     | Checked
     | Costed
     | TrialMeasured
+    | TensorAudited
+    | Audited
     | Failed
     | Progress
     | Metric

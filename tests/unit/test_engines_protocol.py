@@ -11,6 +11,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from imatrix_runner.engines import protocol
+from imatrix_runner.engines.audit_jobs import AuditCandidate, AuditJob, AuditTensor
 from imatrix_runner.engines.cost_jobs import RoundedTensor, RoundingErrorsJob, Trial, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import (
@@ -103,6 +104,18 @@ JOBS: tuple[protocol.Job, ...] = (
         log=LOG,
         first_scored=64,
         enough=0.1,
+        native=Native(OUT, LOG),
+    ),
+    AuditJob(
+        step="audit",
+        sources=(MODEL,),
+        files=(OUT,),
+        tensors=(AuditTensor("a.weight", (AuditCandidate(-1), AuditCandidate(0, "refined"))),),
+        matrices=(TEXT,),
+        seed=7,
+        sample=None,
+        threads=2,
+        log=LOG,
         native=Native(OUT, LOG),
     ),
 )

@@ -13,6 +13,7 @@ import numpy as np
 
 from imatrix_runner.engines import protocol
 from imatrix_runner.engines.abilities import RangeMeasurer, TokenisedTexts
+from imatrix_runner.engines.audit_jobs import AuditJob, TensorFindings
 from imatrix_runner.engines.contract import EngineCapabilities, OnRange
 from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialResult, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
@@ -410,6 +411,40 @@ class EmbeddedEngine:
         self._ask(job, replies, job.log, "A level could not be checked", enough=threading.Event())
         checked = replies.only(protocol.Checked)
         return checked.tensor, checked.why
+
+    @property
+    def libraries_digest(self) -> str:
+        return self.bindings.digest
+
+    def fp_contract(self) -> str:
+        """``off`` where the kernels, which are compiled so, gave ggml's bytes wherever both were compared."""
+        native = self._native()
+        proofs = recall_proofs(native.proofs) if native is not None else None
+        return "off" if proofs is not None and proofs.proven and not proofs.refuted else ""
+
+    def audit_tensors(self, job: AuditJob, sink: Sink) -> tuple[TensorFindings, ...]:
+        """Compare tensors of a file with what llama-quantize makes of its source; nothing is written."""
+        found: list[TensorFindings] = []
+
+        def on_reply(reply: protocol.Reply) -> None:
+            if isinstance(reply, protocol.TensorAudited):
+                found.append(reply.found)
+            elif isinstance(reply, Progress):
+                sink(reply)
+
+        replies, what = Replies(on_reply), f"{job.files[0].name} could not be compared with {job.sources[0].name}"
+        given = replace(job, native=self._native() if job.native_kernels else None)
+        try:
+            self._ask(given, replies, job.log, what, enough=threading.Event())
+        except InterruptedRunError:
+            raise
+        except RunnerError:
+            if replies.failed is not None or not self._died_in_kernel(job.native_kernels):
+                raise
+            return self.audit_tensors(replace(job, native_kernels=False), sink)
+        if not replies.only(protocol.Audited).done:
+            raise EngineError("The worker ended early", "not every tensor was compared", "Run the same command again.")
+        return tuple(found)
 
     def _run(
         self,

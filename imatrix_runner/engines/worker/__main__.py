@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from imatrix_runner.engines.audit_jobs import AuditJob
 from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import CheckJob, CollectJob, PassJob
@@ -46,6 +47,7 @@ FUNCTIONS: Mapping[type[Job], str] = {
     CheckJob: "quantize.check_rows.check_rows",
     RoundingErrorsJob: "cost.errors_job.rounding_errors",
     TrialsJob: "cost.trials_job.measure_trials",
+    AuditJob: "audit.audit_job.audit_tensors",
 }
 """Job -> module in this package and function in it that does the job: it sends replies, or raises a :class:`Refusal`.
 

@@ -1,0 +1,1 @@
+"""Comparing quantised files with what llama-quantize makes of their source."""
