@@ -22,12 +22,22 @@ _OBJECT = 64
 _WINDOW = 1 << 20
 
 
+class MoreBytesNeeded(Exception):
+    """The beginning of a file ends before ``end``, a byte that is read."""
+
+    def __init__(self, end: int) -> None:
+        super().__init__(f"{end} bytes are needed")
+        self.end = end
+
+
 class BoundedReader:
     """Reads little-endian values through a sliding window. Nothing is allocated for bytes that the file does not hold, and at
-    most ``kept`` bytes of strings and arrays are kept: a sparse file can announce any size."""
+    most ``kept`` bytes of strings and arrays are kept: a sparse file can announce any size. ``partial``: only the beginning of
+    the file is there, and :class:`MoreBytesNeeded` is raised at its end."""
 
-    def __init__(self, handle: IO[bytes], path: Path, size: int, kept: int = _MAX_KEPT) -> None:
+    def __init__(self, handle: IO[bytes], path: Path, size: int, kept: int = _MAX_KEPT, *, partial: bool = False) -> None:
         self._left = kept
+        self._partial = partial
         self._handle = handle
         self.path = path
         self.size = size
@@ -58,6 +68,8 @@ class BoundedReader:
         self._handle.seek(self._base)
         self._window = self._handle.read(max(count, _WINDOW))
         if len(self._window) < count:
+            if self._partial:
+                raise MoreBytesNeeded(self._base + count)
             raise damaged(self.path, "changed while it was read", f"it was {self.size} bytes long and now ends earlier")
 
     def keep(self, count: int) -> None:
@@ -130,14 +142,14 @@ class BoundedReader:
 
 
 @contextmanager
-def opened(path: Path, kept: int = _MAX_KEPT) -> Iterator[BoundedReader]:
-    """A reader at the start of an ordinary file, for at most ``kept`` bytes of strings and arrays. Raises :class:`RunnerError`
-    for errors of the file system."""
+def opened(path: Path, kept: int = _MAX_KEPT, size: int | None = None) -> Iterator[BoundedReader]:
+    """A reader at the start of an ordinary file, for at most ``kept`` bytes of strings and arrays. ``size``: of the whole file,
+    where ``path`` has its beginning. Raises :class:`RunnerError` for errors of the file system."""
     try:
         if path.exists() and not path.is_file():
             raise InvalidDataError(f"{path} is not a file", "a GGUF model is an ordinary file", "Name the .gguf file itself.")
         with path.open("rb", buffering=0) as handle:
-            yield BoundedReader(handle, path, path.stat().st_size, kept)
+            yield BoundedReader(handle, path, path.stat().st_size if size is None else size, kept, partial=size is not None)
     except OSError as error:
         raise from_os_error(error, f"reading {path.name}", path) from error
 

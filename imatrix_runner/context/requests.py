@@ -195,6 +195,19 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True)
+class CompareRequest:
+    """``compare``. ``files``: paths, or ``org/name[@revision][:file.gguf or label]`` on a hub, to compare with levels of the
+    source's workspace and with each other. ``keep``: what is fetched stays in the hub's cache; otherwise it is removed when it
+    was measured."""
+
+    source: SourceRequest
+    environment: EnvironmentRequest
+    measure: MeasureRequest
+    files: tuple[str, ...]
+    keep: bool = False
+
+
+@dataclass(frozen=True)
 class WatchRequest:
     """``batch run --watch``. ``places``: where models appear; they are looked at every ``every`` seconds, for ``lasts`` seconds
     (None: until the command is stopped; 0: once). A look adds ``most`` models at most. Filters: ``most_params``, number of

@@ -26,7 +26,7 @@ def compare_mixes(measurer: Measurer, session: Session) -> tuple[MixVerdict, ...
     journal, held_out = session.journal, measurer.held_out
     made = levels_made(journal)
     mixes = {name: record for name, record in made.items() if is_mix_level(record) or rounding_of_level(record) != STOCK}
-    sizes = {each.level: each for each in _measured_here(measurer, session, made)}
+    sizes = {each.level: each for each in measured_here(measurer, session, made)}
     stock = [each for name, each in sizes.items() if name not in mixes]
     found: list[MixVerdict] = []
     for name in (name for name in sizes if name in mixes):
@@ -52,7 +52,7 @@ def _chosen_against(session: Session, name: str, record: StepRecord) -> str:
     return name.removeprefix(f"{rounding_of_level(record).upper()}-")
 
 
-def _measured_here(measurer: Measurer, session: Session, made: Mapping[str, StepRecord]) -> Iterator[MeasuredSize]:
+def measured_here(measurer: Measurer, session: Session, made: Mapping[str, StepRecord]) -> Iterator[MeasuredSize]:
     """The levels whose figures are those of this text, chunks and source."""
     journal = session.journal
     for name, figures in measured(journal).items():

@@ -169,9 +169,11 @@ def expected_file_size(header: GgufHeader) -> int | None:
     return total
 
 
-def read_header(path: Path) -> GgufHeader:
+def read_header(path: Path, size: int | None = None) -> GgufHeader:
     """Read and check everything before the tensor data, and check that the data is complete.
 
+    ``size``: of the whole file in bytes, where ``path`` has only its beginning; then
+    :class:`~imatrix_runner.bounded.MoreBytesNeeded` is raised where that ends before the tensor data.
     Raises :class:`InvalidDataError` for anything but a complete little-endian GGUF file of version 2 or 3.
     """
     if (control := path.with_name(f"{path.name}.aria2")).is_file():
@@ -181,7 +183,7 @@ def read_header(path: Path) -> GgufHeader:
             f"{control.name} is next to it, which aria2 keeps until the file is complete",
             "Let the download finish; if it has finished, remove that file.",
         )
-    with opened(path) as reader:
+    with opened(path, size=size) as reader:
         version = _version(reader)
         n_tensors = reader.count(_MAX_TENSORS, 24, "tensors")
         n_keys = reader.count(_MAX_KEYS, 13, "metadata keys")

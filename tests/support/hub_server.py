@@ -304,10 +304,11 @@ class _Handler(WritingRequests, BaseHTTPRequestHandler):
         if trouble.html_files:
             self._send(200, _PAGE, headers | {"Content-Type": "text/html"})
             return
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if match and trouble.ranges:
-            start = int(match[1])
-            self._send(206, data[start:], headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"})
+            start, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+            part = {"Content-Range": f"bytes {start}-{last}/{len(data)}"}
+            self._send(206, data[start : last + 1], headers | part)
         else:
             self._send(200, data, headers)
 

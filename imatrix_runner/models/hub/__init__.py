@@ -12,6 +12,14 @@ from imatrix_runner.models.hub.datasets import FetchedDataset, fetch_dataset
 from imatrix_runner.models.hub.fetch import Downloaded, fetch_model, hub_endpoint, hub_id_in_cache, reachability, token_source
 from imatrix_runner.models.hub.foresee import ForeseenModel, foresee_model
 from imatrix_runner.models.hub.listing import Listing
+from imatrix_runner.models.hub.published_ggufs import (
+    NamedGguf,
+    PublishedGguf,
+    fetch_gguf,
+    find_ggufs,
+    parse_named,
+    read_headers,
+)
 from imatrix_runner.models.hub.publishing import Changes, Gating, NewFile, PublishingHub, git_id
 from imatrix_runner.models.hub.remote_repository import RemoteCommit, RemoteFile, RemoteRepository
 from imatrix_runner.models.hub.search import Hub, concerns_one_file
@@ -29,7 +37,9 @@ __all__ = [
     "Gating",
     "Hub",
     "Listing",
+    "NamedGguf",
     "NewFile",
+    "PublishedGguf",
     "PublishingHub",
     "RemoteCommit",
     "RemoteFile",
@@ -39,7 +49,9 @@ __all__ = [
     "WatchedPlace",
     "concerns_one_file",
     "fetch_dataset",
+    "fetch_gguf",
     "fetch_model",
+    "find_ggufs",
     "foresee_model",
     "git_id",
     "hub_endpoint",
@@ -47,7 +59,9 @@ __all__ = [
     "is_offline",
     "is_passing",
     "parse_dataset",
+    "parse_named",
     "parse_place",
     "reachability",
+    "read_headers",
     "token_source",
 ]

@@ -64,9 +64,9 @@ class Hub:
     def __post_init__(self) -> None:
         quiet_library()
 
-    def repository(self, repo: str, repo_type: RepoType = "model") -> Listing:
-        """A repository's files, with their sizes, at its newest commit."""
-        asked = self._asked(repo, repo_type)
+    def repository(self, repo: str, repo_type: RepoType = "model", revision: str | None = None) -> Listing:
+        """A repository's files, with their sizes, at the newest commit of a revision."""
+        asked = self._asked(repo, repo_type, revision)
         if not self.offline:
             return patiently(partial(list_repository, asked), asked, self.stop.check)
         listing = list_cached(asked, self.cache)
@@ -141,8 +141,8 @@ class Hub:
         remember_revision(asked, listing.commit, self.cache)
         return path
 
-    def _asked(self, repo: str, repo_type: RepoType) -> Asked:
-        return Asked(HubId(repo), self.endpoint, token_source() is not None, repo_type, perhaps_path=False)
+    def _asked(self, repo: str, repo_type: RepoType, revision: str | None = None) -> Asked:
+        return Asked(HubId(repo, revision), self.endpoint, token_source() is not None, repo_type, perhaps_path=False)
 
     def _of(self, listing: Listing) -> Asked:
         return self._asked(listing.repo, "dataset" if listing.repo_type == "dataset" else "model")
