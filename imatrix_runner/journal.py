@@ -156,10 +156,10 @@ class WorkspaceFacts(TypedDict, total=False):
     ``source``: what was named as the model, ``hub`` its repository and commit, ``source_at`` the same as an absolute path or a
     hub id with its revision, ``source_content`` and ``source_bytes`` what it holds; ``model_file`` is the fingerprint of the
     GGUF that levels are made from, which for a checkpoint is another file. ``levels`` were asked for by ``command``, which is
-    ``finished`` or not; ``measuring`` names the ``evaluate`` at work or interrupted. ``quantized_by``, ``repo``, ``licence``
-    and ``target`` (JSON) are for reports; ``described`` keeps a source's description (JSON) for when its files are gone,
-    ``set_aside`` how a text was cut (JSON). ``original`` is ``released`` when the files that a model was converted from may be
-    gone; ``released`` are the levels whose files were removed after they were published (JSON).
+    ``finished`` or not; ``measuring`` names the ``evaluate`` at work or interrupted. ``quantized_by``, ``repo``, ``licence``,
+    ``target`` (JSON) and ``min_speed`` (tokens/s) are for reports; ``described`` keeps a source's description (JSON) for when
+    its files are gone, ``set_aside`` how a text was cut (JSON). ``original`` is ``released`` when the files that a model was
+    converted from may be gone; ``released`` are the levels whose files were removed after they were published (JSON).
     """
 
     model: str
@@ -178,6 +178,7 @@ class WorkspaceFacts(TypedDict, total=False):
     repo: str
     licence: str
     target: str
+    min_speed: str
     described: str
     set_aside: str
     original: str
@@ -201,6 +202,7 @@ FactName = Literal[
     "repo",
     "licence",
     "target",
+    "min_speed",
     "described",
     "set_aside",
     "original",

@@ -22,6 +22,7 @@ compare     ``compare Q4_K_M``      a level was compared with one made without i
 alone       ``alone Q4_K_M``        why a level has nothing to be compared with
 against     ``against MIX-…``       a mix was compared with stock levels on the held-out text
 answer      ``answer Q4_K_M``       a level answered prompts
+speed       ``speed Q4_K_M``        a level, or the source, was timed on a machine
 modelfile   ``modelfile Q4_K_M``    a Modelfile for Ollama was written next to a level
 report      ``report``              a report was written
 =========== ======================= ==============================================================================
@@ -49,6 +50,7 @@ Kind = Literal[
     "alone",
     "against",
     "answer",
+    "speed",
     "modelfile",
     "report",
 ]
@@ -69,6 +71,7 @@ _BEGINNINGS: dict[Kind, str] = {
     "alone": "alone ",
     "against": "against ",
     "answer": "answer ",
+    "speed": "speed ",
     "modelfile": "modelfile ",
 }
 _CONTENT = " sha256:"

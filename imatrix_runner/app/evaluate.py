@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from imatrix_runner.app.report import ReportFiles, make_report, remember_target
+from imatrix_runner.app.report import ReportFiles, make_report, remember_speed, remember_target
 from imatrix_runner.context.context import Context, Session, held, settle
 from imatrix_runner.context.engine_choice import EngineNeeds
 from imatrix_runner.context.open_model import Frozen, announce, freeze, open_source
@@ -25,10 +25,19 @@ from imatrix_runner.evaluate.disk_budget import waves
 from imatrix_runner.evaluate.held_out import HeldOut, check_text, choose_held_out
 from imatrix_runner.evaluate.kld_statistics import summarise
 from imatrix_runner.evaluate.measure import Measurer, Subject
-from imatrix_runner.evaluate.measurements import Alone, comparisons, content_of, levels_made, measured
+from imatrix_runner.evaluate.measure_speed import TimedFile, fewest_layers, measure_speeds, speed_meter
+from imatrix_runner.evaluate.measurements import (
+    SPEED_OF_SOURCE,
+    Alone,
+    comparisons,
+    content_of,
+    levels_made,
+    measured,
+)
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.prompt_answers import DomainRequest, answer_levels, check_answerable, check_prompts
 from imatrix_runner.evaluate.recommendations import Measure, Pick, target
+from imatrix_runner.evaluate.speed_figures import MeasuredSpeed, fast_enough
 from imatrix_runner.events import warning
 from imatrix_runner.files import free_bytes
 from imatrix_runner.imatrix.ineffective_collection import warn_of_placement
@@ -65,7 +74,8 @@ class MeasurePlan:
 @dataclass(frozen=True)
 class EvaluateResult:
     """``measured`` and ``failed`` by level (a baseline by its subject's name); a dry run has neither. ``mixes``: all mixes
-    compared with stock levels on this text."""
+    compared with stock levels on this text; ``speeds``: of levels and of the source; ``fast``: the level that ``--min-speed``
+    picks."""
 
     workspace: Workspace
     plan: MeasurePlan
@@ -75,6 +85,8 @@ class EvaluateResult:
     domain: tuple[DomainResult, ...] = ()
     target: Pick | None = None
     mixes: tuple[MixVerdict, ...] = ()
+    speeds: Mapping[str, MeasuredSpeed] = field(default_factory=dict)
+    fast: Pick | None = None
     report: ReportFiles | None = None
     seconds: float = 0.0
 
@@ -147,6 +159,8 @@ def check_request(request: MeasureRequest, calibration: Path | None, session: Se
     """Check what can be checked of a measurement before there is anything to measure. ``calibration``: the text that the
     imatrix will be collected from, if known. Raises :class:`InvalidDataError`, :class:`UsageError`."""
     check_text(request, calibration, session.sink)
+    if request.speed is not None:
+        speed_meter(session)
     if (domain := domain_of(request)) is not None:
         check_answerable(domain, session)
 
@@ -170,6 +184,8 @@ class _Evaluation:
         made = self._levels()
         if (domain := domain_of(self.request)) is not None:
             check_prompts(domain, self.frozen.model, session)
+        if self.request.speed is not None:
+            speed_meter(session)
         same = same_tensors({name: (record.inputs, facts_of_level(record)) for name, record in made.items()})
         distinct = {name: record for name, record in made.items() if name not in same}
         steps, alone = self.baselines.plan(distinct) if self.request.baselines else ((), {})
@@ -205,6 +221,7 @@ class _Evaluation:
         measurer.tidy()
         self.baselines.tidy()
         answers = self._answers(plan, failed)
+        speeds = self._speeds(plan, failed)
         return EvaluateResult(
             session.workspace,
             plan,
@@ -214,6 +231,8 @@ class _Evaluation:
             answers,
             self._target(everything),
             mixes,
+            speeds,
+            self._fast(everything, speeds, plan),
             seconds=time.monotonic() - began,
         )
 
@@ -330,6 +349,45 @@ class _Evaluation:
         failed.update({name: outcome for name, outcome in found.items() if isinstance(outcome, RunnerError)})
         return tuple(outcome for outcome in found.values() if isinstance(outcome, DomainResult))
 
+    def _speeds(self, plan: MeasurePlan, failed: dict[str, RunnerError]) -> dict[str, MeasuredSpeed]:
+        """How fast the source and the levels run, with ``--speed``."""
+        request = self.request
+        if request.speed is None:
+            return {}
+        asked = [_timed(each) for each in plan.subjects if each.name not in failed and each.name not in plan.same]
+        found = measure_speeds(request.speed, request.options, self.frozen, asked, self.session, again=request.again)
+        failed.update({name: outcome for name, outcome in found.items() if isinstance(outcome, RunnerError)})
+        return {name: outcome for name, outcome in found.items() if isinstance(outcome, MeasuredSpeed)}
+
+    def _fast(self, known: Mapping[str, Divergence], speeds: Mapping[str, MeasuredSpeed], plan: MeasurePlan) -> Pick | None:
+        """The measured level that meets ``--min-speed``, with the least ``-ngl`` where there are GPUs; a warning if there is
+        none."""
+        request = self.request
+        least = request.speed.least if request.speed is not None else None
+        layers = ""
+        if request.speed is None or least is None:
+            remember_speed(self.session.journal, None)
+            return None
+        points = self._points(known)
+        pick = fast_enough(points, speeds, least)
+        n_layers = self.frozen.model.header.integer(f"{self.frozen.model.architecture}.block_count")
+        if self.session.engine.devices and n_layers is not None:
+            for point in sorted(points, key=lambda each: (each.kld, each.n_bytes)):
+                level = next(_timed(each) for each in plan.subjects if each.name == point.level)
+                fewest = fewest_layers(request.speed, request.options, level, n_layers, least, self.session)
+                if fewest is not None:
+                    layers = str(fewest)
+                    rule = f"the closest to the source that generates {least:g} tokens/s, with -ngl {layers}"
+                    pick = Pick("speed", point.level, rule)
+                    break
+        remember_speed(self.session.journal, least, pick if layers else None)
+        if pick is None:
+            found = {name: each for name, each in speeds.items() if name != SPEED_OF_SOURCE}
+            best = max(found, key=lambda name: found[name].generation.mean, default=None)
+            fastest = f"; the fastest is {best} with {found[best].generation.mean:.1f}" if best is not None else ""
+            self.session.sink(warning(f"No measured level generates {least:g} tokens/s here{fastest}."))
+        return pick
+
     def _record_pair(
         self, plan: MeasurePlan, measurer: Measurer, name: str, made: Divergence, without: Divergence, baseline: Subject
     ) -> None:
@@ -351,12 +409,7 @@ class _Evaluation:
         remember_target(self.session.journal, request.target_kld, request.target_size)  # None, too, replaces an old target
         if request.target_kld is None and request.target_size is None:
             return None
-        made = levels_made(self.session.journal)
-        points = [
-            Measure.of(name, size, found, eligible=facts_of_level(made[name]).gains(size, self.frozen.model.n_bytes))
-            for name, found in known.items()
-            for size in [_size(made[name])]
-        ]
+        points = self._points(known)
         pick = target(points, request.target_kld, request.target_size)
         if pick is None:
             best = min(points, key=lambda each: each.kld, default=None)
@@ -364,9 +417,22 @@ class _Evaluation:
             self.session.sink(warning(f"No measured level meets the target{closest}."))
         return pick
 
+    def _points(self, known: Mapping[str, Divergence]) -> list[Measure]:
+        """The measured levels as points; those that hold the same tensors as another are one."""
+        made = levels_made(self.session.journal)
+        return [
+            Measure.of(name, size, found, eligible=facts_of_level(made[name]).gains(size, self.frozen.model.n_bytes))
+            for name, found in known.items()
+            for size in [_size(made[name])]
+        ]
+
 
 def _pair_inputs(made: StepRecord, held_out: HeldOut, baseline: Subject) -> dict[str, str]:
     return {**held_out.whole_inputs, LEVEL_INPUT: content_of(made), "twin": baseline.inputs[LEVEL_INPUT]}
+
+
+def _timed(subject: Subject) -> TimedFile:
+    return TimedFile(subject.name, subject.file, subject.inputs[LEVEL_INPUT])
 
 
 def _size(made: StepRecord) -> int:

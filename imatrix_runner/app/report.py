@@ -21,11 +21,12 @@ from imatrix_runner.process import Runner
 from imatrix_runner.report.document import Report, encode_report, read_report
 from imatrix_runner.report.facts.gather import gather, remember_target
 from imatrix_runner.report.facts.gather_model import remember_source
+from imatrix_runner.report.facts.gather_speeds import remember_speed
 from imatrix_runner.report.views.forms import HTML, JSON, MARKDOWN, NAMES, PICTURE, form_names, render_forms
 from imatrix_runner.steps import step_id
 from imatrix_runner.workspace import Workspace
 
-__all__ = ["NAMES", "STEP", "ReportFiles", "gather", "make_report", "remember_target"]
+__all__ = ["NAMES", "STEP", "ReportFiles", "gather", "make_report", "remember_speed", "remember_target"]
 
 STEP = step_id("report")
 

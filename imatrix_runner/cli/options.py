@@ -343,6 +343,31 @@ class MeasuringOptions:
         metavar="X",
         help="Name the smallest level with a mean KLD of at most X.",
     )
+    speed: bool = setting(
+        "--speed", is_flag=True, help="Also time the source and each level on this machine, as llama-bench does (pp512, tg128)."
+    )
+    speed_depth: int = setting(
+        "--speed-depth",
+        type=click.IntRange(min=0),
+        metavar="N",
+        default=0,
+        show_default=True,
+        help="Tokens in the context before each timed test.",
+    )
+    speed_repetitions: int = setting(
+        "--speed-repetitions",
+        type=click.IntRange(2, 100),
+        metavar="N",
+        default=5,
+        show_default=True,
+        help="How often each test is timed.",
+    )
+    min_speed: float | None = setting(
+        "--min-speed",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="N",
+        help="Time all, and name the closest level to the source that generates N tokens/s (on GPUs with the least -ngl).",
+    )
     target_size: int | None = setting("--target-size", type=SIZE, help="Name the best level of at most this size.")
 
 

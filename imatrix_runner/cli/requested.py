@@ -31,6 +31,7 @@ from imatrix_runner.context.requests import (
     MixRequest,
     PublishRequest,
     SourceRequest,
+    SpeedRequest,
 )
 from imatrix_runner.engines.jobs import CollectOptions, QuantizeOptions
 from imatrix_runner.engines.roundings import STOCK
@@ -261,8 +262,15 @@ def measure_request(measuring: MeasuringOptions, options: CollectOptions, **chan
         chat_template=measuring.domain_template,
         target_kld=measuring.target_kld,
         target_size=measuring.target_size,
+        speed=_speed(measuring),
         **changes,
     )
+
+
+def _speed(measuring: MeasuringOptions) -> SpeedRequest | None:
+    if not measuring.speed and measuring.min_speed is None:
+        return None
+    return SpeedRequest(measuring.speed_depth, measuring.speed_repetitions, measuring.min_speed)
 
 
 def unused_measure_options(measuring: MeasuringOptions, *, measured: bool) -> tuple[str, ...]:
@@ -270,6 +278,10 @@ def unused_measure_options(measuring: MeasuringOptions, *, measured: bool) -> tu
     warnings = []
     if not measured and (unused := typed(measuring, "max_disk")):
         warnings.append(no_effect(unused, "nothing is measured without --evaluate."))
+    if not (measuring.speed or measuring.min_speed is not None) and (
+        unused := typed(measuring, "speed_depth", "speed_repetitions")
+    ):
+        warnings.append(no_effect(unused, "nothing is timed without --speed or --min-speed."))
     if measuring.domain is None and (unused := typed(measuring, "predict", "domain_template")):
         warnings.append(no_effect(unused, "nothing is answered without --domain."))
     return tuple(warnings)

@@ -90,6 +90,16 @@ class LevelsRequest:
 
 
 @dataclass(frozen=True)
+class SpeedRequest:
+    """``--speed``: each test is repeated ``repetitions`` times with ``depth`` tokens in the context before. ``least``: tokens/s
+    of generation that the picked level reaches."""
+
+    depth: int = 0
+    repetitions: int = 5
+    least: float | None = None
+
+
+@dataclass(frozen=True)
 class MeasureRequest:
     """What is measured and how. ``levels`` empty: all that are there. ``text`` None means the shipped held-out text; of its
     chunks the first ``chunks``, all without; with ``until_precise`` each level on as many as make the standard error of its KLD
@@ -98,7 +108,7 @@ class MeasureRequest:
 
     ``baselines``: each level is compared with one made without imatrix. ``domain``: a file of prompts that source and levels
     answer, in ``n_predict`` tokens at most, written with ``chat_template`` (None: the model's own). ``target_kld`` (nats) and
-    ``target_size`` (bytes) decide which level is picked.
+    ``target_size`` (bytes) decide which level is picked. ``speed``: source and levels are timed, too.
     """
 
     levels: tuple[str, ...] = ()
@@ -115,6 +125,7 @@ class MeasureRequest:
     chat_template: Path | None = None
     target_kld: float | None = None
     target_size: int | None = None
+    speed: SpeedRequest | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Contracts that only some engines fulfil: tokenise texts, answer prompts, check finished levels, measure costs of rounding,
-collect covariances, measure levels in ranges of chunks, compare files with what llama-quantize makes of their source."""
+collect covariances, measure levels in ranges of chunks, compare files with what llama-quantize makes of their source, time them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import CheckJob
 from imatrix_runner.engines.measures import AnswerJob, RangeScores, RangesJob
+from imatrix_runner.engines.speed_jobs import SpeedJob, TimedRuns
 from imatrix_runner.events import Sink
 
 if TYPE_CHECKING:
@@ -81,6 +82,14 @@ class CovarianceCollector(Protocol):
     def collect_covariances(self, job: CovarianceJob, sink: Sink) -> None:
         """Write a file for each input to ``job.folder``. Progress counts chunks, once for each group of inputs; a stop ends the
         job where its work can be kept."""
+        ...
+
+
+class SpeedMeter(Protocol):
+    """Measures how fast a file runs on this machine."""
+
+    def measure_speed(self, job: SpeedJob, sink: Sink) -> TimedRuns:
+        """Run the tests of a job. Progress counts repetitions; a stop ends it, and nothing is kept."""
         ...
 
 

@@ -22,7 +22,7 @@ from imatrix_runner.events import Sink
 from imatrix_runner.toolchain.quant_type import QuantType
 
 if TYPE_CHECKING:
-    from imatrix_runner.engines.abilities import Answerer, CostMeter, CovarianceCollector, RangeMeasurer
+    from imatrix_runner.engines.abilities import Answerer, CostMeter, CovarianceCollector, RangeMeasurer, SpeedMeter
     from imatrix_runner.engines.measures import Divergence, MeasureJob, ReferenceJob
 
 OnRange = Callable[[CollectedRange], bool]
@@ -144,6 +144,11 @@ class Engine(Protocol):
     @property
     def covariance_collector(self) -> CovarianceCollector | None:
         """Collects covariances of weights' inputs; None where the engine cannot."""
+        ...
+
+    @property
+    def speed_meter(self) -> SpeedMeter | None:
+        """Measures how fast files run; None where the engine cannot."""
         ...
 
     @property

@@ -24,6 +24,7 @@ from imatrix_runner.engines.jobs import (
 )
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
 from imatrix_runner.engines.pass_parts import PassWork
+from imatrix_runner.engines.speed_jobs import SpeedJob, TimedRuns
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Metric, Notice, Progress
 from imatrix_runner.files import not_utf8
@@ -102,6 +103,7 @@ Job = (
     | RoundingErrorsJob
     | TrialsJob
     | AuditJob
+    | SpeedJob
 )
 """Every job that a worker takes. Those defined in this module serve the engine itself; its callers give the others."""
 
@@ -248,6 +250,13 @@ class Audited(msgspec.Struct, frozen=True, tag_field="type", tag="audited"):
     done: bool
 
 
+class Timed(msgspec.Struct, frozen=True, tag_field="type", tag="timed"):
+    """All repetitions of a :class:`~imatrix_runner.engines.speed_jobs.SpeedJob` (``done``), or some because of a stop."""
+
+    runs: TimedRuns
+    done: bool
+
+
 class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     """The worker failed for a known reason. ``exit_code`` selects the error (3 no engine, 5 it failed, 6 invalid data, 8 no
     space).
@@ -262,7 +271,7 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
 
 
 ReplyT = TypeVar(
-    "ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Prepared, Checked, Costed, Audited
+    "ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Prepared, Checked, Costed, Audited, Timed
 )
 
 Reply = (
@@ -282,6 +291,7 @@ Reply = (
     | TrialMeasured
     | TensorAudited
     | Audited
+    | Timed
     | Failed
     | Progress
     | Metric

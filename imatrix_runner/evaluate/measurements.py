@@ -11,6 +11,7 @@ from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.ab_verdict import Comparison
 from imatrix_runner.evaluate.answer_agreement import DomainResult
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
+from imatrix_runner.evaluate.speed_figures import MeasuredSpeed
 from imatrix_runner.files import joint_sha256
 from imatrix_runner.journal import Journal, StepRecord
 from imatrix_runner.steps import LEVEL_INPUT, Kind, step_id
@@ -18,8 +19,18 @@ from imatrix_runner.untrusted import UnreadableError, as_type
 
 T = TypeVar("T")
 
-_ASKED: dict[Kind, str] = {"evaluate": "", "compare": " --ab", "answer": " --domain PROMPTS", "alone": " --ab", "against": ""}
+_ASKED: dict[Kind, str] = {
+    "evaluate": "",
+    "compare": " --ab",
+    "answer": " --domain PROMPTS",
+    "alone": " --ab",
+    "against": "",
+    "speed": " --speed",
+}
 """By what each is asked for."""
+
+SPEED_OF_SOURCE = "source"
+"""The name under which the speed of the source is recorded."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,19 @@ def mix_verdicts(journal: Journal) -> dict[str, MixVerdict]:
 
 def answered(journal: Journal) -> dict[str, DomainResult]:
     return dict(_holding(journal, "answer", DomainResult))
+
+
+def speeds(journal: Journal) -> dict[str, MeasuredSpeed]:
+    """The speed of levels by name, as far as they are those of the files that are there now."""
+    return dict(_holding(journal, "speed", MeasuredSpeed))
+
+
+def speed_of_source(journal: Journal, fingerprint: str) -> MeasuredSpeed | None:
+    """The speed of the source with this fingerprint; None if it was not measured."""
+    record = journal.get(step_id("speed", SPEED_OF_SOURCE))
+    if record is None or record.inputs.get(LEVEL_INPUT) != fingerprint:
+        return None
+    return record.facts_as(MeasuredSpeed)
 
 
 def _holding(journal: Journal, what: Kind, kind: type[T]) -> Iterator[tuple[str, T]]:

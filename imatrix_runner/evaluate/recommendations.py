@@ -10,7 +10,7 @@ from typing import Literal
 from imatrix_runner.engines.measures import Divergence
 from imatrix_runner.files import human_bytes
 
-Why = Literal["quality", "balanced", "small", "target"]
+Why = Literal["quality", "balanced", "small", "target", "speed"]
 
 NEAR_SOURCE = 0.01
 """Mean KLD in nats below which a level is called near its source: about what Q6_K and Q5_K_M of 7B models have."""

@@ -17,12 +17,14 @@ import msgspec
 from imatrix_runner import safe_text
 from imatrix_runner.engines.measures import Divergence, Estimate
 from imatrix_runner.engines.roundings import Rounding
+from imatrix_runner.engines.speed_jobs import MemoryBuffer
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.evaluate.ab_verdict import Comparison
 from imatrix_runner.evaluate.answer_agreement import DomainResult
 from imatrix_runner.evaluate.measurements import ReportEvaluation
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.recommendations import Pick
+from imatrix_runner.evaluate.speed_figures import SpeedSetting, TokenRate
 from imatrix_runner.files import encode_json
 from imatrix_runner.safe_text import printable
 from imatrix_runner.untrusted import UnreadableError, from_json
@@ -137,6 +139,20 @@ class KeptStock:
 
 
 @dataclass(frozen=True)
+class ReportSpeed:
+    """How fast a file runs, in tokens per second of a prompt and of generation; ``buffers``: the memory that llama.cpp
+    allocates for it."""
+
+    prompt: TokenRate
+    generation: TokenRate
+    buffers: tuple[MemoryBuffer, ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(buffer.n_bytes for buffer in self.buffers)
+
+
+@dataclass(frozen=True)
 class ReportLevel:
     """One finished level. ``seconds``: time to make it; for a level made in a single pass the time of the whole pass, of whose
     work ``pass_share`` was this level's. ``measured`` is None if the level was not measured.
@@ -145,8 +161,8 @@ class ReportLevel:
     keeps no probability below e^-16.
 
     ``is_source``: no tensor's type differs from the source's. ``same_as``: the level whose file holds the same tensors, and in
-    whose row this one is shown; ``others``: the levels that are shown in this one's row. ``mix``: how its
-    types were chosen; None for a stock level. ``rounding``: of its numbers; None for llama-quantize's.
+    whose row this one is shown; ``others``: the levels that are shown in this one's row. ``mix``: how its types were chosen;
+    None for a stock level. ``rounding``: of its numbers; None for llama-quantize's. ``speed``: None if it was not timed.
     """
 
     name: str
@@ -169,6 +185,7 @@ class ReportLevel:
     others: tuple[str, ...] = ()
     mix: ReportMix | None = None
     rounding: ReportRounding | None = None
+    speed: ReportSpeed | None = None
 
     @property
     def against(self) -> ReportMix | ReportRounding | None:
@@ -320,7 +337,8 @@ class Report:
     ``caveats``: sentences without which the figures would mislead, shown wherever the figures are. ``quantized_by``: the maker
     of these files, as the model card names them; ``repo``: the hub id in the card's commands, where the files are or will be.
     Both are empty if not given. ``without_twin``: levels without a baseline. ``kept_stock``: targets for
-    which no mix was better than a stock level; ``costs``: those from which the types of mixes were chosen.
+    which no mix was better than a stock level; ``costs``: those from which the types of mixes were chosen;
+    ``speed_setting``: what all speeds hold for, ``source_speed``: the source's.
     """
 
     model: ReportModel
@@ -341,6 +359,8 @@ class Report:
     steps: tuple[ReportStep, ...] = ()
     quantized_by: str = ""
     repo: str = ""
+    speed_setting: SpeedSetting | None = None
+    source_speed: ReportSpeed | None = None
     schema: Literal["imatrix-runner/report"] = SCHEMA
     version: Literal[1] = VERSION
 

@@ -114,6 +114,16 @@ def _say(*argv: str) -> str:
     return captured.stdout if captured.returncode == 0 else ""
 
 
+def processor_name() -> str:
+    """Return the processor's name as the system gives it, ``AMD EPYC 9554 64-Core Processor``; else the kind of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next(filter(None, names), "") or os.environ.get("PROCESSOR_IDENTIFIER") or platform.machine()
+
+
 def cpu_features() -> str:
     """Return the processor's features as text, to distinguish it from another one (Linux; elsewhere only its name or kind).
 

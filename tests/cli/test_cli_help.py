@@ -79,7 +79,10 @@ def test_run_knows_the_contract_s_options(option: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "evaluate"])
-@pytest.mark.parametrize("option", ["--text", "--max-disk", "--ab", "--domain", "--predict", "--target-kld", "--target-size"])
+@pytest.mark.parametrize(
+    "option",
+    ["--text", "--max-disk", "--ab", "--domain", "--predict", "--target-kld", "--target-size", "--speed", "--min-speed"],
+)
 def test_measuring_is_asked_for_alike(command: str, option: str) -> None:
     assert option in {spelling for parameter in EVERY[(command,)].params for spelling in parameter.opts}
 

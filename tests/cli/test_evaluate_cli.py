@@ -20,7 +20,7 @@ PLAN = {
     *("text", "sha256", "chunks", "context", "tokens", "overlap", "disk_bytes", "passes", "levels", "twins", "without_twin"),
     *("same", "until_precise"),
 }
-MEASURED = {"levels", "failed", "comparisons", "domain", "mixes", "target", "seconds"}
+MEASURED = {"levels", "failed", "comparisons", "domain", "mixes", "target", "speeds", "speed_pick", "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,8 @@ def test_a_dry_run_has_the_plan_and_no_figures(place: Place, cli: CommandLine) -
         "domain": [],
         "mixes": [],
         "target": None,
+        "speeds": {},
+        "speed_pick": None,
         "seconds": 0.0,
     }
     assert (document["picks"], document["report"]) == ([], [])
@@ -143,6 +145,8 @@ def test_what_failed_is_an_error_with_all_its_parts_in_the_document(place: Place
         (["evaluate", "MODEL", "--max-disk", "lots"], 2, ["'lots' is not a size", "4GiB"]),
         (["evaluate", "MODEL", "--target-size", "0"], 2, ["'0' is not a size"]),
         (["evaluate", "MODEL", "--target-kld", "0"], 2, ["'--target-kld': 0.0 is not in the range"]),
+        (["evaluate", "MODEL", "--min-speed", "0"], 2, ["'--min-speed': 0.0 is not in the range"]),
+        (["evaluate", "MODEL", "--speed-repetitions", "1"], 2, ["'--speed-repetitions': 1 is not in the range"]),
         (["evaluate", "MODEL", "--predict", "0"], 2, ["'--predict': 0 is not in the range"]),
         (["evaluate", "MODEL", "--text", "a", "--kl-divergence-base", "b"], 2, ["exclude each other", "Leave one out"]),
         (["evaluate", "MODEL"], 2, ["There is nothing to measure in", "imatrix-runner run "]),

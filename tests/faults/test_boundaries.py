@@ -66,6 +66,7 @@ from imatrix_runner.engines.llama_cpp.output import ImatrixOutput, QuantizeOutpu
 from imatrix_runner.engines.measures import Completion
 from imatrix_runner.engines.pass_parts import LedgerEntry, PassWork, WantedPair, WantedPlace, WrittenPair
 from imatrix_runner.engines.protocol import decode_job, decode_reply, encode, encode_job
+from imatrix_runner.engines.speed_jobs import MemoryBuffer, TimedRuns
 from imatrix_runner.engines.worker.collect.covariance_callback import InputSums
 from imatrix_runner.engines.worker.collect.unfinished_sums import find_unfinished, save_unfinished
 from imatrix_runner.errors import DownloadError, EngineError, InvalidDataError, RunnerError
@@ -197,6 +198,7 @@ ANSWERS: tuple[protocol.Reply, ...] = (
     ),
     protocol.Checked("", ""),
     protocol.Costed(done=True),
+    protocol.Timed(TimedRuns((9.5,), (2.5,), (MemoryBuffer("KV", "CPU", 64),), 2), done=True),
     protocol.Failed("what", "why", "do", 6),
     Progress("step", 1.0, 2.0),
     Metric("step", "ppl", 7.5),

@@ -71,6 +71,7 @@ class SyntheticEngine:
     one_pass: None = None
     answerer: None = None
     cost_meter: None = None
+    speed_meter: None = None
     covariance_collector: None = None
     range_measurer: None = None
 

@@ -29,6 +29,7 @@ from imatrix_runner.engines.jobs import (
 )
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
 from imatrix_runner.engines.pass_parts import PassPart, PassWork, WantedPair, WantedPlace
+from imatrix_runner.engines.speed_jobs import SpeedJob
 from imatrix_runner.engines.worker.__main__ import FUNCTIONS, function_of
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.untrusted import UnreadableError
@@ -118,6 +119,7 @@ JOBS: tuple[protocol.Job, ...] = (
         log=LOG,
         native=Native(OUT, LOG),
     ),
+    SpeedJob("speed", MODEL, 512, 128, 64, 2, COMPUTE, LOG),
 )
 
 

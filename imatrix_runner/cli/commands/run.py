@@ -122,7 +122,14 @@ def run_request(invocation: Invocation, options: RunOptions) -> RunRequest:
 def _measure(options: RunOptions) -> MeasureRequest | None:
     """The measurement at the end; None without ``--evaluate`` or an option that implies it. -c and --chunks do not apply."""
     wanted = options.measuring
-    implied = (wanted.held_out, wanted.ab, wanted.domain, wanted.target_kld, wanted.target_size)
+    implied = (
+        wanted.held_out,
+        wanted.ab,
+        wanted.domain,
+        wanted.target_kld,
+        wanted.target_size,
+        wanted.speed or wanted.min_speed,
+    )
     if not options.evaluate and not any(implied):
         return None
     return measure_request(wanted, compute_request(options.compute))

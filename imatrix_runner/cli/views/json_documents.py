@@ -12,6 +12,7 @@ from imatrix_runner.app.evaluate import EvaluateResult
 from imatrix_runner.app.publish import PublishResult
 from imatrix_runner.app.run import RunResult
 from imatrix_runner.errors import RunnerError
+from imatrix_runner.evaluate.speed_figures import MeasuredSpeed
 from imatrix_runner.files import readable
 from imatrix_runner.imatrix.collection_facts import CollectedFacts
 from imatrix_runner.imatrix.formats import MatrixFile
@@ -100,8 +101,17 @@ def measured_content(result: EvaluateResult) -> dict[str, Any]:
         "mixes": [_plain(verdict) for verdict in result.mixes],
         "domain": [_plain(found) for found in result.domain],
         "target": _plain(result.target) if result.target is not None else None,
+        "speeds": {name: _speed(found) for name, found in result.speeds.items()},
+        "speed_pick": _plain(result.fast) if result.fast is not None else None,
         "seconds": round(result.seconds, 3),
     }
+
+
+def _speed(found: MeasuredSpeed) -> dict[str, Any]:
+    rates = {"prompt": found.prompt, "generation": found.generation}
+    errors = {name: each.error if each.runs > 1 else None for name, each in rates.items()}
+    content: dict[str, Any] = _plain(found)
+    return {**content, **{name: {**content[name], "error": errors[name]} for name in rates}, "bytes": found.n_bytes}
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from imatrix_runner.evaluate.measurements import ReportEvaluation
 from imatrix_runner.evaluate.mix_verdict import describe
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.report.document import Report, ReportLevel, source_kind
-from imatrix_runner.report.views.wording import error, figure, kld, kld_error, percent, points, signed
+from imatrix_runner.report.views.wording import error, figure, kld, kld_error, percent, points, rate, signed, speed_setting
 from imatrix_runner.safe_text import shown
 
 PICKED = "*"
@@ -50,6 +50,9 @@ def print_report(report: Report, console: Console) -> None:
                 style="dim",
             )
         )
+    if report.speed_setting is not None:
+        own = f" The source: {rate(report.source_speed.generation)} tokens/s." if report.source_speed is not None else ""
+        console.print(Text(speed_setting(report.speed_setting) + own, style="dim"))
     for pick in report.picks:
         line = Text(f"{PICKED} {shown(pick.level)}", style="bold green")
         console.print(line.append(f" ({pick.why}): {shown(pick.rule)}", style="not bold default"))
@@ -97,6 +100,9 @@ def _level_columns(picked: set[str]) -> tuple[Column[ReportLevel], ...]:
         Column("PPL", lambda level: f"{points(level.ppl_ratio.value - 1)} %" if level.ppl_ratio is not None else None, 1),
         Column("Same top", measured(lambda found: percent(found.same_top.value))),
         Column("Δp RMS", measured(lambda found: percent(found.dp_rms.value)), 2),
+        Column("Tokens/s", lambda level: rate(level.speed.generation) if level.speed is not None else None),
+        Column("Prompt t/s", lambda level: rate(level.speed.prompt) if level.speed is not None else None, 5),
+        Column("Memory", lambda level: human_bytes(level.speed.n_bytes) if level.speed is not None else None, 6),
         Column("Time", lambda level: human_seconds(level.own_seconds) if level.seconds else None, 4),
     )
 

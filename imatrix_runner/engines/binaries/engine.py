@@ -301,6 +301,11 @@ class BinariesEngine:
         return None
 
     @property
+    def speed_meter(self) -> None:
+        """llama-bench is not among the programs."""
+        return None
+
+    @property
     def covariance_collector(self) -> None:
         """llama-imatrix adds up squares, not products."""
         return None

@@ -44,6 +44,7 @@ from imatrix_runner.engines.llama_cpp.flags import quantize_options, split_words
 from imatrix_runner.engines.llama_cpp.messages import explain, recognise, with_log
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
 from imatrix_runner.engines.roundings import STOCK
+from imatrix_runner.engines.speed_jobs import SpeedJob, TimedRuns
 from imatrix_runner.errors import (
     EngineError,
     InterruptedRunError,
@@ -212,6 +213,20 @@ class EmbeddedEngine:
         self._ask(job, replies, job.log, what, writes=job.out, enough=threading.Event())
         if not replies.only(protocol.Answered).done:
             raise EngineError("The worker ended early", f"{job.out.name} is not complete", "Run the same command again.")
+
+    @property
+    def speed_meter(self) -> EmbeddedEngine:
+        return self
+
+    def measure_speed(self, job: SpeedJob, sink: Sink) -> TimedRuns:
+        """Time a file, in a process of its own."""
+        replies = Replies(lambda reply: sink(reply) if isinstance(reply, Progress) else None)
+        job = replace(job, options=self._options(job.options))
+        self._ask(job, replies, job.log, f"The speed of {job.model.name} could not be measured", enough=threading.Event())
+        timed = replies.only(protocol.Timed)
+        if not timed.done:
+            raise EngineError("The worker ended early", f"{job.model.name} was not timed", "Run the same command again.")
+        return timed.runs
 
     @property
     def range_measurer(self) -> RangeMeasurer | None:

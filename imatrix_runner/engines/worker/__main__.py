@@ -29,6 +29,7 @@ from imatrix_runner.engines.protocol import (
     decode_job,
     encode,
 )
+from imatrix_runner.engines.speed_jobs import SpeedJob
 from imatrix_runner.engines.worker.refusal import Refusal
 from imatrix_runner.errors import RunnerError
 
@@ -48,6 +49,7 @@ FUNCTIONS: Mapping[type[Job], str] = {
     RoundingErrorsJob: "cost.errors_job.rounding_errors",
     TrialsJob: "cost.trials_job.measure_trials",
     AuditJob: "audit.audit_job.audit_tensors",
+    SpeedJob: "speed.speed_job.measure_speed",
 }
 """Job -> module in this package and function in it that does the job: it sends replies, or raises a :class:`Refusal`.
 

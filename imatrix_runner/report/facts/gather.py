@@ -33,6 +33,7 @@ from imatrix_runner.report.facts.gather_imatrix import collected, describe_imatr
 from imatrix_runner.report.facts.gather_mixes import describe_costs, describe_kept_stock, describe_mixes, with_types_file
 from imatrix_runner.report.facts.gather_model import describe_source, origin_of
 from imatrix_runner.report.facts.gather_roundings import describe_roundings
+from imatrix_runner.report.facts.gather_speeds import described, known_speeds, speed_pick
 from imatrix_runner.report.facts.gather_steps import bare_commands, describe_steps
 from imatrix_runner.steps import MODEL_INPUT, WITHOUT_IMATRIX, step_id
 from imatrix_runner.untrusted import UnreadableError, from_json
@@ -63,10 +64,16 @@ def gather(
     mixes = describe_mixes(workspace, journal, records, verdicts, sink)
     roundings = describe_roundings(journal, records, verdicts)
     records = {name: with_types_file(record, mixes.get(name), workspace) for name, record in records.items()}
+    speeds = known_speeds(journal, records, source, sink)
     origin = origin_of(journal)
     local = "" if origin.repo else journal.fact("source") or ""
     made = [
-        replace(_level(name, record, figures.get(name), local), mix=mixes.get(name), rounding=roundings.get(name))
+        replace(
+            _level(name, record, figures.get(name), local),
+            mix=mixes.get(name),
+            rounding=roundings.get(name),
+            speed=speeds.of(name),
+        )
         for name, record in records.items()
     ]
     levels = sorted(made, key=lambda level: (-level.n_bytes, level.name))
@@ -105,10 +112,12 @@ def gather(
             if not each.same_as and each.name in lonely and each.name not in compared
         ),
         domain=tuple(answers[each.name] for each in levels if each.name in answers and not each.same_as),
-        picks=(*_target(journal, measures), *recommend(worth_taking)),
+        picks=(*_target(journal, measures), *speed_pick(journal, measures, speeds), *recommend(worth_taking)),
         steps=describe_steps(journal, records, collection, model, local),
         quantized_by=journal.fact("quantized_by") or "",
         repo=repository_in(journal.fact("repo")) or "",
+        speed_setting=speeds.setting,
+        source_speed=described(speeds.source) if speeds.source is not None else None,
     )
     return replace(report, caveats=caveats(report, worth_taking))
 

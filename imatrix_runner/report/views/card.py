@@ -43,6 +43,7 @@ class _Row:
     kld: str
     same_top: str
     ratio: str
+    rate: str
     advice: str
 
 
@@ -83,6 +84,9 @@ def render_card(report: Report) -> str:
             levels=levels,
             measured=measured,
             evaluation=report.evaluation if measured else None,
+            timed=any(level.speed for level in levels),
+            speed_setting=wording.speed_setting(report.speed_setting) if report.speed_setting is not None else "",
+            source_rate=wording.rate(report.source_speed.generation) if report.source_speed is not None else "",
             source=link(base, f"https://huggingface.co/{base}") if base else report.model.origin or report.model.name,
             facts=facts_of(report, _licence(report, base)),
             choices=_choices(report, levels),
@@ -186,6 +190,7 @@ def _row(level: ReportLevel, advice: str) -> _Row:
         kld=wording.kld_error(found.kld) if found else _UNKNOWN,
         same_top=wording.percent(found.same_top.value) if found else _UNKNOWN,
         ratio=f"{wording.points(level.ppl_ratio.value - 1)} %" if level.ppl_ratio else _UNKNOWN,
+        rate=wording.rate(level.speed.generation) if level.speed else _UNKNOWN,
         advice=advice,
     )
 

@@ -16,6 +16,7 @@ PICKED: Mapping[Why, str] = {
     "balanced": "Balance",
     "small": "Small size",
     "target": "The target",
+    "speed": "Speed",
 }
 """Label of each reason for a recommendation."""
 

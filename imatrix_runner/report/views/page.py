@@ -34,6 +34,7 @@ from imatrix_runner.report.views.descriptions import PICKED
 from imatrix_runner.report.views.pareto import pareto
 from imatrix_runner.report.views.provenance import provenance
 from imatrix_runner.report.views.report_tables import level_table
+from imatrix_runner.report.views.speeds import speed_chart
 from imatrix_runner.toolchain.store import cache_dir
 
 if TYPE_CHECKING:
@@ -107,10 +108,11 @@ def render_html(report: Report) -> str:
             scripts=[library, script],
             policy=_policy([library, script], [style]),
             chosen=chosen,
-            answer=next((each for each in chosen if each.pick.why == "target"), chosen[0] if chosen else None),
+            answer=next((each for each in chosen if each.pick.why in ("target", "speed")), chosen[0] if chosen else None),
             named={each.level.name: each.name for each in chosen},
             table=level_table(report.rows),
             pareto=_chart("pareto", pareto(report)),
+            speeds=_chart("speeds", speed_chart(report)),
             saved=_chart("saved", charts.saved(report)),
             rule=RULE,
             costs=_chart("costs", cost_heat(report)),
@@ -242,6 +244,8 @@ def _environment() -> jinja2.Environment:
         types_of=wording.types_of,
         moment=wording.moment,
         kind=source_kind,
+        rate=wording.rate,
+        setting=wording.speed_setting,
     )
     environment.globals.update(many=wording.many)
     return environment

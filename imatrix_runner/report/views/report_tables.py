@@ -136,6 +136,24 @@ LEVEL_COLUMNS: Final = (
         wraps=True,
     ),
     ReportColumn(
+        "generation",
+        "Tokens/s",
+        "tokens generated per second on the machine named below the table, ± standard error.",
+        lambda level: _number(wording.rate(level.speed.generation), level.speed.generation.mean) if level.speed else None,
+    ),
+    ReportColumn(
+        "prompt",
+        "Prompt tokens/s",
+        "tokens of a prompt read per second there.",
+        lambda level: _number(wording.rate(level.speed.prompt), level.speed.prompt.mean) if level.speed else None,
+    ),
+    ReportColumn(
+        "memory",
+        "Memory",
+        "what llama.cpp allocates there: weights, the context of the longer test, and room to compute.",
+        lambda level: _number(human_bytes(level.speed.n_bytes), level.speed.n_bytes) if level.speed else None,
+    ),
+    ReportColumn(
         "fallbacks", "Fallbacks", "tensors that got another type than the level's, and their share of the weights.", _fallbacks
     ),
     ReportColumn(

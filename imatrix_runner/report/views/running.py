@@ -23,7 +23,7 @@ _SHARD = re.compile(r"(.+)-00001-of-(\d{5})\.gguf", re.DOTALL)
 def shown_level(report: Report, levels: Sequence[ReportLevel]) -> ReportLevel:
     """The level that commands name: a recommended one, else Q4_K_M, else the one of middle size. ``levels`` by size."""
     picked = {pick.why: pick.level for pick in report.picks}
-    wanted = next((picked[why] for why in ("target", "balanced", "quality", "small") if why in picked), "Q4_K_M")
+    wanted = next((picked[why] for why in ("target", "speed", "balanced", "quality", "small") if why in picked), "Q4_K_M")
     return next((each for each in levels if each.name == wanted), levels[len(levels) // 2])
 
 

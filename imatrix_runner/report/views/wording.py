@@ -6,6 +6,7 @@ import math
 import re
 
 from imatrix_runner.engines.measures import Estimate
+from imatrix_runner.evaluate.speed_figures import SpeedSetting, TokenRate, describe_rate
 from imatrix_runner.report.document import ReportMix, ReportRounding
 from imatrix_runner.safe_text import shown
 
@@ -40,6 +41,26 @@ def figure(value: float) -> str:
 def error(estimate: Estimate) -> str:
     """An estimate's error with the decimals that :func:`figure` gives its value."""
     return f"{estimate.error:.{max(0, 3 - _exponent(estimate.value))}f}" if _plain(estimate.value) else f"{estimate.error:.2g}"
+
+
+def rate(found: TokenRate) -> str:
+    """Tokens per second with their standard error: ``23.4 ± 0.2``."""
+    return describe_rate(found)
+
+
+def speed_setting(setting: SpeedSetting) -> str:
+    """What speeds hold for, as a sentence."""
+    where = ", ".join(shown(name, 80) for name in (setting.processor, *setting.gpus) if name)
+    before = f" with {setting.depth:,} tokens before" if setting.depth else ""
+    how = (
+        f"{many(setting.threads, 'thread')}, {shown(setting.options, 120)}"
+        if setting.options
+        else many(setting.threads, "thread")
+    )
+    return (
+        f"Timed on {where} ({how}) as llama-bench does: a prompt of {setting.n_prompt} tokens, {setting.n_gen} tokens "
+        f"generated{before}; ± is the standard error."
+    )
 
 
 def cost(value: float) -> str:

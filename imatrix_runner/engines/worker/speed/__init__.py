@@ -1,0 +1,1 @@
+"""Jobs that measure how fast a model runs."""
