@@ -1,5 +1,6 @@
 """Contracts that only some engines fulfil: tokenise texts, answer prompts, check finished levels, measure costs of rounding,
-collect covariances, measure levels in ranges of chunks, compare files with what llama-quantize makes of their source, time them."""
+collect covariances, measure levels in ranges of chunks, compare files with what llama-quantize makes of their source, time
+them."""
 
 from __future__ import annotations
 
