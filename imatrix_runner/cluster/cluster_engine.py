@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from imatrix_runner.cluster.cluster_options import ClusterOptions
+from imatrix_runner.cluster.in_order import InOrder
 from imatrix_runner.cluster.node_facts import NodeFacts, unlike
-from imatrix_runner.cluster.ray_session import ClusterWorkers, connected
+from imatrix_runner.cluster.node_worker import Task
+from imatrix_runner.cluster.ray_session import ClusterWorkers, OnNews, connected
 from imatrix_runner.cluster.shared_files import SharedFile, shared_files
 from imatrix_runner.cluster.spread_collect import CollectTask, RangeSums
+from imatrix_runner.cluster.spread_errors import ErrorsTask, GroupErrors
 from imatrix_runner.cluster.spread_measure import MeasuredUnit, MeasureTask
 from imatrix_runner.cluster.spread_pass import PassTask, SpreadPass, folder_probe
 from imatrix_runner.cluster.spread_trials import TrialsTask, batches_of, covariance_files
 from imatrix_runner.cluster.worker_rates import WorkerRates
 from imatrix_runner.engines.abilities import OnScores
 from imatrix_runner.engines.contract import OnRange
-from imatrix_runner.engines.cost_jobs import TrialResult, TrialsJob
+from imatrix_runner.engines.cost_jobs import RoundingError, RoundingErrorsJob, TrialResult, TrialsJob, tensor_groups
 from imatrix_runner.engines.embedded.bindings import Bindings
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.files.cost_files import CostFile, reference_of
@@ -28,8 +32,11 @@ from imatrix_runner.engines.pass_units import cut_units
 from imatrix_runner.errors import EngineError, from_os_error
 from imatrix_runner.events import Metric, Progress, Sink, ignore, info, warning
 from imatrix_runner.files import Stamp, stamp
+from imatrix_runner.models.gguf_file import read_header
 from imatrix_runner.models.gguf_names import shard_names
 from imatrix_runner.process import Orders, Runner
+
+ResultT = TypeVar("ResultT")
 
 _AHEAD = 4
 """Ranges for each worker that may be begun before the first one is done: their sums wait in the driver's folder."""
@@ -115,36 +122,68 @@ class ClusterEngine(EmbeddedEngine):
         if missing:
             raise EngineError("A worker of the cluster stopped early", "a range is incomplete", "Run the same command again.")
 
+    def rounding_errors(self, job: RoundingErrorsJob, sink: Sink) -> None:
+        """Have tensors rounded in any order, and write their errors in the job's."""
+        with closing(CostFile(job.out, job.fingerprint, RoundingError)) as file:
+            known = {error.tensor for error in file.records}
+            rest = replace(job, tensors=tuple(tensor for tensor in job.tensors if tensor not in known))
+            groups, sizes = tensor_groups(rest.tensors), _sizes(job.sources)
+            total = sum(sizes.get(tensor.name, 0) for tensor in job.tensors)
+            done = total - sum(sizes.get(tensor.name, 0) for tensor in rest.tensors)
+
+            def on_news(partial: Mapping[int, float]) -> None:
+                sink(Progress(job.step, min(total, done + sum(partial.values())), total))
+
+            def on_errors(place: int, _errors: GroupErrors) -> None:
+                nonlocal done
+                done += sum(sizes.get(tensor.name, 0) for tensor in groups[place])
+
+            task = ErrorsTask(rest, self._model(job.sources[0]), *_further_files(job))
+            self._write_costs(task, range(len(groups)), job.out, lambda errors: file.append(errors), on_errors, on_news)
+
     def trials(self, job: TrialsJob, sink: Sink) -> None:
         """Have trials measured in any order, and write their results in the job's."""
-        covariances = shared_files(covariance_files(job.covariances))
-        imatrix = SharedFile.of(job.imatrix) if job.imatrix is not None else None
-        task = TrialsTask(job, self._model(job.model), SharedFile.of(job.text), imatrix, covariances)
         reference_of(job.out).unlink(missing_ok=True)  # a killed job's
         with closing(CostFile(job.out, job.fingerprint, TrialResult)) as file:
             known = {result.trial for result in file.records}
             todo = [place for place, trial in enumerate(job.trials) if trial.name not in known]
-            waiting: dict[int, TrialResult] = {}
-            following, each = deque(todo), batches_of(job)
+            done, each = len(job.trials) - len(todo), batches_of(job)
             total = each * len(job.trials)
 
-            def on_result(place: int, result: TrialResult) -> bool:
-                waiting[place] = result
-                while following and (ready := waiting.pop(following[0], None)) is not None:
-                    following.popleft()
-                    file.append([ready])
-                return True
-
             def on_news(partial: Mapping[int, float]) -> None:
-                done = len(job.trials) - len(following) + len(waiting)
                 batches = each * done + sum(partial.values())
                 sink(Progress(job.step, min(total, batches), total, f"{done}/{len(job.trials)}"))
 
-            if todo:
-                try:
-                    self._workers.spread(task, todo, on_result, on_news, ahead=_AHEAD * max(1, len(self._workers.facts)))
-                except OSError as error:
-                    raise from_os_error(error, "writing measured costs", job.out) from error
+            def on_trial(_place: int, _result: TrialResult) -> None:
+                nonlocal done
+                done += 1
+
+            task = TrialsTask(job, self._model(job.model), SharedFile.of(job.text), *_further_files(job))
+            self._write_costs(task, todo, job.out, lambda result: file.append([result]), on_trial, on_news)
+
+    def _write_costs(
+        self,
+        task: Task,
+        todo: Sequence[int],
+        out: Path,
+        append: Callable[[ResultT], None],
+        on_unit: Callable[[int, ResultT], None],
+        on_news: OnNews,
+    ) -> None:
+        """Have the units ``todo`` done, and append their results to ``out`` in this order."""
+        results: InOrder[ResultT] = InOrder(todo)
+
+        def on_result(number: int, result: ResultT) -> bool:
+            on_unit(number, result)
+            try:
+                for ready in results.add(number, result):
+                    append(ready)
+            except OSError as error:
+                raise from_os_error(error, "writing measured costs", out) from error
+            return True
+
+        if todo:
+            self._workers.spread(task, todo, on_result, on_news, ahead=_AHEAD * max(1, len(self._workers.facts)))
 
     def _model(self, path: Path) -> tuple[SharedFile, ...]:
         """The files of a model; of one that did not change the same as before, so that they are sent once."""
@@ -179,6 +218,17 @@ def cluster_engine(
                 )
             )
         yield ClusterEngine(bindings, runner, cache, workers)
+
+
+def _further_files(job: RoundingErrorsJob | TrialsJob) -> tuple[SharedFile | None, tuple[SharedFile, ...]]:
+    """The imatrix of a job, and its covariances."""
+    imatrix = SharedFile.of(job.imatrix) if job.imatrix is not None else None
+    return imatrix, shared_files(covariance_files(job.covariances))
+
+
+def _sizes(sources: Sequence[Path]) -> dict[str, int]:
+    """Elements of each tensor of a model."""
+    return {tensor.name: tensor.n_elements for path in sources for tensor in read_header(path).tensors}
 
 
 def shared_model(path: Path) -> tuple[SharedFile, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from imatrix_runner.engines.jobs import CollectOptions, Native
@@ -26,7 +28,10 @@ class RoundingErrorsJob:
 
     Unfinished work with the same ``fingerprint`` in ``out`` is continued at a tensor. ``sources``: the model's files.
     ``include_weights`` and ``exclude_weights`` are llama-quantize's. ``buffer_bytes`` bounds the memory for tensors.
-    ``covariances``: the folder of those of the model's inputs, for tensors that are rounded with error feedback.
+    ``covariances``: the folder of those of the model's inputs, for tensors that are rounded with error feedback. ``ordered``:
+    only those groups of tensors (:func:`tensor_groups`) whose places are given to the engine
+    (:class:`~imatrix_runner.process.Orders`), as they are given; their errors are handed over, and nothing is written to
+    ``out``.
     """
 
     step: str
@@ -43,6 +48,12 @@ class RoundingErrorsJob:
     native_kernels: bool = True
     native: Native | None = None
     covariances: Path | None = None
+    ordered: bool = False
+
+
+def tensor_groups(tensors: Sequence[RoundedTensor]) -> tuple[tuple[RoundedTensor, ...], ...]:
+    """Consecutive ones of the same name: a tensor is read once for them."""
+    return tuple(tuple(group) for _, group in groupby(tensors, lambda each: each.name))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import msgspec
 
 from imatrix_runner.engines.audit_jobs import AuditJob, TensorFindings
-from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialResult, TrialsJob
+from imatrix_runner.engines.cost_jobs import RoundingError, RoundingErrorsJob, TrialResult, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import (
     CheckJob,
@@ -231,6 +231,13 @@ class Costed(msgspec.Struct, frozen=True, tag_field="type", tag="costed"):
     done: bool
 
 
+class ErrorsMeasured(msgspec.Struct, frozen=True, tag_field="type", tag="errors"):
+    """The errors of the group of tensors at this place of an ordered job."""
+
+    place: Count
+    errors: tuple[RoundingError, ...]
+
+
 class TrialMeasured(msgspec.Struct, frozen=True, tag_field="type", tag="trial"):
     """The result of the trial at this place of an ordered job."""
 
@@ -288,6 +295,7 @@ Reply = (
     | UnitPassed
     | Checked
     | Costed
+    | ErrorsMeasured
     | TrialMeasured
     | TensorAudited
     | Audited

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from imatrix_runner.engines.cost_jobs import RoundedTensor
+from imatrix_runner.engines.cost_jobs import RoundedTensor, RoundingError, tensor_groups
 from imatrix_runner.errors import InvalidDataError, RunnerError
-from imatrix_runner.events import Event, Progress
+from imatrix_runner.events import Event, Progress, ignore
+from imatrix_runner.process import Orders
 from imatrix_runner.toolchain.probe import Toolchain
 from support.costs import Costs, errors_job, importances, matrices_of, tensors_of
 from support.llama_tools import BareTools
@@ -199,3 +200,24 @@ def test_an_imatrix_that_is_not_finite(costs: Costs, tmp_path: Path) -> None:
     found = costs.errors(replace(job, exclude_weights=("attn_k",)))
     error = found[RoundedTensor("blk.0.attn_k.weight", "q4_0")]
     assert error.weighted == error.squared
+
+
+def test_errors_depend_on_no_tensor_before_them(model: Path, costs: Costs, tmp_path: Path) -> None:
+    """In another order than the job's, one group twice."""
+    names = matrices_of(model)[:3]
+    tensors = [RoundedTensor(name, kind) for name in names for kind in ("q8_0", "f16")]
+    job = errors_job([model], tensors, None, tmp_path / "errors")
+    whole = costs.errors(job)
+    orders, found = Orders(), list[tuple[int, tuple[RoundingError, ...]]]()
+    for place in (wanted := (2, 0, 1, 0)):
+        orders.give(place)
+
+    def on_errors(place: int, errors: tuple[RoundingError, ...]) -> None:
+        found.append((place, errors))
+        if len(found) == len(wanted):
+            orders.end()
+
+    costs.engine.ordered_errors(replace(job, out=tmp_path / "none", ordered=True), ignore, orders, on_errors)
+    groups = tensor_groups(tensors)
+    assert found == [(place, tuple(whole[tensor] for tensor in groups[place])) for place in wanted]
+    assert not (tmp_path / "none").exists()

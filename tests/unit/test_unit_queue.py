@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from imatrix_runner.cluster.in_order import InOrder
 from imatrix_runner.cluster.unit_queue import UnitQueue
 
 
@@ -43,3 +44,12 @@ def test_units_are_not_begun_too_far_ahead() -> None:
     assert queue.take(0, 1) is None
     queue.done(0)
     assert [queue.take(0, 1) for _ in range(3)] == [3, 4, None]
+
+
+def test_results_are_handed_on_in_order() -> None:
+    results: InOrder[str] = InOrder([2, 5, 3])
+    assert results.add(5, "b") == []
+    assert results.done == 1
+    assert results.add(2, "a") == ["a", "b"]
+    assert results.add(3, "c") == ["c"]
+    assert results.done == 3

@@ -15,7 +15,7 @@ from imatrix_runner.engines import protocol
 from imatrix_runner.engines.abilities import RangeMeasurer, TokenisedTexts
 from imatrix_runner.engines.audit_jobs import AuditJob, TensorFindings
 from imatrix_runner.engines.contract import EngineCapabilities, OnRange
-from imatrix_runner.engines.cost_jobs import RoundingErrorsJob, TrialResult, TrialsJob
+from imatrix_runner.engines.cost_jobs import RoundingError, RoundingErrorsJob, TrialResult, TrialsJob
 from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.embedded.bindings import Bindings, worker_command
 from imatrix_runner.engines.embedded.native_build import NoNative, compile_kernels
@@ -60,6 +60,9 @@ from imatrix_runner.process import Orders, Outcome, Runner
 from imatrix_runner.scratch import scratch_folder
 from imatrix_runner.toolchain.pip_install import install_hint
 from imatrix_runner.toolchain.quant_type import QuantType
+
+OnErrors = Callable[[int, tuple[RoundingError, ...]], None]
+"""Called with the place of a group of tensors in an ordered job, and their errors."""
 
 OnTrial = Callable[[int, TrialResult], None]
 """Called with the place of a trial in an ordered job, and its result."""
@@ -240,6 +243,20 @@ class EmbeddedEngine:
     def rounding_errors(self, job: RoundingErrorsJob, sink: Sink) -> None:
         """Write the errors of each tensor's numbers; a stop ends it after the current slabs, and the same job continues."""
         self._cost(job, sink, f"The errors of rounding {job.sources[0].name} could not be measured")
+
+    def ordered_errors(self, job: RoundingErrorsJob, sink: Sink, orders: Orders, on_errors: OnErrors) -> None:
+        """Measure the groups of tensors of an ordered job that ``orders`` give, until they end. Progress is that of the current
+        group; a stop ends it after the current slabs."""
+
+        def on_reply(reply: protocol.Reply) -> None:
+            if isinstance(reply, protocol.ErrorsMeasured):
+                on_errors(reply.place, reply.errors)
+            elif isinstance(reply, Progress):
+                sink(reply)
+
+        given = replace(job, native=self._native() if job.native_kernels else None)
+        what = f"The errors of rounding {job.sources[0].name} could not be measured"
+        self._ask(given, Replies(on_reply), job.log, what, writes=job.out, enough=threading.Event(), orders=orders)
 
     def trials(self, job: TrialsJob, sink: Sink) -> None:
         """Measure every trial; a stop ends it after the current batch, and the same job continues at that trial."""

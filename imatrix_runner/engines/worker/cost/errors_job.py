@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
-from itertools import groupby
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from imatrix_runner.engines.cost_jobs import RoundedTensor, RoundingError, RoundingErrorsJob
+from imatrix_runner.engines.cost_jobs import RoundedTensor, RoundingError, RoundingErrorsJob, tensor_groups
 from imatrix_runner.engines.files.cost_files import CostFile
-from imatrix_runner.engines.protocol import Costed, Send
+from imatrix_runner.engines.protocol import Costed, ErrorsMeasured, Send
 from imatrix_runner.engines.worker.cost.rounding import (
     Doing,
     Floats,
     Rounder,
+    Rounders,
     Slab,
     Source,
     open_rounders,
@@ -36,17 +37,26 @@ _PROGRESS_SECONDS = 0.2
 
 
 def rounding_errors(job: RoundingErrorsJob, send: Send) -> None:
-    """Write the errors of every tensor that are not in the file yet, in the job's order; at a stop those that are complete."""
+    """Write the errors of every tensor that are not in the file yet, in the job's order; at a stop those that are complete.
+
+    Of an ordered job send the errors, and write none.
+    """
+    if job.ordered:
+        with refusing("measuring rounding errors", job.out), _open(job, job.tensors, send) as work:
+            send(Costed(work.serve()))
+        return
     with refusing("measuring rounding errors", job.out), closing(CostFile(job.out, job.fingerprint, RoundingError)) as file:
-        send(Costed(_run(job, file, send)))
+        known = {record.tensor for record in file.records}
+        todo = [each for each in job.tensors if each not in known]
+        if todo:
+            with _open(job, todo, send) as work:
+                work.run(todo, file)
+        send(Costed({record.tensor for record in file.records}.issuperset(job.tensors)))
 
 
-def _run(job: RoundingErrorsJob, file: CostFile[RoundingError], send: Send) -> bool:
-    """Returns false if a stop ended it."""
-    known = {record.tensor for record in file.records}
-    todo = [each for each in job.tensors if each not in known]
-    if not todo:
-        return True
+@contextmanager
+def _open(job: RoundingErrorsJob, todo: Sequence[RoundedTensor], send: Send) -> Iterator[_Errors]:
+    """Prepare to round ``todo``."""
     # ggml builds its tables with OpenMP, whose threads would otherwise spin against each other on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     library, stop = load(), StdinStop()
@@ -55,30 +65,59 @@ def _run(job: RoundingErrorsJob, file: CostFile[RoundingError], send: Send) -> b
     source = Source.open(library, job.sources, job)
     source.check(job.tensors)
     source.prepare(job, todo)
-    groups = [tuple(group) for _, group in groupby(todo, lambda each: each.name)]
-
-    def slabs() -> Iterator[Slab]:
-        for group in groups:
-            for slab in source.slabs(group):
-                if stop.requested:
-                    return
-                yield slab
-
-    total = sum(source.tensor(each.name).n_elements for each in job.tensors)
-    done = total - sum(source.tensor(each.name).n_elements for each in todo)
     threads = max(1, job.threads or usable_cpus())
-    names = [each.name for each in todo]
-    with open_rounders(source, names, threads, doing, job.buffer_bytes) as rounders:
-        sums, reported = np.zeros(0), 0.0
-        for slab, added in rounders.map(_measure, slabs()):
+    with open_rounders(source, [each.name for each in todo], threads, doing, job.buffer_bytes) as rounders:
+        yield _Errors(job, source, rounders, stop, send)
+
+
+@dataclass
+class _Errors:
+    job: RoundingErrorsJob
+    source: Source
+    rounders: Rounders
+    stop: StdinStop
+    send: Send
+    reported: float = 0.0
+
+    def run(self, todo: Sequence[RoundedTensor], file: CostFile[RoundingError]) -> None:
+        """Write the errors of ``todo``, up to a stop."""
+        total = self._n_elements(self.job.tensors)
+        done = total - self._n_elements(todo)
+        for records in self._measured(tensor_groups(todo), done, total):
+            file.append(records)
+
+    def serve(self) -> bool:
+        """Send the errors of the groups that the parent orders, until it ends; returns false if that ended one of them."""
+        groups = tensor_groups(self.job.tensors)
+        for place in self.stop.units(range(len(groups)), ordered=True):
+            records = [*self._measured(groups[place : place + 1], 0, self._n_elements(groups[place]))]
+            if not records:
+                return False
+            self.send(ErrorsMeasured(place, tuple(records[0])))
+        return True
+
+    def _measured(self, groups: Sequence[Sequence[RoundedTensor]], done: int, total: int) -> Iterator[list[RoundingError]]:
+        """Yield the errors of each group, up to a stop. Progress goes from ``done`` to ``total`` elements."""
+        sums = np.zeros(0)
+        for slab, added in self.rounders.map(_measure, self._slabs(groups)):
             sums = added if slab.rows.start == 0 else sums + added
             done += slab.n_elements * len(slab.parts)
             if slab.rows.stop == slab.tensor.rows:
-                file.append(_records([part.wanted for part in slab.parts], sums))
-            if (now := time.monotonic()) - reported >= _PROGRESS_SECONDS:
-                reported = now
-                send(Progress(job.step, done, total, slab.name))
-    return {record.tensor for record in file.records}.issuperset(job.tensors)
+                yield _records([part.wanted for part in slab.parts], sums)
+            if (now := time.monotonic()) - self.reported >= _PROGRESS_SECONDS:
+                self.reported = now
+                self.send(Progress(self.job.step, done, total, slab.name))
+
+    def _slabs(self, groups: Sequence[Sequence[RoundedTensor]]) -> Iterator[Slab]:
+        for group in groups:
+            for slab in self.source.slabs(group):
+                if self.stop.requested:
+                    return
+                yield slab
+
+    def _n_elements(self, tensors: Sequence[RoundedTensor]) -> int:
+        """Elements to round, counted once for each type."""
+        return sum(self.source.tensor(each.name).n_elements for each in tensors)
 
 
 def _measure(rounder: Rounder, slab: Slab) -> Sums:
