@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from imatrix_runner.cluster.node_worker import Node, ResultInFile
+from imatrix_runner.cluster.node_worker import Node, ResultInFile, Task
 from imatrix_runner.cluster.ordered_child import OnUnit, OrderedChild
-from imatrix_runner.cluster.ray_session import ClusterWorkers, FetchedFile
+from imatrix_runner.cluster.ray_session import FetchedFile, OnNews, OnResult
 from imatrix_runner.cluster.shared_files import BLOCK, SharedFile, shared_files
 from imatrix_runner.cluster.spread_trials import covariance_files
 from imatrix_runner.cluster.worker_rates import WorkerRates, worker_name
@@ -39,6 +40,12 @@ NO_FIGURES = PassFigures(0, 0, (), 0, 0, 0, 0, 0)
 
 OnePassAlone = Callable[[PassJob], tuple[tuple[PassedLevel, ...], PassFigures]]
 """Makes levels on this machine."""
+
+
+class UnitWorkers(Protocol):
+    """What does the units of a task."""
+
+    def spread(self, task: Task, numbers: Sequence[int], on_result: OnResult, on_news: OnNews) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -262,7 +269,7 @@ class SpreadPass:
         self._job, self._count, self._sink = job, len(units), sink
         self._tally, self._returned = PassTally(job.step, units), ReturnedPairs(job.levels)
 
-    def spread(self, workers: ClusterWorkers, task: PassTask) -> None:
+    def spread(self, workers: UnitWorkers, task: PassTask) -> None:
         """Have all units done. Raises :class:`RunnerError`; what returned until then is recorded."""
         try:
             workers.spread(task, range(self._count), self._take, self._news)

@@ -125,6 +125,11 @@ class EngineChoice:
 
         Raises :class:`UsageError` for the binaries engine, :class:`ToolchainError` for a cluster that cannot be used.
         """
+        if cluster is None and self.bindings is not None:
+            from imatrix_runner.cluster.side_by_side import SideBySideEngine
+
+            yield SideBySideEngine(self.bindings, runner, cache_dir())
+            return
         if cluster is None:
             yield self.make(runner)
             return
