@@ -21,6 +21,7 @@ evaluate    ``evaluate Q4_K_M``     a level was measured
 compare     ``compare Q4_K_M``      a level was compared with one made without imatrix
 alone       ``alone Q4_K_M``        why a level has nothing to be compared with
 against     ``against MIX-…``       a mix was compared with stock levels on the held-out text
+other       ``other NAME``          a file that was not made here was compared with levels
 answer      ``answer Q4_K_M``       a level answered prompts
 speed       ``speed Q4_K_M``        a level, or the source, was timed on a machine
 modelfile   ``modelfile Q4_K_M``    a Modelfile for Ollama was written next to a level
@@ -49,6 +50,7 @@ Kind = Literal[
     "compare",
     "alone",
     "against",
+    "other",
     "answer",
     "speed",
     "modelfile",
@@ -70,6 +72,7 @@ _BEGINNINGS: dict[Kind, str] = {
     "compare": "compare ",
     "alone": "alone ",
     "against": "against ",
+    "other": "other ",
     "answer": "answer ",
     "speed": "speed ",
     "modelfile": "modelfile ",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from imatrix_runner.app.report import ReportFiles, make_report
 from imatrix_runner.context.context import Context, Session, held, settle
 from imatrix_runner.context.engine_choice import EngineNeeds
 from imatrix_runner.context.open_model import Frozen, announce, freeze, hash_files, open_source
@@ -24,12 +25,12 @@ from imatrix_runner.evaluate.disk_budget import waves
 from imatrix_runner.evaluate.equal_size import EqualSizeVerdict, SizeChoice, at_equal_size, size_choices
 from imatrix_runner.evaluate.held_out import HeldOut, choose_held_out
 from imatrix_runner.evaluate.measure import Measurer, Subject
-from imatrix_runner.evaluate.measurements import content_of, levels_made
+from imatrix_runner.evaluate.measurements import OtherMeasured, content_of, levels_made
 from imatrix_runner.evaluate.mix_verdict import MeasuredSize
 from imatrix_runner.evaluate.other_files import OtherFile, check_plain_tensors, described_at, fetched, look_at
 from imatrix_runner.files import joint_sha256
 from imatrix_runner.imatrix.ineffective_collection import warn_of_placement
-from imatrix_runner.journal import Journal, differences
+from imatrix_runner.journal import Journal, StepRecord, differences
 from imatrix_runner.models.hub import Hub
 from imatrix_runner.models.model import Model, parse_source
 from imatrix_runner.quantize.level_files import finish_renames
@@ -76,6 +77,7 @@ class CompareResult:
     own: tuple[MeasuredSize, ...] = ()
     choices: tuple[SizeChoice, ...] = ()
     failed: Mapping[str, RunnerError] = field(default_factory=dict)
+    report: ReportFiles | None = None
     seconds: float = 0.0
 
 
@@ -211,6 +213,7 @@ class _Comparison:
                         measure([(there, replace(subject, file=there.paths[0]))])
         own = sorted(measured_here(measurer, self.session, levels_made(self.session.journal)), key=lambda each: each.n_bytes)
         measurer.tidy()
+        shutil.rmtree(self._downloads, ignore_errors=True)
         return self._verdicts(plan, measurer, own, figures, plain, failed)
 
     def _verdicts(
@@ -232,9 +235,38 @@ class _Comparison:
             chunks = measurer.scored(self._subject(other))["kld"].astype(float).reshape(-1, rows).mean(axis=1)
             size = MeasuredSize(other.name, other.n_bytes, found.kld, chunks)
             sizes.append(size)
-            compared.append(ComparedFile(other, plain.get(other.name, 0), found, at_equal_size(size, own)))
-        choices = size_choices([*own, *sizes])
-        return CompareResult(self.session.workspace, plan, tuple(compared), tuple(own), choices, failed)
+            verdict = at_equal_size(size, own)
+            compared.append(ComparedFile(other, plain.get(other.name, 0), found, verdict))
+            self._record(plan.held_out, other, found, verdict, own)
+        choices, session = size_choices([*own, *sizes]), self.session
+        report = make_report(session.workspace, session.journal, session.runner, session.sink, strict=False) if own else None
+        return CompareResult(session.workspace, plan, tuple(compared), tuple(own), choices, failed, report)
+
+    def _record(
+        self,
+        held_out: HeldOut,
+        other: OtherFile,
+        found: Divergence,
+        verdict: EqualSizeVerdict,
+        own: Sequence[MeasuredSize],
+    ) -> None:
+        """Record a comparison, for reports."""
+        place = other.place if other.published is not None else Path(other.place).name
+        facts = OtherMeasured(
+            other.name,
+            place,
+            other.n_bytes,
+            found.kld,
+            found.same_top.value,
+            verdict,
+            held_out.sha256,
+            held_out.extent.n_chunks,
+            held_out.extent.n_ctx,
+            {each.level: each.kld.value for each in own if each.level in verdict.between},
+        )
+        inputs = {**held_out.whole_inputs, LEVEL_INPUT: other.content}
+        record = StepRecord.now(inputs, [], "it is compared", 0.0, facts=facts)
+        self.session.journal.record(step_id("other", other.name), record)
 
     def _own(self) -> tuple[str, ...]:
         """The finished levels that were made from this source and are still there."""
@@ -271,9 +303,8 @@ class _Comparison:
     def _fetched(self, other: OtherFile, failed: dict[str, RunnerError]) -> Iterator[OtherFile | None]:
         """The file with its paths, from the hub's cache or fetched; None if that failed. What was fetched here is removed
         afterwards, unless it is to be kept."""
-        own = self.session.workspace.evaluation / _FETCHED
         try:
-            there = fetched(other, self.hub) if self.request.keep else self._known_or_fetched(other, own)
+            there = fetched(other, self.hub) if self.request.keep else self._known_or_fetched(other)
         except InterruptedRunError:
             raise
         except RunnerError as error:
@@ -281,15 +312,20 @@ class _Comparison:
             yield None
             return
         yield there
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(self._downloads, ignore_errors=True)
 
-    def _known_or_fetched(self, other: OtherFile, own: Path) -> OtherFile:
+    @property
+    def _downloads(self) -> Path:
+        """A hub's cache for what is removed again. What a kill leaves in it is used by the next command."""
+        return self.session.workspace.evaluation / _FETCHED
+
+    def _known_or_fetched(self, other: OtherFile) -> OtherFile:
         """From the hub's own cache if all of it is there, else fetched into a cache of the workspace's."""
         cached = replace(self.hub, offline=True)
         try:
             return fetched(other, cached)
         except RunnerError:
-            return fetched(other, replace(self.hub, cache=own))
+            return fetched(other, replace(self.hub, cache=self._downloads))
 
 
 def _distinct(files: Iterable[OtherFile], taken: Iterable[str]) -> list[OtherFile]:

@@ -24,6 +24,11 @@ from imatrix_runner.files import human_bytes
 
 Outcome = Literal["take it", "take ours", "no difference seen", "no honest comparison"]
 
+EQUAL_SIZE_RULE = (
+    "Equal size: the KLD relative to that of own levels of that size, between the two nearest (log KLD linear in log bytes), "
+    "with the interval that holds 95 % of 4000 resamplings of the chunks. A file is better or worse where 1 lies outside it."
+)
+
 FEWEST_CHUNKS = 8
 """Fewest chunks from which an interval is computed."""
 
@@ -40,6 +45,11 @@ class KldRatio:
     value: float
     low: float
     high: float
+
+    @property
+    def figure(self) -> str:
+        """``0.93 (0.88 to 0.97)``."""
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
     @property
     def lower(self) -> bool:
@@ -63,6 +73,15 @@ class EqualSizeVerdict:
     ratio: KldRatio | None = None
     instead: str = ""
     why: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The outcome in words."""
+        if self.outcome == "no honest comparison":
+            return f"no honest comparison: {self.why}"
+        if self.outcome == "take ours":
+            return f"take {self.instead} instead" if self.instead else "own levels are better at its size"
+        return f"{self.outcome} (against {' and '.join(self.between)})"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,11 +10,12 @@ from imatrix_runner.engines.measures import Divergence, Estimate
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.ab_verdict import Comparison
 from imatrix_runner.evaluate.answer_agreement import DomainResult
+from imatrix_runner.evaluate.equal_size import EqualSizeVerdict
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.speed_figures import MeasuredSpeed
 from imatrix_runner.files import joint_sha256
 from imatrix_runner.journal import Journal, StepRecord
-from imatrix_runner.steps import LEVEL_INPUT, Kind, step_id
+from imatrix_runner.steps import LEVEL_INPUT, MODEL_INPUT, Kind, step_id
 from imatrix_runner.untrusted import UnreadableError, as_type
 
 T = TypeVar("T")
@@ -108,6 +109,38 @@ def _holding(journal: Journal, what: Kind, kind: type[T]) -> Iterator[tuple[str,
                     f"the figures of {level} ({what}) are not what this program wrote: {error}",
                     f"Measure again: imatrix-runner evaluate MODEL --again{_ASKED[what]}",
                 ) from error
+
+
+@dataclass(frozen=True)
+class OtherMeasured:
+    """A file that was not made here, and how it compares with the levels. ``place``: its path's last part, or its place on a
+    hub; ``text``: SHA-256 of the held-out text, of which ``n_chunks`` of ``n_ctx`` tokens were used; ``against``: the mean KLD
+    of the levels that it is compared with."""
+
+    name: str
+    place: str
+    n_bytes: int
+    kld: Estimate
+    same_top: float
+    verdict: EqualSizeVerdict
+    text: str
+    n_chunks: int
+    n_ctx: int
+    against: Mapping[str, float]
+
+
+def others_measured(
+    journal: Journal, source: str, klds: Mapping[str, float], text: tuple[str, int, int]
+) -> list[OtherMeasured]:
+    """The files compared with levels of this source that still have these mean KLDs, on this text (its SHA-256, chunks, and
+    tokens of each), the smallest first."""
+    found: list[OtherMeasured] = []
+    for record in journal.of_kind("other").values():
+        other = record.facts_as(OtherMeasured)
+        same = record.inputs.get(MODEL_INPUT) == source and (other.text, other.n_chunks, other.n_ctx) == text
+        if same and all(klds.get(level) == kld for level, kld in other.against.items()):
+            found.append(other)
+    return sorted(found, key=lambda each: (each.n_bytes, each.name))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from imatrix_runner.engines.speed_jobs import MemoryBuffer
 from imatrix_runner.errors import InvalidDataError, from_os_error
 from imatrix_runner.evaluate.ab_verdict import Comparison
 from imatrix_runner.evaluate.answer_agreement import DomainResult
-from imatrix_runner.evaluate.measurements import ReportEvaluation
+from imatrix_runner.evaluate.measurements import OtherMeasured, ReportEvaluation
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.recommendations import Pick
 from imatrix_runner.evaluate.speed_figures import SpeedSetting, TokenRate
@@ -336,9 +336,9 @@ class Report:
 
     ``caveats``: sentences without which the figures would mislead, shown wherever the figures are. ``quantized_by``: the maker
     of these files, as the model card names them; ``repo``: the hub id in the card's commands, where the files are or will be.
-    Both are empty if not given. ``without_twin``: levels without a baseline. ``kept_stock``: targets for
-    which no mix was better than a stock level; ``costs``: those from which the types of mixes were chosen;
-    ``speed_setting``: what all speeds hold for, ``source_speed``: the source's.
+    Both are empty if not given. ``others``: files that were not made here. ``without_twin``: levels without a baseline.
+    ``kept_stock``: targets for which no mix was better than a stock level; ``costs``: those from which the types of mixes were
+    chosen; ``speed_setting``: what all speeds hold for, ``source_speed``: the source's.
     """
 
     model: ReportModel
@@ -353,6 +353,7 @@ class Report:
     evaluation: ReportEvaluation | None = None
     comparisons: tuple[Comparison, ...] = ()
     without_twin: tuple[WithoutBaseline, ...] = ()
+    others: tuple[OtherMeasured, ...] = ()
     domain: tuple[DomainResult, ...] = ()
     picks: tuple[Pick, ...] = ()
     caveats: tuple[str, ...] = ()

@@ -113,6 +113,9 @@ def test_files_are_measured_with_the_levels_and_refused_ones_do_not_stop_them(
     assert zeroed["verdict"]["between"] == ["Q4_K_M", "Q8_0"]
     assert theirs["imatrix"]["chunks_count"]
     assert [each["level"] for each in document["own"]] == ["IQ2_XS", "Q4_K_M", "Q8_0"]
+    page = (place.root / "report.html").read_text(encoding="utf-8")
+    assert "zeroed-Q5_K_M.gguf" in page
+    assert "take Q4_K_M instead" in page
     assert "zeroed-Q5_K_M" not in [choice["name"] for choice in document["choices"]]
     # The figures are those of evaluate, and are kept.
     assert place.evaluate(cli, chunks=CHUNKS).code == 0

@@ -15,19 +15,16 @@ from imatrix_runner.app.compare import ComparedFile, ComparePlan, CompareResult
 from imatrix_runner.cli.views.columns import Column, fitted_table
 from imatrix_runner.cli.views.failures import print_error
 from imatrix_runner.cli.views.json_documents import document, error_content
+from imatrix_runner.cli.views.report_table import print_files
 from imatrix_runner.engines.measures import Estimate
 from imatrix_runner.evaluate.clone_recipe import CloneRecipe
-from imatrix_runner.evaluate.equal_size import EqualSizeVerdict, KldRatio, SizeChoice
+from imatrix_runner.evaluate.equal_size import EQUAL_SIZE_RULE, EqualSizeVerdict, SizeChoice
 from imatrix_runner.evaluate.other_files import OtherFile
 from imatrix_runner.files import human_bytes
 from imatrix_runner.report.views.wording import kld_error, percent
 from imatrix_runner.safe_text import shown
 
 _MOST_TYPES = 4
-_RULE = (
-    "Equal size: the KLD relative to that of own levels of that size, between the two nearest (log KLD linear in log bytes), "
-    "with the interval that holds 95 % of 4000 resamplings of the chunks. A file is better or worse where 1 lies outside it."
-)
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,14 @@ _MEASURED: tuple[Column[_Row], ...] = (
     Column("Size", lambda row: human_bytes(row.n_bytes)),
     Column("Mean KLD", lambda row: kld_error(row.kld)),
     Column("Same top", lambda row: percent(row.same_top) if row.same_top is not None else None, 1),
-    Column("Equal size", lambda row: _ratio(row.verdict.ratio) if row.verdict is not None and row.verdict.ratio else None),
-    Column("Verdict", lambda row: _verdict(row.verdict) if row.verdict is not None else "own level", left=True),
+    Column("Equal size", lambda row: row.verdict.ratio.figure if row.verdict is not None and row.verdict.ratio else None),
+    Column("Verdict", lambda row: row.verdict.sentence if row.verdict is not None else "own level", left=True),
 )
 
 _CHOICES: tuple[Column[SizeChoice], ...] = (
     Column("From", lambda choice: human_bytes(choice.n_bytes)),
     Column("Take", lambda choice: shown(choice.name), left=True),
-    Column("KLD", lambda choice: f"{_ratio(choice.ratio)} of {shown(choice.over)}" if choice.ratio else None, left=True),
+    Column("KLD", lambda choice: f"{choice.ratio.figure} of {shown(choice.over)}" if choice.ratio else None, left=True),
 )
 
 
@@ -91,9 +88,13 @@ def print_compared(result: CompareResult, console: Console, *, quiet: bool = Fal
                 style=lambda row: "green" if row.verdict is not None and row.verdict.outcome == "take it" else "",
             )
         )
-        console.print(Text(_RULE, style="dim"))
+        console.print(Text(EQUAL_SIZE_RULE, style="dim"))
         if result.choices:
             console.print(fitted_table(_CHOICES, result.choices, console, title="Which to take"))
+        name = shown(result.plan.held_out.name)
+        console.print(Text(f"Whether {name} also occurs in the calibration texts of others is not known.", style="dim"))
+        if result.report is not None:
+            print_files(result.report, console)
     for error in result.failed.values():
         print_error(error, console)
 
@@ -115,18 +116,6 @@ def _imatrix(imatrix: Mapping[str, str]) -> str | None:
     return shown(
         ", ".join(filter(None, (data.replace("\\", "/").rpartition("/")[2], f"{chunks} chunks" if chunks else ""))), 60
     )
-
-
-def _ratio(ratio: KldRatio) -> str:
-    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-
-
-def _verdict(verdict: EqualSizeVerdict) -> str:
-    if verdict.outcome == "no honest comparison":
-        return f"no honest comparison: {verdict.why}"
-    if verdict.outcome == "take ours":
-        return f"take {verdict.instead} instead" if verdict.instead else "own levels are better at its size"
-    return f"{verdict.outcome} (against {' and '.join(verdict.between)})"
 
 
 def compare_document(result: CompareResult, exit_code: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from imatrix_runner import __version__
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.measurements import (
     Measured,
+    OtherMeasured,
     ReportEvaluation,
     alone,
     answered,
@@ -17,6 +18,7 @@ from imatrix_runner.evaluate.measurements import (
     levels_made,
     measured,
     mix_verdicts,
+    others_measured,
 )
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.recommendations import Measure, Pick, recommend, target
@@ -111,6 +113,7 @@ def gather(
             for each in levels
             if not each.same_as and each.name in lonely and each.name not in compared
         ),
+        others=_others(journal, source, figures, evaluation),
         domain=tuple(answers[each.name] for each in levels if each.name in answers and not each.same_as),
         picks=(*_target(journal, measures), *speed_pick(journal, measures, speeds), *recommend(worth_taking)),
         steps=describe_steps(journal, records, collection, model, local),
@@ -176,6 +179,17 @@ def _holding(verdicts: Mapping[str, MixVerdict], figures: Mapping[str, Measured]
         for name, verdict in verdicts.items()
         if klds.get(name) == verdict.kld and all(klds.get(each.level) == each.kld for each in verdict.stock)
     }
+
+
+def _others(
+    journal: Journal, source: str, figures: Mapping[str, Measured], evaluation: ReportEvaluation | None
+) -> tuple[OtherMeasured, ...]:
+    """The files of others whose comparisons are with the figures that the report has."""
+    if evaluation is None or evaluation.until is not None:
+        return ()
+    klds = {name: found.divergence.kld.value for name, found in figures.items()}
+    text = evaluation.sha256, evaluation.n_chunks, evaluation.n_ctx
+    return tuple(others_measured(journal, source, klds, text))
 
 
 def _held_out_of(evaluation: ReportEvaluation) -> tuple[object, ...]:

@@ -23,6 +23,7 @@ from imatrix_runner import safe_text
 from imatrix_runner.errors import RunnerError
 from imatrix_runner.evaluate.ab_verdict import RULE
 from imatrix_runner.evaluate.answer_agreement import AnswerPair, DomainResult, Run, differences
+from imatrix_runner.evaluate.equal_size import EQUAL_SIZE_RULE
 from imatrix_runner.evaluate.recommendations import Pick
 from imatrix_runner.files import atomic_writer, human_bytes, human_seconds
 from imatrix_runner.models.origin import repository_in
@@ -122,6 +123,7 @@ def render_html(report: Report) -> str:
             expert_groups=heat.expert_groups(report.imatrix.experts) if report.imatrix is not None else [],
             most_rows=_TENSORS,
             most_names=_NAMES,
+            equal_size_rule=EQUAL_SIZE_RULE,
             domain=[_answers(result, at) for at, result in enumerate(report.domain)],
             provenance=provenance(report),
         )
