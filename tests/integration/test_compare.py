@@ -93,7 +93,8 @@ def test_files_are_measured_with_the_levels_and_refused_ones_do_not_stop_them(
     lying.write_bytes(file.read_bytes()[:-1000])
     vocabulary = replaced(file, tmp_path / "vocabulary.gguf", b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz")
     other = replaced(file, tmp_path / "renamed.gguf", b"blk.1.ffn_down.weight", b"blk.9.ffn_down.weight")
-    bad = (others / "norm-Q5_K_M.gguf", lying, vocabulary, other, place.text)
+    unloadable = replaced(file, tmp_path / "unloadable.gguf", b"llama.block_count", b"llama.block_kount")
+    bad = (others / "norm-Q5_K_M.gguf", lying, vocabulary, other, unloadable, place.text)
     ran = compare(place, cli, file, others / "theirs-Q3_K_S.gguf", others / "zeroed-Q5_K_M.gguf", *bad, "--json")
     assert ran.code == 100
     document = ran.document
