@@ -54,6 +54,15 @@ def open_to_continue(path: Path, doing: str) -> IO[bytes]:
         raise from_os_error(error, doing, path) from error
 
 
+def open_to_overwrite(path: Path) -> IO[bytes]:
+    """Open an existing file to write into it at any place, while other machines write elsewhere in it. Raises ``OSError``.
+
+    Not for reading: a network file system's client may send a page back whole that it has read, and so undo what another
+    machine has written to its rest.
+    """
+    return open(path, "wb", buffering=0, opener=lambda name, _flags: os.open(name, os.O_WRONLY | getattr(os, "O_BINARY", 0)))
+
+
 def sync_file(path: Path) -> None:
     """Flush a file's bytes to the disk, also those that another process wrote."""
     # Windows flushes only through a handle that may write.

@@ -264,6 +264,7 @@ class _Spreading:
         self._key = secrets.token_hex(8)
         self._task = ray.put(task)
         self._asked: dict[Any, tuple[_Worker, int]] = {}
+        self._sent: dict[Any, set[SharedFile]] = {}  # since a worker was asked
 
     def run(self, queue: UnitQueue, on_result: OnResult, on_news: OnNews) -> None:
         lonely_since: float | None = None
@@ -297,10 +298,12 @@ class _Spreading:
             if (number := queue.take(worker.number, len(takers))) is not None:
                 asked = worker.handle.compute.options(concurrency_group="units").remote(self._key, self._task, number)
                 self._asked[asked] = (worker, number)
+                self._sent[asked] = set()
 
     def _take(self, ready: Any, queue: UnitQueue, on_result: OnResult) -> bool:
         """Deal with a unit that ended; returns whether to continue."""
         worker, number = self._asked.pop(ready)
+        arrived = self._sent.pop(ready)
         try:
             result = self._ray.get(ready)
         except self._ray.exceptions.RayTaskError as error:
@@ -309,7 +312,8 @@ class _Spreading:
             self._lost(worker, number, queue, self._why_lost(error))
             return True
         if isinstance(result, Absent):
-            self._send(worker, result.file, result.why)
+            if result.file not in arrived:
+                self._send(worker, result.file, result.why)
             queue.put_back(number)
             return True
         if isinstance(result, Stopped):
@@ -381,6 +385,9 @@ class _Spreading:
                 self._stop.check()
                 if (problem := self._ray.get(worker.handle.receive.remote(file, place, block))) is not None:
                     raise _error_of(problem)
+            for asked, (other, _) in self._asked.items():
+                if other is worker:  # it may have missed the same file
+                    self._sent[asked].add(file)
         except self._ray.exceptions.RayError as error:
             self._sink(detail(f"{file.path.name} did not reach {host}: {_phrase(error)}"))
 

@@ -29,7 +29,7 @@ from imatrix_runner.engines.pass_parts import LedgerEntry, PassPart, PassWork, W
 from imatrix_runner.engines.roundings import FEEDBACK
 from imatrix_runner.errors import EngineError, from_os_error
 from imatrix_runner.events import Event, Progress, Sink
-from imatrix_runner.files import sync_file
+from imatrix_runner.files import open_to_overwrite, sync_file
 from imatrix_runner.process import Orders
 
 _RECORD_SECONDS = 5.0
@@ -205,17 +205,19 @@ class PassingWorker:
 
 
 class ReturnedPairs:
-    """Writes what returned from workers into the outputs, and records it in partial ledgers of the driver's."""
+    """Writes what returned from workers into the outputs, and records all that they did in partial ledgers of the driver's: it
+    may be a while before their own can be seen through a network file system."""
 
     def __init__(self, levels: Sequence[PassLevel]) -> None:
         self._folders = {level.name: level.job.out.parent for level in levels}
         self._files = {name: sorted(folder.glob("*.gguf")) for name, folder in self._folders.items()}
         self._name = f"driver-{secrets.token_hex(4)}"
         self._pending: defaultdict[str, list[LedgerEntry]] = defaultdict(list)
+        self._written: set[Path] = set()
         self._recorded = time.monotonic()
 
     def take(self, written: Sequence[WrittenPair], blocks: Iterable[tuple[int, bytes]]) -> None:
-        """Write a unit whose content comes in blocks. Raises :class:`RunnerError`."""
+        """Write a unit whose content comes in blocks; in none where the outputs hold it. Raises :class:`RunnerError`."""
         try:
             for place, block in blocks:
                 for pair in written:
@@ -232,9 +234,10 @@ class ReturnedPairs:
         """Sync what was written, then record it. Raises :class:`RunnerError`."""
         pending, self._pending = self._pending, defaultdict(list)
         try:
+            for path in self._written:
+                sync_file(path)
+            self._written = set()
             for level, entries in pending.items():
-                for file in {entry.file for entry in entries}:
-                    sync_file(self._files[level][file])
                 ledger = Ledger(part_ledger(self._folders[level], self._name), self._head(level))
                 try:
                     ledger.append(entries)
@@ -249,7 +252,9 @@ class ReturnedPairs:
         for level, entry in pair.entries.items():
             begin, end = max(place, pair.offset), min(place + len(block), pair.offset + entry.bytes)
             if begin < end:
-                with self._files[level][entry.file].open("r+b", buffering=0) as handle:
+                path = self._files[level][entry.file]
+                self._written.add(path)
+                with open_to_overwrite(path) as handle:
                     handle.seek(entry.offset + begin - pair.offset)
                     rest = block[begin - place : end - place]
                     while rest:
@@ -288,10 +293,8 @@ class SpreadPass:
     def _take(self, _number: int, result: PassedShare | FetchedFile) -> bool:
         share = result.value if isinstance(result, FetchedFile) else result
         assert isinstance(share, PassedShare)
-        if isinstance(result, FetchedFile):
-            self._returned.take(share.unit.written, result.blocks)
-        elif share.content is not None:
-            self._returned.take(share.unit.written, [(0, share.content)])
+        blocks = result.blocks if isinstance(result, FetchedFile) else [(0, share.content)] if share.content is not None else []
+        self._returned.take(share.unit.written, blocks)
         self._tally.add(share)
         return True
 

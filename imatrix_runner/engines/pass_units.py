@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from imatrix_runner.engines.pass_parts import PassWork, WantedPair
 
-LEAST_COST = 2_000_000_000
-"""A unit of this cost takes a thread about two seconds: orders and replies do not count."""
+LEAST_COST = 500_000_000
+"""A unit of this cost takes a thread about half a second: orders and replies hardly count."""
 
 _PER_WORKER = 16
 """Units of each worker at least, where that does not make them too small: the last one to end makes the others wait for a

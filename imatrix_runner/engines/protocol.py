@@ -206,10 +206,11 @@ class Passed(msgspec.Struct, frozen=True, tag_field="type", tag="passed"):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag_field="type", tag="prepared"):
-    """Reply to a :class:`PreparePassJob`. ``slab``: elements per checksum."""
+    """Replies to a :class:`PreparePassJob`, each with some of what is left. The last has ``slab``, the elements of a
+    checksum."""
 
     works: tuple[PassWork, ...]
-    slab: Count
+    slab: Count = 0
 
 
 class UnitPassed(msgspec.Struct, frozen=True, tag_field="type", tag="unit"):
@@ -277,9 +278,7 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     exit_code: int
 
 
-ReplyT = TypeVar(
-    "ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Prepared, Checked, Costed, Audited, Timed
-)
+ReplyT = TypeVar("ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Checked, Costed, Audited, Timed)
 
 Reply = (
     Proven

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,10 +68,11 @@ def test_levels_are_those_of_one_machine(
     shared: bool, machines: RayMachines, words: tuple[str | Path, ...], alone: dict[str, str], tmp_path: Path
 ) -> None:
     """Also the figures: the tensors that workers quantised count as computed."""
-    options = () if shared else ("--no-shared-fs",)
+    options = () if shared else ("--no-shared-fs", "-v")
     ran = run_command(*words, "--cluster", machines.address, *options, "--json", cwd=tmp_path)
     assert ran.code == 0, ran.err
     check(tmp_path, alone)
+    assert ran.err.count("m-BF16.gguf (") == (0 if shared else 2)  # sent once to each machine
     (figures,) = json.loads(ran.out)["passes"]
     assert {cost["type"] for cost in figures["types"]} >= {"q4_K", "q6_K", "iq3_xxs", "q8_0"}
     assert sum(figures["shares"].values()) == pytest.approx(1.0, abs=1e-3)
@@ -87,9 +90,14 @@ def test_a_lost_worker_changes_no_byte(
     check(tmp_path, alone)
 
 
-def test_a_killed_command_continues_alone(
+def test_a_stopped_and_killed_command_continues_alone(
     machines: RayMachines, words: tuple[str | Path, ...], alone: dict[str, str], tmp_path: Path
 ) -> None:
+    with started(*words, "--cluster", machines.address, "--no-shared-fs", cwd=tmp_path) as running:
+        running.wait_for(machines.computing)
+        os.kill(running.pid, signal.SIGINT)
+        ran = running.finish()
+    assert ran.code == 130, ran.err
     with started(*words, "--cluster", machines.address, cwd=tmp_path) as running:
         running.wait_for(lambda: recorded(tmp_path))
         running.kill_tree()

@@ -386,8 +386,10 @@ class EmbeddedEngine:
         replies = Replies()
         what, writes = "The levels could not be prepared", job.levels[0].job.out
         self._ask(protocol.PreparePassJob(job), replies, job.log, what, writes=writes, enough=threading.Event())
-        reply = replies.only(protocol.Prepared)
-        return PreparedPass(reply.works, reply.slab)
+        slab = replies.prepared[-1].slab if replies.prepared else 0
+        if not slab:
+            raise EngineError("The worker ended without a reply", "it did not prepare the levels", "Report it.")
+        return PreparedPass(tuple(work for reply in replies.prepared for work in reply.works), slab)
 
     def pass_part(
         self, job: PassJob, sink: Sink, on_unit: Callable[[PassedUnit], bool], orders: Orders | None = None

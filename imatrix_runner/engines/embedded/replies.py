@@ -46,6 +46,11 @@ class Replies:
         return [reply.level for reply in self._kept if isinstance(reply, protocol.Passed) and reply.level is not None]
 
     @property
+    def prepared(self) -> list[protocol.Prepared]:
+        """What is left of a pass that was prepared; the last one ends it."""
+        return [reply for reply in self._kept if isinstance(reply, protocol.Prepared)]
+
+    @property
     def figures(self) -> list[PassFigures]:
         return [reply.figures for reply in self._kept if isinstance(reply, protocol.Passed) and reply.figures is not None]
 

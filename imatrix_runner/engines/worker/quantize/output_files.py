@@ -18,7 +18,7 @@ from imatrix_runner.engines.pass_parts import LedgerEntry
 from imatrix_runner.engines.shards import shard_paths
 from imatrix_runner.engines.worker.quantize.gguf_headers import FileLayout, TensorPlace
 from imatrix_runner.engines.worker.refusal import Refusal
-from imatrix_runner.files import sync
+from imatrix_runner.files import open_to_overwrite, sync
 from imatrix_runner.models.gguf_file import MAGIC
 
 _MOST_FILES = 1 << 16
@@ -36,7 +36,8 @@ class OutputFile:
         self.path = path
         if fresh:
             path.unlink(missing_ok=True)
-        self._file: IO[bytes] = path.open("x+b" if fresh else "r+b", buffering=0)
+        shared = layout is None and not fresh
+        self._file: IO[bytes] = open_to_overwrite(path) if shared else path.open("x+b" if fresh else "r+b", buffering=0)
         self._lock = threading.Lock()
         try:
             if fresh and layout is not None:

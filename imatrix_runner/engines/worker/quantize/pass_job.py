@@ -31,6 +31,9 @@ from imatrix_runner.engines.worker.refusal import Refusal
 from imatrix_runner.engines.worker.stdin_stop import StdinStop
 from imatrix_runner.errors import RunnerError, from_os_error
 
+_WORKS = 100
+"""Tensors in one message; with many levels each takes tens of kilobytes."""
+
 
 def single_pass(job: PassJob, send: Send) -> None:
     """Make every level of the job. Sends the result of each level, complete or spoiled, then the figures. Of a job with a part
@@ -54,7 +57,10 @@ def prepare_pass(job: PreparePassJob, send: Send) -> None:
     with _explained(job.job), ExitStack() as stack:
         setting = PassSetting.of(job.job, send)
         whole = _Pass.of(setting, stack)
-        send(Prepared(left_works(whole.works), setting.slab))
+        works = left_works(whole.works)
+        for first in range(0, len(works), _WORKS):
+            send(Prepared(works[first : first + _WORKS]))
+        send(Prepared((), setting.slab))
 
 
 @contextmanager
