@@ -15,6 +15,7 @@ from imatrix_runner.app.local_use import write_modelfiles
 from imatrix_runner.app.publish import PublishResult
 from imatrix_runner.app.report import ReportFiles, make_report
 from imatrix_runner.app.run_levels import choose_levels, make_levels, refuse_hopeless, rounded
+from imatrix_runner.app.speed_targets import verify_speeds
 from imatrix_runner.context.context import Context, Session, held, settle
 from imatrix_runner.context.engine_choice import EngineChoice, EngineNeeds, make_checker
 from imatrix_runner.context.open_model import Frozen, announce, freeze, open_source
@@ -168,6 +169,7 @@ def run(
                 session.journal.remember(levels=",".join(step.level.name for step in plan.levels))
             if planner is not None:
                 made = make_levels(plan, planner, matrix, session, job.covariances(plan, planner), uploads)
+                job.verify_speeds(planner)
                 evaluated = job.evaluate(made, frozen)
                 if any(result.status != "failed" for result in made.results):
                     command = request.environment.command
@@ -423,6 +425,11 @@ class _Job:
         if request is None or levels is None or not there:
             return None
         return evaluate_levels(replace(request, levels=there), levels, frozen, self.session)
+
+    def verify_speeds(self, planner: LevelPlanner) -> None:
+        """Time the mixes that were asked for a speed."""
+        targets = mix_targets(planner.request.names)
+        verify_speeds(targets, self._covariances(planner).options, planner.frozen, self.session)
 
     def advise_type(self, model: Model) -> None:
         """Before an imatrix is computed, say so if a BF16 file of the same model would take much less time."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from imatrix_runner.engines.jobs import CollectOptions
+from imatrix_runner.files import encode_json
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,16 @@ class SpeedJob:
     repetitions: int
     options: CollectOptions
     log: Path | None
+
+
+_WITHOUT_EFFECT = ("n_ctx", "parse_special", "process_output", "ppl", "extra")
+
+
+def timing_words(options: CollectOptions) -> str:
+    """The options that a speed depends on, as JSON: all that are not known to have no effect, also those that change no
+    number."""
+    used = {name: value for name, value in asdict(options).items() if name not in _WITHOUT_EFFECT}
+    return encode_json(used).decode()
 
 
 @dataclass(frozen=True)

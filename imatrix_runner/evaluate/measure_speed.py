@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import msgspec
 
 from imatrix_runner.context.context import Session
 from imatrix_runner.context.open_model import Frozen
 from imatrix_runner.context.requests import SpeedRequest
 from imatrix_runner.engines.abilities import SpeedMeter
 from imatrix_runner.engines.jobs import CollectOptions
-from imatrix_runner.engines.speed_jobs import SpeedJob, TimedRuns
+from imatrix_runner.engines.speed_jobs import SpeedJob, TimedRuns, timing_words
 from imatrix_runner.errors import InterruptedRunError, NoSpaceError, RunnerError, UsageError
 from imatrix_runner.evaluate.measurements import SPEED_OF_SOURCE
 from imatrix_runner.evaluate.speed_figures import (
@@ -30,17 +25,13 @@ from imatrix_runner.evaluate.speed_figures import (
     shares,
 )
 from imatrix_runner.events import Event, Finished, Progress, Started
-from imatrix_runner.files import encode_json
 from imatrix_runner.journal import StepRecord, differences
 from imatrix_runner.steps import LEVEL_INPUT, step_id
-from imatrix_runner.toolchain.hardware import cpu_features, processor_name
+from imatrix_runner.toolchain.hardware import machine_fingerprint, processor_name
 from imatrix_runner.untrusted import UnreadableError, as_type
 
 N_PROMPT, N_GEN = 512, 128
 """llama-bench's tests, pp512 and tg128."""
-
-_WITHOUT_EFFECT = ("n_ctx", "parse_special", "process_output", "ppl", "extra")
-"""Options that a test of speed does not use. All others count, also those that change no number."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +41,6 @@ class TimedFile:
     name: str
     file: Path
     content: str
-
-
-def machine_fingerprint(devices: Sequence[str]) -> str:
-    """``sha256:…`` of what tells this machine from another: its name, processors and GPUs."""
-    parts = (platform.node(), cpu_features(), str(os.cpu_count()), *(device.partition(" (")[0] for device in devices))
-    return "sha256:" + hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def speed_meter(session: Session) -> SpeedMeter:
@@ -118,12 +103,10 @@ class _Timing:
 
     def inputs(self, file: TimedFile) -> dict[str, str]:
         """Everything that a figure depends on, and the moment's load of the machine besides."""
-        plain = msgspec.to_builtins(self.options)
-        used = {name: value for name, value in plain.items() if name not in _WITHOUT_EFFECT}
         return {
             LEVEL_INPUT: file.content,
             "machine": machine_fingerprint(self.session.engine.devices),
-            "options": encode_json(used).decode(),
+            "options": timing_words(self.options),
             "tests": f"pp{N_PROMPT} tg{N_GEN} depth {self.request.depth} repetitions {self.request.repetitions}",
             "engine": self.session.engine.arithmetic(),
         }

@@ -16,6 +16,7 @@ from imatrix_runner.mixes.mix_recipe import recipe_digest
 from imatrix_runner.mixes.mix_tensors import MixTensor
 from imatrix_runner.mixes.sensitivity import CostModel
 from imatrix_runner.mixes.solve import Choice, Item, Solution, Solver
+from imatrix_runner.mixes.time_budget import TokenTimes
 from imatrix_runner.models.tensor_patterns import component
 from imatrix_runner.quantize.resolve import bits
 
@@ -80,15 +81,17 @@ class Candidates:
 
     problem: MixProblem
     costs: CostModel
+    times: TokenTimes | None = None
 
     def within(self, budget: int) -> tuple[Candidate, ...]:
-        """The best of at most ``budget`` bytes: by the costs as measured, and by costs that are smoothed, half and wholly; with
-        a floor where tensors are active for every token and others are not, if it fits. Each recipe once."""
+        """The best of at most ``budget`` bytes, or with ``times`` of at most this time for a token: by the costs as measured,
+        and by costs that are smoothed, half and wholly; with a floor where tensors are active for every token and others are
+        not, if it fits. Each recipe once."""
         found: dict[str, Candidate] = {}
         for name, solver in self._solvers.items():
             if solver.range()[0] > budget and name == WITH_FLOOR:
                 continue
-            candidate = _candidate(name, solver, solver.within(min(budget, solver.range()[1])))
+            candidate = self._candidate(name, solver, solver.within(min(budget, solver.range()[1])))
             found.setdefault(recipe_digest(candidate.types), candidate)
         return tuple(found.values())
 
@@ -96,7 +99,7 @@ class Candidates:
         """The smallest of at most this cost."""
         solver = self._solvers[HALF_SMOOTHED]
         solution = solver.reaching(cost)
-        return _candidate(f"mix of {solution.n_bytes} bytes", solver, solution)
+        return self._candidate(f"mix of {solution.n_bytes} bytes", solver, solution)
 
     def stock(self, name: str) -> Candidate:
         recipe = self.problem.stock[name]
@@ -155,9 +158,21 @@ class Candidates:
                 return factor * self.costs.cost(tensor.rounded(kind)) if kind in tensor.types else 0.0
 
             kinds = [kind for kind in tensor.choices if tensor.name not in floored or bits(kind) >= _FLOOR]
-            return tuple(Choice(kind, tensor.padded_bytes(kind), cost(kind)) for kind in kinds or tensor.choices)
+            return tuple(Choice(kind, self._load(tensor, kind), cost(kind)) for kind in kinds or tensor.choices)
 
-        return Solver.of([Item((tensor.name,), choices(tensor)) for tensor in self.problem.tensors], self.problem.fixed_bytes)
+        fixed = self.problem.fixed_bytes if self.times is None else self.times.fixed_load
+        return Solver.of([Item((tensor.name,), choices(tensor)) for tensor in self.problem.tensors], fixed)
+
+    def _load(self, tensor: MixTensor, kind: str) -> int:
+        return tensor.padded_bytes(kind) if self.times is None else self.times.load(tensor, kind)
+
+    def _candidate(self, name: str, solver: Solver, solution: Solution) -> Candidate:
+        types = {
+            tensor: item.choices[pick].type
+            for item, pick in zip(solver.items, solution.picks, strict=True)
+            for tensor in item.names
+        }
+        return Candidate(name, types, self.problem.file_bytes(types), solution.cost)
 
 
 def always_active(tensors: Sequence[MixTensor]) -> frozenset[str]:
@@ -168,12 +183,3 @@ def always_active(tensors: Sequence[MixTensor]) -> frozenset[str]:
     kinds = {tensor.name: component(tensor.original) for tensor in blocks}
     experts = {name for name, kind in kinds.items() if _EXPERTS.search(kind)}
     return frozenset(kinds.keys() - experts if experts else {name for name, kind in kinds.items() if _STATE.match(kind)})
-
-
-def _candidate(name: str, solver: Solver, solution: Solution) -> Candidate:
-    types = {
-        tensor: item.choices[pick].type
-        for item, pick in zip(solver.items, solution.picks, strict=True)
-        for tensor in item.names
-    }
-    return Candidate(name, types, solution.n_bytes, solution.cost)

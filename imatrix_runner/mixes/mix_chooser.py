@@ -25,8 +25,9 @@ from imatrix_runner.mixes.mix_tensors import MixTensor
 from imatrix_runner.mixes.naming import mix_name, nearest_preset
 from imatrix_runner.mixes.offload import offload
 from imatrix_runner.mixes.sensitivity import CostModel
-from imatrix_runner.mixes.targets import KldTarget, LikeTarget, MemoryTarget, Target
+from imatrix_runner.mixes.targets import KldTarget, LikeTarget, MemoryTarget, SpeedTarget, Target
 from imatrix_runner.mixes.temper import tempered
+from imatrix_runner.mixes.time_budget import TokenTimes, check_speed
 
 _REFINEMENTS = 2
 _HARM_BITS = 4.5
@@ -53,7 +54,8 @@ class Chosen:
 @dataclass(frozen=True)
 class MixChooser:
     """Chooses the mixes of one problem. ``thorough``: the types near each solution are probed, too. ``cost_map``: where the map
-    of costs is written. ``rounding``: of the mixes' numbers, taken where it is better; ``covariances``: what it may need."""
+    of costs is written. ``rounding``: of the mixes' numbers, taken where it is better; ``covariances``: what it may need;
+    ``times``: for targets of a speed."""
 
     problem: MixProblem
     measurement: CostMeasurement
@@ -61,10 +63,11 @@ class MixChooser:
     thorough: bool = False
     rounding: Rounding = STOCK
     covariances: CovarianceSet | None = None
+    times: TokenTimes | None = None
 
     def choose(self, target: Target, taken: Mapping[str, str]) -> Chosen:
         """Choose the types for a target. ``taken``: names of other mixes, with the digests of their recipes."""
-        budget = self.problem.budget(target)
+        budget = self._budget(target)
         chosen = self._choose(target, budget, taken)
         for _ in range(_ROUNDS):
             # What does not go to the GPU, because whole layers go there, may be more than the memory left for it.
@@ -82,11 +85,12 @@ class MixChooser:
             candidates: tuple[Candidate, ...] = (self._reaching(target.kld),)
         else:
             assert budget is not None
-            candidates = self._candidates.within(budget)
+            times = self.times if isinstance(target, SpeedTarget) else None
+            candidates = replace(self._candidates, times=times).within(budget)
             if self.thorough:
-                refined = self._refined(budget, candidates[0])
+                refined = self._refined(budget, candidates[0], times)
                 candidates = (*candidates, refined) if refined.types != candidates[0].types else candidates
-        near = target.level if isinstance(target, LikeTarget) else self.problem.stock_near(budget or candidates[0].n_bytes)
+        near = self._near_stock(target, budget, candidates[0])
         stock = self._candidates.stock(near)
         measured = self._measure((*candidates, stock))
         compared = {each.name: compare(measured[each.name], measured[stock.name]) for each in candidates}
@@ -108,6 +112,28 @@ class MixChooser:
         stock_kld = kld_per_token(measured[stock.name])
         return Chosen(near, stock_kld, recipe, won, self.problem.sizes(best.types if won.is_better else stock.types))
 
+    def _budget(self, target: Target) -> int | None:
+        """The most bytes of a file, for a speed the most time for a token; None for a target of quality."""
+        if not isinstance(target, SpeedTarget):
+            return self.problem.budget(target)
+        assert self.times is not None
+        check_speed(target, self.times, self.problem)
+        return self.times.budget(target)
+
+    def _near_stock(self, target: Target, budget: int | None, first: Candidate) -> str:
+        """The stock level to compare with: the one that is named, else the largest that is not larger, for a speed of those
+        that are not slower (if all are, the fastest)."""
+        if isinstance(target, LikeTarget):
+            return target.level
+        if not isinstance(target, SpeedTarget) or self.times is None or budget is None:
+            return self.problem.stock_near(budget or first.n_bytes)
+        stock = [self._candidates.stock(name) for name in self.problem.stock]
+        taken = {each.name: self.times.total(self.problem, each.types) for each in stock}
+        fit = [each for each in stock if taken[each.name] <= budget]
+        if not fit:
+            return min(stock, key=lambda each: (taken[each.name], each.name)).name
+        return max(fit, key=lambda each: (each.n_bytes, each.name)).name
+
     def _otherwise(self, candidate: Candidate) -> Candidate:
         """The candidate with the wanted rounding."""
         made = self.covariances
@@ -124,14 +150,14 @@ class MixChooser:
         """From the costs of every tensor and type, which are measured and written to the cost map."""
         return self._candidates_from(self.probes())
 
-    def _refined(self, budget: int, first: Candidate) -> Candidate:
+    def _refined(self, budget: int, first: Candidate, times: TokenTimes | None) -> Candidate:
         """The best within a budget by costs of which those near the solution are measured: of each tensor the chosen type and
         the next smaller and larger ones. What they change may lead to other types, so this is done twice."""
         probed = {trial.name: trial for trial in self.probes()}
         found = first
         for _ in range(_REFINEMENTS):
             probed |= {trial.name: trial for trial in self._near(found)}
-            (found, *_) = self._candidates_from(tuple(probed.values())).within(budget)
+            (found, *_) = replace(self._candidates_from(tuple(probed.values())), times=times).within(budget)
         return replace(found, name="mix of measured neighbours")
 
     def _near(self, candidate: Candidate) -> Iterator[Trial]:

@@ -29,7 +29,9 @@ from imatrix_runner.mixes.mix_recipe import MixRecipe, as_json, as_tensor_types,
 from imatrix_runner.mixes.offload import offload
 from imatrix_runner.mixes.rounding_limits import check_rounding
 from imatrix_runner.mixes.rounding_speed import rounding_speed
-from imatrix_runner.mixes.targets import MemoryTarget, Target
+from imatrix_runner.mixes.targets import MemoryTarget, SpeedTarget, Target
+from imatrix_runner.mixes.time_budget import TokenTimes
+from imatrix_runner.mixes.type_times import compute_words, seconds_per_token, type_times
 from imatrix_runner.quantize.level_facts import LevelFacts
 from imatrix_runner.quantize.plan import LevelStep, MixingStep
 from imatrix_runner.quantize.planner import LevelPlanner
@@ -160,6 +162,7 @@ class MixPlanner:
             f"rounding {request.rounding}" if request.rounding != STOCK else "",
             f"covariances {self.source.fingerprint}" if request.rounding == FEEDBACK else "",
             fingerprint_of(request.options.unsplit, "level"),
+            f"times {compute_words(self.source.options, session)}" if isinstance(target, SpeedTarget) else "",
         )
         return MixInputs(
             model_file=frozen.fingerprint,
@@ -215,10 +218,32 @@ class MixPlanner:
         measurement = replace(self._measurement, covariances=made.folder)
         return replace(self._chooser, measurement=measurement, covariances=made)
 
+    @cached_property
+    def _times(self) -> TokenTimes:
+        """The times of types on this machine, and of what else the source takes for a token."""
+        session, options, model = self.planner.session, self.source.options, self.planner.frozen.model
+        meter = session.engine.speed_meter
+        if meter is None:
+            raise ToolchainError(
+                "Mixes for a speed need the embedded engine",
+                "llama.cpp's programs do not time types",
+                "Use --engine embedded, or ask for a size.",
+            )
+        mine = {tensor.name for tensor in self._problem.tensors}
+        kinds = {kind for tensor in self._problem.tensors for kind in (*tensor.choices, tensor.source_type)}
+        stock = self._problem.stock.values()
+        kinds |= {tensor.type for recipe in stock for tensor in recipe.tensors if tensor.name in mine}
+        seconds = type_times(kinds, options, session, meter, cache_dir())
+        names = (f"{model.architecture}.{key}" for key in ("expert_used_count", "expert_count"))
+        used, there = (model.header.integer(name) or 0 for name in names)
+        source = seconds_per_token(model.path, options, session, meter)
+        return TokenTimes.of(self._problem, seconds, source, (used, there))
+
     def _choose(self, target: Target) -> Level:
         session = self.planner.session
         began = time.monotonic()
-        chosen = self._collected.choose(target, digests_of_mixes(session.workspace))
+        chooser = replace(self._collected, times=self._times) if isinstance(target, SpeedTarget) else self._collected
+        chosen = chooser.choose(target, digests_of_mixes(session.workspace))
         if isinstance(target, MemoryTarget):
             split = offload(chosen.sizes, target.vram, self.reserve)
             where = f"{human_bytes(split.vram_bytes)} on the GPU, {human_bytes(split.ram_bytes)} in memory"

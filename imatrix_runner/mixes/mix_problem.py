@@ -14,7 +14,7 @@ from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.mixes.mix_recipe import level_of
 from imatrix_runner.mixes.mix_tensors import MixTensor, allowed_types, mix_tensors
 from imatrix_runner.mixes.rounding_facts import marked
-from imatrix_runner.mixes.targets import BitsTarget, KldTarget, LikeTarget, MemoryTarget, SizeTarget, Target
+from imatrix_runner.mixes.targets import BitsTarget, KldTarget, LikeTarget, MemoryTarget, SizeTarget, SpeedTarget, Target
 from imatrix_runner.models.ggml_types import IGNORE_WEIGHTS
 from imatrix_runner.models.gguf_file import padded
 from imatrix_runner.models.tensor_patterns import overrides
@@ -55,6 +55,10 @@ class MixProblem:
         """The bytes of every tensor of a file, by its name."""
         return {**self.others, **{tensor.name: tensor.padded_bytes(types[tensor.name]) for tensor in self.tensors}}
 
+    def file_bytes(self, types: Mapping[str, str]) -> int:
+        """The size of a file with these types of ``tensors``."""
+        return self.header_bytes + sum(self.sizes(types).values())
+
     @property
     def range(self) -> tuple[int, int]:
         """The sizes of the smallest and of the largest file."""
@@ -73,7 +77,7 @@ class MixProblem:
                 return self._stock_bytes(level, target)
             case MemoryTarget(ram, vram):
                 return ram + vram - self.reserve
-            case KldTarget():
+            case KldTarget() | SpeedTarget():
                 return None
 
     def _stock_bytes(self, level: str, target: Target) -> int:

@@ -1,5 +1,5 @@
-"""What a mix is asked for: a size (``MIX@4GiB``, ``MIX@4.25bpw``, ``MIX@like:Q4_K_M``), a quality (``MIX@kld:0.02``) or memory
-to run in (``MIX@ram:64GiB,vram:24GiB``). Pure."""
+"""What a mix is asked for: a size (``MIX@4GiB``, ``MIX@4.25bpw``, ``MIX@like:Q4_K_M``), a quality (``MIX@kld:0.02``), memory
+to run in (``MIX@ram:64GiB,vram:24GiB``) or a speed on this machine (``MIX@speed:20``). Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIX = "MIX@"
 _MOST_BITS = 32.0  # F32
 _LEVEL = re.compile(r"[A-Z0-9_]+")
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{1,25})?(?:e-\d{1,2})?")
-_EXAMPLES = "For example: MIX@4GiB, MIX@4.25bpw, MIX@like:Q4_K_M, MIX@kld:0.02 or MIX@ram:64GiB,vram:24GiB"
+_EXAMPLES = "For example: MIX@4GiB, MIX@4.25bpw, MIX@like:Q4_K_M, MIX@kld:0.02, MIX@ram:64GiB,vram:24GiB or MIX@speed:20"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,18 @@ class MemoryTarget:
         return PREFIX + ",".join(f"{name}:{exact_bytes(n_bytes)}" for name, n_bytes in sizes if n_bytes)
 
 
-Target: TypeAlias = SizeTarget | BitsTarget | LikeTarget | KldTarget | MemoryTarget
+@dataclass(frozen=True)
+class SpeedTarget:
+    """The best file that generates this many tokens/s on this machine, by the measured times of types."""
+
+    tokens_per_second: float
+
+    @property
+    def spelling(self) -> str:
+        return f"{PREFIX}speed:{_shortest(self.tokens_per_second)}"
+
+
+Target: TypeAlias = SizeTarget | BitsTarget | LikeTarget | KldTarget | MemoryTarget | SpeedTarget
 
 
 def is_mix(name: str) -> bool:
@@ -131,7 +142,9 @@ def parse_target(name: str) -> Target:
             return _like(value.strip().upper())
         if kind == "kld":
             return KldTarget(_positive(value, "a KLD such as 0.02"))
-        raise ValueError(f"{kind!r} is not one of like, kld, ram and vram")
+        if kind == "speed":
+            return SpeedTarget(_positive(value, "a number of tokens per second such as 20"))
+        raise ValueError(f"{kind!r} is not one of like, kld, ram, vram and speed")
     except ValueError as error:
         raise UsageError(f"Invalid mix {name!r}", str(error), _EXAMPLES) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -122,6 +123,12 @@ def processor_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
     return next(filter(None, names), "") or os.environ.get("PROCESSOR_IDENTIFIER") or platform.machine()
+
+
+def machine_fingerprint(devices: Sequence[str]) -> str:
+    """``sha256:…`` of what tells this machine from another: its name, processors and llama.cpp's ``devices``."""
+    parts = (platform.node(), cpu_features(), str(os.cpu_count()), *(device.partition(" (")[0] for device in devices))
+    return "sha256:" + hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def cpu_features() -> str:

@@ -41,7 +41,7 @@ PROOF_CHUNKS = 8
 _FLOATS = ("F32", "F16", "BF16")
 # Block types, and where a block has its 16-bit factors (ggml-common.h); all other bytes can have any value. The second number
 # is the factor's share: an offset is chosen so that random codes give weights around zero.
-_QUANTISED: dict[str, tuple[tuple[int, float], ...]] = {
+BLOCK_FACTORS: dict[str, tuple[tuple[int, float], ...]] = {
     "Q4_0": ((0, 1),),
     "Q4_1": ((0, 1), (2, -7.5)),
     "Q5_0": ((0, 1),),
@@ -57,7 +57,7 @@ _QUANTISED: dict[str, tuple[tuple[int, float], ...]] = {
     "IQ3_S": ((0, 1),),
     "IQ2_XXS": ((0, 1),),
 }
-PROOF_TYPES = (*_FLOATS, *_QUANTISED)
+PROOF_TYPES = (*_FLOATS, *BLOCK_FACTORS)
 
 _WIDTH = 256  # one block of the largest types
 _HEADS, _KV_HEADS = 4, 1
@@ -86,7 +86,7 @@ def _write(path: Path, architecture: Architecture) -> None:
 
 
 def _metadata(architecture: Architecture, layers: Sequence[tuple[str, str]]) -> Iterator[bytes]:
-    tokens = _byte_tokens()
+    tokens = byte_tokens()
     yield text_entry("general.architecture", architecture)
     yield text_entry("general.name", "proof")
     yield integer_entry(f"{architecture}.context_length", 2048)
@@ -115,7 +115,7 @@ def _metadata(architecture: Architecture, layers: Sequence[tuple[str, str]]) -> 
 
 def _tensors(layers: Sequence[tuple[str, str]], draw: np.random.Generator) -> Iterator[tuple[NewTensor, npt.NDArray[Any]]]:
     """Yield every tensor and its data, drawn in this order."""
-    n_tokens = len(_byte_tokens())
+    n_tokens = len(byte_tokens())
     yield _plain("token_embd.weight", draw.standard_normal((n_tokens, _WIDTH), np.float32))
     yield _plain("output_norm.weight", np.ones(_WIDTH, np.float32))
     yield _weight("output.weight", "Q6_K", draw, (n_tokens, _WIDTH))
@@ -166,7 +166,7 @@ def _plain(name: str, array: npt.NDArray[np.float32]) -> tuple[NewTensor, npt.ND
 def _weight(name: str, kind: str, draw: np.random.Generator, shape: tuple[int, ...]) -> tuple[NewTensor, npt.NDArray[Any]]:
     """Return random numbers as a tensor of one type; ``shape`` has the row length last."""
     tensor = NewTensor(name, shape[::-1], _type(kind))
-    if kind in _QUANTISED:
+    if kind in BLOCK_FACTORS:
         return tensor, _blocks(kind, draw, shape)
     values = draw.standard_normal(shape, np.float32) * np.float32(_SPREAD)
     if kind == "BF16":
@@ -196,11 +196,11 @@ def _blocks(kind: str, draw: np.random.Generator, shape: tuple[int, ...]) -> npt
 
 
 def _set_factors(blocks: npt.NDArray[np.uint8], kind: str, value: float) -> None:
-    for offset, share in _QUANTISED[kind]:
+    for offset, share in BLOCK_FACTORS[kind]:
         blocks[:, offset : offset + 2] = np.frombuffer(np.float16(value * share).tobytes(), np.uint8)
 
 
-def _byte_tokens() -> list[str]:
+def byte_tokens() -> list[str]:
     """The 256 letters that stand for bytes in GPT-2's vocabulary."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from imatrix_runner.engines.jobs import CollectOptions
 from imatrix_runner.evaluate.measurements import SPEED_OF_SOURCE, speeds
+from imatrix_runner.mixes.type_times import type_times
+from imatrix_runner.toolchain.speed_model import SpeedShape
 from support.evaluations import Place, make_levels
 from support.in_process import CommandLine
+from support.mixing import Mixing
 
 SPEED = ("--speed", "--speed-repetitions", "2")
 
@@ -57,3 +61,18 @@ def test_programs_do_not_time(made: Place, cli: CommandLine) -> None:
     ran = made.evaluate(cli, "--speed", "--engine", "binaries", "--dry-run")
     assert ran.code == 2
     assert "Speed can only be measured by the embedded engine" in ran.err
+
+
+def test_types_are_timed_once_for_a_machine_and_its_options(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    session = Mixing.of(tiny_model, tiny_text, tmp_path / "work").planner.session
+    meter = session.engine.speed_meter
+    assert meter is not None
+    options, shape = CollectOptions(threads=1), SpeedShape(width=256, inner=512, layers=1)
+    kinds = ("Q4_K", "IQ1_M", "BF16", "IQ3_XXS")
+    found = type_times(kinds, options, session, meter, tmp_path / "cache", shape)
+    assert all(0 < found[kind] < 1e-3 for kind in kinds)
+    assert type_times(("Q4_K", "BF16"), options, session, meter, tmp_path / "cache", shape) == {
+        "Q4_K": found["Q4_K"],
+        "BF16": found["BF16"],
+    }
+    assert len(list((tmp_path / "cache" / "speeds").iterdir())) == 1

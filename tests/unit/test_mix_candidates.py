@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isfinite
 
 import pytest
 
 from imatrix_runner.engines.cost_jobs import RoundingError, Trial, TrialResult
 from imatrix_runner.engines.jobs import QuantizeOptions
+from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.mixes.mix_candidates import WITH_FLOOR, Candidates, always_active
 from imatrix_runner.mixes.mix_problem import MixProblem
 from imatrix_runner.mixes.mix_tensors import MixTensor
 from imatrix_runner.mixes.sensitivity import CostModel
+from imatrix_runner.mixes.targets import SpeedTarget
+from imatrix_runner.mixes.time_budget import TokenTimes, check_speed
 from imatrix_runner.quantize.resolve import bits
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -71,3 +75,34 @@ def test_a_tensor_without_a_type_above_the_floor_keeps_its_source_type_as_the_on
     found = candidates(tensors(*ATTENTION, *EXPERTS, types=("Q2_K", "Q4_K")))
     (floored,) = [each for each in found.within(found.problem.range[1] - 20000) if each.name == WITH_FLOOR]
     assert {floored.types[name] for name in ATTENTION} == {"BF16"}
+
+
+SECONDS = {"BF16": 4e-9, "Q2_K": 3e-9, "Q3_K": 2.5e-9, "Q4_K": 1e-9, "Q5_K": 1.5e-9, "Q6_K": 2e-9}
+"""A machine on which small types are slow: Q4_K is the fastest."""
+
+
+def test_a_budget_of_time_takes_what_is_fast_and_not_what_is_small() -> None:
+    found = candidates(tensors(*ATTENTION, "blk.0.ffn_up.weight", *OUTSIDE))
+    problem = found.problem
+    weights = 256 * 64
+    times = TokenTimes.of(problem, SECONDS, 1.0 + 4 * weights * SECONDS["BF16"], (0, 0))
+    assert times.used["token_embd.weight"] == 0, "of the embeddings a token only takes a row"
+    assert times.fixed == pytest.approx(1.0)
+    fastest = times.rate(times.fixed_load + 4 * round(weights * SECONDS["Q4_K"] * 1e12))
+    timed = replace(found, times=times)
+    (mix, *_) = timed.within(times.budget(SpeedTarget(fastest)))
+    assert {mix.types[name] for name in (*ATTENTION, "blk.0.ffn_up.weight", "output.weight")} == {"Q4_K"}
+    assert mix.types["token_embd.weight"] == "BF16", "it takes no time, so it may be large"
+    assert mix.n_bytes == problem.file_bytes(mix.types)
+    assert times.rate(times.total(problem, mix.types)) >= fastest
+    with pytest.raises(InvalidDataError, match=r"MIX@speed:.* cannot be reached"):
+        check_speed(SpeedTarget(2 * fastest), times, problem)
+    with pytest.raises(InvalidDataError, match="leaves nothing to choose"):
+        check_speed(SpeedTarget(0.1), times, problem)
+
+
+def test_experts_take_the_time_of_those_that_a_token_uses_and_tied_embeddings_that_of_an_output() -> None:
+    found = candidates(tensors(*ATTENTION, EXPERTS[0], "token_embd.weight"))
+    times = TokenTimes.of(found.problem, SECONDS, 1.0, (2, 8))
+    assert times.used[EXPERTS[0]] == 256 * 64 * 2
+    assert times.used["token_embd.weight"] == 256 * 64

@@ -15,6 +15,7 @@ from imatrix_runner.mixes.targets import (
     LikeTarget,
     MemoryTarget,
     SizeTarget,
+    SpeedTarget,
     Target,
     is_mix,
     parse_target,
@@ -42,6 +43,7 @@ ALL = tuple(name for name, _, help_text in _OFFERED if not help_text.startswith(
         ("MIX@VRAM:24g, RAM:64g", MemoryTarget(64 * GIB, 24 * GIB), "MIX@ram:64GiB,vram:24GiB"),
         ("MIX@vram:24GiB", MemoryTarget(0, 24 * GIB), "MIX@vram:24GiB"),
         ("MIX@ram:64GiB", MemoryTarget(64 * GIB, 0), "MIX@ram:64GiB"),
+        ("mix@SPEED: 20.0", SpeedTarget(20.0), "MIX@speed:20"),
     ],
 )
 def test_targets(name: str, target: Target, spelling: str) -> None:
@@ -61,6 +63,7 @@ SIZES = st.integers(1, 1 << 46)
         st.builds(KldTarget, st.floats(1e-9, 1e9)),
         st.builds(LikeTarget, st.sampled_from(ALL)),
         st.builds(MemoryTarget, SIZES, st.integers(0, 1 << 46)),
+        st.builds(SpeedTarget, st.floats(1e-3, 1e6)),
     )
 )
 def test_a_spelling_is_read_back(target: Target) -> None:
@@ -89,7 +92,8 @@ def test_a_spelling_is_read_back(target: Target) -> None:
         ("MIX@kld:0", "'0' is not a KLD such as 0.02"),
         ("MIX@kld:nan", "'nan' is not a KLD such as 0.02"),
         ("MIX@kld:1e-99999", "'1e-99999' is not a KLD such as 0.02"),
-        ("MIX@size:4GiB", "'size' is not one of like, kld, ram and vram"),
+        ("MIX@size:4GiB", "'size' is not one of like, kld, ram, vram and speed"),
+        ("MIX@speed:0", "'0' is not a number of tokens per second such as 20"),
         ("MIX@ram:4GiB,ram:8GiB", "ram is given twice"),
         ("MIX@ram:4GiB,8GiB", "'8gib' is not ram:SIZE or vram:SIZE"),
         ("MIX@ram:64", "'64' has no unit and would mean bytes; for GiB, write 64GiB"),
