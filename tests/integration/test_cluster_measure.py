@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,46 +30,64 @@ def made(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @contextmanager
-def killed_worker(machines: RayMachines, job: str) -> Iterator[list[int]]:
-    """Kill the first worker of the cluster that has a child with such a job; yields the ids of those killed."""
-    killed: list[int] = []
+def watching(act: Callable[[], bool]) -> Iterator[list[bool]]:
+    """Call ``act`` again and again until it returns true, which is then in the list."""
+    done: list[bool] = []
     over = threading.Event()
 
     def watch() -> None:
-        while not over.is_set() and not killed:
-            for worker in machines.computing():
-                try:
-                    if any(job in " ".join(child.cmdline()) for child in worker.children()):
-                        worker.kill()
-                        killed.append(worker.pid)
-                        return
-                except psutil.Error:
-                    continue
+        while not over.is_set() and not done:
+            if act():
+                done.append(True)
             time.sleep(0.02)
 
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
     try:
-        yield killed
+        yield done
     finally:
         over.set()
-        watching.join()
+        thread.join()
+
+
+def kill_worker(machines: RayMachines, job: str) -> bool:
+    """Kill a worker of the cluster that has a child with such a job; returns whether there was one."""
+    for worker in machines.computing():
+        try:
+            if any(job in " ".join(child.cmdline()) for child in worker.children()):
+                worker.kill()
+                return True
+        except psutil.Error:
+            continue
+    return False
+
+
+def interrupt(place: Place) -> bool:
+    """Interrupt this process, as Ctrl-C does, once scores of a level have arrived."""
+    arrived = any(path.stat().st_size > 1000 for path in place.workspace.evaluation.glob("[!s]*.scored"))
+    if arrived:
+        os.kill(os.getpid(), signal.SIGINT)
+    return arrived
 
 
 def scored(place: Place) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.workspace.evaluation.iterdir()}
 
 
-def test_a_measurement_is_that_of_one_machine(
+def test_an_interrupted_measurement_is_that_of_one_machine(
     machines: RayMachines, made: Place, cli: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usual, spread = made.copy(tmp_path / "usual"), made.copy(tmp_path / "spread")
     assert usual.evaluate(cli, chunks=MOST).code == 0
     monkeypatch.setattr(measure, "ranges_of", lambda _model, _engine, held_out: measure_ranges.cut(held_out.extent.n_chunks, 4))
-    with killed_worker(machines, '"MeasureJob"') as killed:
+    with watching(lambda: interrupt(spread)):
+        stopped = spread.evaluate(cli, "--cluster", machines.address, chunks=MOST)
+    assert stopped.code == 130, stopped.err
+    assert scored(spread) != scored(usual)
+    with watching(lambda: kill_worker(machines, '"MeasureJob"')) as killed:
         done = spread.evaluate(cli, "--cluster", machines.address, chunks=MOST)
     assert done.code == 0, done.err
-    assert len(killed) == 1
+    assert killed == [True]
     assert scored(spread) == scored(usual)
     assert spread.facts() == usual.facts()
 
@@ -87,8 +107,8 @@ def test_a_mix_is_that_of_one_machine(
     arguments = ("run", tiny_model, "--imatrix", tiny_imatrix, "-f", text, *MIX)
     usual = run_command(*arguments, "--work-dir", tmp_path / "usual", cwd=tmp_path)
     assert usual.code == 0, usual.err
-    with killed_worker(machines, '"TrialsJob"') as killed:
+    with watching(lambda: kill_worker(machines, '"TrialsJob"')) as killed:
         done = cli(*arguments, "--cluster", machines.address, "--work-dir", tmp_path / "spread")
     assert done.code == 0, done.err
-    assert len(killed) == 1
+    assert killed == [True]
     assert costs(tmp_path / "spread") == costs(tmp_path / "usual")
