@@ -28,7 +28,8 @@ from imatrix_runner.evaluate.measure import Measurer, Subject
 from imatrix_runner.evaluate.measurements import OtherMeasured, content_of, levels_made
 from imatrix_runner.evaluate.mix_verdict import MeasuredSize
 from imatrix_runner.evaluate.other_files import OtherFile, check_plain_tensors, described_at, fetched, look_at
-from imatrix_runner.files import joint_sha256
+from imatrix_runner.events import warning
+from imatrix_runner.files import human_bytes, joint_sha256
 from imatrix_runner.imatrix.ineffective_collection import warn_of_placement
 from imatrix_runner.journal import Journal, StepRecord, differences
 from imatrix_runner.models.hub import Hub
@@ -98,6 +99,8 @@ def compare_files(
         if not dry_run and is_free(session.journal):
             claim(session.journal, place_of(parse_source(request.source.model)), frozen.fingerprint, model.n_bytes)
             session.journal.remember(model=model.name, source=model.source.location)
+        if model.is_quantised:
+            session.sink(warning(f"{model.name} is quantised itself: figures are distances from it, not from its original."))
         job = _Comparison(request, frozen, session, Hub(session.stop, session.sink), folder)
         plan = job.plan()
         if on_plan is not None:
@@ -168,7 +171,11 @@ class _Comparison:
                 if not sizes:
                     raise
                 largest = max((each for each in named if not each.paths), key=lambda each: each.n_bytes)
-                refused[largest.place] = error
+                refused[largest.place] = NoSpaceError(
+                    f"There is no room for {largest.place}",
+                    f"it takes {human_bytes(largest.n_bytes)}; {error.why.rpartition(', and ')[2]} for it and its measurement",
+                    "Raise --max-disk or free some space, or fetch it to another disk and give its path.",
+                )
                 named = [each for each in named if each is not largest]
         subjects = self._own_subjects(own, held_out, measure)
         todo = tuple(subject.name for subject in subjects if subject.todo)

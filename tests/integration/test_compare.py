@@ -151,6 +151,9 @@ def test_a_repository_shows_its_headers_first_and_is_fetched_file_by_file(
         for request in hub.requests[asked:]
         if request.method == "GET" and "/resolve/" in request.path
     )
+    cramped = compare(place, cli, REPO, "--max-disk", "1MiB", "--dry-run", "--json")
+    assert cramped.document["failed"][f"{REPO}:tiny-Q5_K_M.gguf"]["what"] == f"There is no room for {REPO}:tiny-Q5_K_M.gguf"
+    assert "may be used for it and its measurement" in cramped.document["failed"][f"{REPO}:tiny-Q5_K_M.gguf"]["why"]
     kept = compare(place, cli, f"{REPO}:Q3_K_S", "--again", "--keep")
     assert kept.code == 0, kept.err
     assert len(list(tmp_path.rglob("cache/**/snapshots/*/*.gguf"))) == 1

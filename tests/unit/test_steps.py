@@ -28,6 +28,7 @@ IDS: list[tuple[Kind, str, str]] = [
     ("against", "MIX-4.25bpw-IQ4_XS", "against MIX-4.25bpw-IQ4_XS"),
     ("other", "m-Q4_K_M of them", "other m-Q4_K_M of them"),
     ("answer", "Q4_K_M", "answer Q4_K_M"),
+    ("speed", "Q4_K_M", "speed Q4_K_M"),
     ("modelfile", "Q4_K_M", "modelfile Q4_K_M"),
     ("report", "", "report"),
 ]
