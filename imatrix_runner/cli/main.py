@@ -28,6 +28,7 @@ _COMMANDS = {
     "evaluate": ("evaluate", "evaluate", "Measure every level against its source, with and without imatrix."),
     "audit": ("audit", "audit", "Check whether a file's bytes are what llama-quantize makes of its source."),
     "compare": ("compare", "compare", "Compare GGUF files of others with the levels of a model, at equal size."),
+    "rebuild": ("rebuild", "rebuild", "Make a level's file again from its recipe, with the same bytes."),
     "publish": ("publish", "publish", "Upload verified levels to a Hugging Face repository, with card and imatrix."),
     "imatrix": ("imatrix_group", "imatrix", "Importance matrices: generate, check, merge, convert, look inside."),
     "calibration": ("calibration_group", "calibration", "Calibration texts: list, build, inspect, fetch."),

@@ -16,7 +16,7 @@ import psutil
 from msgspec import UNSET
 
 from imatrix_runner.context.context import Session
-from imatrix_runner.context.open_model import Frozen
+from imatrix_runner.context.open_model import Frozen, hash_files
 from imatrix_runner.context.requests import LevelsRequest
 from imatrix_runner.engines.contract import Engine
 from imatrix_runner.engines.jobs import LEDGER_NAME, CheckJob, Donor, PassedLevel, PassFigures, PassJob, PassLevel, QuantizeJob
@@ -28,6 +28,7 @@ from imatrix_runner.imatrix.covariances import CovarianceSet
 from imatrix_runner.imatrix.formats import MatrixFile
 from imatrix_runner.journal import StepOutput, StepRecord, outputs_intact
 from imatrix_runner.models.gguf_file import unknown_types
+from imatrix_runner.quantize.build_recipe import RecipeFile, recipe_of_level, recipe_path, write_build_recipe
 from imatrix_runner.quantize.copy_finished import Copier, alike
 from imatrix_runner.quantize.disk_room import disk_full, explained, reserved_bytes
 from imatrix_runner.quantize.level_facts import MadeFacts
@@ -359,9 +360,28 @@ class LevelMaker:
         outputs = [StepOutput(*made) for made in zip(names, map(stamp, parts), hashes, strict=True)]
         commands = written.engine.commands(replace(written.job, out=self.session.workspace.level_file(step.level.name)))
         record = StepRecord.now(step.inputs, outputs, step.reason, written.seconds, commands=commands, facts=facts)
+        self._write_recipe(step, written, hashes)
         self.session.journal.conclude(step.step, record, list(zip(parts, step.files, strict=True)))
         keep_ledger(self.session.workspace, step.level.name, written.job.out.parent)
         return n_bytes
+
+    def _write_recipe(self, step: LevelStep, written: _Written, hashes: Sequence[str]) -> None:
+        """Write how the level was made next to where it will be."""
+        sizes = [part.stat().st_size for part in written.parts]
+        files = [RecipeFile(*made) for made in zip((part.name for part in written.parts), sizes, hashes, strict=True)]
+        matrix = (self.matrix.path,) if self.matrix is not None else ()
+        hashed = hash_files((*self.frozen.model.files, *matrix), self.session)
+        inputs = [
+            RecipeFile(path.name, path.stat().st_size, digest)
+            for path, digest in zip((*self.frozen.model.files, *matrix), hashed, strict=True)
+        ]
+        source = inputs[: len(self.frozen.model.files)]
+        imatrix = inputs[-1] if matrix else None
+        used = self.covariances.fingerprint if self.covariances is not None else ""
+        recipe = recipe_of_level(self._pass_level(step), files, source, imatrix, written.engine.identity(), used)
+        path = recipe_path(step.files[0])
+        if not write_build_recipe(path, recipe):
+            self.sink(warning(f"{path.name} is not written: a file that was not made here has this name."))
 
     def _check_rows(self, step: LevelStep, written: _Written) -> None:
         """Check every row as it is on the disk (``--verify full``)."""
