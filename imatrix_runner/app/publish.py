@@ -20,6 +20,7 @@ from imatrix_runner.models.hub import Hub, PublishingHub
 from imatrix_runner.process import Runner
 from imatrix_runner.publish.before_upload import refuse_secrets, tell_of_template
 from imatrix_runner.publish.companions import companions, report_on, with_merged_card
+from imatrix_runner.publish.how_made import how_made
 from imatrix_runner.publish.local_files import ReadyLevel, level_files, ready_level, ready_levels, recipe_files, small_file
 from imatrix_runner.publish.publish_plan import FileState, PublishUnit, is_same, missing
 from imatrix_runner.publish.published_names import level_paths, same_labels
@@ -210,7 +211,9 @@ class PublishJob:
         shown = [*levels, *(level for level in others if self._is_there(level))]
         paths = self.paths(shown)
         found = {name: path for level in shown for (name, _, _), path in zip(level.files, paths[level.name], strict=True)}
-        return companions(self.workspace, self.journal, report_on(report, {level.name for level in shown}), found)
+        unit = companions(self.workspace, self.journal, report_on(report, {level.name for level in shown}), found)
+        made = [file for level in shown for file in how_made(self.workspace, level, paths[level.name])]
+        return replace(unit, files=(*unit.files, *made))
 
     def finish(self, last: PublishUnit, began: float) -> PublishResult:
         """Publish what comes with the levels, and verify everything."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from imatrix_runner.advise.memory import SPARE_BYTES, context_memory
+from imatrix_runner.app.attest_levels import attest_levels, require_attestable
 from imatrix_runner.app.background_uploads import level_uploads, try_to_finish
 from imatrix_runner.app.evaluate import EvaluateResult, check_request, domain_of, evaluate_levels
 from imatrix_runner.app.local_use import write_modelfiles
@@ -124,6 +125,8 @@ def run(
         full = request.levels is not None and request.levels.verify == "full"
         checker = make_checker(machine, runner) if full else None
         session = Session(workspace, journal, machine, engine, runner, context.sink, dry_run, additional, checker)
+        if request.attest:
+            require_attestable(session)
         if not dry_run:
             finish_renames(journal, workspace)
         uploads = stack.enter_context(level_uploads(request.publish, session))
@@ -170,6 +173,8 @@ def run(
             if planner is not None:
                 made = make_levels(plan, planner, matrix, session, job.covariances(plan, planner), uploads)
                 job.verify_speeds(planner)
+                if request.attest:
+                    attest_levels(plan.levels, frozen, matrix, session)
                 evaluated = job.evaluate(made, frozen)
                 if any(result.status != "failed" for result in made.results):
                     command = request.environment.command

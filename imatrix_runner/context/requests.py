@@ -183,7 +183,7 @@ class PublishRequest:
 class RunRequest:
     """``run`` and ``quantize`` (with ``levels``), or ``imatrix generate`` (without). ``measure``: what comes after;
     ``warnings``: what can be said of the options before anything is opened. ``publish``: where levels are uploaded as they are
-    finished; its ``levels`` do not count."""
+    finished; its ``levels`` do not count. ``attest``: leave a statement next to each level."""
 
     source: SourceRequest
     environment: EnvironmentRequest
@@ -192,6 +192,7 @@ class RunRequest:
     measure: MeasureRequest | None = None
     warnings: tuple[str, ...] = ()
     publish: PublishRequest | None = None
+    attest: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,12 @@ class RunOptions:
         help="Then measure every level against the source (see imatrix-runner evaluate --help).",
     )
     measuring: MeasuringOptions
+    attest: bool = setting(
+        "--attest",
+        is_flag=True,
+        section=PUBLISH,
+        help="Leave an attestation next to each level, as ggufpacker verifies it; publish uploads them.",
+    )
     publish: str = setting(
         "--publish",
         default="",
@@ -116,6 +122,7 @@ def run_request(invocation: Invocation, options: RunOptions) -> RunRequest:
             *unused_publish_options(options.publishing, published=bool(options.publish)),
         ),
         publish_request(options.model, options.publish, environment, options.publishing) if options.publish else None,
+        attest=options.attest,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from imatrix_runner.files import human_bytes, human_seconds
@@ -155,7 +156,22 @@ def making_of(report: Report) -> list[Markdown]:
         found += _imatrix(report.imatrix)
     if report.toolchain:
         found.append(Markdown(f"Quantised with {inline(report.toolchain)}"))
+    if checking := _check_command(report):
+        found.append(Markdown(f"Anybody can check these bytes: {code(checking)}"))
     return found
+
+
+def _check_command(report: Report) -> str:
+    """The command that compares a file with what llama-quantize makes of its source; empty without files."""
+    level = next((level for level in sorted(report.rows, key=lambda level: -level.n_bytes) if level.files), None)
+    if level is None:
+        return ""
+    source = next(
+        (file.name for file in report.model.files if file.name.endswith(".gguf") and "mmproj" not in file.name), "MODEL"
+    )
+    words = ["imatrix-runner", "audit", level.files[0].name, "--source", source]
+    words += ["--imatrix", report.imatrix.file.name] if level.used_imatrix and report.imatrix is not None else []
+    return shlex.join(words)
 
 
 def _imatrix(imatrix: ReportImatrix) -> list[Markdown]:
