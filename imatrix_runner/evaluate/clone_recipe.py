@@ -1,4 +1,4 @@
-"""The recipe of somebody's GGUF for another model: the type of each tensor, as ``--tensor-type-file`` takes it. Pure."""
+"""The recipe of a published GGUF for another model: the type of each tensor, as ``--tensor-type-file`` takes it. Pure."""
 
 from __future__ import annotations
 

@@ -120,3 +120,15 @@ def test_words() -> None:
         "MIX is not better than stock on held.txt by 2 standard errors: its KLD is 1.10 ± 0.01 of that of stock between Q3_K_M "
         "and Q4_K_M. Take Q3_K_M (200.00 MiB) instead."
     )
+
+
+def test_levels_measured_on_different_numbers_of_chunks_are_compared_on_those_that_all_have() -> None:
+    """The later chunks are ten times as hard, and the stock level was not measured on them."""
+    hard = np.concatenate((np.full(12, 0.1), np.full(12, 1.0)))
+    mix = measured("MIX", 200, float(0.8 * hard.mean()), 0.01, 0.8 * hard)
+    stock = measured("Q3_K_M", 200, 0.1, 0.01, hard[:12])
+    found = verdict(mix, (stock,))
+    assert found.ratio.value == pytest.approx(0.8)
+    assert found.typical is not None
+    assert found.typical.value == pytest.approx(0.8)
+    assert found.kld == mix.kld  # the figure that tables show
