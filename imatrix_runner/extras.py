@@ -48,3 +48,6 @@ PUBLISH = Extra("publish", ("ggufdoctor", "wasmtime"))
 
 RAY = Extra("ray", ("ray",))
 """What ``--cluster`` spreads work with."""
+
+TASKS = Extra("tasks", ("lm_eval", "datasets", "evaluate"))
+"""What ``evaluate --tasks`` takes tasks from."""

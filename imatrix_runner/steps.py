@@ -24,6 +24,7 @@ against     ``against MIX-…``       a mix was compared with stock levels on th
 other       ``other NAME``          a file that was not made here was compared with levels
 answer      ``answer Q4_K_M``       a level answered prompts
 speed       ``speed Q4_K_M``        a level, or the source, was timed on a machine
+tasks       ``tasks Q4_K_M``        a level was scored on tasks
 modelfile   ``modelfile Q4_K_M``    a Modelfile for Ollama was written next to a level
 report      ``report``              a report was written
 =========== ======================= ==============================================================================
@@ -53,6 +54,7 @@ Kind = Literal[
     "other",
     "answer",
     "speed",
+    "tasks",
     "modelfile",
     "report",
 ]
@@ -75,6 +77,7 @@ _BEGINNINGS: dict[Kind, str] = {
     "other": "other ",
     "answer": "answer ",
     "speed": "speed ",
+    "tasks": "tasks ",
     "modelfile": "modelfile ",
 }
 _CONTENT = " sha256:"

@@ -33,11 +33,14 @@ from imatrix_runner.evaluate.measurements import (
     content_of,
     levels_made,
     measured,
+    scored_on_tasks,
 )
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.prompt_answers import DomainRequest, answer_levels, check_answerable, check_prompts
 from imatrix_runner.evaluate.recommendations import Measure, Pick, target
 from imatrix_runner.evaluate.speed_figures import MeasuredSpeed, fast_enough
+from imatrix_runner.evaluate.tasks.measure_tasks import TasksRequest, check_tasks, score_levels
+from imatrix_runner.evaluate.tasks.task_verdict import TaskScores
 from imatrix_runner.events import warning
 from imatrix_runner.files import free_bytes
 from imatrix_runner.imatrix.ineffective_collection import warn_of_placement
@@ -83,6 +86,7 @@ class EvaluateResult:
     failed: Mapping[str, RunnerError] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
     domain: tuple[DomainResult, ...] = ()
+    tasks: tuple[TaskScores, ...] = ()
     target: Pick | None = None
     mixes: tuple[MixVerdict, ...] = ()
     speeds: Mapping[str, MeasuredSpeed] = field(default_factory=dict)
@@ -163,6 +167,15 @@ def check_request(request: MeasureRequest, calibration: Path | None, session: Se
         speed_meter(session)
     if (domain := domain_of(request)) is not None:
         check_answerable(domain, session)
+    if (tasks := tasks_of(request)) is not None:
+        check_tasks(tasks, session)
+
+
+def tasks_of(request: MeasureRequest) -> TasksRequest | None:
+    """Return what ``--tasks`` requests; None without it."""
+    if not request.tasks:
+        return None
+    return TasksRequest(request.tasks, request.task_limit, request.allow_code, request.options, request.again)
 
 
 def domain_of(request: MeasureRequest) -> DomainRequest | None:
@@ -186,6 +199,8 @@ class _Evaluation:
             check_prompts(domain, self.frozen.model, session)
         if self.request.speed is not None:
             speed_meter(session)
+        if (tasks := tasks_of(self.request)) is not None:
+            check_tasks(tasks, session)
         same = same_tensors({name: (record.inputs, facts_of_level(record)) for name, record in made.items()})
         distinct = {name: record for name, record in made.items() if name not in same}
         steps, alone = self.baselines.plan(distinct) if self.request.baselines else ((), {})
@@ -222,6 +237,7 @@ class _Evaluation:
         self.baselines.tidy()
         answers = self._answers(plan, failed)
         speeds = self._speeds(plan, failed)
+        tasks = self._tasks(plan, failed)
         return EvaluateResult(
             session.workspace,
             plan,
@@ -229,6 +245,7 @@ class _Evaluation:
             failed,
             pairs,
             answers,
+            tasks,
             self._target(everything),
             mixes,
             speeds,
@@ -387,6 +404,19 @@ class _Evaluation:
             fastest = f"; the fastest is {best} with {found[best].generation.mean:.1f}" if best is not None else ""
             self.session.sink(warning(f"No measured level generates {least:g} tokens/s here{fastest}."))
         return pick
+
+    def _tasks(self, plan: MeasurePlan, failed: dict[str, RunnerError]) -> tuple[TaskScores, ...]:
+        """The scores of levels on ``--tasks``; levels whose measurement failed are left out."""
+        request = tasks_of(self.request)
+        if request is None:
+            return ()
+        asked = [each for each in plan.subjects if each.name not in failed and each.name not in plan.same]
+        levels = [(each.name, each.file, each.inputs[LEVEL_INPUT]) for each in asked]
+        folder = self.session.workspace.evaluation / "tasks"
+        found = score_levels(request, self.frozen, levels, scored_on_tasks(self.session.journal), self.session, folder)
+        failed.update(found.failed)
+        failed.update({name: outcome for name, outcome in found.levels.items() if isinstance(outcome, RunnerError)})
+        return tuple(outcome for outcome in found.levels.values() if isinstance(outcome, TaskScores))
 
     def _record_pair(
         self, plan: MeasurePlan, measurer: Measurer, name: str, made: Divergence, without: Divergence, baseline: Subject

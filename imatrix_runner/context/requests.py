@@ -107,8 +107,10 @@ class MeasureRequest:
     file of log-probabilities to compare with, in place of text and source. ``again``: known figures are measured again.
 
     ``baselines``: each level is compared with one made without imatrix. ``domain``: a file of prompts that source and levels
-    answer, in ``n_predict`` tokens at most, written with ``chat_template`` (None: the model's own). ``target_kld`` (nats) and
-    ``target_size`` (bytes) decide which level is picked. ``speed``: source and levels are timed, too.
+    answer, in ``n_predict`` tokens at most, written with ``chat_template`` (None: the model's own). ``tasks``: names of tasks
+    that both are scored on, ``task_limit``: the first items of each (None: all), ``allow_code``: programs that models write for
+    them may be run. ``target_kld`` (nats) and ``target_size`` (bytes) decide which level is picked. ``speed``: source and
+    levels are timed, too.
     """
 
     levels: tuple[str, ...] = ()
@@ -123,6 +125,9 @@ class MeasureRequest:
     domain: Path | None = None
     n_predict: int = 128
     chat_template: Path | None = None
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    allow_code: bool = False
     target_kld: float | None = None
     target_size: int | None = None
     speed: SpeedRequest | None = None

@@ -1,6 +1,6 @@
-"""Contracts that only some engines fulfil: tokenise texts, answer prompts, check finished levels, measure costs of rounding,
-collect covariances, measure levels in ranges of chunks, compare files with what llama-quantize makes of their source, time
-them."""
+"""Contracts that only some engines fulfil: tokenise texts, answer prompts, compute requests of tasks, check finished levels,
+measure costs of rounding, collect covariances, measure levels in ranges of chunks, compare files with what llama-quantize makes
+of their source, time them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from imatrix_runner.engines.covariance_jobs import CovarianceJob
 from imatrix_runner.engines.jobs import CheckJob
 from imatrix_runner.engines.measures import AnswerJob, RangeScores, RangesJob
 from imatrix_runner.engines.speed_jobs import SpeedJob, TimedRuns
+from imatrix_runner.engines.task_jobs import TaskJob
 from imatrix_runner.events import Sink
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ class Answerer(TextTokeniser, Protocol):
 
     def answer(self, job: AnswerJob, sink: Sink) -> None:
         """Write the answers. Progress counts prompts; a stop ends the job where its work can be kept."""
+        ...
+
+
+class TaskAnswerer(Protocol):
+    """Computes the requests of tasks with a model."""
+
+    def answer_tasks(self, job: TaskJob, sink: Sink) -> None:
+        """Write the outcome of every request. Progress counts requests; a stop ends the job where its work can be kept."""
         ...
 
 

@@ -22,7 +22,14 @@ from imatrix_runner.events import Sink
 from imatrix_runner.toolchain.quant_type import QuantType
 
 if TYPE_CHECKING:
-    from imatrix_runner.engines.abilities import Answerer, CostMeter, CovarianceCollector, RangeMeasurer, SpeedMeter
+    from imatrix_runner.engines.abilities import (
+        Answerer,
+        CostMeter,
+        CovarianceCollector,
+        RangeMeasurer,
+        SpeedMeter,
+        TaskAnswerer,
+    )
     from imatrix_runner.engines.measures import Divergence, MeasureJob, ReferenceJob
 
 OnRange = Callable[[CollectedRange], bool]
@@ -134,6 +141,11 @@ class Engine(Protocol):
     @property
     def answerer(self) -> Answerer | None:
         """Lets models answer prompts; None where the engine cannot return the answers' tokens."""
+        ...
+
+    @property
+    def task_answerer(self) -> TaskAnswerer | None:
+        """Computes the requests of tasks; None where the engine cannot."""
         ...
 
     @property

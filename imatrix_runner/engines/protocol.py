@@ -25,6 +25,7 @@ from imatrix_runner.engines.jobs import (
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
 from imatrix_runner.engines.pass_parts import PassWork
 from imatrix_runner.engines.speed_jobs import SpeedJob, TimedRuns
+from imatrix_runner.engines.task_jobs import TaskJob
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Metric, Notice, Progress
 from imatrix_runner.files import not_utf8
@@ -96,6 +97,7 @@ Job = (
     | ReferenceJob
     | MeasureJob
     | AnswerJob
+    | TaskJob
     | DryRunsJob
     | PassJob
     | PreparePassJob
@@ -190,6 +192,15 @@ class Answered(msgspec.Struct, frozen=True, tag_field="type", tag="answered"):
     load_seconds: Seconds
 
 
+class TasksAnswered(msgspec.Struct, frozen=True, tag_field="type", tag="tasks"):
+    """All requests of a task job are computed (``done``), or only ``requests`` of them because of a stop."""
+
+    requests: Count
+    done: bool
+    seconds: Seconds
+    load_seconds: Seconds
+
+
 class Planned(msgspec.Struct, frozen=True, tag_field="type", tag="planned"):
     """Reply to one dry run."""
 
@@ -278,7 +289,19 @@ class Failed(msgspec.Struct, frozen=True, tag_field="type", tag="failed"):
     exit_code: int
 
 
-ReplyT = TypeVar("ReplyT", Counted, Tokenized, CovariancesCollected, TokensMeasured, Answered, Checked, Costed, Audited, Timed)
+ReplyT = TypeVar(
+    "ReplyT",
+    Counted,
+    Tokenized,
+    CovariancesCollected,
+    TokensMeasured,
+    Answered,
+    TasksAnswered,
+    Checked,
+    Costed,
+    Audited,
+    Timed,
+)
 
 Reply = (
     Proven
@@ -287,6 +310,7 @@ Reply = (
     | CovariancesCollected
     | TokensMeasured
     | Answered
+    | TasksAnswered
     | Collected
     | Planned
     | Passed

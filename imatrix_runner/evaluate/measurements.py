@@ -13,6 +13,7 @@ from imatrix_runner.evaluate.answer_agreement import DomainResult
 from imatrix_runner.evaluate.equal_size import EqualSizeVerdict
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.speed_figures import MeasuredSpeed
+from imatrix_runner.evaluate.tasks.task_verdict import TaskScores
 from imatrix_runner.files import joint_sha256
 from imatrix_runner.journal import Journal, StepRecord
 from imatrix_runner.steps import LEVEL_INPUT, MODEL_INPUT, Kind, step_id
@@ -27,6 +28,7 @@ _ASKED: dict[Kind, str] = {
     "alone": " --ab",
     "against": "",
     "speed": " --speed",
+    "tasks": " --tasks NAMES",
 }
 """By what each is asked for."""
 
@@ -95,6 +97,10 @@ def speed_of_source(journal: Journal, fingerprint: str) -> MeasuredSpeed | None:
     if record is None or record.inputs.get(LEVEL_INPUT) != fingerprint:
         return None
     return record.facts_as(MeasuredSpeed)
+
+
+def scored_on_tasks(journal: Journal) -> dict[str, TaskScores]:
+    return dict(_holding(journal, "tasks", TaskScores))
 
 
 def _holding(journal: Journal, what: Kind, kind: type[T]) -> Iterator[tuple[str, T]]:

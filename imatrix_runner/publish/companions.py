@@ -86,6 +86,7 @@ def report_on(report: Report, names: Collection[str]) -> Report:
         comparisons=tuple(each for each in report.comparisons if each.level not in left),
         without_twin=tuple(each for each in report.without_twin if each.level not in left),
         domain=tuple(each for each in report.domain if each.level not in left),
+        tasks=tuple(each for each in report.tasks if each.level not in left),
         picks=tuple(each for each in report.picks if each.level not in left),
         steps=tuple(each for each in report.steps if each.what not in left),
     )

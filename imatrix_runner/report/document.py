@@ -25,6 +25,7 @@ from imatrix_runner.evaluate.measurements import OtherMeasured, ReportEvaluation
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.recommendations import Pick
 from imatrix_runner.evaluate.speed_figures import SpeedSetting, TokenRate
+from imatrix_runner.evaluate.tasks.task_verdict import TaskScores
 from imatrix_runner.files import encode_json
 from imatrix_runner.safe_text import printable
 from imatrix_runner.untrusted import UnreadableError, from_json
@@ -355,6 +356,7 @@ class Report:
     without_twin: tuple[WithoutBaseline, ...] = ()
     others: tuple[OtherMeasured, ...] = ()
     domain: tuple[DomainResult, ...] = ()
+    tasks: tuple[TaskScores, ...] = ()
     picks: tuple[Pick, ...] = ()
     caveats: tuple[str, ...] = ()
     steps: tuple[ReportStep, ...] = ()

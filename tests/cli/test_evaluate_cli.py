@@ -20,7 +20,7 @@ PLAN = {
     *("text", "sha256", "chunks", "context", "tokens", "overlap", "disk_bytes", "passes", "levels", "twins", "without_twin"),
     *("same", "until_precise"),
 }
-MEASURED = {"levels", "failed", "comparisons", "domain", "mixes", "target", "speeds", "speed_pick", "seconds"}
+MEASURED = {"levels", "failed", "comparisons", "domain", "tasks", "mixes", "target", "speeds", "speed_pick", "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,7 @@ def test_a_dry_run_has_the_plan_and_no_figures(place: Place, cli: CommandLine) -
         "failed": {},
         "comparisons": [],
         "domain": [],
+        "tasks": [],
         "mixes": [],
         "target": None,
         "speeds": {},

@@ -108,8 +108,12 @@ class Place:
 
     def spoil(self, level: str, number: float = math.inf) -> None:
         """Have this level's file compute no number, and the journal say that it was made so."""
+        break_norm(self.workspace.level_file(level), number)
+        self.accept(level)
+
+    def accept(self, level: str) -> None:
+        """Have the journal say that this level was made as its file is now."""
         file = self.workspace.level_file(level)
-        break_norm(file, number)
         journal, step = self.journal, f"level-{level}"
         output = replace(journal[step].outputs[0], stamp=stamp(file), sha256=sha256(file))
         journal.record(step, replace(journal[step], outputs=[output]))
@@ -135,6 +139,19 @@ def break_norm(model: Path, number: float = math.inf) -> None:
     with model.open("r+b") as file:
         file.seek(header.data_offset + norm.offset)
         file.write(np.array([number], "<f4").tobytes())
+
+
+def zero_tensors(model: Path, *names: str) -> None:
+    """Fill these tensors with zero bytes."""
+    from imatrix_runner.models.gguf_file import read_header
+
+    header = read_header(model)
+    sizes = {tensor.name: tensor.n_bytes for tensor in header.tensors}
+    places = {tensor.name: header.data_offset + tensor.offset for tensor in header.tensors}
+    with model.open("r+b") as file:
+        for name in names:
+            file.seek(places[name])
+            file.write(bytes(sizes[name]))
 
 
 def make_levels(folder: Path, model: Path, calibration: Path, *further: str | Path, levels: tuple[str, ...] = LEVELS) -> Place:

@@ -70,6 +70,7 @@ class SyntheticEngine:
     devices: tuple[str, ...] = ()
     one_pass: None = None
     answerer: None = None
+    task_answerer: None = None
     cost_meter: None = None
     speed_meter: None = None
     covariance_collector: None = None

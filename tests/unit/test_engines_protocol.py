@@ -30,6 +30,7 @@ from imatrix_runner.engines.jobs import (
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
 from imatrix_runner.engines.pass_parts import PassPart, PassWork, WantedPair, WantedPlace
 from imatrix_runner.engines.speed_jobs import SpeedJob
+from imatrix_runner.engines.task_jobs import TaskJob
 from imatrix_runner.engines.worker.__main__ import FUNCTIONS, function_of
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.untrusted import UnreadableError
@@ -76,6 +77,7 @@ JOBS: tuple[protocol.Job, ...] = (
     ReferenceJob("refer", MODEL, TEXT, ChunkRange(4, 2), OUT, COMPUTE, "print", None, (LOG, "another")),
     MeasureJob("measure", MODEL, TEXT, OUT, COMPUTE, "print", LOG, first=4, limit=2),
     AnswerJob("answer", MODEL, TEXT, OUT, 128, COMPUTE, "print", LOG),
+    TaskJob("tasks", MODEL, TEXT, OUT, COMPUTE, "print", LOG),
     protocol.DryRunsJob((LEVEL, replace(LEVEL, imatrix=None))),
     PASS,
     protocol.PreparePassJob(PASS),

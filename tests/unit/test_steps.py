@@ -29,6 +29,7 @@ IDS: list[tuple[Kind, str, str]] = [
     ("other", "m-Q4_K_M of them", "other m-Q4_K_M of them"),
     ("answer", "Q4_K_M", "answer Q4_K_M"),
     ("speed", "Q4_K_M", "speed Q4_K_M"),
+    ("tasks", "Q4_K_M", "tasks Q4_K_M"),
     ("modelfile", "Q4_K_M", "modelfile Q4_K_M"),
     ("report", "", "report"),
 ]

@@ -26,7 +26,7 @@ from imatrix_runner.cli.requested import (
     source_request,
     unused_measure_options,
 )
-from imatrix_runner.cli.types import FILE, LevelNames, Share
+from imatrix_runner.cli.types import FILE, LevelNames, Names, Share
 from imatrix_runner.cli.work import at_work, stay_offline
 from imatrix_runner.context.requests import EvaluateRequest, LevelsRequest
 from imatrix_runner.errors import SomeLevelsFailedError, UsageError
@@ -80,6 +80,27 @@ class EvaluateOptions:
         section=MEASURE,
         help="Compare with these log-probabilities, as written by llama-perplexity, instead of the source's on a text.",
     )
+    tasks: tuple[str, ...] = setting(
+        "--tasks",
+        type=Names(),
+        default="",
+        metavar="NAME|FILE[,…]",
+        section=MEASURE,
+        help="Also score source and levels on tasks of lm-evaluation-harness, YAML files, or the shipped set mini.",
+    )
+    limit: int | None = setting(
+        "--limit",
+        type=click.IntRange(min=1),
+        metavar="N",
+        section=MEASURE,
+        help="Only the first N items of each task (default: all).",
+    )
+    allow_code: bool = option(
+        "--allow-code-execution",
+        is_flag=True,
+        section=MEASURE,
+        help="Let tasks run programs that the models write, in a sandbox without network and files.",
+    )
     compute: ComputeOptions
     spreading: SpreadingOptions
     source: SourceOptions
@@ -93,6 +114,7 @@ class EvaluateOptions:
         "imatrix-runner evaluate model-BF16.gguf --levels Q4_K_M,IQ3_XXS --ab",
         "imatrix-runner evaluate model-BF16.gguf --until-precise 2%",
         "imatrix-runner evaluate model-BF16.gguf --domain prompts.jsonl",
+        "imatrix-runner evaluate model-BF16.gguf --tasks mini",
     ),
 )
 def evaluate(invocation: Invocation, options: EvaluateOptions) -> int:
@@ -122,6 +144,9 @@ def evaluate(invocation: Invocation, options: EvaluateOptions) -> int:
         until_precise=options.until_precise,
         base=options.base,
         again=options.again,
+        tasks=options.tasks,
+        task_limit=options.limit,
+        allow_code=options.allow_code,
     )
     request = EvaluateRequest(
         source_request(options.model, options.source),
@@ -135,6 +160,8 @@ def evaluate(invocation: Invocation, options: EvaluateOptions) -> int:
 
 def _unused(options: EvaluateOptions) -> tuple[str, ...]:
     unused = unused_measure_options(options.measuring, measured=True)
+    if not options.tasks and (given := typed(options, "limit", "allow_code")):
+        unused = (*unused, no_effect(given, "nothing is scored without --tasks."))
     if options.base is not None and (contexts := typed(options, "ctx_size")):
         return (no_effect(contexts, "the file of log-probabilities was written with chunks of its own length."), *unused)
     return unused

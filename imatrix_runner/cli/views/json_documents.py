@@ -100,6 +100,7 @@ def measured_content(result: EvaluateResult) -> dict[str, Any]:
         "comparisons": [_plain(pair) for pair in result.comparisons],
         "mixes": [_plain(verdict) for verdict in result.mixes],
         "domain": [_plain(found) for found in result.domain],
+        "tasks": [_plain(found) for found in result.tasks],
         "target": _plain(result.target) if result.target is not None else None,
         "speeds": {name: _speed(found) for name, found in result.speeds.items()},
         "speed_pick": _plain(result.fast) if result.fast is not None else None,

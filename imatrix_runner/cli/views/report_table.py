@@ -20,8 +20,10 @@ from imatrix_runner.evaluate.answer_agreement import DomainResult
 from imatrix_runner.evaluate.measure import Subject
 from imatrix_runner.evaluate.measurements import ReportEvaluation
 from imatrix_runner.evaluate.mix_verdict import describe
+from imatrix_runner.evaluate.tasks.task_verdict import TASK_RULE
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.report.document import Report, ReportLevel, source_kind
+from imatrix_runner.report.views.task_lines import TaskRow, task_remarks, task_rows
 from imatrix_runner.report.views.wording import error, figure, kld, kld_error, percent, points, rate, signed, speed_setting
 from imatrix_runner.safe_text import shown
 
@@ -73,6 +75,12 @@ def print_report(report: Report, console: Console) -> None:
     if report.domain:
         console.print()
         console.print(fitted_table(_ANSWERS, report.domain, console, title="Answers to your prompts"))
+    if report.tasks:
+        console.print()
+        console.print(fitted_table(_TASKS, task_rows(report.tasks), console, title="Tasks", style=_task_style))
+        for remark in task_remarks(report.tasks):
+            console.print(Text(shown(remark, 600), style="yellow"))
+        console.print(Text(TASK_RULE, style="dim"))
 
 
 def print_files(files: ReportFiles, console: Console) -> None:
@@ -125,6 +133,22 @@ _ANSWERS: tuple[Column[DomainResult], ...] = (
     Column("Agree for", lambda found: f"{found.agreement_mean:.1f} of {found.n_predict} tokens", 1),
     Column("Median", lambda found: f"{found.agreement_median:.10g}", 3),
 )
+
+
+_TASKS: tuple[Column[TaskRow], ...] = (
+    Column("Level", lambda row: shown(row.level), left=True),
+    Column("Task", lambda row: ("  " if row.found.part else "") + shown(row.found.task), left=True),
+    Column("Metric", lambda row: shown(row.found.metric), 3, left=True),
+    Column("Items", lambda row: f"{row.found.n_items}", 2),
+    Column("Source", lambda row: row.source),
+    Column("Score", lambda row: row.score),
+    Column("Difference", lambda row: row.difference),
+    Column("Verdict", lambda row: row.verdict, left=True),
+)
+
+
+def _task_style(row: TaskRow) -> str:
+    return "bold red" if row.found.is_alarm else ""
 
 
 def print_measure_plan(plan: MeasurePlan, console: Console) -> None:

@@ -291,6 +291,11 @@ class BinariesEngine:
         return None
 
     @property
+    def task_answerer(self) -> None:
+        """llama.cpp's programs compute their own few tasks only."""
+        return None
+
+    @property
     def range_measurer(self) -> None:
         """Levels are measured one after another."""
         return None

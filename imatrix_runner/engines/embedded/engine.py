@@ -45,6 +45,7 @@ from imatrix_runner.engines.llama_cpp.messages import explain, recognise, with_l
 from imatrix_runner.engines.measures import AnswerJob, MeasureJob, ReferenceJob
 from imatrix_runner.engines.roundings import STOCK
 from imatrix_runner.engines.speed_jobs import SpeedJob, TimedRuns
+from imatrix_runner.engines.task_jobs import TaskJob
 from imatrix_runner.errors import (
     EngineError,
     InterruptedRunError,
@@ -230,6 +231,19 @@ class EmbeddedEngine:
         if not timed.done:
             raise EngineError("The worker ended early", f"{job.model.name} was not timed", "Run the same command again.")
         return timed.runs
+
+    @property
+    def task_answerer(self) -> EmbeddedEngine:
+        return self
+
+    def answer_tasks(self, job: TaskJob, sink: Sink) -> None:
+        """Compute requests of tasks with a model; a stop ends it after the current batch, and the same job continues."""
+        replies = Replies(lambda reply: sink(reply) if isinstance(reply, Progress) else None)
+        what = f"{job.model.name} could not compute the tasks"
+        job = replace(job, options=self._options(job.options))
+        self._ask(job, replies, job.log, what, writes=job.out, enough=threading.Event())
+        if not replies.only(protocol.TasksAnswered).done:
+            raise EngineError("The worker ended early", f"{job.out.name} is not complete", "Run the same command again.")
 
     @property
     def range_measurer(self) -> RangeMeasurer | None:

@@ -30,6 +30,7 @@ from imatrix_runner.engines.protocol import (
     encode,
 )
 from imatrix_runner.engines.speed_jobs import SpeedJob
+from imatrix_runner.engines.task_jobs import TaskJob
 from imatrix_runner.engines.worker.refusal import Refusal
 from imatrix_runner.errors import RunnerError
 
@@ -42,6 +43,7 @@ FUNCTIONS: Mapping[type[Job], str] = {
     ReferenceJob: "evaluate.measure_job.write_reference",
     MeasureJob: "evaluate.measure_job.measure",
     AnswerJob: "generate.answer_job.answer_prompts",
+    TaskJob: "tasks.task_job.compute_tasks",
     DryRunsJob: "quantize.llama_quantize.dry_runs",
     PassJob: "quantize.pass_job.single_pass",
     PreparePassJob: "quantize.pass_job.prepare_pass",

@@ -74,16 +74,16 @@ def groups(sizes: Sequence[int]) -> list[Group]:
     answer together."""
     by_context: dict[int, list[int]] = {}
     for number, size in enumerate(sizes):
-        by_context.setdefault(_context(size), []).append(number)
+        by_context.setdefault(context_size(size), []).append(number)
     return [
         Group(n_ctx, sequences, tuple(numbers[at : at + sequences]))
         for n_ctx, numbers in sorted(by_context.items())
-        for sequences in (_sequences(n_ctx),)
+        for sequences in (most_sequences(n_ctx),)
         for at in range(0, len(numbers), sequences)
     ]
 
 
-def _context(size: int) -> int:
+def context_size(size: int) -> int:
     """The smallest of 256, 512, 1024, … that holds ``size`` tokens."""
     n_ctx = LEAST_CONTEXT
     while n_ctx < size:
@@ -91,5 +91,6 @@ def _context(size: int) -> int:
     return n_ctx
 
 
-def _sequences(n_ctx: int) -> int:
+def most_sequences(n_ctx: int) -> int:
+    """How many sequences of ``n_ctx`` tokens are computed together."""
     return max(LEAST_SEQUENCES, min(MOST_SEQUENCES, MOST_TOKENS // n_ctx))

@@ -72,12 +72,12 @@ def _open_vocabulary(library: Library, path: Path) -> Iterator[Any]:
         library.llama.llama_model_free(model)
 
 
-def token_bytes(library: Library, vocab: Any, token: int) -> bytes:
-    """A token's text; control tokens are written out."""
+def token_bytes(library: Library, vocab: Any, token: int, *, special: bool = True) -> bytes:
+    """A token's text; control tokens are written out, or empty without ``special``."""
     room = 64
     while True:
         buffer = ctypes.create_string_buffer(room)
-        n_bytes = library.llama.llama_token_to_piece(vocab, token, buffer, room, 0, True)
+        n_bytes = library.llama.llama_token_to_piece(vocab, token, buffer, room, 0, special)
         if n_bytes >= 0:
             return buffer.raw[:n_bytes]
         room = -n_bytes

@@ -19,6 +19,7 @@ from imatrix_runner.evaluate.measurements import (
     measured,
     mix_verdicts,
     others_measured,
+    scored_on_tasks,
 )
 from imatrix_runner.evaluate.mix_verdict import MixVerdict
 from imatrix_runner.evaluate.recommendations import Measure, Pick, recommend, target
@@ -88,6 +89,7 @@ def gather(
         imatrix = describe_imatrix(workspace, journal, used, first, before.imatrix if before is not None else None)
     collection = collected(workspace, journal, imatrix.file.sha256) if imatrix is not None and imatrix.made_here else None
     levels = _grouped(levels, records)
+    scored = scored_on_tasks(journal)
     compared, answers, measures = comparisons(journal), answered(journal), _measures(levels, records, model.n_bytes)
     worth_taking = _without_lost_mixes(measures, levels)
     lonely = alone(journal)
@@ -114,6 +116,7 @@ def gather(
             if not each.same_as and each.name in lonely and each.name not in compared
         ),
         others=_others(journal, source, figures, evaluation),
+        tasks=tuple(scored[each.name] for each in levels if each.name in scored and not each.same_as),
         domain=tuple(answers[each.name] for each in levels if each.name in answers and not each.same_as),
         picks=(*_target(journal, measures), *speed_pick(journal, measures, speeds), *recommend(worth_taking)),
         steps=describe_steps(journal, records, collection, model, local),

@@ -15,7 +15,12 @@ from imatrix_runner.steps import Kind, step_id
 
 _FILE = re.compile(r".+\.(gguf|dat|imatrix|txt|jsonl?|csv|parquet|toml)", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"[/~]|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\")
-_MEASUREMENTS: dict[Kind, str] = {"evaluate": "evaluation", "compare": "comparison without imatrix", "answer": "answers"}
+_MEASUREMENTS: dict[Kind, str] = {
+    "evaluate": "evaluation",
+    "compare": "comparison without imatrix",
+    "answer": "answers",
+    "tasks": "tasks",
+}
 _BEYOND_LLAMA = ("--until-converged", "--min-expert-tokens")
 """Options that llama-imatrix lacks: with them, the command shown is imatrix-runner's."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from imatrix_runner import safe_text
 from imatrix_runner.evaluate.ab_verdict import RULE, Comparison
+from imatrix_runner.evaluate.tasks.task_verdict import TASK_RULE
 from imatrix_runner.files import human_bytes, human_seconds
 from imatrix_runner.models.hub.cards import CardFacts, front_matter, licence_address
 from imatrix_runner.models.origin import repository_in
@@ -26,6 +27,7 @@ from imatrix_runner.report.views.markdown import (
     markdown_templates,
 )
 from imatrix_runner.report.views.running import card_commands
+from imatrix_runner.report.views.task_lines import TaskRow, task_remarks, task_rows
 
 PICTURE = "report.png"
 _UNKNOWN = "–"
@@ -55,6 +57,19 @@ class _Choice:
     kld: str
     same_top: str
     rule: str
+
+
+@dataclass(frozen=True)
+class _Tasked:
+    """A level on a task."""
+
+    level: Markdown
+    task: Markdown
+    items: str
+    source: str
+    score: str
+    difference: str
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,9 @@ def render_card(report: Report) -> str:
             comparisons=[_compared(each) for each in report.comparisons],
             rule=RULE,
             answers=report.domain,
+            tasks=[_tasked(row) for row in task_rows(report.tasks)],
+            task_rule=TASK_RULE,
+            task_remarks=list(map(inline, task_remarks(report.tasks))),
             measuring=measuring_of(report),
             making=making_of(report),
             mixes=mixes_of(report),
@@ -213,6 +231,12 @@ def _compared(each: Comparison) -> _Compared:
         same_top=f"{wording.points(each.same_top.value)} points",
         verdict=f"{each.verdict} ({each.remark})" if each.remark else each.verdict,
     )
+
+
+def _tasked(row: TaskRow) -> _Tasked:
+    found = row.found
+    name = inline(f"{found.task} ({found.metric})")
+    return _Tasked(inline(row.level), name, f"{found.n_items:,}", row.source, row.score, row.difference, row.verdict)
 
 
 def _mix_commands(levels: Sequence[ReportLevel]) -> Markdown:

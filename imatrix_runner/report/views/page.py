@@ -25,6 +25,7 @@ from imatrix_runner.evaluate.ab_verdict import RULE
 from imatrix_runner.evaluate.answer_agreement import AnswerPair, DomainResult, Run, differences
 from imatrix_runner.evaluate.equal_size import EQUAL_SIZE_RULE
 from imatrix_runner.evaluate.recommendations import Pick
+from imatrix_runner.evaluate.tasks.task_verdict import TASK_RULE
 from imatrix_runner.files import atomic_writer, human_bytes, human_seconds
 from imatrix_runner.models.origin import repository_in
 from imatrix_runner.report.document import Report, ReportLevel, source_kind
@@ -36,6 +37,7 @@ from imatrix_runner.report.views.pareto import pareto
 from imatrix_runner.report.views.provenance import provenance
 from imatrix_runner.report.views.report_tables import level_table
 from imatrix_runner.report.views.speeds import speed_chart
+from imatrix_runner.report.views.task_lines import task_remarks, task_rows
 from imatrix_runner.toolchain.store import cache_dir
 
 if TYPE_CHECKING:
@@ -125,6 +127,9 @@ def render_html(report: Report) -> str:
             most_names=_NAMES,
             equal_size_rule=EQUAL_SIZE_RULE,
             domain=[_answers(result, at) for at, result in enumerate(report.domain)],
+            tasks=task_rows(report.tasks),
+            task_remarks=task_remarks(report.tasks),
+            task_rule=TASK_RULE,
             provenance=provenance(report),
         )
     )

@@ -134,7 +134,7 @@ class _Writer:
         is_end = self.library.llama.llama_vocab_is_eog
         context.forget()
         for sequence, prompt in enumerate(prompts):
-            _read(context, sequence, prompt[:-1])
+            read_prompt(context, sequence, prompt[:-1])
         sequences, outputs = np.arange(len(prompts)), np.ones(len(prompts), np.bool_)
         latest = np.array([prompt[-1] for prompt in prompts], np.int32)
         ends = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
@@ -171,7 +171,7 @@ class _Writer:
         return refuse(self.library, self.model, f"its logits for prompt {prompt + 1}", None, self.stop)
 
 
-def _read(context: LlamaContext, sequence: int, tokens: Tokens) -> None:
+def read_prompt(context: LlamaContext, sequence: int, tokens: Tokens) -> None:
     """Compute ``tokens`` from a sequence's beginning without outputs, in micro-batches of about equal length."""
     if not len(tokens):
         return

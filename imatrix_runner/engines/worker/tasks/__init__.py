@@ -1,0 +1,1 @@
+"""Requests of tasks, computed in the worker: likelihoods of texts, and generated ones."""

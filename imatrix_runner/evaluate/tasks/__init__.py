@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness on source and levels, and what their outcomes say."""
