@@ -6,7 +6,7 @@ of them and a small vocabulary; ``--model demo`` takes the demo model). :mod:`im
 * a chunk takes the measured seconds for each token and weight that is active for it;
 * a level takes the measured seconds for each number and type, for the types that ``--preset bartowski`` gives the layer's
   tensors, with as many layers, experts and words as the large model has; units are those that the program would cut;
-* the errors of rounding to all these types, which a mix needs once, are the driver's alone;
+* the errors of rounding to all these types, which a mix needs once, take as long as a level of each; a unit is a tensor;
 * a probe of a mix and a chunk of a level take what they take here for each token and active weight;
 * the driver's time for a range is measured for each byte of sums;
 * loading a model takes the measured start of a worker, and the model's bytes from a disk (``--disk``);
@@ -292,12 +292,14 @@ def phases(costs: UnitCosts, large: Large, workers: int, options: argparse.Names
         WorkUnit(loads + each.count * per_chunk, each.count * scores, 0.01)
         for each in cut(HELD_OUT_CHUNKS, min(chunks, options.most))
     ]
-    # Errors of rounding are not spread: one unit, on the driver.
-    errors = WorkUnit(large.n_params * (costs.other + sum(costs.types.values())) / threads)
+    each = costs.other + sum(costs.types.values())  # a mix needs the errors of every type once
+    errors = sorted(
+        (WorkUnit(work.elements * each / threads, 10_000.0, 0.001) for work in large.works), key=lambda unit: -unit.seconds
+    )
     return [
         WorkPhase("imatrix", tuple(imatrix), load),
         WorkPhase(f"{len(levels)} levels", tuple(pairs), costs.start),
-        WorkPhase("errors of mixes", (errors,)),
+        WorkPhase("errors", tuple(errors), costs.start),
         WorkPhase(f"{n_probes} probes", (probe,) * n_probes, load),
         WorkPhase("measurement", tuple(measured)),
     ]

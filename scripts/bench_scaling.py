@@ -6,8 +6,12 @@ time executes. So a pass cannot be faster than its slabs go through Python one b
 * *slab*: processor time of a slab of 2^18 numbers with everything that is made of it;
 * *Python*: the same where no kernel computes (each call goes to a C function that returns at once) and a slab is a single row,
   so that files and checksums take next to nothing. Time in the system is left out: other threads run meanwhile;
-* *threads*: their ratio. From there on, further threads bring nothing. A disk may be the bound long before: the last column is
-  how fast a 16-bit model is read then.
+* *threads*: their ratio, if handing Python's lock from thread to thread took no time. From there on, further threads bring
+  nothing. A disk may be the bound before: the last column is how fast a 16-bit model is read then.
+
+With ``--crowd`` threads really stand in each other's way: kernels sleep as long as they would compute, so that any number of
+threads fits on a small machine, and what comes out is the number of threads that are at work on average. It is too low where
+the machine is busy, or its few processors are with Python and the system alone.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,20 +132,21 @@ def used(job: PassJob, *, system: bool) -> float:
 
 
 @contextlib.contextmanager
-def nothing_computed() -> Iterator[None]:
+def nothing_computed(sleep: float = 0.0) -> Iterator[None]:
     """Let every kernel be a C function that returns at once (with a number that is true), and slabs be taken as by one of
-    many threads."""
-    instant = ctypes.CDLL(None).getpid
+    many threads. ``sleep``: seconds that a kernel which quantises sleeps."""
+    instant, nap, microseconds = ctypes.CDLL(None).getpid, ctypes.CDLL(None).usleep, round(1e6 * sleep)
     instant.restype = ctypes.c_int
     made, replaced = Kernels.__init__, Kernels.replace
+    quantise = (lambda *_: nap(microseconds)) if sleep else instant
 
     def make(self: Any, library: Any) -> None:
         made(self, library)
-        self._quantize = self._validate = instant
+        self._quantize, self._validate = quantise, instant
         self._wide = _Always(instant)
 
     def install(self: Any, kind: Any, _function: Any, *, weighted: bool) -> None:
-        replaced(self, kind, instant, weighted=weighted)
+        replaced(self, kind, quantise, weighted=weighted)
 
     at_once = pass_job.slabs_at_once
     Kernels.__init__, Kernels.replace = make, install  # type: ignore[method-assign,assignment]
@@ -165,6 +171,30 @@ def measure(levels: str, job: PassJob, rounds: int) -> Share:
     return Share(levels, slab, python)
 
 
+def crowd(job: PassJob, slab: float, threads: int) -> float:
+    """How many of ``threads`` threads are at work on average, where a slab takes ``slab`` seconds."""
+    tensors = [each for each in read_header(job.sources[0]).tensors if len(each.shape) > 1]
+    n_rows = sum(each.n_elements // each.shape[0] for each in tensors)
+    wanted = {(target.original, target.type) for level in job.levels for target in level.tensors}
+    pairs = sum(1 for name, kind in wanted for each in tensors if each.name == name and kind.lower() != "bf16")
+    rows = replace(job, threads=threads, buffer_bytes=12 * WIDTH * threads)
+    seconds: list[float] = []
+    served = PassSetting.serve
+
+    def serve(self: PassSetting, *arguments: Any) -> None:
+        began = time.monotonic()
+        served(self, *arguments)
+        seconds.append(time.monotonic() - began)
+
+    PassSetting.serve = serve  # type: ignore[method-assign]
+    try:
+        with nothing_computed(slab * len(tensors) / pairs):
+            used(rows, system=False)
+    finally:
+        PassSetting.serve = served  # type: ignore[method-assign]
+    return n_rows * slab / seconds[0]
+
+
 def show(shares: Sequence[Share]) -> None:
     print(f"{'levels':26} {'slab':>10} {'Python':>10} {'threads':>8}  model read then")
     for share in shares:
@@ -176,6 +206,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=SETS, help="levels with commas, or presets")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--crowd", type=int, nargs="*", default=[], metavar="N", help="threads that really run, with kernels that sleep"
+    )
     options = parser.parse_args()
     held, _never = os.pipe()
     os.dup2(held, 0)  # a worker takes the end of its stdin for a request to stop
@@ -186,7 +219,10 @@ def main() -> int:
         command("imatrix", "generate", model, "--chunks", "4", "--work-dir", folder / "imatrix", "-o", imatrix, "-q")
         jobs = [captured(model, imatrix, levels, folder / f"work-{number}") for number, levels in enumerate(options.sets)]
         shares = [measure(levels, job, options.rounds) for levels, job in zip(options.sets, jobs, strict=True)]
-    show(shares)
+        show(shares)
+        for share, job in zip(shares, jobs, strict=True) if options.crowd else ():
+            found = [(threads, crowd(job, share.slab, threads)) for threads in options.crowd]
+            print(f"{share.levels}: " + ", ".join(f"of {threads} threads {at_work:.0f} at work" for threads, at_work in found))
     slow = [share.levels for share in shares if share.threads < PUBLISHER]
     print(f"\nBelow {PUBLISHER} threads: {', '.join(slow) or 'none'}")
     return 0
