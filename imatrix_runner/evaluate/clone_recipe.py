@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.evaluate.other_files import FileDescription
 from imatrix_runner.mixes.mix_recipe import pins_of
-from imatrix_runner.models.ggml_types import is_plain, tensor_bytes
+from imatrix_runner.models.ggml_types import is_plain, tensor_bytes, type_size
 from imatrix_runner.models.hub.label_rules import FILE_TYPES
 from imatrix_runner.models.model import Model
 
@@ -51,6 +51,12 @@ def clone_recipe(described: FileDescription, place: str, model: Model) -> CloneR
         raise InvalidDataError(f"{place} has no recipe", "none of its tensors is quantised", "Name a quantised file.")
     for name, tensor in wanted.items():
         n_row = mine[name].shape[0]
+        if type_size(tensor.type) is None:
+            raise InvalidDataError(
+                f"The recipe of {place} cannot be made here",
+                f"{name} is of {tensor.type_name}, a type that llama.cpp does not have",
+                "Clone another file, or make it with the fork of llama.cpp that it comes from.",
+            )
         if tensor_bytes((n_row,), tensor.type) is None:
             raise InvalidDataError(
                 f"The recipe of {place} does not fit {model.name}",
