@@ -16,10 +16,11 @@ from packaging.requirements import Requirement
 from imatrix_runner.batch.notices import Notifier
 from imatrix_runner.errors import ToolchainError
 from imatrix_runner.events import ignore
-from imatrix_runner.extras import CALIBRATION, CONVERT, NOTIFY, Extra
+from imatrix_runner.extras import CALIBRATION, CONVERT, NOTIFY, TASKS, Extra
 from support.children import python
 from support.command_line import Ran
 from support.evaluations import held_out_text
+from support.in_process import CommandLine
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -84,6 +85,15 @@ def test_inspecting_a_text(plain: Plain, tiny_text: Path) -> None:
 def test_prompts_as_parquet(plain: Plain, tiny_model: Path, table: Path) -> None:
     ran = plain("run", tiny_model, "--levels", "Q8_0", "--imatrix", "none", "--domain", table, "--dry-run")
     says_what_to_install(ran, "Reading a Parquet file")
+
+
+def test_scoring_tasks(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: CommandLine) -> None:
+    assert cli("run", tiny_model, "--levels", "Q8_0", "--imatrix", "none", "-q", "--work-dir", tmp_path).code == 0
+    monkeypatch.setattr("imatrix_runner.evaluate.tasks.measure_tasks.TASKS", Extra("tasks", ("no_such_package",)))
+    ran = cli("evaluate", tiny_model, "--tasks", "mini", "--work-dir", tmp_path)
+    assert ran.code == ToolchainError.exit_code
+    assert 'pip install "imatrix-runner[tasks]"' in ran.err
+    assert TASKS.modules[0] not in {each.partition(".")[0] for each in sys.modules}
 
 
 def test_texts_are_listed(plain: Plain) -> None:
