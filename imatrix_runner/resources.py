@@ -11,6 +11,9 @@ HELD_OUT_TEXT = "held_out.txt"
 """The held-out text: the same kinds of text as the calibration text, with nothing in common."""
 DEMO_MODEL = "demo-model.gguf"
 
+SELF_PROMPTS = "self_prompts.jsonl"
+"""Prompts for a model to answer, for a calibration text of its own: chat, tools, code, reasoning, many languages."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from imatrix_runner.app.calibration_self import SelfMade, SelfRequest, answer_prompts
 from imatrix_runner.calibration.build.build_text import Builder, BuildOptions, Built, Near, Rendered
 from imatrix_runner.calibration.build.open_sources import SourceOpener
 from imatrix_runner.calibration.tokenisers import find_tokeniser, tokenizer_files
@@ -30,6 +31,7 @@ class CalibrationRequest:
     """``model``: a GGUF, a Hugging Face directory or a hub id; its tokenizer counts tokens, its template renders conversations.
 
     ``options.tokens`` is the budget. ``field``: take this field of every record as plain text. ``force`` overwrites ``out``.
+    ``own``: the model's own answers are a source, too.
     """
 
     sources: tuple[str, ...]
@@ -41,6 +43,7 @@ class CalibrationRequest:
     field: str = ""
     offline: bool = False
     force: bool = False
+    own: SelfRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -68,28 +71,41 @@ def build(request: CalibrationRequest, context: Context, *, dry_run: bool = Fals
         opener = SourceOpener(context, scratch, request.field, request.offline)
         sources = [opener.open(argument) for argument in request.sources]
         _check_inputs(out, opener.paths)
+        own = (
+            answer_prompts(request.own, Path(request.model).expanduser(), request.chat_template, out, context)
+            if request.own
+            else None
+        )
+        if own is not None:
+            sources.append(own.source)
         model = tokenizer_files(request.model, context, offline=request.offline) if request.model else None
         builder = Builder(
             sources,
             request.options,
             tokeniser=find_tokeniser(model, runner) if model is not None else None,
-            render=partial(_render, request, model, runner),
+            render=partial(_render, request, model, runner, own),
             near=_near(request.options.near_duplicates),
             sink=context.sink,
             stop=context.stop,
             model=Path(request.model).name,
         )
         built = builder.build()
-    manifest = msgspec.structs.replace(built.manifest, text=out.name)
+    manifest = msgspec.structs.replace(built.manifest, text=out.name, self_made=own.facts if own is not None else None)
     result = BuildResult(replace(built, manifest=manifest), out, manifest_path(out))
     if not dry_run:
         _write(result)
         context.sink(Saved(str(out), "calibration text", manifest.bytes))
+        for path in own.left if own is not None else ():
+            path.unlink(missing_ok=True)
     return result
 
 
 def _check(request: CalibrationRequest) -> None:
     options = request.options
+    if not request.sources and request.own is None:
+        raise UsageError("There is nothing to build a text from", "no SOURCE was given", "Name sources, or add --self.")
+    if request.own is not None and not request.model:
+        raise UsageError("--self needs a model", "its own answers are the text", "Add --model with its GGUF.")
     if not request.model and (options.tokens is not None or options.aligned):
         what = "--align" if options.aligned else "A budget of chunks or tokens"
         why, todo = "tokens are counted with the model's own tokenizer", "Add --model with its GGUF or directory."
@@ -135,17 +151,20 @@ def _render(
     request: CalibrationRequest,
     model: Path | None,
     runner: Runner,
+    own: SelfMade | None,
     records: Sequence[DocumentRecord],
     on_progress: Callable[[int], None],
 ) -> Rendered:
-    template = _template(request, model, records[0])
-    conversations = [record.content for record in records if isinstance(record.content, Conversation)]
+    """The model's own answers keep the text that it read and wrote; other conversations are rendered."""
+    template = _template(request, model, records[0]) if own is None else own.template
+    ready = own.texts if own is not None else {}
+    others = [record for record in records if record.where not in ready]
+    conversations = [record.content for record in others if isinstance(record.content, Conversation)]
     found = render(template, conversations, runner, date=DATE, on_progress=on_progress)
-    texts = [
-        BadRecord(record.where, text.why, text.todo) if isinstance(text, Unrendered) else text
-        for record, text in zip(records, found, strict=True)
-    ]
-    return Rendered(texts, TemplateFacts(template.sha256, template.origin, DATE))
+    texts: dict[str, str | BadRecord] = dict(ready)
+    for record, text in zip(others, found, strict=True):
+        texts[record.where] = BadRecord(record.where, text.why, text.todo) if isinstance(text, Unrendered) else text
+    return Rendered([texts[record.where] for record in records], TemplateFacts(template.sha256, template.origin, DATE))
 
 
 def _template(request: CalibrationRequest, model: Path | None, record: DocumentRecord) -> ChatTemplate:

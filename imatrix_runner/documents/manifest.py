@@ -53,6 +53,23 @@ class TemplateFacts(msgspec.Struct, frozen=True):
     date: str
 
 
+class SelfFacts(msgspec.Struct, frozen=True):
+    """How the answers of a model in a text came about. ``model``: its content hash; ``prompts``: that of the file of prompts;
+    ``answers``: how many are in the text, of them ``sampled`` at ``temperature`` and ``top_p`` with the manifest's seed, the
+    others greedy; ``empty``: prompts without an answer; ``n_predict``: most tokens of an answer."""
+
+    model: str
+    prompts: str
+    engine: str
+    answers: int
+    sampled: int
+    empty: int
+    seed: int
+    temperature: float
+    top_p: float
+    n_predict: int
+
+
 class DocumentPlace(msgspec.Struct, frozen=True, array_like=True):
     """Place of a document in the text, in bytes, and the index of its source."""
 
@@ -67,7 +84,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
     ``tokens`` and ``chunks`` (of ``n_ctx`` tokens) count the whole text as llama-imatrix sees it with the tokenizer of
     ``model``; None if it was built without one. There is no date: the same inputs give the same manifest. ``held_out_sha256``:
-    of the text of held-out documents next to this one (:func:`held_out_path`); empty if there is none.
+    of the text of held-out documents next to this one (:func:`held_out_path`); empty if there is none. ``self_made``: of the
+    answers of a model in it.
     """
 
     text: str
@@ -87,6 +105,7 @@ class Manifest(msgspec.Struct, frozen=True):
     schema: str = _SCHEMA
     version: int = _VERSION
     held_out_sha256: str = ""
+    self_made: SelfFacts | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -94,6 +113,8 @@ class Manifest(msgspec.Struct, frozen=True):
         named = msgspec.to_builtins(msgspec.structs.replace(self, text=""))
         if not self.held_out_sha256:  # so that manifests older than this field keep their fingerprints
             del named["held_out_sha256"]
+        if self.self_made is None:
+            del named["self_made"]
         return f"sha256:{hashlib.sha256(encode_json(named)).hexdigest()}"
 
 

@@ -149,10 +149,20 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: at a ``temperature``, from the likeliest that have ``top_p`` of the probability together. Each
+    prompt draws its own random numbers from ``seed`` and its place, so that no answer depends on the others."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class AnswerJob:
-    """Let ``model`` answer the prompts in ``prompts`` (a :class:`Prompt` on each line, as JSON) greedily, in ``n_predict``
-    tokens at most, and write the answers to ``out`` (:mod:`~imatrix_runner.engines.files.completions`). Unfinished work with
-    the same ``fingerprint`` is continued. The ``options`` about chunks have no effect."""
+    """Let ``model`` answer the prompts in ``prompts`` (a :class:`Prompt` on each line, as JSON), in ``n_predict`` tokens at
+    most, greedily or as ``sampling`` says, and write the answers to ``out`` (:mod:`~imatrix_runner.engines.files.completions`).
+    Unfinished work with the same ``fingerprint`` is continued. The ``options`` about chunks have no effect."""
 
     step: str
     model: Path
@@ -162,15 +172,17 @@ class AnswerJob:
     options: CollectOptions
     fingerprint: str
     log: Path | None
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
 class Completion:
     """The answer to prompt number ``prompt`` (from 0), which has ``n_prompt`` tokens. ``ended``: the model ended it with an
-    end-of-generation token, which is not among ``ids``."""
+    end-of-generation token, which is not among ``ids``, and whose text is ``end``."""
 
     prompt: int
     n_prompt: int
     ids: tuple[int, ...]
     ended: bool
     text: str
+    end: str = ""

@@ -57,18 +57,16 @@ class TokenTimes:
 
 
 def check_speed(target: SpeedTarget, times: TokenTimes, problem: MixProblem) -> None:
-    """Raise :class:`InvalidDataError` for a speed that no mix reaches, or that the slowest one has."""
-    ends = [
-        times.fixed_load + sum(pick(times.load(tensor, kind) for kind in tensor.choices) for tensor in problem.tensors)
-        for pick in (min, max)
-    ]
-    fastest, slowest = (times.rate(end) for end in ends)
-    why = f"mixes of this model generate {slowest:.3g} to {fastest:.3g} tokens/s here, as times of types predict"
+    """Raise :class:`InvalidDataError` for a speed that no mix reaches, or that the source itself has."""
+    least = times.fixed_load + sum(min(times.load(tensor, kind) for kind in tensor.choices) for tensor in problem.tensors)
+    fastest = times.rate(least)
+    source = times.rate(times.total(problem, {tensor.name: tensor.source_type for tensor in problem.tensors}))
+    why = f"the source generates {source:.3g} tokens/s here, and its fastest mix {fastest:.3g}, as times of types predict"
     if target.tokens_per_second > fastest:
         raise InvalidDataError(
             f"{target.spelling} cannot be reached", why, "Ask for less, use a GPU with -ngl, or more threads with -t."
         )
-    if target.tokens_per_second <= slowest:
+    if target.tokens_per_second <= source:
         raise InvalidDataError(f"{target.spelling} leaves nothing to choose", why, "Ask for more, or use the model as it is.")
 
 

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from imatrix_runner.app.calibration_build import BuildResult, CalibrationRequest
+    from imatrix_runner.app.calibration_self import SelfRequest
     from imatrix_runner.documents.manifest import Manifest, SourceFacts
 
-_MODEL, _DOCUMENTS = "Tokens and templates", "Documents"
+_MODEL, _DOCUMENTS, _SELF = "Tokens and templates", "Documents", "Answers of the model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildTextOptions:
-    sources: tuple[str, ...] = argument(nargs=-1, required=True, metavar="SOURCE[=WEIGHT]...")
+    sources: tuple[str, ...] = argument(nargs=-1, required=False, metavar="SOURCE[=WEIGHT]...")
     out: Path = option("-o", "--output", type=FILE, required=True, metavar="FILE", section=MAKE, help="The text to write.")
     chunks: int | None = option(
         "--chunks", type=click.IntRange(min=1), metavar="N", section=MAKE, help="Take enough text for N chunks."
@@ -128,6 +129,63 @@ class BuildTextOptions:
         section=_MODEL,
         help="Jinja template to use instead of the model's own.",
     )
+    own: str = option(
+        "--self",
+        default="",
+        metavar="PROMPTS|shipped",
+        section=_SELF,
+        help="Let --model answer these prompts (JSON lines or text, or the shipped list), and take its answers.",
+    )
+    predict: int = option(
+        "--predict",
+        type=click.IntRange(1, 4096),
+        metavar="N",
+        default=256,
+        show_default=True,
+        section=_SELF,
+        help="Most tokens of an answer.",
+    )
+    sampled: int = option(
+        "--sampled",
+        type=click.IntRange(0, 16),
+        metavar="N",
+        default=1,
+        show_default=True,
+        section=_SELF,
+        help="Answers drawn with --seed for each prompt, besides the greedy one.",
+    )
+    temperature: float = option(
+        "--temperature",
+        type=click.FloatRange(min=0, max=10, min_open=True),
+        metavar="T",
+        default=0.8,
+        show_default=True,
+        section=_SELF,
+        help="Temperature of drawn answers.",
+    )
+    top_p: float = option(
+        "--top-p",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        metavar="P",
+        default=0.95,
+        show_default=True,
+        section=_SELF,
+        help="Draw from the likeliest tokens that have this probability together.",
+    )
+    evaluation: tuple[Path, ...] = option(
+        "--evaluation",
+        type=FILE,
+        multiple=True,
+        metavar="FILE",
+        section=_SELF,
+        help="Prompts or a text to measure on later; prompts that overlap with it are refused.",
+    )
+    threads: int | None = option(
+        "-t", "--threads", type=click.IntRange(min=1), metavar="N", section=_SELF, help="CPU threads (default: all)."
+    )
+    n_gpu_layers: str = option(
+        "-ngl", "--n-gpu-layers", default="", metavar="N", section=_SELF, help="Layers on the GPU: a number, auto or all."
+    )
     talk: TalkOptions
 
 
@@ -135,6 +193,7 @@ class BuildTextOptions:
     BuildTextOptions,
     examples=(
         "imatrix-runner calibration build notes/ -o notes.txt",
+        "imatrix-runner calibration build --self shipped --model model-BF16.gguf -o own.txt",
         "imatrix-runner calibration build talks.jsonl=3 notes/ shipped=1 -o medical.txt --model model-BF16.gguf --chunks 200",
     ),
 )
@@ -143,7 +202,8 @@ def build(_invocation: Invocation, options: BuildTextOptions) -> int:
 
     A SOURCE is a text, Markdown, JSONL, JSON, CSV or Parquet file, a folder of source code, - for stdin, a data set of a hub
     (org/name[:config[:split]]), or a name from: imatrix-runner calibration list. Dialogues are rendered with the model's
-    own chat template. A manifest next to the text records what it was built from.
+    own chat template. With --self the model's own answers to prompts are a source, too. A manifest next to the text
+    records what it was built from.
     """
     from imatrix_runner.app.calibration_build import build as run_build
 
@@ -189,6 +249,26 @@ def _request(options: BuildTextOptions) -> CalibrationRequest:
         options.field,
         options.offline,
         options.force,
+        _own(options),
+    )
+
+
+def _own(options: BuildTextOptions) -> SelfRequest | None:
+    """What ``--self`` asks for; None without it."""
+    from imatrix_runner.app.calibration_self import SelfRequest
+    from imatrix_runner.engines.jobs import CollectOptions
+
+    if not options.own:
+        return None
+    return SelfRequest(
+        options.own,
+        options.predict,
+        options.sampled,
+        options.temperature,
+        options.top_p,
+        options.seed,
+        options.evaluation,
+        CollectOptions(threads=options.threads, n_gpu_layers=options.n_gpu_layers),
     )
 
 

@@ -1,4 +1,4 @@
-"""Answer job: a model's answers to prompts, always with the most likely token.
+"""Answer job: a model's answers to prompts, with the most likely token, or drawn with a seed.
 
 Groups of prompts (:mod:`~imatrix_runner.engines.worker.batching`) are answered one after another; a stop or a kill keeps
 complete groups. Within a group every prompt is read by itself, then all sequences continue in parallel, one token each. A batch
@@ -20,10 +20,11 @@ import msgspec
 import numpy as np
 
 from imatrix_runner.engines.files.completions import CompletionsFile
-from imatrix_runner.engines.measures import AnswerJob, Completion, Prompt
+from imatrix_runner.engines.measures import AnswerJob, Completion, Prompt, Sampling
 from imatrix_runner.engines.protocol import Answered, Send
 from imatrix_runner.engines.worker.abi_check import check
 from imatrix_runner.engines.worker.batching import Group, groups
+from imatrix_runner.engines.worker.generate.sampler import Sampler
 from imatrix_runner.engines.worker.library import Library, load
 from imatrix_runner.engines.worker.llama_context import LlamaContext, open_context, open_weights
 from imatrix_runner.engines.worker.nonfinite import refuse
@@ -85,13 +86,14 @@ class _Writer:
     n_ctx_train: int
     n_predict: int
     stop: StdinStop
+    sampling: Sampling | None
 
     @classmethod
     def of(cls, library: Library, model: Any, job: AnswerJob, stop: StdinStop) -> _Writer:
         llama = library.llama
         vocab = llama.llama_model_get_vocab(model)
         bos = llama.llama_vocab_bos(vocab) if llama.llama_vocab_get_add_bos(vocab) else -1
-        return cls(library, job.model, vocab, bos, llama.llama_model_n_ctx_train(model), job.n_predict, stop)
+        return cls(library, job.model, vocab, bos, llama.llama_model_n_ctx_train(model), job.n_predict, stop, job.sampling)
 
     def tokens(self, prompt: Prompt) -> Tokens:
         """int32 [n], as in llama.cpp's own chat: a BOS that the template writes and the vocabulary adds occurs once."""
@@ -121,16 +123,16 @@ class _Writer:
         """The answers of a group; ``on_progress`` gets the number of prompts done, estimated from the tokens."""
         present = [prompts[number] for number in group.members]
         empty = [present[0][:1]] * (group.sequences - len(present))
-        answers, ended = self._write(context, [*present, *empty], group.members, on_progress)
+        answers, ends = self._write(context, [*present, *empty], group.members, on_progress)
         return [
-            Completion(number, len(tokens), tuple(ids), end, self._text(ids))
-            for number, tokens, ids, end in zip(group.members, present, answers, ended, strict=True)
+            Completion(number, len(tokens), tuple(ids), len(end) > 0, self._text(ids), self._text(end))
+            for number, tokens, ids, end in zip(group.members, present, answers, map(_at_most_one, ends), strict=True)
         ]
 
     def _write(
         self, context: LlamaContext, prompts: Sequence[Tokens], members: Sequence[int], on_progress: Callable[[int], None]
-    ) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each member's answer, and whether the model ended it."""
+    ) -> tuple[list[list[int]], list[int | None]]:
+        """The tokens of each member's answer, and the token with which the model ended it; None if it did not."""
         is_end = self.library.llama.llama_vocab_is_eog
         context.forget()
         for sequence, prompt in enumerate(prompts):
@@ -139,21 +141,26 @@ class _Writer:
         latest = np.array([prompt[-1] for prompt in prompts], np.int32)
         ends = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
         answers: list[list[int]] = [[] for _ in members]
-        ended, reported = [False] * len(members), 0
+        ended: list[int | None] = [None] * len(members)
+        reported = 0
+        samplers = [Sampler(self.sampling, member) for member in members] if self.sampling is not None else []
         for step in range(self.n_predict):
             context.feed(latest, ends + np.int32(step), sequences, outputs)
             logits = context.logits(len(prompts))
             latest = logits.argmax(axis=1).astype(np.int32)  # the first of equals
-            for sequence in (sequence for sequence, end in enumerate(ended) if not end):
+            for sequence in (sequence for sequence, end in enumerate(ended) if end is None):
                 if not np.isfinite(logits[sequence, latest[sequence]]):
                     raise self._not_a_number(members[sequence])
+                if samplers:
+                    latest[sequence] = samplers[sequence].draw(logits[sequence])
                 if is_end(self.vocab, int(latest[sequence])):
-                    ended[sequence] = True
+                    ended[sequence] = int(latest[sequence])
                 else:
                     answers[sequence].append(int(latest[sequence]))
-            if all(ended):
+            n_ended = sum(end is not None for end in ended)
+            if n_ended == len(members):
                 break
-            done = max(sum(ended), len(members) * step // self.n_predict)
+            done = max(n_ended, len(members) * step // self.n_predict)
             if done > reported:
                 on_progress(reported := done)
         return answers, ended
@@ -169,6 +176,10 @@ class _Writer:
 
     def _not_a_number(self, prompt: int) -> Refusal:
         return refuse(self.library, self.model, f"its logits for prompt {prompt + 1}", None, self.stop)
+
+
+def _at_most_one(token: int | None) -> tuple[int, ...]:
+    return () if token is None else (token,)
 
 
 def read_prompt(context: LlamaContext, sequence: int, tokens: Tokens) -> None:
