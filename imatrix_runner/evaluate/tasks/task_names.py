@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imatrix_runner.errors import UsageError
+from imatrix_runner.files import not_utf8
 from imatrix_runner.resources import resource
 from imatrix_runner.safe_text import printable
 
@@ -30,6 +31,10 @@ def parse_tasks(names: Sequence[str], *, allow_code: bool) -> list[TaskChoice]:
     """The choices that ``names`` make, each once. Raises :class:`UsageError` for a file that is missing or no YAML."""
     found: dict[str, TaskChoice] = {}
     for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise not_utf8(name) from error
         if name == MINI:
             parts = (*_MINI_PARTS, _MINI_CODE) if allow_code else _MINI_PARTS
             found[name] = TaskChoice(name, tuple(str(resource(f"mini_tasks/mini_{part}.yaml")) for part in parts))

@@ -13,7 +13,7 @@ from imatrix_runner.resources import CALIBRATION_TEXT, HELD_OUT_TEXT, resource
 
 def caveats(report: Report, measures: Sequence[Measure]) -> tuple[str, ...]:
     """The caveats of a report, a sentence or two each. ``measures``: the candidates for recommendations."""
-    found = [_quantised_source(report), unfit(measures), *_lost_mixes(report), _other_text(report)]
+    found = [_quantised_source(report), unfit(measures), *_lost_mixes(report), _alarms(report), _other_text(report)]
     return tuple(sentence for sentence in found if sentence)
 
 
@@ -31,6 +31,16 @@ def _lost_mixes(report: Report) -> list[str]:
     verdicts = [level.against.held_out for level in report.levels if level.against is not None and not level.same_as]
     text = report.evaluation.text if report.evaluation is not None else ""
     return [describe(verdict, text) for verdict in verdicts if verdict is not None and not verdict.is_better]
+
+
+def _alarms(report: Report) -> str:
+    """The caveat for levels that lost too much on a task, whatever their KLD; empty if there is none."""
+    lost = [(scores.level, each) for scores in report.tasks for each in scores.comparisons if each.is_alarm and not each.part]
+    found = [
+        f"{level} on {each.task}" + (f" ({100 * each.difference.value:+.1f} points)" if each.lost is not None else "")
+        for level, each in lost
+    ]
+    return f"Alarm: much less is right than with the source: {'; '.join(found)}." if found else ""
 
 
 def _other_text(report: Report) -> str:

@@ -54,10 +54,13 @@ def task_remarks(scores: Sequence[TaskScores]) -> list[str]:
 
 
 def _remarks(scores: Sequence[TaskScores]) -> Iterator[str]:
+    levels: dict[tuple[str, str], list[str]] = {}
     for each in scores:
         for found in each.comparisons:
             if found.remark:
-                yield f"{each.level}, {found.task}: {found.remark}."
+                levels.setdefault((found.task, found.remark), []).append(each.level)
+    for (task, remark), names in levels.items():
+        yield f"{task} ({', '.join(dict.fromkeys(names))}): {remark}."
     if limited := next((each.limit for each in scores if each.limit is not None), None):
         yield f"Only the first {limited} items of each task were computed."
     if any(each.ran_code for each in scores):
