@@ -54,20 +54,21 @@ def attest_levels(steps: Sequence[LevelStep], frozen: Frozen, matrix: MatrixFile
         record = session.journal.get(step.step)
         if record is None or not outputs_intact(record, session.workspace.root):
             continue
+        output = record.output if len(record.outputs) == 1 else None
+        path = step.files[0].with_name(f"{step.files[0].name}{ENDING}")
+        state = _there(path, output.sha256) if output is not None and path.exists() else ""
+        if state == "same":
+            written[step.level.name] = path
+            continue
+        if state == "foreign":
+            session.sink(warning(f"{path.name} is not written: a file that was not made here has this name."))
+            continue
         said = _sayable(step, record, frozen)
-        if isinstance(said, str):
+        if isinstance(said, str) or output is None:
             session.sink(info(f"{step.level.name} is not attested: {said}."))
             continue
-        output = record.output
         file = HashedFile(Path(output.name).name, output.sha256, output.stamp.size)
         imatrix = hashed[-1] if matrix is not None else None
-        path = step.files[0].with_name(f"{step.files[0].name}{ENDING}")
-        if path.exists() and (state := _there(path, file.sha256)):
-            if state == "foreign":
-                session.sink(warning(f"{path.name} is not written: a file that was not made here has this name."))
-            else:
-                written[step.level.name] = path
-            continue
         write_statement(path, make_statement(file, hashed[0], said, imatrix, build))
         written[step.level.name] = path
     return written
@@ -86,7 +87,7 @@ def _sayable(step: LevelStep, record: StepRecord, frozen: Frozen) -> SayableReci
     if frozen.model.is_split or len(record.outputs) != 1:
         return "a statement is about one file and one source"
     if step.resolved is None:
-        return "its types were not planned now"
+        return "it was made before, without --attest; audit FILE --attest OUT writes a statement"
     options = replace(step.resolved.options, max_buffer_size=None)
     recipe = SayableRecipe(step.level.ftype, options.token_embedding_type, options.output_tensor_type)
     plain = QuantizeOptions(token_embedding_type=options.token_embedding_type, output_tensor_type=options.output_tensor_type)

@@ -12,10 +12,11 @@ from imatrix_runner.errors import InvalidDataError
 from imatrix_runner.events import Sink, detail
 from imatrix_runner.files import sha256
 from imatrix_runner.imatrix.formats import MatrixFile, read
+from imatrix_runner.models.hub.cached_matrices import cached_matrices
 from imatrix_runner.models.model import Model
 from imatrix_runner.workspace import Workspace
 
-MatrixPlace = Literal["given", "named", "workspace"]
+MatrixPlace = Literal["given", "named", "workspace", "cache"]
 
 _ENDINGS = (".imatrix", ".dat", ".gguf")
 _MOST = 8
@@ -24,7 +25,7 @@ _MOST = 8
 @dataclass(frozen=True)
 class FoundMatrix:
     """A matrix that fits the source. ``place``: given with ``--imatrix``, named by the file's metadata and found next to it or
-    its source, or in the workspace. ``entries``: number of values, by name."""
+    its source, in the workspace, or in the hub's cache. ``entries``: number of values, by name."""
 
     file: MatrixFile
     place: MatrixPlace
@@ -89,11 +90,11 @@ def _places(
     name = declared.imatrix.replace("\\", "/").rpartition("/")[2]
     if name and name not in (".", ".."):
         yield from (("named", path) for folder in dict.fromkeys(folders) if (path := folder / name).is_file())
-    if workspace is None or not workspace.root.is_dir():
-        return
-    first = workspace.find_imatrix()
-    if first is not None:
-        yield "workspace", first
-    for path in sorted(workspace.root.iterdir()):
-        if path.is_file() and path.name.endswith(_ENDINGS) and "imatrix" in path.name.lower():
-            yield "workspace", path
+    if workspace is not None and workspace.root.is_dir():
+        first = workspace.find_imatrix()
+        if first is not None:
+            yield "workspace", first
+        for path in sorted(workspace.root.iterdir()):
+            if path.is_file() and path.name.endswith(_ENDINGS) and "imatrix" in path.name.lower():
+                yield "workspace", path
+    yield from (("cache", path) for path in cached_matrices(name if name not in (".", "..") else "", source.name))

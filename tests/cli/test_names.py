@@ -30,6 +30,8 @@ NAME = os.fsdecode(b"caf\xe9")
         ("calibration", "build", f"{NAME}.txt", "-o", "x.txt"),
         ("evaluate", "m.gguf", "--text", f"{NAME}.txt"),
         ("batch", f"{NAME}.yaml"),
+        ("audit", f"{NAME}.gguf", "--source", "m.gguf"),
+        ("rebuild", f"{NAME}.recipe.json"),
     ],
 )
 def test_an_argument_that_is_not_utf8_is_named(arguments: tuple[str, ...], cli: CommandLine) -> None:

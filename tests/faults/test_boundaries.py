@@ -26,6 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imatrix_runner.app.status import list_workspaces
+from imatrix_runner.audit.attestation import BuildIdentity, HashedFile, SayableRecipe, make_statement, read_statement
 from imatrix_runner.batch.batch_journal import (
     BatchEvent,
     FileMade,
@@ -43,6 +44,7 @@ from imatrix_runner.chat.tokenizer_config import read_config, special_text
 from imatrix_runner.cli.settings import FILE, find_settings
 from imatrix_runner.documents.manifest import DocumentPlace, Manifest, SourceFacts, find_manifest, manifest_path
 from imatrix_runner.engines import protocol
+from imatrix_runner.engines.audit_jobs import AuditCandidate, CandidateFindings, TensorFindings
 from imatrix_runner.engines.binaries.perplexity import DivergenceOutput
 from imatrix_runner.engines.cost_jobs import RoundedTensor, RoundingError, TrialResult
 from imatrix_runner.engines.covariance_jobs import WeightInput
@@ -85,6 +87,14 @@ from imatrix_runner.models.hub.remote_repository import RemoteRepository, commit
 from imatrix_runner.models.hub.search import Hub
 from imatrix_runner.models.origin import origin_of_directory
 from imatrix_runner.models.safetensors_file import INDEX, check_safetensors, read_directory, read_model_json
+from imatrix_runner.quantize.build_recipe import (
+    BuildRecipe,
+    RecipeFile,
+    RecipeLine,
+    RecipeOptions,
+    as_bytes,
+    read_build_recipe,
+)
 from imatrix_runner.quantize.level_facts import facts_of_level
 from imatrix_runner.report.document import encode_report, read_report
 from imatrix_runner.signals import Stop
@@ -198,6 +208,10 @@ ANSWERS: tuple[protocol.Reply, ...] = (
     ),
     protocol.Checked("", ""),
     protocol.Costed(done=True),
+    protocol.TensorAudited(
+        TensorFindings("a", "q4_K", "bf16", 4, 8, 2048, False, 0, (CandidateFindings(AuditCandidate(0), 3, 9, 1.5, 1.0, 0.9),))
+    ),
+    protocol.Audited(done=True),
     protocol.Timed(TimedRuns((9.5,), (2.5,), (MemoryBuffer("KV", "CPU", 64),), 2), done=True),
     protocol.Failed("what", "why", "do", 6),
     Progress("step", 1.0, 2.0),
@@ -485,6 +499,46 @@ def test_a_manifest(tmp_path: Path) -> None:
         assert found is None or found.fingerprint
 
     survived_all(plain(manifest), use, 300)
+
+
+def test_an_attestation(tmp_path: Path) -> None:
+    path = tmp_path / "m.derivation.json"
+    file, source = HashedFile("m.gguf", "1" * 64, 9), HashedFile("m-BF16.gguf", "2" * 64, 18)
+    imatrix = HashedFile("imatrix.gguf", "3" * 64, 4)
+    build = BuildIdentity("llama-cpp-python", "4" * 64, "off")
+    content = make_statement(file, source, SayableRecipe("Q4_K_M", "q8_0", "q8_0"), imatrix, build)
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        statement = read_statement(path)
+        names = (statement.file.name, statement.source.name)
+        assert all("/" not in name and len(statement.file.sha256) == 64 for name in names)
+
+    use(content)
+    survived_all(json.loads(content), use, 300)
+
+
+def test_a_recipe_of_a_level(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf.recipe.json"
+    recipe = BuildRecipe(
+        level="Q4_0",
+        files=(RecipeFile("m.gguf", 9, "1" * 64),),
+        source=(RecipeFile("m-BF16.gguf", 18, "2" * 64),),
+        imatrix=RecipeFile("imatrix.gguf", 4, "3" * 64),
+        ftype="Q4_0",
+        options=RecipeOptions(exclude_weights=("b",), override_kv=("a=int:1",)),
+        tensors=(RecipeLine("a", "q4_0"), RecipeLine("b", "q4_0", "c", "refined")),
+        engine="llama-cpp-python",
+    )
+
+    def use(data: bytes) -> None:
+        path.write_bytes(data)
+        found = read_build_recipe(path)
+        assert all("/" not in each.name for each in (*found.files, *found.source))
+        assert len([line.target() for line in found.tensors]) == len(found.tensors)
+
+    use(as_bytes(recipe))
+    survived_all(json.loads(as_bytes(recipe)), use, 300)
 
 
 def test_a_report(tmp_path: Path) -> None:

@@ -186,6 +186,21 @@ def test_the_matrix_is_found_by_its_name(tiny: Tiny, cli: CommandLine) -> None:
     assert (document["verdict"], document["imatrix"]) == ("identical", "b.gguf")
 
 
+def test_a_published_matrix_in_the_hubs_cache_is_found(
+    tiny: Tiny, cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "hub" / "models--org--tiny-GGUF" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "tiny.imatrix").write_bytes(tiny.matrices[1].read_bytes())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    alone = [tmp_path / "tiny-BF16.gguf", tmp_path / "b-Q4_K_M.gguf"]
+    for path in alone:
+        path.write_bytes((tiny.folder / path.name).read_bytes())
+    document = audit(cli, alone[1], alone[0])
+    assert (document["verdict"], document["imatrix"]) == ("identical", "tiny.imatrix")
+    assert [each["place"] for each in document["candidates"]] == ["cache"]  # type: ignore[attr-defined]
+
+
 def test_another_matrix_than_the_given_one_is_named(tiny: Tiny, cli: CommandLine) -> None:
     document = audit(cli, tiny.folder / "b-Q4_K_M.gguf", tiny.model, "--imatrix", tiny.matrices[0], code=100)
     assert document["verdict"] == "another matrix"

@@ -130,6 +130,19 @@ def test_run_leaves_statements_that_are_true(made: Made, cli: CommandLine) -> No
     assert cli("audit", made.level("Q3_K_XL"), *given).document["proven"] is True
 
 
+def test_a_statement_that_is_there_stays_and_a_file_of_the_users_too(made: Made) -> None:
+    """The same command again writes nothing; what is no statement is not replaced."""
+    before, kept = made.statement("Q4_K_M").read_bytes(), made.statement("Q3_K_XL").read_bytes()
+    made.statement("Q3_K_XL").write_text("mine", encoding="utf-8")
+    folder = made.workspace.parent.parent
+    run = run_command("run", made.model, "--levels", ",".join(LEVELS[:2]), "--imatrix", made.imatrix, "--attest", cwd=folder)
+    assert run.code == 0, run.err
+    assert made.statement("Q4_K_M").read_bytes() == before
+    assert made.statement("Q3_K_XL").read_text(encoding="utf-8") == "mine"
+    assert "Q3_K_XL.gguf.derivation.json is not written" in run.err
+    made.statement("Q3_K_XL").write_bytes(kept)
+
+
 def test_ggufpacker_accepts_ours_and_we_accept_its(made: Made, toolchain: Toolchain, cli: CommandLine, tmp_path: Path) -> None:
     pytest.importorskip("ggufpacker")
     quantize = toolchain.tool("llama-quantize")
