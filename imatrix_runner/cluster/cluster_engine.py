@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from imatrix_runner.cluster.cluster_options import ClusterOptions
+from imatrix_runner.cluster.cluster_workers import ClusterWorkers
 from imatrix_runner.cluster.in_order import InOrder
 from imatrix_runner.cluster.node_facts import NodeFacts, unlike
 from imatrix_runner.cluster.node_worker import Task
-from imatrix_runner.cluster.ray_session import ClusterWorkers, OnNews, connected
+from imatrix_runner.cluster.ray_session import connected
 from imatrix_runner.cluster.shared_files import SharedFile, shared_files
 from imatrix_runner.cluster.spread_collect import CollectTask, RangeSums
 from imatrix_runner.cluster.spread_errors import ErrorsTask, GroupErrors
 from imatrix_runner.cluster.spread_measure import MeasuredUnit, MeasureTask
 from imatrix_runner.cluster.spread_pass import PassTask, SpreadPass, folder_probe
 from imatrix_runner.cluster.spread_trials import TrialsTask, batches_of, covariance_files
+from imatrix_runner.cluster.spreading import OnNews
 from imatrix_runner.cluster.worker_rates import WorkerRates
 from imatrix_runner.engines.abilities import OnScores
 from imatrix_runner.engines.contract import OnRange

@@ -177,16 +177,6 @@ class NodeWorker:
         self._node = Node(engine, self._scratch, self._threads, self._shares, self._stop)
         return NodeFacts.of(engine)
 
-    def shares_folder(self, probe: Path, content: str, answer: Path) -> bool:
-        """Whether a folder of the driver's is the same here: its ``probe`` can be read, and an ``answer`` written."""
-        try:
-            if probe.read_text(encoding="utf-8") != content:
-                return False
-            answer.write_text(content, encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return False
-        return True
-
     def compute(self, key: str, task: Task, number: int) -> Any:
         """Do one unit of the task ``key``; returns its result, :class:`Absent`, :class:`Stopped` or a :class:`Problem`."""
         try:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from imatrix_runner.cluster.node_worker import Node, Task
-from imatrix_runner.cluster.ray_session import OnNews, OnResult
 from imatrix_runner.cluster.shared_files import shared_files
 from imatrix_runner.cluster.spread_pass import PassTask, SpreadPass, folder_probe
+from imatrix_runner.cluster.spreading import OnNews, OnResult
 from imatrix_runner.cluster.unit_queue import AT_ONCE
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.jobs import PassedLevel, PassFigures, PassJob

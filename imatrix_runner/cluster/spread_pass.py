@@ -19,9 +19,9 @@ from typing import Protocol
 
 from imatrix_runner.cluster.node_worker import Node, ResultInFile, Task
 from imatrix_runner.cluster.ordered_child import OnUnit, OrderedChild
-from imatrix_runner.cluster.ray_session import FetchedFile, OnNews, OnResult
 from imatrix_runner.cluster.shared_files import BLOCK, SharedFile, shared_files
 from imatrix_runner.cluster.spread_trials import covariance_files
+from imatrix_runner.cluster.spreading import FetchedFile, OnNews, OnResult
 from imatrix_runner.cluster.worker_rates import WorkerRates, worker_name
 from imatrix_runner.engines.files.ledger import Ledger, LedgerHead, part_ledger, read
 from imatrix_runner.engines.jobs import LEDGER_NAME, PartEnd, PassedLevel, PassedUnit, PassFigures, PassJob, PassLevel, TypeCost
