@@ -99,6 +99,11 @@ class ClusterEngine(EmbeddedEngine):
     def range_measurer(self) -> ClusterEngine:
         return self
 
+    @property
+    def at_once(self) -> int:
+        """Ranges of a measurement that are computed at a time: one by each worker, those that are expected included."""
+        return len(self._workers.facts) + self._workers.expected
+
     def measure_ranges(self, job: RangesJob, sink: Sink, on_scores: OnScores) -> None:
         """Have ranges measured in any order."""
         subjects = tuple(self._model(subject.file) for subject in job.subjects)

@@ -110,6 +110,11 @@ OnScores = Callable[[RangeScores], None]
 class RangeMeasurer(Protocol):
     """Measures levels in ranges of chunks, several at a time."""
 
+    @property
+    def at_once(self) -> int:
+        """How many ranges are computed at a time."""
+        ...
+
     def measure_ranges(self, job: RangesJob, sink: Sink, on_scores: OnScores) -> None:
         """Compute every range. Progress counts chunks, those of the source included; a stop ends it, and what was not handed
         over is computed again. Errors of a subject are handed over in place of its scores; those of the source are raised."""

@@ -31,7 +31,7 @@ from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpace
 from imatrix_runner.evaluate.disk_budget import next_range
 from imatrix_runner.evaluate.held_out import REFERENCE, HeldOut, check_content
 from imatrix_runner.evaluate.kld_statistics import perplexity_ratio, summarise
-from imatrix_runner.evaluate.measure_ranges import compute_ranges, missing_ranges, ranges_of
+from imatrix_runner.evaluate.measure_ranges import compute_ranges, divided, missing_ranges, ranges_of
 from imatrix_runner.evaluate.measurements import Measured, ReportEvaluation
 from imatrix_runner.evaluate.precision import possible_ends, precise_after, relative_error
 from imatrix_runner.evaluate.range_scores import RangeScoresFile, remove_waiting
@@ -351,7 +351,7 @@ class Measurer:
                 )
                 for one in (self._source, *subjects)
             )
-            missing = missing_ranges(ranges, source, each)
+            missing = divided(missing_ranges(ranges, source, each), measurer.at_once)
             job = replace(job, ranges=tuple(replace(one, order=self.held_out.numbers(one.chunks)) for one in missing))
             if job.ranges:
                 stage(text, job.text)

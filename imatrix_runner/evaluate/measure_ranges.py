@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from imatrix_runner.engines.abilities import RangeMeasurer
 from imatrix_runner.engines.contract import Engine
@@ -58,6 +61,29 @@ def missing_ranges(
     return tuple(each for each in found if each.subjects or source.lacks(each.chunks))
 
 
+def divided(ranges: Sequence[MeasuredRange], workers: int) -> tuple[MeasuredRange, ...]:
+    """Return ranges such that several workers have two each, if there are enough subjects: ranges then come several times, each
+    time with other subjects.
+
+    The source is computed for each of them, but no score depends on what is compared next to it.
+    """
+    if workers < 2 or not ranges:
+        return tuple(ranges)
+    parts = math.ceil(2 * workers / len(ranges))
+    return tuple(
+        replace(each, subjects=subjects)
+        for each in ranges
+        for subjects in _shares(each.subjects, min(parts, len(each.subjects)))
+    )
+
+
+def _shares(subjects: tuple[int, ...], parts: int) -> list[tuple[int, ...]]:
+    """Cut a list into ``parts`` neighbouring shares whose lengths differ by at most one; one share for fewer than two."""
+    parts = max(1, parts)
+    marks = [len(subjects) * part // parts for part in range(parts + 1)]
+    return [subjects[begin:end] for begin, end in itertools.pairwise(marks)]
+
+
 def compute_ranges(
     measurer: RangeMeasurer, job: RangesJob, source: RangeScoresFile, subjects: Sequence[RangeScoresFile], sink: Sink
 ) -> None:
@@ -68,7 +94,8 @@ def compute_ranges(
         scores.take(found.chunks, found.scores, found.seconds)
 
     levels = "1 level" if len(subjects) == 1 else f"{len(subjects)} levels"
-    ranges = "1 range" if len(job.ranges) == 1 else f"{len(job.ranges)} ranges"
+    count = len({each.chunks for each in job.ranges})
+    ranges = "1 range" if count == 1 else f"{count} ranges"
     sink(Started(job.step, f"{levels} and their source on {ranges} of chunks", job.n_chunks, "chunks"))
     began = time.monotonic()
     measurer.measure_ranges(job, sink, keep)

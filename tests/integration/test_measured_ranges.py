@@ -53,16 +53,16 @@ def in_ranges(monkeypatch: pytest.MonkeyPatch, ranges: ShuffledRanges) -> None:
 def test_any_order_gives_the_same_bytes_and_figures(
     usual: Place, bare: Place, cli: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    ranges = ShuffledRanges(tmp_path / "scratch", seed=1)  # the last first
+    ranges = ShuffledRanges(tmp_path / "scratch", seed=1, at_once=3)  # each range twice, with some of the levels
     in_ranges(monkeypatch, ranges)
     done = bare.evaluate(cli, chunks=MOST)
     assert done.code == 0
     assert {each.chunks for each in ranges.handed} == set(RANGES)
-    assert len(ranges.handed) == SCORES
+    assert len(ranges.handed) == SCORES + len(RANGES)
     assert scored(bare) == scored(usual)
     assert bare.facts() == usual.facts()
     assert bare.evaluate(cli, chunks=MOST).code == 0
-    assert len(ranges.handed) == SCORES
+    assert len(ranges.handed) == SCORES + len(RANGES)
 
 
 def test_interrupted_it_continues_either_way(

@@ -23,6 +23,7 @@ class ShuffledRanges:
     most: int = 1 << 30
     handed: list[RangeScores] = field(default_factory=list)
     engine: EmbeddedEngine | None = None
+    at_once: int = 1
 
     def measure_ranges(self, job: RangesJob, sink: Sink, on_scores: OnScores) -> None:
         assert self.engine is not None

@@ -12,9 +12,10 @@ import pytest
 from imatrix_runner.engines.files.logits import LogitsHead
 from imatrix_runner.engines.files.token_scores import TOKEN, read_token_scores
 from imatrix_runner.engines.jobs import ChunkRange, CollectOptions
+from imatrix_runner.engines.measures import MeasuredRange
 from imatrix_runner.errors import EngineError, InvalidDataError
 from imatrix_runner.evaluate.disk_budget import DEFAULT_BYTES
-from imatrix_runner.evaluate.measure_ranges import cut, measured_chunks, missing_ranges
+from imatrix_runner.evaluate.measure_ranges import cut, divided, measured_chunks, missing_ranges
 from imatrix_runner.evaluate.range_scores import RangeScoresFile, remove_waiting
 
 OPTIONS = CollectOptions(n_ctx=16, n_batch=32)
@@ -110,3 +111,23 @@ def test_only_what_is_missing_is_measured(tmp_path: Path) -> None:
 def test_an_incomplete_result_is_refused(tmp_path: Path) -> None:
     with closing(opened(tmp_path / "x")) as file, pytest.raises(InvalidDataError, match="are incomplete"):
         file.take(RANGES[0], scores(RANGES[0])[:-1], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "shares"),
+    [(1, 1), (2, 4), (64, 5)],
+)
+def test_one_range_is_divided_by_its_subjects(workers: int, shares: int) -> None:
+    whole = MeasuredRange(RANGES[0], (0, 1, 2, 3, 4), (7, 8))
+    found = divided([whole], workers)
+    assert sorted(place for each in found for place in each.subjects) == [0, 1, 2, 3, 4]
+    assert len(found) == shares
+    assert all(each.chunks == RANGES[0] and each.order == (7, 8) for each in found)
+    assert max(len(each.subjects) for each in found) - min(len(each.subjects) for each in found) <= 1
+
+
+def test_many_ranges_and_those_of_the_source_alone_are_not_divided() -> None:
+    many = [MeasuredRange(chunks, (0, 1)) for chunks in RANGES]
+    assert divided(many, 2) == tuple(many)
+    assert divided([MeasuredRange(RANGES[0], ())], 8) == (MeasuredRange(RANGES[0], ()),)
+    assert divided([], 8) == ()
