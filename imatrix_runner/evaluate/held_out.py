@@ -114,7 +114,7 @@ def choose_held_out(
     warnings = raw_warnings(corpus, frozen.model.path, has_template=frozen.model.has_chat_template)
     for each in warnings if to_write is None else ():
         session.sink(warning(each))
-    share = overlap(corpus, _calibrations(session), session.sink) if to_write is None else None
+    share = overlap(corpus, calibrations_of(session), session.sink) if to_write is None else None
     n_tokens = session.engine.count_tokens(frozen.model.path, corpus.path, parse_special=False, log=session.log("tokenize"))
     there = n_tokens // options.n_ctx
     if there < _LEAST_CHUNKS:
@@ -294,7 +294,7 @@ def overlap(corpus: Corpus, calibrations: Sequence[Path], sink: Sink) -> float |
     return worst
 
 
-def _calibrations(session: Session) -> list[Path]:
+def calibrations_of(session: Session) -> list[Path]:
     """The calibration texts of this workspace's matrices, those that are still there and unchanged."""
     found: dict[Path, None] = {}
     for record in session.journal.of_kind("imatrix").values():

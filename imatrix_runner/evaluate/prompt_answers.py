@@ -12,12 +12,14 @@ from imatrix_runner.chat.templates import ChatTemplate
 from imatrix_runner.context.context import Session
 from imatrix_runner.context.open_model import Frozen
 from imatrix_runner.documents.documents import DocumentRecord as Asked
+from imatrix_runner.documents.manifest import find_manifest
 from imatrix_runner.engines.abilities import Answerer
 from imatrix_runner.engines.files.completions import read_completions
 from imatrix_runner.engines.jobs import CollectOptions
 from imatrix_runner.engines.measures import AnswerJob, Completion
 from imatrix_runner.errors import InterruptedRunError, InvalidDataError, NoSpaceError, RunnerError, UsageError
 from imatrix_runner.evaluate.answer_agreement import DomainResult, compare_answers, empty_answers
+from imatrix_runner.evaluate.held_out import calibrations_of
 from imatrix_runner.evaluate.measure import once
 from imatrix_runner.evaluate.measurements import answered
 from imatrix_runner.evaluate.prompts import describe, read_prompts, template_of, write_prompts
@@ -76,6 +78,7 @@ def check_prompts(request: DomainRequest, model: Model, session: Session) -> Non
     which the model's context is too short.
     """
     answerer, asked = check_answerable(request, session)
+    _refuse_calibrated(request, asked, session)
     template = template_of(model, request.chat_template)
     prompts = write_prompts(asked, template, session.runner)
     texts = [prompt.text for prompt in prompts]
@@ -89,6 +92,27 @@ def check_prompts(request: DomainRequest, model: Model, session: Session) -> Non
                 f"and the model was made for {context} together",
                 "Shorten or remove it, or ask for shorter answers with --predict.",
             )
+
+
+def _refuse_calibrated(request: DomainRequest, asked: Sequence[Asked], session: Session) -> None:
+    """Raise :class:`InvalidDataError` for a prompt that the model itself answered for a calibration text of this workspace."""
+    for path in calibrations_of(session):
+        manifest = find_manifest(path)
+        if manifest is None or manifest.self_made is None:
+            continue
+        text = _plain(path.read_text(encoding="utf-8", errors="replace"))
+        same = [record.where for record in asked if isinstance(record.content, str) and _plain(record.content) in text]
+        if same:
+            more = f" (and {len(same) - 1} more)" if len(same) > 1 else ""
+            raise InvalidDataError(
+                f"{request.prompts.name} cannot be compared on",
+                f"{same[0]} is in {path.name}, which the imatrix was collected from{more}",
+                "Leave these prompts out, or build the calibration text from others (--evaluation names those to keep apart).",
+            )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True)
