@@ -34,13 +34,17 @@ def main() -> None:
     parser.add_argument("--levels", default="IQ3_XXS,Q3_K_M")
     parser.add_argument("--chunks", type=int, default=32, help="chunks of 512 tokens for each imatrix")
     parser.add_argument("--measured", type=int, default=12, help="chunks that levels are measured on")
+    parser.add_argument(
+        "--every", type=int, default=3, help="calibrate with every Nth prompt, measure on every 2Nth of the others"
+    )
+    parser.add_argument("--texts", default="chats,prose", help="what levels are measured on")
     parser.add_argument("--predict", type=int, default=96)
     options = parser.parse_args()
     model, began = source(options.model), time.monotonic()
     lines = resource(SELF_PROMPTS).read_text(encoding="utf-8").splitlines(keepends=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for file, kept in (("train.jsonl", lines[::3]), ("test.jsonl", lines[1::6])):
+        for file, kept in (("train.jsonl", lines[:: options.every]), ("test.jsonl", lines[1 :: 2 * options.every])):
             (folder / file).write_text("".join(kept), encoding="utf-8")
         build = ("calibration", "build", "--model", model, "--predict", str(options.predict))
         ours(*build, "--self", "train.jsonl", "--evaluation", "test.jsonl", "-o", "own.txt", folder=folder)
@@ -52,7 +56,9 @@ def main() -> None:
             words = ("run", model, *text, "--chunks", str(options.chunks), "--levels", options.levels, "--work-dir", place)
             made = ours(*words, folder=folder)
             chunks = made["imatrix"]["chunks"]
-            for on, held_out in (("chats", folder / "chats.txt"), ("prose", resource(HELD_OUT_TEXT))):
+            texts = {"chats": folder / "chats.txt", "prose": resource(HELD_OUT_TEXT)}
+            for on in options.texts.split(","):
+                held_out = texts[on]
                 measure = ("evaluate", model, "--text", held_out, "--chunks", str(options.measured), "--work-dir", place)
                 for level, figures in ours(*measure, folder=folder)["measured"]["levels"].items():
                     found.setdefault(f"{level:8} on {on}", {})[kind] = figures["kld"]

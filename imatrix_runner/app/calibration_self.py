@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from imatrix_runner.calibration.build.build_text import OpenedSource
-from imatrix_runner.calibration.inspect.overlap import overlap
+from imatrix_runner.calibration.inspect.overlap import overlap, verdict
 from imatrix_runner.chat.templates import ChatTemplate
 from imatrix_runner.context.context import Context
 from imatrix_runner.context.engine_choice import Machine, make_embedded
@@ -92,18 +92,20 @@ def answer_prompts(request: SelfRequest, model: Path, chat_template: Path | None
 
 
 def refuse_overlap(asked: Sequence[DocumentRecord], evaluation: Sequence[Path]) -> None:
-    """Raise :class:`InvalidDataError` if a prompt is among those of an evaluation, or shares a passage with a text of one."""
+    """Raise :class:`InvalidDataError` if a prompt is among those of an evaluation, or if what they have in common is more than
+    set phrases: a fifth of its prompts, which may share a system message, or a hundredth of a text."""
     mine = {_plain(describe(record)): record.where for record in asked}
     joined = "\n\n".join(describe(record) for record in asked)
     for path in evaluation:
         if not path.is_file():
             raise UsageError(f"There is no file {path}", "it was given with --evaluation", "Check the path.")
-        if path.suffix.lower() != ".txt":
+        is_text = path.suffix.lower() == ".txt"
+        if not is_text:
             same = [mine[text] for record in read_prompts(path) if (text := _plain(describe(record))) in mine]
             if same:
                 raise _overlapping(f"{same[0]} is a prompt of {path.name}, too", len(same))
         found = overlap(joined, path.read_text(encoding="utf-8", errors="replace"))
-        if found.share > 0 or found.identical:
+        if verdict(found) in (("some", "void") if is_text else ("void",)):
             raise _overlapping(f"it has a passage of {path.name}: {found.example[:80]!r}", 1)
 
 
