@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from pathlib import Path
 
 import pytest
@@ -100,16 +101,27 @@ def test_what_cannot_be_used_is_named_and_the_others_go_on(place: Place, task: P
     gone.write_text(
         "task: gone\ndataset_path: nobody/has_this\ntest_split: test\noutput_type: multiple_choice\n", encoding="utf-8"
     )
-    done = place.evaluate(
-        cli, "--tasks", f"{task},{code},{gone}", "--limit", "30", "--levels", "Q4_K_M", "--json", "-q", chunks=2
+    silent = task.with_name("silent.yaml")
+    ends = json.dumps(list(string.printable))  # any of them ends the answer before it begins
+    generation = (
+        f"generation_kwargs: {{until: {ends}, max_gen_toks: 8, do_sample: false}}\nmetric_list: [{{metric: exact_match}}]"
     )
+    silent.write_text(
+        "task: silent\ndataset_path: json\ndataset_kwargs: {data_files: {test: order.jsonl}}\ntest_split: test\n"
+        f'output_type: generate_until\ndoc_to_text: "{{{{text}}}}"\ndoc_to_target: "x"\n{generation}\n',
+        encoding="utf-8",
+    )
+    some = ("--limit", "30", "--levels", "Q4_K_M", "--json", "-q")
+    done = place.evaluate(cli, "--tasks", f"{task},{code},{gone},{silent}", *some, chunks=2)
     assert done.code == 100
     measured = done.document["measured"]
     assert [each["comparisons"][0]["n_items"] for each in measured["tasks"]] == [30]
     assert {name: error["kind"] for name, error in measured["failed"].items()} == {
         "task code": "usage",
         "task gone": "invalid-data",
+        "task silent": "invalid-data",
     }
+    assert "every answer is empty" in str(measured["failed"]["task silent"])
     assert "--allow-code-execution" in str(measured["failed"]["task code"])
 
     alone = place.evaluate(cli, "--tasks", gone, chunks=2)
