@@ -172,7 +172,8 @@ def _no_room(options: ClusterOptions) -> ToolchainError:
 
 
 def _wanted(options: ClusterOptions) -> str:
-    cpus = f"{options.cpus_per_worker or 1} processors"
+    count = options.cpus_per_worker or 1
+    cpus = "1 processor" if count == 1 else f"{count} processors"
     return f"{cpus} and {options.gpus_per_worker:g} GPUs" if options.gpus_per_worker else cpus
 
 

@@ -228,7 +228,8 @@ _BOUNDS: Mapping[Bound, str] = {
 
 
 def _cluster(cluster: ClusterAdvice) -> Iterator[Row]:
-    workers = f"{_workers(cluster.workers)} with {cluster.threads:g} threads each"
+    threads = "1 thread" if cluster.threads == 1 else f"{cluster.threads:g} threads"
+    workers = f"{_workers(cluster.workers)} with {threads} each"
     yield "Ranges", Text(f"{cluster.n_ranges} of at most {cluster.range_chunks} chunks, for {workers}")
     memory = f"about {human_bytes(cluster.memory)}" if cluster.memory is not None else "not known"
     yield "Memory", Text(f"{memory} for each worker")
