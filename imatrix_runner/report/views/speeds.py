@@ -87,7 +87,15 @@ def speed_chart(report: Report) -> Spec | None:
             },
             {
                 "name": "names",
-                "mark": {"type": "text", "baseline": "middle", "align": "left", "dx": 14, "fontSize": 11.5, "aria": False},
+                "mark": {
+                    "type": "text",
+                    "baseline": "middle",
+                    "align": "left",
+                    "dx": 10,
+                    "dy": -12,
+                    "fontSize": 11.5,
+                    "aria": False,
+                },
                 "encoding": {"text": {"field": "level"}, "color": {"value": var("soft")}},
             },
         ],
