@@ -21,7 +21,7 @@ def how_made(workspace: Workspace, level: ReadyLevel, paths: Sequence[str]) -> I
     first = workspace.root / level.files[0][0]
     digests = [digest for _, _, digest in level.files]
     names = [path.rpartition("/")[2] for path in paths]
-    if (recipe := _recipe(recipe_path(first), digests, names)) is not None:
+    if (recipe := _recipe(recipe_path(workspace.level_file(level.name)), digests, names)) is not None:
         yield small_file(f"{paths[0]}{RECIPE_ENDING}", recipe)
     if (statement := _statement(first.with_name(f"{first.name}{ENDING}"), digests, names[0])) is not None:
         yield small_file(f"{paths[0]}{ENDING}", statement)

@@ -20,11 +20,11 @@ from imatrix_runner.files import encode_json, read_json, write_json
 SCHEMA = "imatrix-runner/recipe"
 VERSION = 1
 ENDING = ".recipe.json"
-"""After the whole name of a level's first file: ``model-Q4_K_M.gguf.recipe.json``."""
+"""After the whole name of a level as one file: ``model-Q4_K_M.gguf.recipe.json``."""
 
 
 class RecipeFile(msgspec.Struct, frozen=True):
-    """A file by its bare name (a shard of a split level: below the level's folder)."""
+    """A file by its bare name."""
 
     name: str
     n_bytes: int
@@ -126,7 +126,7 @@ def recipe_of_level(
 
 
 def recipe_path(file: Path) -> Path:
-    """Where the recipe of a level lies; ``file``: its first file."""
+    """Where the recipe of a level lies; ``file``: its name as one file, also where it is cut into shards."""
     return file.with_name(f"{file.name}{ENDING}")
 
 

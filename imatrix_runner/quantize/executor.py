@@ -379,7 +379,7 @@ class LevelMaker:
         imatrix = inputs[-1] if matrix else None
         used = self.covariances.fingerprint if self.covariances is not None else ""
         recipe = recipe_of_level(self._pass_level(step), files, source, imatrix, written.engine.identity(), used)
-        path = recipe_path(step.files[0])
+        path = recipe_path(self.session.workspace.level_file(step.level.name))
         if not write_build_recipe(path, recipe):
             self.sink(warning(f"{path.name} is not written: a file that was not made here has this name."))
 
