@@ -49,10 +49,10 @@ from imatrix_runner.engines.cost_jobs import RoundedTensor, Trial, TrialsJob
 from imatrix_runner.engines.embedded.bindings import find
 from imatrix_runner.engines.embedded.engine import EmbeddedEngine
 from imatrix_runner.engines.jobs import ChunkRange, CollectedRange, CollectJob, CollectOptions, Perplexity
-from imatrix_runner.engines.measures import MeasureJob, ReferenceJob
+from imatrix_runner.engines.measures import MeasuredRange, MeasureJob, ReferenceJob
 from imatrix_runner.engines.pass_parts import PassWork, WantedPair, WantedPlace
 from imatrix_runner.engines.pass_units import cut_units
-from imatrix_runner.evaluate.measure_ranges import cut, measured_chunks
+from imatrix_runner.evaluate.measure_ranges import cut, divided, measured_chunks
 from imatrix_runner.events import ignore
 from imatrix_runner.files import human_seconds, publish
 from imatrix_runner.imatrix import checkpoint as checkpoints
@@ -285,12 +285,16 @@ def phases(costs: UnitCosts, large: Large, workers: int, options: argparse.Names
     probe = WorkUnit(PROBE_TOKENS * token * costs.trial, 1000.0, 0.001)
     level_bytes = sum(pair.n_bytes * len(pair.places) for work in large.works for pair in work.pairs) / len(levels)
     chunks = measured_chunks(large.active, large.n_bytes, WORDS, collect, gpu=False)
-    per_chunk = collect.n_ctx * token * (costs.reference + len(levels) * costs.level)
-    loads = load + len(levels) * (costs.start + level_bytes / disk)
-    scores = 20.0 * collect.n_ctx / 2 * len(levels)
+    whole = [MeasuredRange(one, tuple(range(len(levels)))) for one in cut(HELD_OUT_CHUNKS, min(chunks, options.most))]
     measured = [
-        WorkUnit(loads + each.count * per_chunk, each.count * scores, 0.01)
-        for each in cut(HELD_OUT_CHUNKS, min(chunks, options.most))
+        WorkUnit(
+            load
+            + len(unit.subjects) * (costs.start + level_bytes / disk)
+            + unit.chunks.count * collect.n_ctx * token * (costs.reference + len(unit.subjects) * costs.level),
+            20.0 * unit.chunks.count * collect.n_ctx / 2 * len(unit.subjects),
+            0.01,
+        )
+        for unit in divided(whole, workers)
     ]
     each = costs.other + sum(costs.types.values())  # a mix needs the errors of every type once
     errors = sorted(
