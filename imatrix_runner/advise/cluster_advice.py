@@ -62,7 +62,7 @@ def advise_cluster(
     model: Model, plan: ChunkPlan, options: CollectOptions, room: ClusterRoom, timing: Timing | None, threads: int
 ) -> ClusterAdvice:
     """Forecast a text's ``plan``. ``timing`` was measured with ``threads`` threads of this machine; workers are taken to be as
-    fast for each of theirs."""
+    fast per thread."""
     sums = _F64 * matrix_bytes(model)
     held = context_memory(model, max(options.n_ctx, options.n_batch)).n_bytes
     memory = None if held is None else model.n_bytes + held + sums

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 Bound = Literal["workers", "network", "driver", "loading", "units"]
 """What holds the work back: too few workers; the link to the driver; the driver, which takes results in; the start of Ray and
-the loading of the model by each worker; or units that are too large for so many workers."""
+the loading of the model by each worker; or too few units for the workers."""
 
 BOUNDS: tuple[Bound, ...] = ("workers", "network", "driver", "loading", "units")
 
@@ -50,7 +50,7 @@ class WorkPhase:
         return sum(unit.seconds for unit in self.units)
 
     def moved(self, workers: int) -> float:
-        """Bytes that go over the network with so many workers."""
+        """Bytes that go over the network with this many workers."""
         return sum(unit.n_bytes for unit in self.units) + self.sent_bytes * min(workers, len(self.units))
 
 

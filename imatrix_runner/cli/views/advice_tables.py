@@ -223,7 +223,7 @@ _BOUNDS: Mapping[Bound, str] = {
     "network": "the network is full",
     "driver": "this machine adds sums all the time",
     "loading": "workers load the model longer than they compute",
-    "units": "there are too few ranges for so many workers",
+    "units": "there are fewer ranges than the workers could take",
 }
 
 
